@@ -1,0 +1,94 @@
+"""Paired timings: SFormer against its source network, conversion against a forward pass, import against timm.
+
+    python scripts/benchmark.py simulate            # eager; --compile for both compiled
+    python scripts/benchmark.py convert             # time and peak memory of converting ViT-B
+    python scripts/benchmark.py import
+
+Runs alternate A B A B ... in one process (import: in fresh ones), and the ratio is taken pair by pair, so a machine
+that drifts slows down both sides of a pair.
+"""
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Annotated
+
+import torch
+import typer
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+def paired(a: Callable[[], object], b: Callable[[], object], pairs: int, warmup: int = 2) -> None:
+    """Print the times of a and b, and the median, smallest and largest ratio a / b over the pairs."""
+    def seconds(f):
+        start = time.perf_counter()
+        f()
+        return time.perf_counter() - start
+
+    for _ in range(warmup):
+        a(), b()
+    times = [(seconds(a), seconds(b)) for _ in range(pairs)]
+    ratios = [x / y for x, y in times]
+    print(f'  {statistics.median(x for x, _ in times):.3f} s against {statistics.median(y for _, y in times):.3f} s: '
+          f'ratio {statistics.median(ratios):.3f} (min {min(ratios):.3f}, max {max(ratios):.3f}, {pairs} pairs)')
+
+
+@app.command()
+def simulate(
+        model: str = 'vit_base_patch16_224',
+        batch_size: int = 8,
+        levels: int = 32,
+        pairs: int = 9,
+        compile: Annotated[bool, typer.Option('--compile')] = False,
+):
+    """Forward pass of the simulated SFormer against the source network."""
+    import timm
+
+    import sformer
+    source = timm.create_model(model).eval()
+    images = torch.randn(batch_size, *source.pretrained_cfg['input_size'])
+    spiking = sformer.convert(source, [images], sformer.SFNConfig(levels=levels))
+    if compile:
+        source, spiking = torch.compile(source), torch.compile(spiking)
+    print(f'{model}, batch {batch_size}, N = {levels}, {"compiled" if compile else "eager"}, '
+          f'{torch.get_num_threads()} threads')
+    with torch.inference_mode():
+        paired(lambda: spiking(images), lambda: source(images), pairs)
+
+
+@app.command()
+def convert(model: str = 'vit_base_patch16_224', num_images: int = 128, batch_size: int = 16, pairs: int = 1):
+    """Conversion of a random model against one plain forward pass over the same images, and its peak memory."""
+    import timm
+
+    import sformer
+    source = timm.create_model(model).eval()
+    size = source.pretrained_cfg['input_size']
+
+    def batches():
+        for i in range(0, num_images, batch_size):
+            yield torch.randn(min(batch_size, num_images - i), *size, generator=torch.Generator().manual_seed(i))
+
+    def forward():
+        with torch.inference_mode():
+            for images in batches():
+                source(images)
+
+    print(f'{model}, {num_images} images, batch {batch_size}, {torch.get_num_threads()} threads')
+    paired(lambda: sformer.convert(source, batches()), forward, pairs, warmup=0)
+    print(f'  peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20:.2f} GiB')
+
+
+@app.command('import')
+def import_(pairs: int = 7):
+    """`import sformer` against `import timm`, each in a fresh process."""
+    def run(name):
+        return lambda: subprocess.run([sys.executable, '-c', f'import {name}'], check=True)
+    paired(run('sformer'), run('timm'), pairs)
+
+
+if __name__ == '__main__':
+    app()

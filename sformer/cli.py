@@ -1,0 +1,215 @@
+"""Command line: `sformer convert | evaluate | list | demo`."""
+import ast
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Dict, List, Optional
+
+import typer
+
+from .errors import SFormerError
+
+__all__ = ['app', 'main']
+
+app = typer.Typer(
+    add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help='Single-timestep spiking vision transformers from timm models, training-free.')
+
+USAGE_ERROR: Any = typer.BadParameter.__mro__[1]  # typer brings its own click and exports no more than this
+
+# options that take several values up to the next option, as in timm's own scripts
+MULTI_VALUE = ('--model-kwargs', '--mean', '--std')
+
+Dataset = "digits, a folder of parquet files, an image folder or a Hugging Face dataset id"
+
+
+def main(argv: Optional[List[str]] = None) -> None:
+    """Entry point: mistakes of the user end in one line on stderr and a non-zero exit code."""
+    import logging
+    logging.getLogger('huggingface_hub').setLevel(logging.ERROR)  # its retries; the error that ends them is ours
+    args = spread(sys.argv[1:] if argv is None else argv)
+    try:
+        code = app(args or ['--help'], standalone_mode=False)
+    except SFormerError as e:
+        fail(str(e))
+    except (typer.Abort, KeyboardInterrupt):
+        code = 130
+    except USAGE_ERROR as e:
+        fail(f'{e.format_message().rstrip(".")}. Try --help.', 2)
+    except OSError as e:
+        fail(f'{e.filename or "file"}: {e.strerror or e}')
+    if code == 130:  # typer turns Ctrl-C into this exit code
+        fail('interrupted; nothing was changed.', 130)
+    sys.exit((code if isinstance(code, int) else 0) if args else 2)
+
+
+def fail(message: str, code: int = 1) -> None:
+    print(f'sformer: error: {" ".join(message.split())}', file=sys.stderr)
+    sys.exit(code)
+
+
+def spread(args: List[str]) -> List[str]:
+    """`--std a b c` -> `--std a --std b --std c`."""
+    out: List[str] = []
+    option: Optional[str] = None
+    for arg in args:
+        if arg in MULTI_VALUE:
+            option = arg
+        elif arg.startswith('-') and not _is_number(arg):
+            option = None
+            out.append(arg)
+        elif option:
+            out += [option, arg]
+        else:
+            out.append(arg)
+    return out
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def parse_kwargs(pairs: Optional[List[str]]) -> Dict[str, Any]:
+    """`['img_size=32', 'global_pool=avg']` -> `{'img_size': 32, 'global_pool': 'avg'}`."""
+    kwargs = {}
+    for pair in pairs or []:
+        key, equals, value = pair.partition('=')
+        if not equals or not key.isidentifier():
+            raise SFormerError(f'--model-kwargs takes key=value pairs, got {pair!r}.')
+        if key in ('name', 'model_name', 'checkpoint', 'allow_pickle', 'pretrained'):
+            raise SFormerError(f'--model-kwargs is for arguments of the network; {key} is an option of its own.')
+        try:
+            kwargs[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            kwargs[key] = value
+    return kwargs
+
+
+def command_line() -> str:
+    return shlex.join(['sformer', *sys.argv[1:]])
+
+
+@app.command()
+def convert(
+        source: Annotated[str, typer.Argument(help='timm model to convert')],
+        output: Annotated[Path, typer.Option('--output', '-o', help='Folder for the SFormer')],
+        checkpoint: Annotated[Optional[Path], typer.Option(
+            help='Weights of the source (safetensors); its published ones if not given')] = None,
+        model_kwargs: Annotated[Optional[List[str]], typer.Option(help='key=value ... for timm.create_model')] = None,
+        calibration: Annotated[str, typer.Option(help=f'dead-leaves (generated images), {Dataset}')] = 'dead-leaves',
+        split: Annotated[Optional[str], typer.Option(help='Split of the calibration dataset')] = None,
+        num_images: Annotated[int, typer.Option(min=1, help='Number of calibration images')] = 256,
+        seed: Annotated[int, typer.Option(help='Seed of the choice of calibration images')] = 0,
+        batch_size: Annotated[int, typer.Option(min=1)] = 32,
+        levels: Annotated[int, typer.Option(help='Thresholds N per branch, 1 to 127')] = 32,
+        fire: Annotated[str, typer.Option(help='uniform, quadratic, power2 or density')] = 'uniform',
+        attention_fire: Annotated[str, typer.Option(help='Fire function of the softmax')] = 'quadratic',
+        firing: Annotated[str, typer.Option(help='round, or floor as in the paper')] = 'round',
+        dead_zone: Annotated[float, typer.Option(help='No spike below this many steps')] = 0.,
+        scale: Annotated[float, typer.Option(help='Scaling factor lambda on top of all thresholds')] = 1.,
+        estimator: Annotated[str, typer.Option(help='Threshold estimator: mse, quantile or max')] = 'mse',
+        quantile: Annotated[float, typer.Option(help='Share of currents that the quantile estimator covers')] = 0.999,
+        mean: Annotated[Optional[List[float]], typer.Option(help='Mean of the normalisation, one per channel')] = None,
+        std: Annotated[Optional[List[float]], typer.Option(help='Std of the normalisation, one per channel')] = None,
+        crop_pct: Annotated[Optional[float], typer.Option(help='Centre crop')] = None,
+        interpolation: Annotated[Optional[str], typer.Option(help='Resize method: bicubic, bilinear ...')] = None,
+        allow_pickle: Annotated[bool, typer.Option('--allow-pickle', help='Load a pickled checkpoint')] = False,
+        overwrite: Annotated[bool, typer.Option('--overwrite', help='Replace a model that is there')] = False,
+):
+    """Convert a trained timm model into an SFormer, without training."""
+    from .conversion import convert as convert_model
+    from .conversion import create_source, set_data_config_
+    from .hub import check_output, save_model
+    from .neurons import SFNConfig
+    try:
+        config = SFNConfig(
+            levels=levels, fire=fire, attention_fire=attention_fire, firing=firing, dead_zone=dead_zone, scale=scale,
+            estimator=estimator, quantile=quantile)
+    except ValueError as e:
+        raise SFormerError(str(e)) from None
+    check_output(output, overwrite)
+    model = create_source(source, checkpoint, allow_pickle, **parse_kwargs(model_kwargs))
+    set_data_config_(model, mean=mean, std=std, crop_pct=crop_pct, interpolation=interpolation)
+    model = convert_model(
+        model, calibration, config, split=split, num_images=num_images, batch_size=batch_size, seed=seed, inplace=True)
+    model.conversion['command'] = command_line()
+    save_model(model, output, overwrite)
+    used = model.conversion['calibration']
+    print(f'{source} -> {model.pretrained_cfg["architecture"]}: N = {levels}, calibrated on {used["num_images"]} '
+          f'{used["name"]} images, saved to {output}')
+
+
+@app.command()
+def evaluate(
+        model: Annotated[str, typer.Argument(help='Folder of an SFormer, hf-hub:ID, or name of a timm model')],
+        dataset: Annotated[str, typer.Option(help=Dataset)],
+        split: Annotated[Optional[str], typer.Option(help='Split of the dataset')] = None,
+        num_images: Annotated[Optional[int], typer.Option(min=1, help='Random subset of this size')] = None,
+        batch_size: Annotated[int, typer.Option(min=1)] = 64,
+        workers: Annotated[int, typer.Option(min=0, help='Processes that decode images')] = 0,
+        seed: Annotated[int, typer.Option(help='Seed of the subset')] = 0,
+        source: Annotated[bool, typer.Option(help='Evaluate the source network alongside')] = True,
+        image_column: Annotated[Optional[str], typer.Option()] = None,
+        label_column: Annotated[Optional[str], typer.Option()] = None,
+        results_file: Annotated[Optional[Path], typer.Option(help='JSON file for the results')] = None,
+):
+    """Evaluate an SFormer side by side with its source network."""
+    from .evaluation import evaluate as evaluate_model
+    from .hub import open_model
+    from .utils import write_json
+    network = open_model(model)
+    result = evaluate_model(
+        network, dataset, split, source=source, num_images=num_images, batch_size=batch_size, workers=workers,
+        seed=seed, image_column=image_column, label_column=label_column)
+    result = dict(model=model, architecture=result.pop('model'), **result, command=command_line())
+    for line in summary(result):
+        print(line)
+    if results_file:
+        write_json(results_file, result)
+        print(f'results in {results_file}')
+
+
+def summary(result: Dict[str, Any]) -> List[str]:
+    """Lines that say what an evaluation found."""
+    lines = [f'{result["model"]} on {result["num_images"]} images of {result["dataset"]}'
+             + (f' ({result["split"]})' if result['split'] else ''),
+             f'  top-1 {result["top1"]:.2f} %   top-5 {result["top5"]:.2f} %']
+    if 'source_top1' in result:
+        lines += [f'  source: top-1 {result["source_top1"]:.2f} %   top-5 {result["source_top5"]:.2f} %',
+                  f'  drop {result["source_top1"] - result["top1"]:+.2f} points   '
+                  f'agreement {result["agreement"]:.2f} %   '
+                  f'relative logit error {result["relative_logit_error"]:.4f}']
+    if result.get('firing_rate') is not None:
+        lines.append(f'  firing rate {result["firing_rate"]:.3f}')
+    return lines + [f'  {result["seconds"]:.1f} s, {result["images_per_second"]:.1f} images/s']
+
+
+@app.command('list')
+def list_models():
+    """List the models that the package registers with timm."""
+    import timm
+    from rich.console import Console
+    from rich.table import Table
+
+    from .models import SOURCES
+    table = Table('model', 'source', 'input', 'classes', 'weights')
+    for name in timm.list_models('sformer*', include_tags=True):
+        cfg = timm.get_pretrained_cfg(name)
+        table.add_row(name, SOURCES.get(name.split('.')[0], ''), 'x'.join(map(str, cfg.input_size)),
+                      str(cfg.num_classes), 'in the package' if cfg.file else 'convert a source')
+    console = Console()
+    console.print(table) if console.is_terminal else Console(width=160).print(table)
+
+
+@app.command()
+def demo(
+        output: Annotated[Path, typer.Option('--output', '-o', help='Folder for models and pictures')] = Path(
+            'sformer-demo'),
+):
+    """Convert and evaluate a small vision transformer on handwritten digits; needs no network, under two minutes."""
+    from .demo import run
+    run(output)

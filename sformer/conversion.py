@@ -1,0 +1,244 @@
+"""Conversion: source network -> calibrated SFormer."""
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any, Dict, Iterable, Optional, Tuple, Union
+
+import timm
+import torch
+import torch.nn as nn
+from timm.data import resolve_input_data_config
+
+from .calibration import fit_thresholds_, observe
+from .errors import SFormerError
+from .layers import named_neurons
+from .models import CUSTOM, ENTRYPOINTS, architecture_of, set_pixel_range_, source_of, spiking_model_
+from .neurons import SFNConfig
+from .utils import library_versions, progress, state_hash
+
+__all__ = ['convert', 'create_source', 'load_source_weights_', 'set_data_config_']
+
+PREPROCESSING = ('mean', 'std', 'crop_pct', 'crop_mode', 'interpolation')
+
+
+def convert(
+        source: Union[str, nn.Module],
+        calibration: Union[str, Iterable[torch.Tensor]] = 'dead-leaves',
+        config: SFNConfig = SFNConfig(),
+        *,
+        split: Optional[str] = None,
+        num_images: int = 256,
+        batch_size: int = 32,
+        seed: int = 0,
+        inplace: bool = False,
+        **source_kwargs: Any,
+) -> nn.Module:
+    """Convert a trained timm model into a calibrated single-timestep SFormer, without training.
+
+    Thresholds are fitted to the currents of the source network (arXiv 2510.23383, post-training); no labels are read.
+
+    Args:
+        source: timm model, or the name of one, which is created with its pretrained weights. An SFormer stands for
+            its own source.
+        calibration: `dead-leaves` (generated images), `digits`, a folder of parquet files, an image folder, a Hugging
+            Face dataset id, or an iterable of normalised image batches (B, C, H, W), all of which are used.
+        config: Neurons and threshold estimator.
+        split: Split of the calibration dataset.
+        num_images: Number of calibration images drawn from a named source of images.
+        batch_size: Images per batch, for named sources of images.
+        seed: Seed of the choice or the generation of calibration images.
+        inplace: Convert the given model itself instead of a copy.
+        **source_kwargs: Passed to `timm.create_model` where `source` is a name.
+
+    Returns:
+        A timm model in eval mode; `model.conversion` records how it came about.
+
+    Raises:
+        SFormerError: If the source, the dataset or a value is not usable.
+        UnsupportedLayerError: If a layer of the source has no spiking counterpart.
+    """
+    if isinstance(source, str):
+        model = create_source(source, **source_kwargs)
+    else:
+        if source_kwargs:
+            raise TypeError(f'{", ".join(source_kwargs)}: only for a source that is given by name.')
+        model = source if inplace else copy.deepcopy(source)
+    if any(True for _ in named_neurons(model)):
+        model = source_of(model)  # converting again starts from the source that is inside
+    check_weights(model)
+    record = dict(
+        source=(getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or type(model).__name__,
+        source_tag=(getattr(model, 'pretrained_cfg', None) or {}).get('tag') or None,
+        source_sha256=state_hash(model.state_dict()),
+        recipe=dataclasses.asdict(config),
+    )
+    _name_architecture(model)
+    model = spiking_model_(model, config).eval()
+
+    if isinstance(calibration, str):
+        from .data import open_images
+        data_config = resolve_input_data_config(model)
+        images = open_images(calibration, split, data_config=data_config, num_images=num_images, seed=seed)
+        record['calibration'] = dict(
+            name=images.name, split=images.split, seed=seed, fingerprint=images.fingerprint)
+        batches = (batch for batch, _ in progress(images.batches(batch_size), 'Calibrating', images.num_images))
+    else:
+        record['calibration'] = dict(name=None, split=None, seed=None, fingerprint=None)
+        batches = _checked(calibration, resolve_input_data_config(model)['input_size'])
+    statistics, count = observe(model, batches)
+    fit_thresholds_(model, statistics, config)
+    record['calibration']['num_images'] = count
+    record['versions'] = library_versions()
+    model.conversion = record
+    return model
+
+
+def create_source(
+        name: str,
+        checkpoint: Union[str, Path, None] = None,
+        allow_pickle: bool = False,
+        **kwargs: Any,
+) -> nn.Module:
+    """Create a timm model with trained weights.
+
+    Args:
+        name: Model name, as for `timm.create_model`.
+        checkpoint: Weights to load; the published pretrained ones if None.
+        allow_pickle: Load a pickled checkpoint, with torch's `weights_only` unpickler.
+        **kwargs: Passed to `timm.create_model`.
+
+    Raises:
+        SFormerError: If there is no such model, its arguments are wrong or the weights can't be had.
+    """
+    if not name.startswith(('hf-hub:', 'local-dir:')) and not timm.is_model(name):
+        import difflib
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f' Did you mean {", ".join(close)}?' if close else " timm.list_models('vit*') lists names."
+        raise SFormerError(f'timm has no model {name!r}.{hint}')
+    try:
+        model = timm.create_model(name, pretrained=checkpoint is None, **kwargs)
+    except (TypeError, AssertionError, ValueError) as e:
+        raise SFormerError(f'{name} can not be built with {kwargs}: {e}') from e
+    except (OSError, RuntimeError) as e:
+        raise SFormerError(
+            f'the pretrained weights of {name} can not be loaded ({_first_line(e)}). '
+            f'Give a checkpoint, or make the Hub reachable.') from e
+    if checkpoint is not None:
+        load_source_weights_(model, checkpoint, allow_pickle)
+    return model.eval()
+
+
+def load_source_weights_(model: nn.Module, path: Union[str, Path], allow_pickle: bool = False) -> None:
+    """Load a checkpoint of exactly this architecture, in place.
+
+    Raises:
+        SFormerError: If the file is missing, damaged, pickled, of another architecture, or has NaN or infinity in it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise SFormerError(f'no checkpoint at {path}.')
+    if path.suffix == '.safetensors':
+        state = read_safetensors(path)
+    elif not allow_pickle:
+        raise SFormerError(
+            f'{path} is not a safetensors file. A pickled checkpoint can run code when it is opened, so it is refused; '
+            f'--allow-pickle (allow_pickle=True) loads it with torch\'s weights_only unpickler.')
+    else:
+        try:
+            state = timm.models.load_state_dict(str(path), weights_only=True)
+        except Exception as e:
+            raise SFormerError(f'{path} can not be unpickled safely: {_first_line(e)}') from e
+    expected = model.state_dict()
+    wrong = [f'{k} is missing' for k in expected if k not in state]
+    wrong += [f'{k} is not part of the model' for k in state if k not in expected]
+    wrong += [f'{k} is {tuple(state[k].shape)} instead of {tuple(v.shape)}'
+              for k, v in expected.items() if k in state and state[k].shape != v.shape]
+    if wrong:
+        name = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture', 'the model')
+        raise SFormerError(
+            f'{path} is not a checkpoint of {name} with these arguments: {"; ".join(wrong[:3])}'
+            f'{f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""}.')
+    model.load_state_dict(state)
+    check_weights(model, str(path))
+
+
+def read_safetensors(path: Path) -> Dict[str, torch.Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        SFormerError: If it is truncated or corrupted.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    try:
+        return load_file(path)
+    except (SafetensorError, ValueError, OSError) as e:
+        raise SFormerError(f'{path} is truncated or corrupted: {_first_line(e)}.') from e
+
+
+def check_weights(model: nn.Module, where: str = 'the source network') -> None:
+    """Raise SFormerError if a parameter holds NaN or infinity; names it."""
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta and not torch.isfinite(parameter).all():
+            raise SFormerError(f'{name} of {where} has NaN or infinite values.')
+
+
+def set_data_config_(model: nn.Module, **values: Any) -> None:
+    """Override the preprocessing that a model was trained with: mean, std, crop_pct, crop_mode, interpolation."""
+    unknown = set(values) - set(PREPROCESSING)
+    if unknown:
+        raise TypeError(f'unknown preprocessing: {", ".join(sorted(unknown))}')
+    values = {k: v for k, v in values.items() if v is not None}
+    in_chans = getattr(model, 'in_chans', 3)
+    for key in ('mean', 'std'):
+        value = values.get(key)
+        if value is not None and len(value) != in_chans:
+            raise SFormerError(f'{key} needs {in_chans} values for {in_chans} channels, got {len(value)}.')
+    from timm.data.transforms import str_to_interp_mode
+    if 'interpolation' in values:
+        try:
+            str_to_interp_mode(values['interpolation'])
+        except (KeyError, ValueError):
+            raise SFormerError(
+                f'unknown interpolation {values["interpolation"]!r}: nearest, bilinear, bicubic, lanczos.') from None
+    if not 0 < values.get('crop_pct', 1) <= 1:
+        raise SFormerError(f'crop_pct must lie in (0, 1], got {values["crop_pct"]}.')
+    if any(not s > 0 for s in values.get('std', ())):
+        raise SFormerError(f'std must be positive, got {values["std"]}.')
+    model.pretrained_cfg.update(values)
+    if any(True for _ in named_neurons(model)):
+        set_pixel_range_(model, model.pretrained_cfg['mean'], model.pretrained_cfg['std'])
+
+
+def _name_architecture(model: nn.Module) -> None:
+    """Point a model's config at the `sformer_*` entrypoint that rebuilds it; away from the source's weights."""
+    cfg = dict(getattr(model, 'pretrained_cfg', None) or {})
+    if not cfg:
+        return
+    source = cfg['architecture']
+    if source not in ENTRYPOINTS:
+        cfg['architecture'] = architecture_of(source)
+    if cfg['architecture'] == CUSTOM and source != CUSTOM:
+        model._model_args = dict(getattr(model, '_model_args', {}), source=source)
+    for key in ('hf_hub_id', 'url', 'file', 'state_dict', 'source', 'custom_load'):
+        cfg.pop(key, None)
+    in_chans = getattr(model, 'in_chans', 3)
+    for key in ('mean', 'std'):  # a network built for other channels than the cfg's has no statistics of its own
+        if key in cfg and len(cfg[key]) != in_chans:
+            cfg[key] = (sum(cfg[key]) / len(cfg[key]),) * in_chans
+    model.pretrained_cfg = model.default_cfg = cfg
+
+
+def _checked(batches: Iterable[Any], input_size: Tuple[int, int, int]) -> Iterable[torch.Tensor]:
+    for batch in batches:
+        images = batch[0] if isinstance(batch, (tuple, list)) else batch
+        if not isinstance(images, torch.Tensor) or images.ndim != 4 or images.shape[1] != input_size[0]:
+            shape = tuple(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
+            expected = ', '.join(map(str, input_size))
+            raise SFormerError(f'calibration batches must be tensors (B, {expected}), got {shape}.')
+        if len(images):
+            yield images
+
+
+def _first_line(e: BaseException) -> str:
+    return (str(e).strip() or type(e).__name__).splitlines()[0].rstrip('.')

@@ -1,0 +1,10 @@
+"""Spiking counterparts of timm layers, and the table that maps one to the other."""
+from .attention import SpikingAttention
+from .linear import SpikingConv2d, SpikingLinear, SpikingPatchEmbed
+from .mlp import SpikingMlp
+from .registry import FLOATING_LAYERS, SPIKING_LAYERS, named_neurons, spiking_
+
+__all__ = [
+    'SpikingAttention', 'SpikingConv2d', 'SpikingLinear', 'SpikingMlp', 'SpikingPatchEmbed',
+    'FLOATING_LAYERS', 'SPIKING_LAYERS', 'named_neurons', 'spiking_',
+]

@@ -1,0 +1,79 @@
+"""One table from timm layer to spiking layer, and the verb that applies it."""
+from typing import Dict, Iterator, Tuple, Type
+
+import torch.nn as nn
+from timm import layers as tl
+from timm.models import vision_transformer as vit
+
+from ..errors import UnsupportedLayerError
+from ..neurons import Neuron, SFNConfig
+from .attention import SpikingAttention
+from .linear import SpikingConv2d, SpikingLinear, SpikingPatchEmbed
+from .mlp import SpikingMlp
+
+__all__ = ['SPIKING_LAYERS', 'FLOATING_LAYERS', 'named_neurons', 'spiking_']
+
+# Exact types, not subclasses: a subclass may multiply in a forward of its own.
+SPIKING_LAYERS: Dict[Type[nn.Module], Type[nn.Module]] = {
+    nn.Linear: SpikingLinear,
+    nn.Conv2d: SpikingConv2d,
+    tl.PatchEmbed: SpikingPatchEmbed,
+    tl.Attention: SpikingAttention,
+    tl.Mlp: SpikingMlp,
+}
+
+# Layers that stay as they are: they act on currents once per image (norms, activation functions, residual sums,
+# LayerScale, dropout) or only call their children.
+FLOATING_LAYERS = {
+    nn.Identity, nn.Dropout, nn.Sequential, nn.ModuleList,
+    nn.LayerNorm, tl.LayerNorm, tl.RmsNorm, tl.SimpleNorm, tl.LayerNormFp32, tl.RmsNormFp32, tl.SimpleNormFp32,
+    nn.GELU, nn.ReLU, nn.SiLU, nn.Sigmoid, nn.Tanh, tl.GELU, tl.GELUTanh, tl.QuickGELU, tl.Sigmoid, tl.Tanh,
+    tl.DropPath, tl.LayerScale, tl.PatchDropout,
+    vit.Block, vit.ResPostBlock, vit.ParallelThingsBlock,
+}
+
+
+def spiking_(module: nn.Module, config: SFNConfig = SFNConfig()) -> nn.Module:
+    """Replace every layer by its spiking counterpart, in place.
+
+    Parameters, their names and their values stay; each spiking layer gains the buffers of its neurons, with default
+    thresholds until they are calibrated. Layers that spike already are left alone, so a head that was reset can be
+    converted by a second call.
+
+    Args:
+        module: A timm model or any part of one.
+        config: Neurons.
+
+    Returns:
+        The same module.
+
+    Raises:
+        UnsupportedLayerError: If a layer has no spiking counterpart; names the layers, and the module is unchanged.
+    """
+    done = set(SPIKING_LAYERS.values())
+    unknown = []
+    for name, child in module.named_modules():
+        kind = type(child)
+        if kind not in SPIKING_LAYERS and kind not in FLOATING_LAYERS and kind not in done \
+                and not isinstance(child, Neuron):
+            unknown.append(f'{name or "(root)"} ({kind.__module__}.{kind.__qualname__})')
+    if unknown:
+        more = f' and {len(unknown) - 4} more' if len(unknown) > 4 else ''
+        raise UnsupportedLayerError(
+            f'no spiking counterpart for {", ".join(unknown[:4])}{more}. '
+            f'Register one in sformer.layers.SPIKING_LAYERS.')
+
+    for child in reversed(list(module.modules())):  # children first, a parent may adjust the neurons of its children
+        if type(child) in SPIKING_LAYERS:
+            child.__class__ = SPIKING_LAYERS[type(child)]
+            child.add_neurons(config)
+        elif isinstance(child, SpikingPatchEmbed):
+            child.add_neurons(config)  # set_input_size() puts in a new convolution
+    return module
+
+
+def named_neurons(module: nn.Module) -> Iterator[Tuple[str, Neuron]]:
+    """Neurons of a spiking module with their paths, in the order of the modules."""
+    for name, child in module.named_modules():
+        if isinstance(child, Neuron):
+            yield name, child

@@ -1,0 +1,79 @@
+"""Fixtures that several test files share: a trained source, its SFormer, and the real data where there is some."""
+import os
+from pathlib import Path
+
+import pytest
+import timm
+from timm.data import resolve_input_data_config
+
+import sformer
+from sformer.conversion import set_data_config_
+from sformer.data import open_images
+
+# the architecture of sformer_nano, spelled for its source
+NANO = dict(img_size=8, patch_size=2, in_chans=1, embed_dim=64, depth=4, num_heads=4, num_classes=10)
+
+
+def pytest_addoption(parser):
+    parser.addoption('--slow', action='store_true', help='run the tests marked slow, too')
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption('--slow'):
+        return
+    for item in items:
+        if item.get_closest_marker('slow'):
+            item.add_marker(pytest.mark.skip(reason='slow: run with --slow'))
+
+
+@pytest.fixture(scope='session')
+def test_data() -> Path:
+    """Folder with `data/cifar10` (parquet) and `checkpoints/vit_micro_cifar10.safetensors`."""
+    folder = os.environ.get('SFORMER_TEST_DATA')
+    if not folder:
+        pytest.skip('SFORMER_TEST_DATA does not name the folder of the real data')
+    folder = Path(folder)
+    for name in ('data/cifar10', 'checkpoints/vit_micro_cifar10.safetensors'):
+        if not (folder / name).exists():
+            pytest.skip(f'SFORMER_TEST_DATA: there is no {name} in {folder}')
+    return folder
+
+
+def make_source():
+    """A ViT trained on digits, as a user has one: a plain timm model. Tests may change it."""
+    trained = sformer.source_of(timm.create_model('sformer_nano.digits', pretrained=True))
+    source = timm.create_model('vit_tiny_patch16_224', **NANO).eval()
+    source.load_state_dict(trained.state_dict())
+    set_data_config_(source, mean=(0.5,), std=(0.5,), crop_pct=1.0, interpolation='bilinear')
+    return source
+
+
+@pytest.fixture(scope='session')
+def source():
+    """The source of the whole session: not to be changed."""
+    return make_source()
+
+
+@pytest.fixture
+def own_source():
+    """A source of the test's own."""
+    return make_source()
+
+
+@pytest.fixture(scope='session')
+def model(source):
+    """The SFormer of `source`, calibrated on digits: not to be changed."""
+    return sformer.convert(source, 'digits', split='train')
+
+
+@pytest.fixture(scope='session')
+def digits(source):
+    """All test digits, normalised (540, 1, 8, 8), and their labels (540,)."""
+    config = resolve_input_data_config(source)
+    return next(open_images('digits', 'test', data_config=config, needs_labels=True).batches(540))
+
+
+@pytest.fixture(scope='session')
+def images(digits):
+    """A batch of normalised digits, (32, 1, 8, 8)."""
+    return digits[0][:32]
