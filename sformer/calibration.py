@@ -264,13 +264,14 @@ def fit_density_levels(statistics: SiteStatistics, levels: int, firing: str = 'r
     top = mse_threshold(mass, uniform, firing_boundaries('uniform', uniform, firing)).to(torch.float64) * levels
     grid = (torch.arange(4096, dtype=torch.float64) + 0.5) / 4096
     pooled = torch.zeros(4096, dtype=torch.float64)
-    for counts, t in zip(mass, top, strict=True):  # a bin is wider than a cell of the grid: its mass is spread evenly
-        u = torch.arange(1, 4097, dtype=torch.float64) / 4096 * t
+    for counts, t in zip(mass.split(256), top.split(256), strict=True):
+        u = torch.arange(1, 4097, dtype=torch.float64) / 4096 * t[:, None]
         j = torch.bucketize(u, edges, right=True).clamp(1, NUM_BINS) - 1
-        below = counts.cumsum(0) - counts
-        cdf = below[j] + counts[j] * ((u - edges[j]) / (edges[j + 1] - edges[j])).clamp(0, 1)
-        pooled += cdf.diff(prepend=cdf.new_zeros(1))
-        pooled[-1] += counts.sum() - cdf[-1]
+        below, inside = (counts.cumsum(1) - counts).gather(1, j), counts.gather(1, j)
+        # a bin is wider than a cell of the grid: its mass is spread evenly
+        cdf = below + inside * ((u - edges[j]) / (edges[j + 1] - edges[j])).clamp(0, 1)
+        pooled += cdf.diff(dim=1, prepend=cdf.new_zeros(len(cdf), 1)).sum(0)
+        pooled[-1] += (counts.sum(1) - cdf[:, -1]).sum()
     pooled[0] = pooled[0] if firing == 'round' else 0
     # Panter-Dite initialisation: optimal levels have the density of the cube root of the distribution
     density = (pooled + 1e-9 * pooled.sum()).pow(1 / 3).cumsum(0)

@@ -28,6 +28,8 @@ def main(argv: Optional[List[str]] = None) -> None:
     import logging
     logging.getLogger('huggingface_hub').setLevel(logging.ERROR)  # its retries; the error that ends them is ours
     args = spread(sys.argv[1:] if argv is None else argv)
+    if '' in args:
+        fail('an argument is empty; is a variable of the shell unset?', 2)
     try:
         code = app(args or ['--help'], standalone_mode=False)
     except SFormerError as e:
@@ -190,19 +192,19 @@ def summary(result: Dict[str, Any]) -> List[str]:
 
 @app.command('list')
 def list_models():
-    """List the models that the package registers with timm."""
-    import timm
+    """List the models that the package registers with timm, with their sources."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    from .models import SOURCES
-    table = Table('model', 'source', 'input', 'classes', 'weights')
-    for name in timm.list_models('sformer*', include_tags=True):
-        cfg = timm.get_pretrained_cfg(name)
-        table.add_row(name, SOURCES.get(name.split('.')[0], ''), 'x'.join(map(str, cfg.input_size)),
-                      str(cfg.num_classes), 'in the package' if cfg.file else 'convert a source')
+    from .zoo import entries
+    names = (Column(name, no_wrap=True) for name in ('model', 'source'))
+    table = Table(*names, 'parameters [M]', 'input', 'classes', 'licence', 'weights', 'measured top-1 [%]')
+    for entry in entries():
+        table.add_row(
+            entry['name'], entry['source'], f'{entry["param_count"]:.1f}', 'x'.join(map(str, entry['input_size'])),
+            str(entry['num_classes'] or 'features'), entry['license'], entry['weights'], entry['results'])
     console = Console()
-    console.print(table) if console.is_terminal else Console(width=160).print(table)
+    console.print(table) if console.is_terminal else Console(width=200).print(table)
 
 
 @app.command()

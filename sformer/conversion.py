@@ -12,7 +12,7 @@ from timm.data import resolve_input_data_config
 from .calibration import fit_thresholds_, observe
 from .errors import SFormerError
 from .layers import named_neurons
-from .models import CUSTOM, ENTRYPOINTS, architecture_of, set_pixel_range_, source_of, spiking_model_
+from .models import CUSTOM, ENTRYPOINTS, architecture_of, revert_, set_pixel_range_, spiking_model_
 from .neurons import SFNConfig
 from .utils import library_versions, progress, state_hash
 
@@ -47,7 +47,7 @@ def convert(
         num_images: Number of calibration images drawn from a named source of images.
         batch_size: Images per batch, for named sources of images.
         seed: Seed of the choice or the generation of calibration images.
-        inplace: Convert the given model itself instead of a copy.
+        inplace: Convert the given model itself instead of a copy; where that fails it is the source network.
         **source_kwargs: Passed to `timm.create_model` where `source` is a name.
 
     Returns:
@@ -64,8 +64,26 @@ def convert(
             raise TypeError(f'{", ".join(source_kwargs)}: only for a source that is given by name.')
         model = source if inplace else copy.deepcopy(source)
     if any(True for _ in named_neurons(model)):
-        model = source_of(model)  # converting again starts from the source that is inside
+        model = revert_(model)  # converting again starts from the source that is inside
     check_weights(model)
+    training = model.training
+    before = {k: model.__dict__.get(k) for k in ('pretrained_cfg', 'default_cfg', '_model_args')}
+    try:
+        return _convert_(model, calibration, config, split, num_images, batch_size, seed)
+    except BaseException:
+        revert_(model).train(training).__dict__.update({k: v for k, v in before.items() if v is not None})
+        raise
+
+
+def _convert_(
+        model: nn.Module,
+        calibration: Union[str, Iterable[torch.Tensor]],
+        config: SFNConfig,
+        split: Optional[str],
+        num_images: int,
+        batch_size: int,
+        seed: int,
+) -> nn.Module:
     record = dict(
         source=(getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or type(model).__name__,
         source_tag=(getattr(model, 'pretrained_cfg', None) or {}).get('tag') or None,

@@ -1,6 +1,7 @@
 """SFormers as folders: safetensors weights and a timm config that records the conversion."""
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Dict, Union
 
@@ -79,6 +80,9 @@ def check_output(directory: Path, overwrite: bool = False) -> None:
     """Raise SFormerError if a model can't be saved to `directory` because of what is there."""
     if directory.exists() and not directory.is_dir():
         raise SFormerError(f'{directory} is a file, not a folder.')
+    existing = next(d for d in (directory, *directory.absolute().parents) if d.exists())
+    if not os.access(existing, os.W_OK):
+        raise SFormerError(f'{directory} can not be written: {existing} is read-only for you.')
     if not overwrite and any((directory / name).exists() for name in (WEIGHTS_NAME, CONFIG_NAME)):
         raise SFormerError(f'{directory} holds a model already; --overwrite (overwrite=True) replaces it.')
 

@@ -3,19 +3,31 @@
 Built from timm's own models: an SFormer is a timm model whose layers were replaced by their spiking counterparts, so
 every constructor argument of timm works and parameter names are those of the source.
 
+With `pretrained=True` an entry of the zoo gets, in this order: converted weights of the Hub namespace that
+SFORMER_HUB_NAMESPACE names; else the published weights of its source, with thresholds that `pretrained.py` fits on
+first use. Entries that are embedded have their weights in the package.
+
 Paper: `One-Timestep is Enough: Achieving High-performance ANN-to-SNN Conversion via Scale-and-Fire Neurons`
     - https://arxiv.org/abs/2510.23383
 """
 import copy
+import functools
 from pathlib import Path
-from typing import Any, Dict, Optional, Type, Union
+from typing import Any, Callable, Dict, Optional, Tuple, Type, Union
 
 import timm
 import torch
 import torch.nn as nn
-from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
-from timm.models.vision_transformer import VisionTransformer
-from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
+from timm.models import (
+    beit,
+    build_model_with_cfg,
+    deit,
+    eva,
+    generate_default_cfgs,
+    get_pretrained_cfg,
+    register_model,
+    vision_transformer,
+)
 
 from .errors import SFormerError, UnsupportedLayerError
 from .layers import SPIKING_LAYERS, named_neurons, spiking_
@@ -23,20 +35,35 @@ from .layers.linear import SpikingPatchEmbed
 from .layers.registry import FLOATING_LAYERS
 from .neurons import DirectCoding, Neuron, SFNConfig
 
-__all__ = ['SFormer', 'SFormerMixin', 'spiking_model_', 'source_of', 'is_calibrated', 'architecture_of']
+__all__ = [
+    'SFormer', 'SFormerBeit', 'SFormerDistilled', 'SFormerEva', 'SFormerMixin',
+    'spiking_model_', 'source_of', 'revert_', 'is_calibrated', 'architecture_of',
+]
 
 
 class SFormerMixin(nn.Module):
-    """What a spiking model adds to the timm model that it was: layers that timm puts in later spike too."""
+    """What a spiking model adds to the timm model that it was: layers that timm puts in later spike too.
+
+    Args:
+        sfn: Neurons, as a config or as its fields.
+        *args: Passed to the timm model.
+        **kwargs: Passed to the timm model.
+    """
+
+    def __init__(self, *args, sfn: Union[SFNConfig, Dict[str, Any], None] = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        spiking_model_(self, sfn)
 
     @torch.jit.ignore
     def reset_classifier(self, num_classes: int, *args, **kwargs) -> None:
-        old = getattr(self, 'head', None)
+        old = {name: getattr(self, name, None) for name in ('head', 'head_dist')}
+        pool = self.global_pool
         super().reset_classifier(num_classes, *args, **kwargs)  # type: ignore[misc]
         spiking_(self, self.sfn_config)
-        new = getattr(self, 'head', None)
-        if hasattr(old, 'neuron') and hasattr(new, 'neuron') and old.in_features == new.in_features:
-            new.neuron = old.neuron  # thresholds belong to the features that it reads, and these stay
+        for name, head in old.items():
+            new = getattr(self, name, None)
+            if hasattr(head, 'neuron') and hasattr(new, 'neuron') and self.global_pool == pool:
+                new.neuron = head.neuron  # thresholds belong to the features that it reads, and these stay
 
     @torch.jit.ignore
     def set_input_size(self, *args, **kwargs) -> None:
@@ -46,17 +73,38 @@ class SFormerMixin(nn.Module):
         self.patch_embed.proj.neuron = coding
 
 
-class SFormer(SFormerMixin, VisionTransformer):
+class SFormer(SFormerMixin, vision_transformer.VisionTransformer):
     """Spiking vision transformer; constructor and methods are those of `timm.models.VisionTransformer`."""
 
-    def __init__(self, *args, sfn: Union[SFNConfig, Dict[str, Any], None] = None, **kwargs):
-        super().__init__(*args, **kwargs)
-        spiking_model_(self, sfn)
+
+class SFormerDistilled(SFormerMixin, deit.VisionTransformerDistilled):
+    """Spiking DeiT with a distillation token; constructor and methods are those of timm's distilled ViT."""
+
+
+class SFormerEva(SFormerMixin, eva.Eva):
+    """Spiking EVA, EVA-02, DINOv3 ...; constructor and methods are those of `timm.models.Eva`."""
+
+
+class SFormerBeit(SFormerMixin, beit.Beit):
+    """Spiking BEiT; constructor and methods are those of `timm.models.Beit`."""
 
 
 # timm model class -> spiking model class
-SPIKING_MODELS: Dict[Type[nn.Module], Type[nn.Module]] = {VisionTransformer: SFormer}
+SPIKING_MODELS: Dict[Type[nn.Module], Type[nn.Module]] = {
+    vision_transformer.VisionTransformer: SFormer,
+    deit.VisionTransformerDistilled: SFormerDistilled,
+    eva.Eva: SFormerEva,
+    beit.Beit: SFormerBeit,
+}
 FLOATING_LAYERS.update(SPIKING_MODELS.keys() | SPIKING_MODELS.values())
+
+# what timm does to a checkpoint before it is loaded; reads foreign formats, resizes position embeddings
+FILTERS = {
+    SFormer: vision_transformer.checkpoint_filter_fn,
+    SFormerDistilled: vision_transformer.checkpoint_filter_fn,
+    SFormerEva: eva.checkpoint_filter_fn,
+    SFormerBeit: beit.checkpoint_filter_fn,
+}
 
 
 def spiking_model_(model: nn.Module, sfn: Union[SFNConfig, Dict[str, Any], None] = None) -> nn.Module:
@@ -109,7 +157,11 @@ def source_of(model: nn.Module) -> nn.Module:
     Returns:
         A model of the timm class that it was converted from, with the same weights and no neurons.
     """
-    model = copy.deepcopy(model)
+    return revert_(copy.deepcopy(model))
+
+
+def revert_(model: nn.Module) -> nn.Module:
+    """Turn an SFormer, or one that was left half converted, back into its source network, in place."""
     back = {spiking: source for source, spiking in (SPIKING_LAYERS | SPIKING_MODELS).items()}
     for module in model.modules():
         for name, child in list(module.named_children()):
@@ -127,30 +179,47 @@ def is_calibrated(model: nn.Module) -> bool:
     return bool(neurons) and all(bool(neuron.calibrated) for neuron in neurons)
 
 
-def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+def checkpoint_filter_fn(
+        state_dict: Dict[str, torch.Tensor],
+        model: nn.Module,
+        neuron_state: Optional[Callable[[], Tuple[Dict[str, torch.Tensor], Dict[str, Any]]]] = None,
+) -> Dict[str, torch.Tensor]:
     """Check and adapt the state dict of a pretrained SFormer.
 
     timm loads non-strictly where num_classes differs; default thresholds must not slip in for missing ones there.
 
+    Args:
+        state_dict: State of an SFormer, or of the source network of a zoo entry.
+        model: SFormer to be loaded.
+        neuron_state: Returns the neurons to go with the weights of a source network, and the record of their fit.
+
     Raises:
         SFormerError: If neuron state is missing; names it.
     """
-    missing = [
-        f'{name}.{key}' for name, neuron in named_neurons(model) for key, _ in neuron.named_buffers(recurse=False)
-        if f'{name}.{key}' not in state_dict]
-    if missing:
+    neurons = dict(named_neurons(model))
+    expected = [f'{name}.{key}' for name, neuron in neurons.items() for key, _ in neuron.named_buffers(recurse=False)]
+    missing = [key for key in expected if key not in state_dict]
+    if neuron_state is not None and len(missing) == len(expected):
+        state, model.conversion = neuron_state()
+        state_dict = {**state_dict, **state}
+    elif missing:
         raise SFormerError(
             f'the checkpoint has no {", ".join(missing[:3])}{" ..." if len(missing) > 3 else ""} '
             f'({len(missing)} neuron buffers missing): it is not a converted SFormer. '
             f'Convert a source network with sformer.convert().')
-    wanted = {name for name, _ in named_neurons(model)}
-    state = {k: v for k, v in state_dict.items() if '.neuron.' not in k or k.rpartition('.')[0] in wanted}
-    for name, neuron in named_neurons(model):
+    # neurons of layers that this model does not have, such as a head that num_classes=0 leaves out
+    state = {k: v for k, v in state_dict.items() if not _is_neuron_key(k) or k.rpartition('.')[0] in neurons}
+    for name, neuron in neurons.items():
         if isinstance(neuron, DirectCoding):
             for key in (f'{name}.threshold', f'{name}.center'):
                 if state[key].shape != neuron.threshold.shape:  # other in_chans; timm adapts the weights likewise
                     state[key] = state[key].mean(0, keepdim=True).expand(neuron.threshold.shape).clone()
-    return vit_checkpoint_filter_fn(state, model)
+    return FILTERS[type(model)](state, model)
+
+
+def _is_neuron_key(key: str) -> bool:
+    owner = key.split('.')[-2:-1]
+    return bool(owner) and owner[0].endswith('neuron')
 
 
 def _build(source: str, sfn: Union[SFNConfig, Dict[str, Any], None] = None, **kwargs) -> nn.Module:
@@ -158,40 +227,85 @@ def _build(source: str, sfn: Union[SFNConfig, Dict[str, Any], None] = None, **kw
 
 
 def _create_sformer(variant: str, source: str, pretrained: bool = False, **kwargs) -> nn.Module:
-    return build_model_with_cfg(
-        _build,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=kwargs.pop('out_indices', 3), feature_cls='getter'),
-        source=source,
-        **kwargs,
-    )
+    from .pretrained import explain_download, resolve_weights
+    filter_fn: Callable[..., Any] = checkpoint_filter_fn
+    if pretrained:
+        overlay, neuron_state = resolve_weights(variant, source, kwargs)
+        kwargs['pretrained_cfg_overlay'] = {**(kwargs.get('pretrained_cfg_overlay') or {}), **overlay}
+        filter_fn = functools.partial(checkpoint_filter_fn, neuron_state=neuron_state)
+    with explain_download(variant):
+        return build_model_with_cfg(
+            _build,
+            variant,
+            pretrained,
+            pretrained_filter_fn=filter_fn,
+            feature_cfg=dict(out_indices=kwargs.pop('out_indices', 3), feature_cls='getter'),
+            source=source,
+            **kwargs,
+        )
 
 
 WEIGHTS = Path(__file__).parent / 'weights'
 
-# entrypoint -> timm model whose architecture it has
-SOURCES = {
-    'sformer_tiny': 'vit_tiny_patch16_224',
-    'sformer_small': 'vit_small_patch16_224',
-    'sformer_base': 'vit_base_patch16_224',
-    'sformer_large': 'vit_large_patch16_224',
+# entrypoint -> (timm model whose architecture it has, tags of its published weights, the first is the default).
+# Tags are pinned here: timm's own defaults change, and with them what a result means.
+ZOO = {
+    'sformer_tiny': ('vit_tiny_patch16_224', 'augreg_in21k_ft_in1k'),
+    'sformer_tiny_384': ('vit_tiny_patch16_384', 'augreg_in21k_ft_in1k'),
+    'sformer_small': ('vit_small_patch16_224', 'augreg_in21k_ft_in1k augreg_in1k'),
+    'sformer_small_384': ('vit_small_patch16_384', 'augreg_in21k_ft_in1k augreg_in1k'),
+    'sformer_base': (
+        'vit_base_patch16_224', 'augreg2_in21k_ft_in1k augreg_in21k_ft_in1k augreg_in1k orig_in21k_ft_in1k'),
+    'sformer_base_384': ('vit_base_patch16_384', 'augreg_in21k_ft_in1k augreg_in1k orig_in21k_ft_in1k'),
+    'sformer_large': ('vit_large_patch16_224', 'augreg_in21k_ft_in1k'),
+    'sformer_large_384': ('vit_large_patch16_384', 'augreg_in21k_ft_in1k'),
+    'sformer_deit3_small': ('deit3_small_patch16_224', 'fb_in22k_ft_in1k fb_in1k'),
+    'sformer_deit3_base': ('deit3_base_patch16_224', 'fb_in22k_ft_in1k fb_in1k'),
+    'sformer_deit3_large': ('deit3_large_patch16_224', 'fb_in22k_ft_in1k fb_in1k'),
+    'sformer_beit_base': ('beit_base_patch16_224', 'in22k_ft_in22k_in1k'),
+    'sformer_beit_large': ('beit_large_patch16_224', 'in22k_ft_in22k_in1k'),
+    'sformer_eva02_tiny': ('eva02_tiny_patch14_224', 'mim_in22k'),
+    'sformer_eva02_tiny_336': ('eva02_tiny_patch14_336', 'mim_in22k_ft_in1k'),
+    'sformer_eva02_small': ('eva02_small_patch14_224', 'mim_in22k'),
+    'sformer_eva02_small_336': ('eva02_small_patch14_336', 'mim_in22k_ft_in1k'),
+    'sformer_eva02_base': ('eva02_base_patch14_224', 'mim_in22k'),
+    'sformer_eva02_base_448': ('eva02_base_patch14_448', 'mim_in22k_ft_in22k_in1k mim_in22k_ft_in1k'),
+    'sformer_eva02_large': ('eva02_large_patch14_224', 'mim_m38m mim_in22k'),
+    'sformer_eva02_large_448': (
+        'eva02_large_patch14_448',
+        'mim_m38m_ft_in22k_in1k mim_in22k_ft_in22k_in1k mim_m38m_ft_in1k mim_in22k_ft_in1k'),
+    'sformer_eva_large': ('eva_large_patch14_196', 'in22k_ft_in22k_in1k in22k_ft_in1k'),
+    'sformer_eva_large_336': ('eva_large_patch14_336', 'in22k_ft_in22k_in1k in22k_ft_in1k'),
+    'sformer_eva_giant': ('eva_giant_patch14_224', 'clip_ft_in1k'),
+    'sformer_eva_giant_336': ('eva_giant_patch14_336', 'm30m_ft_in22k_in1k clip_ft_in1k'),
+    'sformer_eva_giant_560': ('eva_giant_patch14_560', 'm30m_ft_in22k_in1k'),
 }
+
+# entrypoint -> (timm model, its arguments): small networks, for tests and for the weights in the package
+SMALL = {
+    'sformer_nano': ('vit_tiny_patch16_224', dict(patch_size=2, embed_dim=64, depth=4, num_heads=4)),
+    'sformer_test_vit': (
+        'vit_tiny_patch16_224', dict(patch_size=16, embed_dim=64, depth=4, num_heads=2)),
+    'sformer_test_deit': (
+        'deit_tiny_distilled_patch16_224', dict(patch_size=16, embed_dim=64, depth=4, num_heads=2)),
+    'sformer_test_beit': ('beit_base_patch16_224', dict(patch_size=16, embed_dim=64, depth=4, num_heads=2)),
+    'sformer_test_eva': (
+        'eva02_tiny_patch14_224', dict(patch_size=16, embed_dim=64, depth=4, num_heads=2)),
+}
+
+CUSTOM = 'sformer_custom'  # the entrypoint for every other source, which its model_args name
+
+# entrypoint -> timm model whose architecture it has
+SOURCES = {name: source for name, (source, _) in (ZOO | SMALL).items()}
 
 
 def architecture_of(source: str) -> str:
     """Name of the `sformer_*` entrypoint that has the architecture of a timm model, `sformer_custom` if none has."""
-    return next((name for name, s in SOURCES.items() if s == source), CUSTOM)
-
-
-# the entrypoint for every other source names it in its model_args
-CUSTOM = 'sformer_custom'
-ENTRYPOINTS = {*SOURCES, 'sformer_nano', CUSTOM}
+    return next((name for name, (s, _) in ZOO.items() if s == source), CUSTOM)
 
 
 def _cfg(source: Optional[str] = None, **kwargs) -> Dict[str, Any]:
-    """Default config: preprocessing of the source, weights of nobody until somebody publishes some."""
+    """Default config: preprocessing, licence and, with a tag, the published weights of the source."""
     cfg = dict(
         input_size=(3, 224, 224), crop_pct=.9, interpolation='bicubic', fixed_input_size=True,
         mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), first_conv='patch_embed.proj', classifier='head',
@@ -199,56 +313,40 @@ def _cfg(source: Optional[str] = None, **kwargs) -> Dict[str, Any]:
         paper_ids='arXiv:2510.23383',
     )
     if source is not None:
-        keep = ('input_size', 'crop_pct', 'interpolation', 'mean', 'std', 'num_classes', 'crop_mode')
+        keep = (
+            'input_size', 'crop_pct', 'interpolation', 'mean', 'std', 'num_classes', 'crop_mode', 'classifier',
+            'license', 'hf_hub_id', 'label_names', 'label_descriptions', 'min_input_size')
         cfg.update({k: v for k, v in get_pretrained_cfg(source).to_dict().items() if k in keep and v is not None})
+        if '.' not in source:
+            cfg.pop('hf_hub_id', None)
     cfg.update(kwargs)
     return cfg
 
 
 default_cfgs = generate_default_cfgs({
-    **{name: _cfg(source) for name, source in SOURCES.items()},
+    **{f'{name}.{tag}': _cfg(f'{source}.{tag}') for name, (source, tags) in ZOO.items() for tag in tags.split()},
     'sformer_nano.digits': _cfg(
         file=str(WEIGHTS / 'sformer_nano.digits.safetensors'),
         input_size=(1, 8, 8), num_classes=10, mean=(0.5,), std=(0.5,), crop_pct=1.0, interpolation='bilinear',
         license='apache-2.0'),
-    'sformer_custom': _cfg(),
+    **{name: _cfg(source, input_size=(3, 160, 160)) for name, (source, _) in SMALL.items() if '_test_' in name},
+    CUSTOM: _cfg(),
 })
 
 
-@register_model
-def sformer_nano(pretrained: bool = False, **kwargs) -> nn.Module:
-    """ Spiking ViT of 0.2 M parameters for 8x8 images; its source is trained by scripts/train_source.py
-    """
-    model_args = dict(patch_size=2, embed_dim=64, depth=4, num_heads=4)
-    return _create_sformer('sformer_nano', 'vit_tiny_patch16_224', pretrained, **dict(model_args, **kwargs))
+def _register(name: str, source: str, model_args: Dict[str, Any]) -> None:
+    def entrypoint(pretrained: bool = False, **kwargs) -> nn.Module:
+        return _create_sformer(name, source, pretrained, **dict(model_args, **kwargs))
+
+    entrypoint.__name__ = entrypoint.__qualname__ = name
+    entrypoint.__doc__ = f' Spiking counterpart of `{source}`\n    '
+    globals()[name] = register_model(entrypoint)
 
 
-@register_model
-def sformer_tiny(pretrained: bool = False, **kwargs) -> nn.Module:
-    """ Spiking ViT-Tiny (Ti/16)
-    """
-    return _create_sformer('sformer_tiny', SOURCES['sformer_tiny'], pretrained, **kwargs)
-
-
-@register_model
-def sformer_small(pretrained: bool = False, **kwargs) -> nn.Module:
-    """ Spiking ViT-Small (S/16)
-    """
-    return _create_sformer('sformer_small', SOURCES['sformer_small'], pretrained, **kwargs)
-
-
-@register_model
-def sformer_base(pretrained: bool = False, **kwargs) -> nn.Module:
-    """ Spiking ViT-Base (B/16)
-    """
-    return _create_sformer('sformer_base', SOURCES['sformer_base'], pretrained, **kwargs)
-
-
-@register_model
-def sformer_large(pretrained: bool = False, **kwargs) -> nn.Module:
-    """ Spiking ViT-Large (L/16)
-    """
-    return _create_sformer('sformer_large', SOURCES['sformer_large'], pretrained, **kwargs)
+for _name, (_source, _) in ZOO.items():
+    _register(_name, _source, {})
+for _name, (_source, _model_args) in SMALL.items():
+    _register(_name, _source, _model_args)
 
 
 @register_model
@@ -256,3 +354,6 @@ def sformer_custom(pretrained: bool = False, source: str = 'vit_tiny_patch16_224
     """ Spiking counterpart of any timm model whose layers all have one, named by `source`
     """
     return _create_sformer(CUSTOM, source, pretrained, **kwargs)
+
+
+ENTRYPOINTS = {*SOURCES, CUSTOM}

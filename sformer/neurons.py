@@ -65,6 +65,9 @@ class SFNConfig:
         check(self.firing in ('round', 'floor'), f'firing must be round or floor, got {self.firing!r}.')
         check(self.estimator in ('mse', 'quantile', 'max'),
               f'estimator must be mse, quantile or max, got {self.estimator!r}.')
+        for name in ('dead_zone', 'scale', 'quantile'):
+            value = getattr(self, name)
+            check(isinstance(value, (int, float)), f'{name} must be a number, got {value!r}.')
         check(0 <= self.dead_zone < math.inf, f'dead_zone must be a finite number >= 0, got {self.dead_zone!r}.')
         tops = dict(quadratic=min(self.levels ** 2, MAX_LEVEL), power2=2 ** (self.levels - 1))
         top = tops.get(self.attention_fire, self.levels)
@@ -225,7 +228,8 @@ def fire(
         boundaries = firing_boundaries(fire_function, values, firing)
         table = torch.cat([boundaries.new_zeros(1), values.to(torch.float32)])
         table = table[torch.bucketize(grid, boundaries, right=True)].to(u.dtype)
-        k = table[(u * 2).floor_().clamp_(0, 254).to(torch.int32)]
+        k = table[(u * 2).floor_().nan_to_num_(0.).clamp_(0, 254).to(torch.int32)]
+        k = torch.where(u.isnan(), u, k)  # as the closed forms do
     if dead_zone > 0:
         k = k * (u >= dead_zone)
     return k
@@ -260,10 +264,15 @@ class Neuron(nn.Module):
         elif len(given) < len(names):
             absent = ', '.join(prefix + name for name in names if name not in given)
             errors.append(f'neuron state is incomplete: {absent} missing')
+        num_errors = len(errors)
         for name in given:
             problem = self._problem(name, state_dict[prefix + name])
             if problem:
                 errors.append(f'{prefix}{name} {problem}')
+            else:  # with assign=True the state's own tensors become the buffers
+                state_dict[prefix + name] = state_dict[prefix + name].to(getattr(self, name).dtype)
+        if len(errors) > num_errors:
+            return  # refused: what was there stays
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
     def _problem(self, name: str, value: torch.Tensor) -> str:

@@ -221,9 +221,11 @@ def test_evaluate_by_name(run):
 def test_list(run):
     result = run('list')
     assert (result.code, result.err) == (0, '')
-    for name in timm.list_models('sformer*', include_tags=True):
+    for name in timm.list_models('sformer*', include_tags=True, exclude_filters='sformer_custom*'):
         assert re.search(rf'\b{re.escape(name)}\b', result.out), name
-    assert re.search(r'sformer_base\W+vit_base_patch16_224\W+3x224x224\W+1000', result.out)
+    row = next(line for line in result.out.splitlines() if 'sformer_base.augreg2_in21k_ft_in1k ' in line)
+    for cell in ('vit_base_patch16_224.augreg2_in21k_ft_in1k', '86.6', '3x224x224', '1000', 'apache-2.0', 'on first use'):
+        assert cell in row
 
 
 def test_help(run):

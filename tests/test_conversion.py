@@ -82,6 +82,16 @@ def test_source_is_untouched(own_source, images):
     assert own_source.__dict__.keys() == before.__dict__.keys()
 
 
+def test_failed_inplace_conversion_leaves_the_source(own_source, images):
+    before = copy.deepcopy(own_source)
+    with pytest.raises(SFormerError, match='NaN'):
+        convert(own_source, [images, images * float('nan')], inplace=True)
+    assert type(own_source) is type(before) and own_source.pretrained_cfg == before.pretrained_cfg
+    assert own_source.training == before.training
+    with torch.inference_mode():
+        assert torch.equal(own_source(images), before(images))
+
+
 def test_inplace(own_source, images):
     before = state_hash(own_source.state_dict())
     model = convert(own_source, [images], inplace=True)

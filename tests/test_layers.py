@@ -221,8 +221,8 @@ def test_unsupported_layer_is_named_and_nothing_changes(module, named):
 
 
 @pytest.mark.parametrize('kwargs, named', [
-    (dict(global_pool='map'), r'attn_pool \(timm\.layers\.attention_pool\.AttentionPoolLatent\)'),
-    (dict(mlp_layer=tl.SwiGLU), r'blocks\.0\.mlp \(timm\.layers\.mlp\.SwiGLU\)'),
+    (dict(mlp_layer=tl.GatedMlp), r'blocks\.0\.mlp \(timm\.layers\.mlp\.GatedMlp\)'),
+    (dict(act_layer=nn.PReLU), r'blocks\.0\.mlp\.act \(torch\.nn.*\.PReLU\)'),
 ])
 def test_unsupported_model_is_named_and_nothing_changes(kwargs, named):
     model = build(**kwargs)

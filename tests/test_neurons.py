@@ -1,4 +1,5 @@
 """Neurons: theorems as properties, and closed forms against references that loop."""
+import copy
 import math
 
 import pytest
@@ -682,3 +683,33 @@ def test_config_is_frozen_and_its_limits_are_valid():
         config = SFNConfig(levels=levels, quantile=1., dead_zone=0.)
         with pytest.raises(AttributeError):
             config.levels = 3
+
+
+@pytest.mark.parametrize('name', FIRE_FUNCTIONS)
+def test_nan_currents_stay_nan(name):
+    k = fire(torch.tensor([float('nan'), 3.]), name, level_values(name, 4))
+    assert k[0].isnan() and k[1] > 0
+
+
+def test_assigned_state_is_float32_too():
+    neuron, other = ScaleAndFire((4,)), ScaleAndFire((4,))
+    other.set_threshold(torch.full((2, 4), 0.3))
+    neuron.load_state_dict({k: v.bfloat16() if v.is_floating_point() else v for k, v in other.state_dict().items()},
+                           assign=True)
+    assert neuron.threshold.dtype == torch.float32 and neuron.calibrated
+
+
+def test_refused_state_changes_nothing():
+    neuron = ScaleAndFire((4,))
+    before = copy.deepcopy(neuron.state_dict())
+    state = dict(before, threshold=torch.zeros(2, 4), calibrated=torch.tensor(True))
+    with pytest.raises(RuntimeError, match='dead'):
+        neuron.load_state_dict(state)
+    assert all(torch.equal(v, before[k]) for k, v in neuron.state_dict().items())
+
+
+@pytest.mark.parametrize('field', ['dead_zone', 'scale', 'quantile'])
+@pytest.mark.parametrize('value', ['1', None])
+def test_config_refuses_what_is_no_number(field, value):
+    with pytest.raises(ValueError, match=f'{field} must be a number'):
+        SFNConfig(**{field: value})

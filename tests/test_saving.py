@@ -357,7 +357,7 @@ def test_read_only_disk(model, other, images, small_disk):
     before = snapshot(small_disk)
     subprocess.run(['mount', '-o', 'remount,ro', str(small_disk)], check=True)
     for name, overwrite in (('model', True), ('new', False)):
-        with pytest.raises(SFormerError, match='can not be written: .*Read-only'):
+        with pytest.raises(SFormerError, match='can not be written: .*read-only'):
             save_model(other, small_disk / name, overwrite=overwrite)
     assert snapshot(small_disk) == before
     assert_same(load_model(folder), model, images)

@@ -1,26 +1,75 @@
-"""MLPs: their linear layers spike, what is left to decide is the range of the activation in between."""
+"""MLPs: their linear layers spike, and so do both operands where two activations are multiplied."""
 import torch
 import torch.nn as nn
-from timm.layers import Mlp
+from timm.layers import GluMlp, Mlp, SwiGLU
 
-from ..neurons import DEFAULT_RANGE, SFNConfig
+from ..neurons import DEFAULT_RANGE, ScaleAndFire, SFNConfig
 
-__all__ = ['SpikingMlp']
+__all__ = ['SpikingMlp', 'SpikingGluMlp', 'SpikingSwiGLU']
+
+
+def _fit_negative_branch(neuron: ScaleAndFire, act: nn.Module) -> None:
+    """Let the negative branch cover just the negative range of an activation function, as GELU's of -0.17.
+
+    This is the default of an uncalibrated neuron, whose branch would be wasted otherwise.
+    """
+    if neuron.threshold.is_meta:
+        return
+    with torch.no_grad():
+        current = torch.linspace(-DEFAULT_RANGE, DEFAULT_RANGE, 801, dtype=torch.float32, device='cpu')
+        low = -act(current).min().clamp(max=-1e-3)
+    neuron.threshold[1] = low / neuron.levels[-1]
 
 
 class SpikingMlp(Mlp):
-    """MLP whose hidden activation is lopsided, as GELU's range of -0.17 ... +10 is.
-
-    `fc1` and `fc2` spike as any linear layer does. The default threshold of the negative branch of `fc2` covers just
-    the negative range of the activation function, so that an uncalibrated branch is not wasted either.
-    """
+    """MLP whose hidden activation is lopsided, as GELU's range of -0.17 ... +10 is; `fc1` and `fc2` spike."""
 
     @torch.jit.ignore
     def add_neurons(self, config: SFNConfig) -> None:
-        threshold = self.fc2.neuron.threshold
-        if threshold.is_meta or not isinstance(self.norm, nn.Identity):
-            return
-        with torch.no_grad():
-            current = torch.linspace(-DEFAULT_RANGE, DEFAULT_RANGE, 801, dtype=torch.float32)
-            low = -self.act(current).min().clamp(max=-1e-3)
-        threshold[1] = low / self.fc2.neuron.levels[-1]
+        if isinstance(self.norm, nn.Identity):
+            _fit_negative_branch(self.fc2.neuron, self.act)
+
+
+class SpikingGluMlp(GluMlp):
+    """Gated MLP with packed weights; gate (after its activation function) and value spike before their product."""
+
+    @torch.jit.ignore
+    def add_neurons(self, config: SFNConfig) -> None:
+        features, device = self.fc2.in_features, self.fc2.weight.device
+        self.gate_neuron = ScaleAndFire((features,), config, device=device)
+        self.value_neuron = ScaleAndFire((features,), config, device=device)
+        _fit_negative_branch(self.gate_neuron, self.act)
+
+    def forward(self, x):
+        x = self.fc1(x)
+        x1, x2 = x.chunk(2, dim=self.chunk_dim)
+        if self.gate_last:
+            x = self.value_neuron(x1) * self.gate_neuron(self.act(x2))
+        else:
+            x = self.gate_neuron(self.act(x1)) * self.value_neuron(x2)
+        x = self.drop1(x)
+        x = self.norm(x)
+        x = self.fc2(x)
+        x = self.drop2(x)
+        return x
+
+
+class SpikingSwiGLU(SwiGLU):
+    """Gated MLP with separate weights; gate (after its activation function) and value spike before their product."""
+
+    @torch.jit.ignore
+    def add_neurons(self, config: SFNConfig) -> None:
+        features, device = self.fc2.in_features, self.fc2.weight.device
+        self.gate_neuron = ScaleAndFire((features,), config, device=device)
+        self.value_neuron = ScaleAndFire((features,), config, device=device)
+        _fit_negative_branch(self.gate_neuron, self.act)
+
+    def forward(self, x):
+        x_gate = self.fc1_g(x)
+        x = self.fc1_x(x)
+        x = self.gate_neuron(self.act(x_gate)) * self.value_neuron(x)
+        x = self.drop1(x)
+        x = self.norm(x)
+        x = self.fc2(x)
+        x = self.drop2(x)
+        return x

@@ -1,35 +1,49 @@
 """One table from timm layer to spiking layer, and the verb that applies it."""
+import contextlib
 from typing import Dict, Iterator, Tuple, Type
 
+import torch
 import torch.nn as nn
 from timm import layers as tl
+from timm.models import beit, eva
 from timm.models import vision_transformer as vit
 
 from ..errors import UnsupportedLayerError
 from ..neurons import Neuron, SFNConfig
-from .attention import SpikingAttention
-from .linear import SpikingConv2d, SpikingLinear, SpikingPatchEmbed
-from .mlp import SpikingMlp
+from . import attention, linear, mlp
 
 __all__ = ['SPIKING_LAYERS', 'FLOATING_LAYERS', 'named_neurons', 'spiking_']
 
 # Exact types, not subclasses: a subclass may multiply in a forward of its own.
 SPIKING_LAYERS: Dict[Type[nn.Module], Type[nn.Module]] = {
-    nn.Linear: SpikingLinear,
-    nn.Conv2d: SpikingConv2d,
-    tl.PatchEmbed: SpikingPatchEmbed,
-    tl.Attention: SpikingAttention,
-    tl.Mlp: SpikingMlp,
+    nn.Linear: linear.SpikingLinear,
+    nn.Conv2d: linear.SpikingConv2d,
+    tl.PatchEmbed: linear.SpikingPatchEmbed,
+    tl.Mlp: mlp.SpikingMlp,
+    tl.GluMlp: mlp.SpikingGluMlp,
+    tl.SwiGLU: mlp.SpikingSwiGLU,
+    tl.Attention: attention.SpikingAttention,
+    tl.AttentionRope: attention.SpikingAttentionRope,
+    tl.DiffAttention: attention.SpikingDiffAttention,
+    tl.AttentionPoolLatent: attention.SpikingAttentionPoolLatent,
+    tl.AttentionPoolPrr: attention.SpikingAttentionPoolPrr,
+    eva.EvaAttention: attention.SpikingEvaAttention,
+    beit.Attention: attention.SpikingBeitAttention,
+    vit.ParallelScalingBlock: attention.SpikingParallelScalingBlock,
+    vit.DiffParallelScalingBlock: attention.SpikingDiffParallelScalingBlock,
 }
 
 # Layers that stay as they are: they act on currents once per image (norms, activation functions, residual sums,
-# LayerScale, dropout) or only call their children.
+# LayerScale, rotary embedding, dropout) or only call their children.
 FLOATING_LAYERS = {
     nn.Identity, nn.Dropout, nn.Sequential, nn.ModuleList,
     nn.LayerNorm, tl.LayerNorm, tl.RmsNorm, tl.SimpleNorm, tl.LayerNormFp32, tl.RmsNormFp32, tl.SimpleNormFp32,
     nn.GELU, nn.ReLU, nn.SiLU, nn.Sigmoid, nn.Tanh, tl.GELU, tl.GELUTanh, tl.QuickGELU, tl.Sigmoid, tl.Tanh,
-    tl.DropPath, tl.LayerScale, tl.PatchDropout,
+    tl.DropPath, tl.LayerScale, tl.PatchDropout, tl.PatchDropoutWithIndices,
+    tl.RotaryEmbedding, tl.RotaryEmbeddingCat, tl.RotaryEmbeddingMixed, tl.RotaryEmbeddingDinoV3,
+    tl.RotaryEmbeddingMRope,
     vit.Block, vit.ResPostBlock, vit.ParallelThingsBlock,
+    eva.EvaBlock, eva.EvaBlockPostNorm, beit.Block, beit.RelativePositionBias,
 }
 
 
@@ -63,12 +77,15 @@ def spiking_(module: nn.Module, config: SFNConfig = SFNConfig()) -> nn.Module:
             f'no spiking counterpart for {", ".join(unknown[:4])}{more}. '
             f'Register one in sformer.layers.SPIKING_LAYERS.')
 
-    for child in reversed(list(module.modules())):  # children first, a parent may adjust the neurons of its children
-        if type(child) in SPIKING_LAYERS:
-            child.__class__ = SPIKING_LAYERS[type(child)]
-            child.add_neurons(config)
-        elif isinstance(child, SpikingPatchEmbed):
-            child.add_neurons(config)  # set_input_size() puts in a new convolution
+    # layers without weights build their neurons where the others are
+    device = next((p.device for p in module.parameters()), None)
+    with contextlib.nullcontext() if device is None else torch.device(device):
+        for child in reversed(list(module.modules())):  # children first, a parent may adjust their neurons
+            if type(child) in SPIKING_LAYERS:
+                child.__class__ = SPIKING_LAYERS[type(child)]
+                child.add_neurons(config)
+            elif isinstance(child, linear.SpikingPatchEmbed):
+                child.add_neurons(config)  # set_input_size() puts in a new convolution
     return module
 
 
