@@ -47,11 +47,14 @@ def resolve_weights(
         network, or None where the weights must be converted ones.
     """
     from timm.models._builder import resolve_pretrained_cfg
+
+    from .models import default_cfgs
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
-    published = resolve_pretrained_cfg(variant, cfg.tag or None)
-    if cfg.source or cfg.state_dict or cfg.file or cfg.url or not cfg.hf_hub_id or cfg.hf_hub_id != published.hf_hub_id:
-        return {}, None  # a folder, a file or a repository that the user or the package names
     name = f'{variant}.{cfg.tag}'
+    published = default_cfgs[variant].cfgs.get(cfg.tag)
+    if cfg.source or cfg.state_dict or cfg.file or cfg.url or not published or not published.hf_hub_id \
+            or cfg.hf_hub_id != published.hf_hub_id:
+        return {}, None  # a folder, a file or a repository that the user or the package names
     namespace = os.environ.get(NAMESPACE_VARIABLE)
     if namespace:
         _logger.info(f'{name}: converted weights of {namespace}/{name} ({NAMESPACE_VARIABLE})')
