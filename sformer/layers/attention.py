@@ -426,7 +426,7 @@ class SpikingAttentionPoolLatent(SpikingProductMixin, AttentionPoolLatent):
 
     @torch.jit.ignore
     def add_neurons(self, config: SFNConfig) -> None:
-        self.attn_drop = nn.Identity()  # this layer has none
+        self.attn_drop = nn.Identity().train(self.training)  # this layer has none
         self.add_product_neurons(config, self.num_heads, self.head_dim, self.num_heads, self.kv.weight.device)
 
     def forward(self, x, attn_mask: Optional[torch.Tensor] = None):
@@ -468,7 +468,7 @@ class SpikingAttentionPoolPrr(SpikingProductMixin, AttentionPoolPrr):
 
     @torch.jit.ignore
     def add_neurons(self, config: SFNConfig) -> None:
-        self.attn_drop = nn.Identity()  # this layer has none
+        self.attn_drop = nn.Identity().train(self.training)  # this layer has none
         self.add_product_neurons(config, self.num_heads, self.head_dim, self.num_heads)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -86,6 +86,10 @@ def spiking_(module: nn.Module, config: SFNConfig = SFNConfig()) -> nn.Module:
                 child.add_neurons(config)
             elif isinstance(child, linear.SpikingPatchEmbed):
                 child.add_neurons(config)  # set_input_size() puts in a new convolution
+        for child in module.modules():
+            for part in child.children():
+                if isinstance(part, Neuron):
+                    part.train(child.training)
     return module
 
 
