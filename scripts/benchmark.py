@@ -1,18 +1,23 @@
-"""Paired timings: SFormer against its source network, conversion against a forward pass, import against timm.
+"""Paired timings: SFormer against its source network, conversion, loading, import; peak memory.
 
     python scripts/benchmark.py simulate            # eager; --compile for both compiled
     python scripts/benchmark.py convert             # time and peak memory of converting ViT-B
+    python scripts/benchmark.py load                # pretrained=True with a warm cache
+    python scripts/benchmark.py memory              # peak memory of converting eva_giant_patch14_336
     python scripts/benchmark.py import
 
 Runs alternate A B A B ... in one process (import: in fresh ones), and the ratio is taken pair by pair, so a machine
 that drifts slows down both sides of a pair.
 """
+import os
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -80,6 +85,53 @@ def convert(model: str = 'vit_base_patch16_224', num_images: int = 128, batch_si
     print(f'{model}, {num_images} images, batch {batch_size}, {torch.get_num_threads()} threads')
     paired(lambda: sformer.convert(source, batches()), forward, pairs, warmup=0)
     print(f'  peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20:.2f} GiB')
+
+
+@app.command()
+def load(model: str = 'sformer_base', pairs: int = 7):
+    """`pretrained=True` of a zoo entry with a warm cache against that of its source (random weights as published)."""
+    import huggingface_hub
+    import timm
+    from safetensors.torch import save_file
+
+    from sformer import pretrained
+    from sformer.zoo import source_name
+    source = source_name(model)
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    pretrained.RECIPE['num_images'] = 4  # the neurons are as many, whatever they were fitted to
+    with tempfile.TemporaryDirectory() as cache:
+        repo = Path(cache, f'models--timm--{source}')
+        snapshot = repo / 'snapshots' / ('0' * 40)
+        snapshot.mkdir(parents=True)
+        (repo / 'refs').mkdir()
+        (repo / 'refs' / 'main').write_text(snapshot.name)
+        save_file(timm.create_model(source).state_dict(), snapshot / 'model.safetensors')
+        print(f'{model} against {source}, pretrained, warm cache')
+        paired(lambda: timm.create_model(model, pretrained=True, cache_dir=cache),
+               lambda: timm.create_model(source, pretrained=True, cache_dir=cache), pairs)
+
+
+@app.command()
+def memory(model: str = 'eva_giant_patch14_336', num_images: int = 16, batch_size: int = 2):
+    """Peak memory of `sformer convert` from safetensors to safetensors (random weights), in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        def peak(*command):
+            start = time.perf_counter()
+            process = subprocess.Popen(command)
+            _, status, usage = os.wait4(process.pid, 0)
+            if status:
+                raise SystemExit(f'{command[0]} failed')
+            return usage.ru_maxrss / 2 ** 20, time.perf_counter() - start
+
+        code = (f"import timm; from safetensors.torch import save_file; "
+                f"save_file(timm.create_model('{model}').state_dict(), '{folder}/source.safetensors')")
+        peak(sys.executable, '-c', code)
+        gib, seconds = peak(
+            sys.executable, '-m', 'sformer', 'convert', model, '--checkpoint', f'{folder}/source.safetensors',
+            '--num-images', str(num_images), '--batch-size', str(batch_size), '-o', f'{folder}/out')
+        size = os.path.getsize(f'{folder}/source.safetensors') / 2 ** 30
+        print(f'{model}, {num_images} images, batch {batch_size}: peak {gib:.2f} GiB with weights of {size:.2f} GiB, '
+              f'{seconds:.0f} s')
 
 
 @app.command('import')

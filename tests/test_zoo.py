@@ -3,6 +3,7 @@ import copy
 import logging
 import multiprocessing
 import re
+from pathlib import Path
 
 import pytest
 import timm
@@ -410,3 +411,12 @@ def test_processes_that_start_at_once_fit_once(warm, published, tmp_path):
         process.join()
     assert sum(fits for _, fits, _ in found) == 1
     assert {digest for _, _, digest in found} == {sformer.utils.state_hash(warm[1].state_dict())}
+
+
+def test_coverage_table_names_every_entrypoint():
+    text = (Path(__file__).parents[1] / 'model_cards' / 'COVERAGE.md').read_text(encoding='utf-8')
+    names = {name for module in MODULES for name in timm.list_models(module=module)}
+    if f'of timm {timm.__version__} ' not in text:
+        pytest.skip(f'model_cards/COVERAGE.md is of another timm than {timm.__version__}')
+    rows = dict(re.findall(r'^\| `(\w+)` \| \w+ \| (yes|no: .*?) \|', text, re.MULTILINE))
+    assert rows.keys() == names and set(rows.values()) == {'yes'}
