@@ -1,4 +1,4 @@
-"""Write model_cards/COVERAGE.md: every ViT, DeiT, BEiT and EVA entrypoint of the installed timm, and whether it converts.
+"""Write model_cards/COVERAGE.md: every ViT, DeiT, BEiT and EVA entrypoint of timm, and whether it converts.
 
     python scripts/make_coverage.py
 
