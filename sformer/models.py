@@ -22,6 +22,7 @@ from .layers import SPIKING_LAYERS, named_neurons, spiking_
 from .layers.linear import SpikingPatchEmbed
 from .layers.registry import FLOATING_LAYERS
 from .neurons import DirectCoding, Neuron, SFNConfig
+from .verification import check_pretrained
 
 __all__ = ['SFormer', 'SFormerMixin', 'spiking_model_', 'source_of', 'is_calibrated', 'architecture_of']
 
@@ -158,6 +159,7 @@ def _build(source: str, sfn: Union[SFNConfig, Dict[str, Any], None] = None, **kw
 
 
 def _create_sformer(variant: str, source: str, pretrained: bool = False, **kwargs) -> nn.Module:
+    kwargs['pretrained_cfg'] = check_pretrained(kwargs.get('pretrained_cfg'), pretrained, kwargs.get('cache_dir'))
     return build_model_with_cfg(
         _build,
         variant,
