@@ -83,7 +83,7 @@ class Record:
         return dataclasses.asdict(self)
 
 
-# What was recorded -----------------------------------------------------------------------------------------------------
+# What was recorded ----------------------------------------------------------------------------------------------------
 
 
 def recorded_results(folder: Path, weights_sha256: str) -> Tuple[Dict[str, Dict[str, Any]], List[str]]:
@@ -103,7 +103,7 @@ def recorded_results(folder: Path, weights_sha256: str) -> Tuple[Dict[str, Dict[
             result = json.loads(path.read_text(encoding='utf-8'))
         except (OSError, ValueError):
             continue
-        if path.name == CONFIG_NAME or not isinstance(result, dict) or not {'weights_sha256', 'dataset'} <= set(result):
+        if path.name == CONFIG_NAME or not isinstance(result, dict) or not {'weights_sha256', 'dataset'} <= {*result}:
             continue
         if result['weights_sha256'] != weights_sha256:
             others.append(path.name)
@@ -157,7 +157,7 @@ def read_record(
     ), others
 
 
-# What is said of it ----------------------------------------------------------------------------------------------------
+# What is said of it ---------------------------------------------------------------------------------------------------
 
 
 def _dataset_id(record: Record, name: Optional[str]) -> Optional[str]:
@@ -187,7 +187,8 @@ def _calibration(record: Record) -> str:
     used = record.conversion.get('calibration') or {}
     if not used.get('num_images'):
         return 'images that were not recorded'
-    return f'{used["num_images"]:,} images of {_with_split(_dataset_title(record, used.get("name")), used.get("split"))}'
+    title = _with_split(_dataset_title(record, used.get('name')), used.get('split'))
+    return f'{used["num_images"]:,} images of {title}'
 
 
 def _recipe(record: Record) -> List[Tuple[str, Any]]:
@@ -221,7 +222,8 @@ def _training(record: Record) -> List[Tuple[str, Any]]:
     rows: List[Tuple[str, Any]] = []
     if 'train_samples' in t:
         data = (t.get('recipe') or {}).get('data')
-        rows.append(('training images', f'{t["train_samples"]:,}{f" of {_dataset_title(record, data)}" if data else ""}'))
+        of = f' of {_dataset_title(record, data)}' if data else ''
+        rows.append(('training images', f'{t["train_samples"]:,}{of}'))
     if 'epochs' in (t.get('recipe') or {}):
         rows.append(('epochs', t['recipe']['epochs']))
     if 'test_correct' in t:
@@ -270,14 +272,16 @@ def _eval_results(record: Record) -> List[Any]:
             dataset_name=_dataset_title(record, result['dataset']), dataset_split=result.get('split'))
         for key, label in (('top1', 'Top-1 accuracy [%]'), ('top5', 'Top-5 accuracy [%]')):
             if isinstance(result.get(key), (int, float)):
-                entries.append(EvalResult(metric_type='accuracy', metric_name=label, metric_value=result[key], **common))
+                entries.append(
+                    EvalResult(metric_type='accuracy', metric_name=label, metric_value=result[key], **common))
     return entries
 
 
 def _metadata(record: Record) -> Any:
     from huggingface_hub import ModelCardData
     from huggingface_hub.utils import validate_repo_id
-    used = [(record.conversion.get('calibration') or {}).get('name'), *(r['dataset'] for r in record.evaluations.values())]
+    calibration = (record.conversion.get('calibration') or {}).get('name')
+    used = [calibration, *(r['dataset'] for r in record.evaluations.values())]
     datasets = [i for i in dict.fromkeys(_dataset_id(record, name) for name in used) if i]
     results = _eval_results(record)
     known = record.license is None or record.license in LICENSES

@@ -123,9 +123,12 @@ def load_model(path: Union[str, Path], revision: Optional[str] = None, **kwargs)
     config = read_config(folder)
     try:
         model = timm.create_model(name, pretrained=True, **kwargs)
-    except (RuntimeError, TypeError, ValueError, AssertionError, AttributeError, OSError) as e:
+    except SFormerError:
+        raise
+    except Exception as e:  # whatever a wrong value in a config makes timm and torch raise
         lines = [line.strip() for line in str(e).splitlines() if line.strip()]
-        raise SFormerError(f'{where} can not be loaded: {redact(" ".join(lines[:4]))}') from e
+        what = ' '.join(lines[:4]) if lines and not isinstance(e, KeyError) else repr(e)
+        raise SFormerError(f'{where} can not be loaded: {redact(what)}') from e
     model.conversion = config.get('sformer', {})
     return model.eval()
 

@@ -1,4 +1,5 @@
 """Publishing: a model, its card, results and plots as one commit on the Hugging Face Hub."""
+import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from .models import is_calibrated
 from .utils import file_hash
 from .verification import CONFIG_NAME, WEIGHTS_NAME, hub_errors, redact
 
-__all__ = ['Publication', 'prepare', 'publish']
+__all__ = ['Publication', 'prepare', 'publish', 'upload']
 
 # folders of the repository that belong to us: what is in them on the Hub and no longer here is deleted there
 OWN_FOLDERS = ('results/', 'plots/')
@@ -126,11 +127,8 @@ def publish(
         *,
         private: bool = False,
         create_pr: bool = False,
-        force: bool = False,
-        license: Optional[str] = None,
-        base_model: Optional[str] = None,
-        dataset_ids: Optional[Dict[str, str]] = None,
         token: Optional[str] = None,
+        **options: Any,
 ) -> Publication:
     """Publish an SFormer with its card, results and plots on the Hugging Face Hub, in one commit.
 
@@ -142,11 +140,8 @@ def publish(
         repo_id: `org/name`; created if it does not exist.
         private: Create a private repository. A public one that is there is refused.
         create_pr: Propose a pull request instead of a commit to the main branch.
-        force: Publish a model that is uncalibrated or was not evaluated; its card says so.
-        license: License of the source weights, where the conversion could not know it.
-        base_model: Hub id of the source weights, where the conversion could not know it.
-        dataset_ids: Hub id by the name of a dataset in results, for local copies.
         token: Access token; the one that the Hub client finds if None.
+        **options: Of `prepare`.
 
     Returns:
         What was published, with the URL of its commit or pull request.
@@ -154,17 +149,31 @@ def publish(
     Raises:
         SFormerError: If the model is not fit for publication or the Hub does not take it; one line without secrets.
     """
+    return upload(prepare(folder, repo_id, **options), private=private, create_pr=create_pr, token=token)
+
+
+def upload(
+        publication: Publication,
+        *,
+        private: bool = False,
+        create_pr: bool = False,
+        token: Optional[str] = None,
+) -> Publication:
+    """Publish what was prepared; see `publish`."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-    publication = prepare(
-        folder, repo_id, force=force, license=license, base_model=base_model, dataset_ids=dataset_ids)
     if not (token or get_token()):
         raise SFormerError('publishing needs an access token of the Hub that may write: hf auth login, or HF_TOKEN.')
+    repo_id = publication.repo_id
     api = HfApi(token=token, library_name='sformer', library_version=metadata.version('sformer'))
     with hub_errors(repo_id, token):
         api.create_repo(repo_id, private=private or None, exist_ok=True)
         info = api.model_info(repo_id)
         if private and not info.private:
             raise SFormerError(f'{repo_id} is there and public; --private can not hide it. Nothing was published.')
+        if create_pr:
+            proposed = _proposed(api, publication)
+            if proposed:
+                return dataclasses.replace(publication, url=proposed[0], commit=proposed[1])
         there = {sibling.rfilename for sibling in info.siblings or ()}
         operations: List[Any] = [
             CommitOperationAdd(path, str(content) if isinstance(content, Path) else content)
@@ -172,17 +181,9 @@ def publish(
         operations += [
             CommitOperationDelete(path) for path in sorted(there - publication.files.keys())
             if path.startswith(OWN_FOLDERS) or path == EVAL_RESULTS]
-        if create_pr:
-            proposed = _proposed(api, publication)
-            if proposed:
-                publication.url, publication.commit = proposed
-                return publication
-        commit = api.create_commit(
-            repo_id, operations, commit_message=_message(publication), create_pr=create_pr)
-    publication.changed = commit.oid != info.sha
-    publication.url = getattr(commit, 'pr_url', None) or str(commit.commit_url)
-    publication.commit = commit.oid
-    return publication
+        commit = api.create_commit(repo_id, operations, commit_message=_message(publication), create_pr=create_pr)
+    return dataclasses.replace(
+        publication, url=commit.pr_url or str(commit.commit_url), commit=commit.oid, changed=commit.oid != info.sha)
 
 
 def _message(publication: Publication) -> str:

@@ -34,7 +34,7 @@ def _factory_arguments() -> Set[str]:
     return names - {'kwargs'} | {'pruned', 'features_only', 'feature_cls'}
 
 
-# Configs and weights ---------------------------------------------------------------------------------------------------
+# Configs and weights --------------------------------------------------------------------------------------------------
 
 
 def check_pretrained(
@@ -99,6 +99,10 @@ def read_config(folder: Path) -> Dict[str, Any]:
     source = args.get('source')
     if source is not None and not (isinstance(source, str) and source.isidentifier() and timm.is_model(source)):
         raise SFormerError(f'{path}: source {source!r} is not the name of a timm architecture.')
+    for key in ('mean', 'std'):
+        value = cfg.get(key, [])
+        if not isinstance(value, list) or not all(isinstance(v, (int, float)) for v in value):
+            raise SFormerError(f'{path}: {key} must be a list of numbers, got {value!r}.')
     classes = {str(values['num_classes']) for values in (config, cfg, args) if 'num_classes' in values}
     if len(classes) > 1:  # timm would take this for a wish and start with a random head
         raise SFormerError(f'{path} contradicts itself about num_classes: {", ".join(sorted(classes))}.')
@@ -118,7 +122,7 @@ def check_weights_file(folder: Path, config: Dict[str, Any]) -> None:
         raise SFormerError(f'{path} is not the file that {CONFIG_NAME} belongs to (SHA-256 differs).')
 
 
-# The Hub ---------------------------------------------------------------------------------------------------------------
+# The Hub --------------------------------------------------------------------------------------------------------------
 
 
 def split_revision(name: str) -> Tuple[str, Optional[str]]:
@@ -178,7 +182,10 @@ def fetch(
             except SFormerError:
                 with contextlib.suppress(ValueError):  # offline: nothing better can be had
                     get(WEIGHTS_NAME, folder.name, force_download=True)  # a damaged cache, or a damaged transfer
-                check_weights_file(folder, config)
+                try:
+                    check_weights_file(folder, config)
+                except SFormerError as e:
+                    raise SFormerError(f'{where} on the Hub, downloaded twice: {e}') from None
     return folder
 
 
@@ -211,34 +218,39 @@ def hub_errors(where: str, token: Optional[str] = None) -> Iterator[None]:
 
 def _explain(e: BaseException, where: str, http_error: Any) -> str:
     from huggingface_hub import constants, errors
-    chain = [e]  # the client wraps what happened
+    chain = [e]  # the client wraps what happened, once or twice
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
+
+    def find(kind: Any) -> Any:
+        return next((cause for cause in chain if isinstance(cause, kind)), None)
+
     login = 'hf auth login, or HF_TOKEN'
-    for cause in reversed(chain):
-        if isinstance(cause, errors.HFValidationError):
-            return f'{where!r} is not a name that the Hub allows: {cause}'
-        if isinstance(cause, errors.GatedRepoError):
-            return f'{where} is gated: ask for access on its page, and be logged in ({login}).'
-        if isinstance(cause, errors.RevisionNotFoundError):
-            return f'{where}: there is no such revision on the Hub.'
-        if isinstance(cause, errors.HfHubHTTPError):
-            status, said = cause.response.status_code, cause.server_message or cause.response.reason_phrase
-            if status == 401 and 'credentials' in str(said):
-                return f'{where}: the Hub does not accept the access token ({login}).'
-            if status in (401, 404):
-                return (f'{where}: there is no such repository on the Hub, or it is private and no access token that '
-                        f'may read it is at hand ({login}).')
-            if status == 403:
-                return f'{where}: the access token does not permit this ({said}).'
-            if status >= 500 or status == 429:
-                return f'{where}: the Hub is not able to answer just now ({status} {said}). Try again later.'
-            return f'{where}: the Hub refuses ({status} {said}).'
-        if isinstance(cause, errors.OfflineModeIsEnabled):
-            return f'{where} is not in the local cache, and the Hub client is in offline mode (HF_HUB_OFFLINE).'
-        if isinstance(cause, http_error):
-            host = urlsplit(constants.ENDPOINT).hostname
-            return f'{where}: the connection to {host} failed ({str(cause) or type(cause).__name__}). Try again.'
+    if find(errors.HFValidationError):
+        return f'{where!r} is not a name that the Hub allows: {find(errors.HFValidationError)}'
+    if find(errors.GatedRepoError):
+        return f'{where} is gated: ask for access on its page, and be logged in ({login}).'
+    if find(errors.RevisionNotFoundError):
+        return f'{where}: there is no such revision on the Hub.'
+    if find(errors.HfHubHTTPError):
+        cause = find(errors.HfHubHTTPError)
+        status, said = cause.response.status_code, cause.server_message or cause.response.reason_phrase
+        if status == 401 and 'credentials' in str(said):
+            return f'{where}: the Hub does not accept the access token ({login}).'
+        if status in (401, 404):
+            return (f'{where}: there is no such repository on the Hub, or it is private and no access token that may '
+                    f'read it is at hand ({login}).')
+        if status == 403:
+            return f'{where}: the access token does not permit this ({said}).'
+        if status >= 500 or status == 429:
+            return f'{where}: the Hub is not able to answer just now ({status} {said}). Try again later.'
+        return f'{where}: the Hub refuses ({status} {said}).'
+    if find(errors.OfflineModeIsEnabled):
+        return f'{where} is not in the local cache, and the Hub client is in offline mode (HF_HUB_OFFLINE).'
+    if find(http_error):
+        host, cause = urlsplit(constants.ENDPOINT).hostname, find(http_error)
+        return f'{where}: the connection to {host} failed ({str(cause) or type(cause).__name__}). Try again.'
+    for cause in chain:
         if isinstance(cause, OSError) and cause.errno is not None:
             what = 'the disk is full' if cause.errno == errno.ENOSPC else cause.strerror
             return f'{where}: {what}{f" ({cause.filename})" if cause.filename else ""}.'

@@ -108,7 +108,7 @@ class HubServer:
     def count(self, method: str, path: str) -> int:
         return sum(r.method == method and bool(re.search(path, r.path)) for r in self.log)
 
-    def fail(self, method: str, path: str, status: int, message: str = 'Internal Error', times: int = 1, after: int = 0):
+    def fail(self, method: str, path: str, status: int, message: str = 'Internal Error', times: int = 1, after=0):
         """Answer requests with a status."""
         self.faults.append(Fault(method, path, lambda h: h.error(status, message), times, after))
 
@@ -198,7 +198,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return
             self.route()
 
-    do_GET = do_HEAD = do_POST = do_PUT = handle_request
+    do_GET = do_HEAD = do_POST = do_PUT = handle_request  # noqa: N815
 
     def route(self):
         path, method = self.url.path, self.command
