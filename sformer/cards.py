@@ -1,19 +1,18 @@
 """Model cards: what was recorded about a model, and nothing else, as a page and as metadata for the Hub."""
-import dataclasses
 import io
 import json
 import re
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, Union
 
 import torch.nn as nn
 
 from .errors import SFormerError
 from .models import is_calibrated
 from .utils import state_hash
-from .verification import CONFIG_NAME, read_config
+from .verification import CONFIG_NAME, WEIGHTS_NAME, read_config
 
 __all__ = ['Record', 'read_record', 'recorded_results', 'render_card', 'render_eval_results', 'render_plots']
 
@@ -32,13 +31,18 @@ SIDES = (
     ('top-1 [%]', 'top1', 'source_top1', '.2f'),
     ('top-5 [%]', 'top5', 'source_top5', '.2f'),
     ('negative log-likelihood', 'nll', 'source_nll', '.4f'),
-    ('expected calibration error', 'ece', 'source_ece', '.4f'),
+    ('expected calibration error [%]', 'ece', 'source_ece', '.2f'),
 )
 SINGLE = (
     ('agreement with the source [%]', 'agreement', '.2f'),
     ('relative logit error', 'relative_logit_error', '.4f'),
     ('firing rate', 'firing_rate', '.3f'),
     ('parameters [million]', 'param_count', '.2f'),
+)
+SETTINGS = (
+    ('benchmark', 'benchmark'), ('image size', 'img_size'), ('crop', 'crop_pct'), ('interpolation', 'interpolation'),
+    ('mixed precision', 'amp'), ('device', 'device'), ('processes', 'world_size'), ('images per batch', 'batch_size'),
+    ('images left out', 'skipped_images'), ('firing rates counted on images', 'firing_images'),
 )
 
 
@@ -79,9 +83,6 @@ class Record:
     base_model: Optional[str] = None
     dataset_ids: Dict[str, str] = field(default_factory=dict)
 
-    def to_json(self) -> Dict[str, Any]:
-        return dataclasses.asdict(self)
-
 
 # What was recorded ----------------------------------------------------------------------------------------------------
 
@@ -94,21 +95,27 @@ def recorded_results(folder: Path, weights_sha256: str) -> Tuple[Dict[str, Dict[
         weights_sha256: Hash of the weights that results must be of.
 
     Returns:
-        Results of these weights by file name, and the names of files with results of other weights.
+        Results of these weights by file name (one per file: of several models, that of these weights), and the names
+        of files that have results of other weights only.
     """
     results: Dict[str, Dict[str, Any]] = {}
     others = []
     for path in sorted(Path(folder).glob('*.json')):
         try:
-            result = json.loads(path.read_text(encoding='utf-8'))
+            found = json.loads(path.read_text(encoding='utf-8'))
         except (OSError, ValueError):
             continue
-        if path.name == CONFIG_NAME or not isinstance(result, dict) or not {'weights_sha256', 'dataset'} <= {*result}:
+        needed = {'weights_sha256', 'dataset', 'top1'}
+        found = [r for r in (found if isinstance(found, list) else [found]) if isinstance(r, dict) and needed <= {*r}]
+        if path.name == CONFIG_NAME or not found:
             continue
-        if result['weights_sha256'] != weights_sha256:
+        own = next((r for r in found if r['weights_sha256'] == weights_sha256), None)
+        if own is None:
             others.append(path.name)
-        elif isinstance(result.get('top1'), (int, float)):
-            results[path.name] = result
+        elif not isinstance(own['dataset'], str) or not isinstance(own['top1'], (int, float)):
+            raise SFormerError(f'{path} is not as sformer evaluate wrote it.')
+        else:
+            results[path.name] = own
     return results, others
 
 
@@ -160,19 +167,24 @@ def read_record(
 # What is said of it ---------------------------------------------------------------------------------------------------
 
 
-def _dataset_id(record: Record, name: Optional[str]) -> Optional[str]:
-    """Hub id of a dataset; None for those that are not on the Hub."""
+def _dataset_id(record: Record, used: Dict[str, Any], key: str = 'dataset') -> Optional[str]:
+    """Hub id of the dataset of a result; None for those that are not on the Hub."""
+    name = used.get(key)
     if name in record.dataset_ids:
         return record.dataset_ids[name]
-    if not name or name in DATASETS or Path(name).expanduser().exists():
+    if not name or name in DATASETS:
+        return None
+    # a result that knows revisions has one for data from the Hub; without that, what is no folder is from there
+    if not used['dataset_revision'] if 'dataset_revision' in used else Path(name).expanduser().exists():
         return None
     return name if re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', name) else None
 
 
-def _dataset_title(record: Record, name: Optional[str]) -> str:
+def _dataset_title(record: Record, used: Dict[str, Any], key: str = 'dataset') -> str:
+    name = used.get(key)
     if name in DATASETS:
         return DATASETS[name]
-    return _dataset_id(record, name) or (Path(name).name if name else 'images of the caller')
+    return _dataset_id(record, used, key) or (Path(name).name if name else 'images of the caller')
 
 
 def _with_split(title: str, split: Optional[str]) -> str:
@@ -187,7 +199,7 @@ def _calibration(record: Record) -> str:
     used = record.conversion.get('calibration') or {}
     if not used.get('num_images'):
         return 'images that were not recorded'
-    title = _with_split(_dataset_title(record, used.get('name')), used.get('split'))
+    title = _with_split(_dataset_title(record, used, 'name'), used.get('split'))
     return f'{used["num_images"]:,} images of {title}'
 
 
@@ -201,8 +213,10 @@ def _recipe(record: Record) -> List[Tuple[str, Any]]:
     if record.license:
         rows.append(('license of the source weights', record.license))
     if c.get('source_sha256'):
-        rows.append(('SHA-256 of the source weights', f'`{c["source_sha256"]}`'))
-    rows.append(('SHA-256 of these weights', f'`{record.weights_sha256}`'))
+        rows.append(('state hash of the source', f'`{c["source_sha256"]}`'))
+    rows.append(('state hash of this model', f'`{record.weights_sha256}`'))
+    if c.get('weights_sha256'):
+        rows.append((f'SHA-256 of `{WEIGHTS_NAME}`', f'`{c["weights_sha256"]}`'))
     labels = dict(
         levels='levels N per branch', fire='fire function', attention_fire='fire function of the softmax',
         firing='firing', dead_zone='dead zone [steps]', scale='scaling factor', estimator='threshold estimator')
@@ -221,8 +235,8 @@ def _training(record: Record) -> List[Tuple[str, Any]]:
     t = record.training or {}
     rows: List[Tuple[str, Any]] = []
     if 'train_samples' in t:
-        data = (t.get('recipe') or {}).get('data')
-        of = f' of {_dataset_title(record, data)}' if data else ''
+        recipe = t.get('recipe') or {}
+        of = f' of {_dataset_title(record, recipe, "data")}' if recipe.get('data') else ''
         rows.append(('training images', f'{t["train_samples"]:,}{of}'))
     if 'epochs' in (t.get('recipe') or {}):
         rows.append(('epochs', t['recipe']['epochs']))
@@ -246,17 +260,19 @@ def _result(record: Record, result: Dict[str, Any]) -> Dict[str, Any]:
     for label, key, spec in SINGLE:
         if cell(key, spec):
             rows.append([label, *([''] if sides else []), cell(key, spec)])
-    title = _with_split(_dataset_title(record, result['dataset']), result.get('split'))
+    title = _with_split(_dataset_title(record, result), result.get('split'))
+    settings = [f'{label} {result[key]}' for label, key in SETTINGS if result.get(key)]
     return dict(
         title=f'{title}, {result["num_images"]:,} images' if 'num_images' in result else title,
-        rows=rows, sides=sides, command=result.get('command'), versions=_versions(result.get('versions')))
+        rows=_cells(rows), sides=sides, command=result.get('command'), settings='; '.join(settings),
+        versions=_versions(result.get('versions')))
 
 
 def _curve(record: Record) -> Optional[Dict[str, Any]]:
     if not record.curve:
         return None
     first = record.curve[0]
-    title = _with_split(_dataset_title(record, first.get('dataset')), first.get('split')) if 'dataset' in first else ''
+    title = _with_split(_dataset_title(record, first), first.get('split')) if 'dataset' in first else ''
     count = f' ({first["num_images"]:,} images)' if 'num_images' in first else ''
     return dict(rows=[(r['levels'], f'{r["top1"]:.2f}') for r in record.curve], command=record.curve_command,
                 of=f', evaluated on {title}{count}' if title else '')
@@ -268,8 +284,9 @@ def _eval_results(record: Record) -> List[Any]:
     for result in record.evaluations.values():
         common = dict(
             task_type='image-classification', task_name='Image Classification',
-            dataset_type=_dataset_id(record, result['dataset']) or Path(result['dataset']).name,
-            dataset_name=_dataset_title(record, result['dataset']), dataset_split=result.get('split'))
+            dataset_type=_dataset_id(record, result) or Path(result['dataset']).name,
+            dataset_name=_dataset_title(record, result), dataset_split=result.get('split'),
+            dataset_revision=result.get('dataset_revision'))
         for key, label in (('top1', 'Top-1 accuracy [%]'), ('top5', 'Top-5 accuracy [%]')):
             if isinstance(result.get(key), (int, float)):
                 entries.append(
@@ -280,9 +297,9 @@ def _eval_results(record: Record) -> List[Any]:
 def _metadata(record: Record) -> Any:
     from huggingface_hub import ModelCardData
     from huggingface_hub.utils import validate_repo_id
-    calibration = (record.conversion.get('calibration') or {}).get('name')
-    used = [calibration, *(r['dataset'] for r in record.evaluations.values())]
-    datasets = [i for i in dict.fromkeys(_dataset_id(record, name) for name in used) if i]
+    used = [_dataset_id(record, record.conversion.get('calibration') or {}, 'name')]
+    used += [_dataset_id(record, result) for result in record.evaluations.values()]
+    datasets = [i for i in dict.fromkeys(used) if i]
     results = _eval_results(record)
     known = record.license is None or record.license in LICENSES
     if not known and not record.base_model:
@@ -335,9 +352,9 @@ def render_card(record: Record, plots: Optional[Dict[str, str]] = None) -> Any:
     return card
 
 
-def _cells(rows: List[Tuple[str, Any]]) -> List[Tuple[str, str]]:
+def _cells(rows: Iterable[Sequence[Any]]) -> List[List[str]]:
     """Rows of a Markdown table: one line per cell, no bar that would start another."""
-    return [(label, ' '.join(str(value).split()).replace('|', r'\|')) for label, value in rows]
+    return [[' '.join(str(value).split()).replace('|', r'\|') for value in row] for row in rows]
 
 
 def render_eval_results(record: Record) -> Optional[str]:
@@ -346,12 +363,13 @@ def render_eval_results(record: Record) -> Optional[str]:
     from huggingface_hub.utils import yaml_dump
     entries = []
     for result in record.evaluations.values():
-        dataset = _dataset_id(record, result['dataset'])
+        dataset = _dataset_id(record, result)
         if dataset:
             split = f', split {result["split"]}' if result.get('split') else ''
+            count = f', {result["num_images"]} images' if 'num_images' in result else ''
             entries.append(EvalResultEntry(
                 dataset_id=dataset, task_id='default', value=result['top1'],
-                notes=f'top-1 accuracy [%]{split}, {result["num_images"]} images'))
+                dataset_revision=result.get('dataset_revision'), notes=f'top-1 accuracy [%]{split}{count}'))
     return yaml_dump(eval_result_entries_to_yaml(entries), sort_keys=False) if entries else None
 
 
@@ -404,7 +422,7 @@ def write_card(record: Record, directory: Union[str, Path]) -> Path:
     plots = render_plots(record)
     card = render_card(record, {title: f'{name}.{file}' for file, (title, _) in plots.items()})
     with write_aside(Path(directory)) as aside:
-        (aside / f'{name}.md').write_text(str(card), encoding='utf-8')
+        (aside / f'{name}.md').write_text(f'{card}\n', encoding='utf-8')
         for file, (_, png) in plots.items():
             (aside / f'{name}.{file}').write_bytes(png)
     return Path(directory) / f'{name}.md'

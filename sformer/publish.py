@@ -103,7 +103,7 @@ def prepare(
     files: Dict[str, Union[Path, bytes]] = {
         WEIGHTS_NAME: folder / WEIGHTS_NAME,
         CONFIG_NAME: folder / CONFIG_NAME,
-        'README.md': str(card).encode(),
+        'README.md': f'{card}\n'.encode(),
     }
     for name, result in record.evaluations.items():
         files[f'results/{name}'] = (json.dumps(result, indent=2) + '\n').encode()
