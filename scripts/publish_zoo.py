@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Callable, Dict, List, Optional, Sequence
 
 import timm
+import torch
 import typer
 
 import sformer
@@ -197,7 +198,7 @@ def run(
     """
     from accelerate import PartialState
     from huggingface_hub import get_token
-    state = PartialState()
+    state = PartialState(cpu=not torch.accelerator.is_available())  # else processes on CPUs would not find one another
     for entry in entries:
         check_repo_id(f'{namespace}/{entry.name}')
     if not dry_run and not get_token():

@@ -42,7 +42,7 @@ SINGLE = (
 SETTINGS = (
     ('benchmark', 'benchmark'), ('image size', 'img_size'), ('crop', 'crop_pct'), ('interpolation', 'interpolation'),
     ('mixed precision', 'amp'), ('device', 'device'), ('processes', 'world_size'), ('images per batch', 'batch_size'),
-    ('images left out', 'skipped_images'), ('firing rates counted on images', 'firing_images'),
+    ('images left out', 'skipped_images'), ('spikes counted on images', 'firing_images'),
 )
 
 
@@ -205,7 +205,9 @@ def _calibration(record: Record) -> str:
 
 def _recipe(record: Record) -> List[Tuple[str, Any]]:
     c, recipe = record.conversion, record.conversion.get('recipe') or {}
-    rows = [('architecture', f'`{record.architecture}`')]
+    rows: List[Tuple[str, Any]] = [
+        ('architecture', f'`{record.architecture}`'), ('input', ' x '.join(map(str, record.input_size))),
+        ('classes', record.num_classes)]
     if c.get('source'):
         rows.append(('source', f'`{c["source"]}`'))
     if record.base_model:
@@ -315,7 +317,7 @@ def _metadata(record: Record) -> Any:
         license=record.license if known else 'other',
         license_name=None if known else record.license,
         license_link=None if known else f'https://huggingface.co/{record.base_model}',
-        base_model=record.base_model,
+        base_model=record.base_model or None,
         # what the Hub calls models whose weights or activations were mapped to fewer levels
         base_model_relation='quantized' if record.base_model else None,
         datasets=datasets or None,

@@ -1,4 +1,4 @@
-"""Command line: `sformer convert | evaluate | list | demo`."""
+"""Command line: `sformer convert | evaluate | list | demo | publish | card`."""
 import ast
 import shlex
 import sys

@@ -9,6 +9,7 @@ import errno
 import inspect
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any, Dict, Iterator, Optional, Set, Tuple, Union
 from urllib.parse import urlsplit
@@ -210,10 +211,26 @@ def hub_errors(where: str, token: Optional[str] = None) -> Iterator[None]:
     """
     from huggingface_hub import errors
     http_error: Any = errors.HfHubHTTPError.__mro__[1]  # httpx's own, whichever httpx the client uses
+    xet_error: Any = getattr(errors, 'XetDownloadError', OSError)
+    try:
+        with _progress_on_terminals():
+            yield
+    except (http_error, OSError, ValueError, RuntimeError, errors.EntryNotFoundError, xet_error) as e:
+        raise SFormerError(redact(' '.join(_explain(e, where, http_error).split()), token)) from None
+
+
+@contextlib.contextmanager
+def _progress_on_terminals() -> Iterator[None]:
+    """The client draws progress bars into files, too; this package does not."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    if sys.stderr.isatty() or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
     try:
         yield
-    except (http_error, OSError, ValueError, RuntimeError, errors.EntryNotFoundError) as e:
-        raise SFormerError(redact(' '.join(_explain(e, where, http_error).split()), token)) from None
+    finally:
+        enable_progress_bars()
 
 
 def _explain(e: BaseException, where: str, http_error: Any) -> str:

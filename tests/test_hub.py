@@ -1,6 +1,7 @@
 """Publishing to and loading from the Hub, by the real client against a stand-in on the loopback interface."""
 import errno
 import hashlib
+import importlib.util
 import json
 import os
 import pickle
@@ -9,12 +10,14 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
+from conftest import NANO
 from hub_server import HubServer
 from huggingface_hub import HfApi, ModelCard, constants, file_download
 from safetensors.torch import load_file, save_file
@@ -132,7 +135,7 @@ def change_config(hub, repo_id=REPO, **changes):
     files = hub.files(repo_id)
     config = json.loads(files['config.json'])
     for key, value in changes.items():
-        config[key] = {**config[key], **value} if isinstance(config.get(key), dict) and isinstance(value, dict) else value
+        config[key] = {**config[key], **value} if isinstance(value, dict) else value
     hub.put(repo_id, dict(files, **{'config.json': json.dumps(config).encode()}))
 
 
@@ -735,3 +738,161 @@ def test_other_networks_are_not_loaded(hub, tmp_path, run):
         load_model('hf-hub:my-org/vit')
     assert run('evaluate', 'hf-hub:my-org/vit', '--dataset', 'digits').code == 1
     assert hub.count('GET', 'pytorch_model') == 0
+
+
+# from a published source to a published SFormer -----------------------------------------------------------------------
+
+@pytest.fixture
+def published_source(hub, tmp_path):
+    """A tiny ViT on the Hub, as timm publishes one."""
+    source = timm.create_model(
+        'vit_tiny_patch16_224', img_size=16, patch_size=8, embed_dim=48, depth=1, num_heads=3, num_classes=2)
+    source.pretrained_cfg['license'] = 'cc-by-nc-4.0'
+    timm.models.save_for_hf(source, str(tmp_path / 'source'), safe_serialization=True)
+    hub.put('my-org/tiny_vit', {p.name: p.read_bytes() for p in (tmp_path / 'source').iterdir()})
+    return 'hf-hub:my-org/tiny_vit'
+
+
+def test_card_names_the_published_source_and_its_license(published_source, tmp_path, run):
+    result = run('convert', published_source, '-o', tmp_path / 'out', '--num-images', 4)
+    assert result.code == 0, result.err
+    result = run('publish', tmp_path / 'out', 'my-org/tiny', '--force', '--dry-run')
+    data = ModelCard(result.out[result.out.index('---\n'):]).data
+    assert (data.base_model, data.base_model_relation) == ('my-org/tiny_vit', 'quantized')
+    assert data.license == 'cc-by-nc-4.0'
+
+
+@pytest.fixture(scope='module')
+def zoo():
+    spec = importlib.util.spec_from_file_location(
+        'publish_zoo', Path(__file__).parents[1] / 'scripts' / 'publish_zoo.py')
+    sys.modules['publish_zoo'] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def tiny_entry(zoo, source, tmp_path):
+    save_file(source.state_dict(), tmp_path / 'digits.safetensors')
+    return zoo.Entry(
+        'sformer_nano.zoo', 'vit_tiny_patch16_224', SFNConfig(levels=8), calibration='digits', split='train',
+        num_images=64, dataset='digits', checkpoint=tmp_path / 'digits.safetensors', model_kwargs=NANO,
+        data_config=dict(mean=(0.5,), std=(0.5,), crop_pct=1.0, interpolation='bilinear'), license='apache-2.0')
+
+
+def test_table_of_the_zoo(zoo):
+    entries = zoo.zoo()
+    assert len({e.name for e in entries}) == len(entries) >= 4
+    for entry in entries:
+        architecture, _, tag = entry.name.partition('.')
+        assert entry.source == f'{sformer.models.SOURCES[architecture]}.{tag}'
+        assert entry.source in timm.list_pretrained(f'{sformer.models.SOURCES[architecture]}.*')
+        assert not timm.get_pretrained_cfg(architecture).file
+    assert any(e.name.startswith('sformer_base.') for e in entries)
+
+
+def test_zoo_entry_by_entry(hub, zoo, tiny_entry, tmp_path, monkeypatch, images, capsys):
+    """Interrupted at each step, it goes on with the next."""
+    work, calls = tmp_path / 'zoo', []
+    for module, name in ((sformer, 'convert'), (sformer, 'evaluate')):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, real=real, name=name, **k: calls.append(name) or real(*a, **k))
+    hub.fail('POST', '/commit/', 503, 'Service Unavailable', times=1)
+    def run(entry=tiny_entry, curve=(4,)):
+        return zoo.run([entry], 'my-org', work, curve=curve, num_images=50)
+
+    failed = run()
+    assert failed.keys() == {'sformer_nano.zoo'} and '503' in failed['sformer_nano.zoo']
+    assert calls == ['convert', 'evaluate'] * 2
+    nothing_loads()
+
+    assert run() == {}
+    assert calls == ['convert', 'evaluate'] * 2, 'it was done again'
+    commits = len(hub.repos['my-org/sformer_nano.zoo'].commits)
+    assert run() == {}
+    assert len(hub.repos['my-org/sformer_nano.zoo'].commits) == commits == 2
+    assert 'nothing has changed' in capsys.readouterr().out
+
+    files = hub.files('my-org/sformer_nano.zoo')
+    assert files.keys() == FILES | {'.gitattributes', 'plots/accuracy.png'}
+    card = ModelCard(files['README.md'].decode())
+    assert card.data.license == 'apache-2.0' and card.data.base_model is None
+    assert '| 4 | ' in card.text and '| 8 | ' in card.text
+    assert_same(timm_load('my-org/sformer_nano.zoo'), load_model(work / tiny_entry.name), images)
+
+    (work / tiny_entry.name / 'eval.json').unlink()
+    assert run(curve=()) == {}
+    assert calls == ['convert', 'evaluate'] * 2 + ['evaluate'], 'only what was missing'
+    assert run(replace(tiny_entry, config=SFNConfig(levels=16)), ()) == {}
+    assert calls[5:] == ['convert', 'evaluate'], 'a row that was changed'
+
+
+def test_zoo_goes_on_after_an_entry_that_fails(hub, zoo, tiny_entry, tmp_path, capsys):
+    broken = replace(tiny_entry, name='sformer_nano.broken', checkpoint=tmp_path / 'nothing.safetensors')
+    failed = zoo.run([broken, tiny_entry], 'my-org', tmp_path / 'zoo', num_images=50)
+    assert failed.keys() == {'sformer_nano.broken'} and 'no checkpoint at' in capsys.readouterr().err
+    assert set(hub.repos) == {'my-org/sformer_nano.zoo'}
+
+
+def test_zoo_says_what_is_missing_before_any_work(hub, zoo, tiny_entry, tmp_path, monkeypatch):
+    with pytest.raises(SFormerError, match='not a name that the Hub allows'):
+        zoo.run([tiny_entry], 'my org', tmp_path / 'zoo')
+    failed = zoo.run([replace(tiny_entry, dataset=None)], 'my-org', tmp_path / 'zoo')
+    assert '--imagenet' in failed[tiny_entry.name]
+    monkeypatch.delenv('HF_TOKEN')
+    with pytest.raises(SFormerError, match='needs an access token'):
+        zoo.run([tiny_entry], 'my-org', tmp_path / 'zoo')
+    assert not (tmp_path / 'zoo').exists()
+    assert zoo.run([tiny_entry], 'my-org', tmp_path / 'zoo', dry_run=True, num_images=50) == {}
+    assert hub.log == []
+
+
+# processes of their own -----------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def environment(hub, tmp_path):
+    return dict(os.environ, HF_ENDPOINT=hub.url, HF_HUB_DISABLE_XET='1', HF_HOME=str(tmp_path / 'home'),
+                HF_TOKEN=TOKEN, PYTHONPATH=str(Path(sformer.__file__).parents[1]))
+
+
+def test_commands_in_processes_of_their_own(hub, folder, environment, images, model, tmp_path):
+    """Publish, and do as the card says."""
+    def execute(*args):
+        done = subprocess.run([sys.executable, *map(str, args)], env=environment, cwd=tmp_path, capture_output=True,
+                              text=True, timeout=120)
+        assert TOKEN not in done.stdout + done.stderr and 'Traceback' not in done.stderr
+        return done
+    done = execute('-m', 'sformer', 'publish', folder, REPO, '--private')
+    assert done.returncode == 0 and 'published' in done.stdout and done.stderr == ''
+    card = hub.files(REPO)['README.md'].decode()
+    snippet = re.search(r'```python\n(.*?)```', card, re.DOTALL)[1]
+    torch.save(images, tmp_path / 'images.pt')
+    done = execute('-c', snippet + "torch = __import__('torch')\n"
+                   "torch.save(model(torch.load('images.pt')).detach(), 'logits.pt')")
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        assert torch.equal(torch.load(tmp_path / 'logits.pt'), model(images)), 'other logits than before publication'
+
+
+@pytest.mark.slow
+def test_zoo_in_two_processes(hub, environment, source, tmp_path, images):
+    """The main process converts and publishes, all evaluate."""
+    save_file(source.state_dict(), tmp_path / 'digits.safetensors')
+    (tmp_path / 'two.py').write_text(f'''
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parents[1] / 'scripts')!r})
+from publish_zoo import Entry, run
+entry = Entry(
+    'sformer_nano.zoo', 'vit_tiny_patch16_224', calibration='digits', split='train', num_images=64, dataset='digits',
+    checkpoint=Path('digits.safetensors'), model_kwargs={NANO!r}, data_config=dict(mean=(.5,), std=(.5,), crop_pct=1.))
+bad = Entry('sformer_nano.bad', 'vit_tiny_patch16_224', dataset='digits', checkpoint=Path('nothing.safetensors'))
+assert set(run([bad, entry], 'my-org', Path('zoo'))) == {{'sformer_nano.bad'}}
+''')
+    done = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port', '29631', 'two.py'],
+        env=dict(environment, OMP_NUM_THREADS='1', ACCELERATE_USE_CPU='true'), cwd=tmp_path, capture_output=True,
+        text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert hub.count('POST', '/commit/') == 1
+    assert_same(timm_load('my-org/sformer_nano.zoo'), load_model(tmp_path / 'zoo' / 'sformer_nano.zoo'), images)
