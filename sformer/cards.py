@@ -405,7 +405,7 @@ def _png(draw: Any, values: Dict[str, Any]) -> bytes:
     draw(drawn)
     text.add_text('sformer', json.dumps(values, sort_keys=True))
     with Image.open(drawn) as image:
-        image.convert('RGB').save(out, 'PNG', optimize=True, pnginfo=text)
+        image.convert('RGB').save(out, 'PNG', pnginfo=text)
     return out.getvalue()
 
 

@@ -10,6 +10,7 @@ import inspect
 import json
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import Any, Dict, Iterator, Optional, Set, Tuple, Union
 from urllib.parse import urlsplit
@@ -162,9 +163,11 @@ def fetch(
 
     def get(name: str, revision: Optional[str], **kwargs: Any) -> Path:
         try:
-            return Path(hf_hub_download(
-                repo_id, name, revision=revision, cache_dir=cache_dir, library_name='timm',
-                library_version=timm.__version__, **kwargs))
+            with warnings.catch_warnings():
+                warnings.filterwarnings('ignore', 'Not enough free disk space')  # the error that follows says so
+                return Path(hf_hub_download(
+                    repo_id, name, revision=revision, cache_dir=cache_dir, library_name='timm',
+                    library_version=timm.__version__, **kwargs))
         except RemoteEntryNotFoundError:
             reason = ' Pickled weights are not loaded.' if name == WEIGHTS_NAME else ''
             raise SFormerError(f'{where} on the Hub holds no SFormer: there is no {name}.{reason}') from None

@@ -137,6 +137,7 @@ class HubServer:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = 'HTTP/1.1'
+    disable_nagle_algorithm = True
     hub: HubServer
     keep: Optional[int] = None
     spoil = False
