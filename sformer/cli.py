@@ -1,4 +1,4 @@
-"""Command line: `sformer convert | evaluate | list | demo`."""
+"""Command line: `sformer convert | evaluate | list | demo | publish | card`."""
 import ast
 import shlex
 import sys
@@ -215,3 +215,70 @@ def demo(
     """Convert and evaluate a small vision transformer on handwritten digits; needs no network, under two minutes."""
     from .demo import run
     run(output)
+
+
+License = Annotated[Optional[str], typer.Option(help='License of the source weights, if the conversion has none')]
+BaseModel = Annotated[Optional[str], typer.Option(help='Hub id of the source weights, if the conversion has none')]
+DatasetIds = Annotated[Optional[List[str]], typer.Option(
+    '--dataset-id', help='NAME=org/dataset: Hub id of a local copy that results name')]
+
+
+def parse_dataset_ids(pairs: Optional[List[str]]) -> Dict[str, str]:
+    """`['data/cifar10=uoft-cs/cifar10']` -> `{'data/cifar10': 'uoft-cs/cifar10'}`."""
+    ids = dict(pair.rpartition('=')[::2] for pair in pairs or [])
+    if not all(ids) or not all(ids.values()):
+        raise SFormerError(f'--dataset-id takes NAME=org/dataset, got {", ".join(map(repr, pairs or []))}.')
+    return ids
+
+
+@app.command()
+def publish(
+        model: Annotated[Path, typer.Argument(help='Folder of an SFormer with its results files')],
+        repo: Annotated[str, typer.Argument(help='Repository on the Hub: org/name')],
+        private: Annotated[bool, typer.Option('--private', help='Create a private repository')] = False,
+        create_pr: Annotated[bool, typer.Option('--create-pr', help='Propose a pull request')] = False,
+        dry_run: Annotated[bool, typer.Option('--dry-run', help='Show files and card; needs no network')] = False,
+        force: Annotated[bool, typer.Option('--force', help='Even if uncalibrated or not evaluated')] = False,
+        license: License = None,
+        base_model: BaseModel = None,
+        dataset_id: DatasetIds = None,
+):
+    """Publish an SFormer with its card, results and plots on the Hugging Face Hub."""
+    from .publish import prepare
+    from .publish import publish as publish_model
+    options: Dict[str, Any] = dict(
+        force=force, license=license, base_model=base_model, dataset_ids=parse_dataset_ids(dataset_id))
+    if dry_run:
+        done = prepare(model, repo, **options)
+    else:
+        done = publish_model(model, repo, private=private, create_pr=create_pr, **options)
+    for name in done.unused:
+        print(f'{name} is not used: it has results of other weights', file=sys.stderr)
+    if dry_run:
+        print('\n'.join([f'{repo} would hold', *done.listing(), '', done.card]))
+    else:
+        print(f'{repo}: {"published" if done.changed else "nothing has changed"}, {done.url}')
+
+
+@app.command()
+def card(
+        model: Annotated[Path, typer.Argument(help='Folder of an SFormer with its results files')],
+        output: Annotated[Path, typer.Option('--output', '-o', help='Folder for the card')] = Path('model_cards'),
+        name: Annotated[Optional[str], typer.Option(help='Name of the model; that of the folder if not given')] = None,
+        repo: Annotated[Optional[str], typer.Option(help='Repository that it will be in: org/name')] = None,
+        license: License = None,
+        base_model: BaseModel = None,
+        dataset_id: DatasetIds = None,
+):
+    """Write the model card of an SFormer, with plots, to OUTPUT/NAME.md."""
+    from .cards import read_record, write_card
+    from .hub import load_model
+    from .publish import check_repo_id
+    if repo:
+        check_repo_id(repo)
+    record, unused = read_record(
+        model, load_model(model), name=name, repo_id=repo, license=license, base_model=base_model,
+        dataset_ids=parse_dataset_ids(dataset_id))
+    for file in unused:
+        print(f'{file} is not used: it has results of other weights', file=sys.stderr)
+    print(f'card in {write_card(record, output)}')

@@ -88,6 +88,7 @@ def _convert_(
         source=(getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or type(model).__name__,
         source_tag=(getattr(model, 'pretrained_cfg', None) or {}).get('tag') or None,
         source_sha256=state_hash(model.state_dict()),
+        source_weights=getattr(model, 'published_weights', None),
         recipe=dataclasses.asdict(config),
     )
     _name_architecture(model)
@@ -143,6 +144,9 @@ def create_source(
             f'Give a checkpoint, or make the Hub reachable.') from e
     if checkpoint is not None:
         load_source_weights_(model, checkpoint, allow_pickle)
+    else:  # only here it is sure that the weights are those that the config describes
+        cfg = model.pretrained_cfg
+        model.published_weights = cfg.get('hf_hub_id') or cfg.get('url') or None
     return model.eval()
 
 

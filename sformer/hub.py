@@ -1,9 +1,8 @@
 """SFormers as folders: safetensors weights and a timm config that records the conversion."""
 import dataclasses
-import json
 import os
 from pathlib import Path
-from typing import Dict, Union
+from typing import Dict, Optional, Union
 
 import timm
 import torch
@@ -12,16 +11,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 
-from .conversion import _first_line, create_source, read_safetensors
+from .conversion import _first_line, create_source
 from .errors import SFormerError, UncalibratedError
 from .layers import named_neurons
 from .models import SFormerMixin, is_calibrated
 from .utils import file_hash, write_aside
+from .verification import CONFIG_NAME, WEIGHTS_NAME, fetch, read_config, redact, split_revision
 
 __all__ = ['save_model', 'load_model', 'open_model', 'WEIGHTS_NAME', 'CONFIG_NAME']
-
-WEIGHTS_NAME = 'model.safetensors'
-CONFIG_NAME = 'config.json'
 
 
 def save_model(model: nn.Module, directory: Union[str, Path], overwrite: bool = False) -> Path:
@@ -93,51 +90,50 @@ def open_model(name: str) -> nn.Module:
     Raises:
         SFormerError: If there is no such model or its weights can't be loaded.
     """
-    if name.startswith('local-dir:'):
-        return load_model(name.partition(':')[2])
-    if Path(name).is_dir():
+    if name.startswith(('hf-hub:', 'local-dir:')) or Path(name).is_dir():
         return load_model(name)
-    if not name.startswith('hf-hub:') and ('/' in name or '\\' in name):
+    if '/' in name or '\\' in name:
         raise SFormerError(f'{name} is no folder. A model on the Hub is hf-hub:{name}.')
     return create_source(name)
 
 
-def load_model(path: Union[str, Path], **kwargs) -> nn.Module:
-    """Load a saved SFormer; the same as `timm.create_model('local-dir:PATH', pretrained=True)`, with its record.
+def load_model(path: Union[str, Path], revision: Optional[str] = None, **kwargs) -> nn.Module:
+    """Load a saved SFormer; the same as `timm.create_model(..., pretrained=True)`, with its record.
 
     Args:
-        path: Folder written by `save_model`.
+        path: Folder written by `save_model`, or `hf-hub:org/name`, or `hf-hub:org/name@revision`.
+        revision: Branch, tag or commit of a model on the Hub.
         **kwargs: Passed to `timm.create_model`.
 
+    Returns:
+        The model in eval mode; `model.conversion` is the record of its conversion.
+
     Raises:
-        SFormerError: If the folder is incomplete, its weights are damaged or not those that the config names.
+        SFormerError: If the model is not there or incomplete, its weights are damaged or not those that the config
+            records, or the config tries to direct the loader.
     """
-    path = Path(path)
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        if not (path / name).is_file():
-            raise SFormerError(f'{path} holds no SFormer: there is no {name}.')
+    name = str(path)
+    if name.startswith('hf-hub:'):
+        repo_id, tag = split_revision(name.removeprefix('hf-hub:'))
+        if tag and revision and tag != revision:
+            raise SFormerError(f'{name} names one revision and revision={revision!r} another.')
+        folder = fetch(repo_id, tag or revision, kwargs.get('cache_dir'), weights=False)
+        where, name = name, f'hf-hub:{repo_id}@{folder.name}'
+    elif revision:
+        raise SFormerError(f'{name} is a folder; only a model on the Hub has revisions.')
+    else:
+        folder = Path(name.removeprefix('local-dir:'))
+        where, name = str(folder), f'local-dir:{folder}'
+    config = read_config(folder)
     try:
-        config = json.loads((path / CONFIG_NAME).read_text(encoding='utf-8'))
-        architecture = config['architecture']
-        for key in ('model_args', 'pretrained_cfg', 'sformer'):
-            if not isinstance(config.get(key, {}), dict):
-                raise TypeError(f'{key} is {config[key]!r}')
-    except (ValueError, KeyError, TypeError) as e:
-        raise SFormerError(f'{path / CONFIG_NAME} is not a timm config: {_first_line(e)}.') from e
-    record = config.get('sformer', {})
-    expected = record.get('weights_sha256')
-    if expected and file_hash(path / WEIGHTS_NAME) != expected:
-        read_safetensors(path / WEIGHTS_NAME)  # a damaged file says so itself
-        raise SFormerError(f'{path / WEIGHTS_NAME} is not the file that {CONFIG_NAME} belongs to (SHA-256 differs).')
-    read_safetensors(path / WEIGHTS_NAME)
-    if not str(architecture).startswith('sformer') or not timm.is_model(architecture):
-        raise SFormerError(f'{path / CONFIG_NAME}: architecture {architecture!r} is not an SFormer of this version.')
-    try:
-        model = timm.create_model(f'local-dir:{path}', pretrained=True, **kwargs)
-    except (RuntimeError, TypeError, ValueError, AssertionError) as e:
+        model = timm.create_model(name, pretrained=True, **kwargs)
+    except SFormerError:
+        raise
+    except Exception as e:  # whatever a wrong value in a config makes timm and torch raise
         lines = [line.strip() for line in str(e).splitlines() if line.strip()]
-        raise SFormerError(f'{path} can not be loaded: {" ".join(lines[:4])}') from e
-    model.conversion = record
+        what = ' '.join(lines[:4]) if lines and not isinstance(e, KeyError) else repr(e)
+        raise SFormerError(f'{where} can not be loaded: {redact(what)}') from e
+    model.conversion = config.get('sformer', {})
     return model.eval()
 
 

@@ -34,6 +34,7 @@ from .layers import SPIKING_LAYERS, named_neurons, spiking_
 from .layers.linear import SpikingPatchEmbed
 from .layers.registry import FLOATING_LAYERS
 from .neurons import DirectCoding, Neuron, SFNConfig
+from .verification import check_pretrained
 
 __all__ = [
     'SFormer', 'SFormerBeit', 'SFormerDistilled', 'SFormerEva', 'SFormerMixin',
@@ -228,6 +229,7 @@ def _build(source: str, sfn: Union[SFNConfig, Dict[str, Any], None] = None, **kw
 
 def _create_sformer(variant: str, source: str, pretrained: bool = False, **kwargs) -> nn.Module:
     from .pretrained import explain_download, resolve_weights
+    kwargs['pretrained_cfg'] = check_pretrained(kwargs.get('pretrained_cfg'), pretrained, kwargs.get('cache_dir'))
     filter_fn: Callable[..., Any] = checkpoint_filter_fn
     if pretrained:
         overlay, neuron_state = resolve_weights(variant, source, kwargs)

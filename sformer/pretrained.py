@@ -42,6 +42,9 @@ def resolve_weights(
         source: timm model that it has the architecture of.
         kwargs: What `timm.create_model` passed to the entrypoint.
 
+    Raises:
+        SFormerError: If the namespace does not have the model, or its weights are not those that its config records.
+
     Returns:
         Overlay for the pretrained config, and a function that returns the neurons to go with the weights of a source
         network, or None where the weights must be converted ones.
@@ -57,8 +60,10 @@ def resolve_weights(
         return {}, None  # a folder, a file or a repository that the user or the package names
     namespace = os.environ.get(NAMESPACE_VARIABLE)
     if namespace:
+        from .verification import fetch
         _logger.info(f'{name}: converted weights of {namespace}/{name} ({NAMESPACE_VARIABLE})')
-        return dict(hf_hub_id=f'{namespace}/{name}'), None
+        commit = fetch(f'{namespace}/{name}', cache_dir=kwargs.get('cache_dir')).name
+        return dict(hf_hub_id=f'{namespace}/{name}@{commit}'), None
     _logger.info(f'{name}: weights of its source, {cfg.hf_hub_id}')
     sfn = kwargs.get('sfn')
     config = sfn if isinstance(sfn, SFNConfig) else SFNConfig(**(sfn or {}))

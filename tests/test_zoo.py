@@ -372,9 +372,10 @@ def test_offline_with_a_cold_cache_says_what_to_download(offline, tmp_path):
 
 def test_namespace_of_converted_weights(monkeypatch, caplog):
     monkeypatch.setenv(pretrained.NAMESPACE_VARIABLE, 'my-org')
+    monkeypatch.setattr('sformer.verification.fetch', lambda name, cache_dir: Path('snapshots') / '1234')
     with caplog.at_level(logging.INFO, 'sformer'):
         overlay, neurons = pretrained.resolve_weights('sformer_tiny', 'vit_tiny_patch16_224', {})
-    assert overlay == dict(hf_hub_id=f'my-org/{NAME}') and neurons is None
+    assert overlay == dict(hf_hub_id=f'my-org/{NAME}@1234') and neurons is None  # the commit that was verified
     assert f'my-org/{NAME}' in caplog.text
     assert pretrained.resolve_weights('sformer_nano', 'vit_tiny_patch16_224', {}) == ({}, None)
 
