@@ -336,9 +336,12 @@ class _Stream(_Preparation, IterableDataset):
 
     def shard(self, index: int) -> Iterator[Dict[str, Any]]:
         import itertools
-        if self.limit is not None:
-            return itertools.islice(iter(self.table), self.limit)
-        return iter(self.table.shard(self.num_shards, index))
+        table = self.table if self.limit is not None else self.table.shard(self.num_shards, index)
+        # By `iter(batch_size)`, because `__iter__` divides the shards once more among the workers of a `DataLoader`,
+        # and stops those that get none.
+        batches = table.iter(batch_size=16)
+        rows = (dict(zip(b, values, strict=True)) for b in batches for values in zip(*b.values(), strict=True))
+        return itertools.islice(rows, self.limit)
 
     def __iter__(self):
         for shard in range(self.num_shards):

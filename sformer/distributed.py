@@ -69,7 +69,8 @@ class Group:
         self._counters: dict = {}
         size = asked_world_size()
         if num_processes is not None and size != num_processes:
-            raise SFormerError(
+            # the same on all ranks, which are not connected yet
+            raise (SFormerError if os.environ.get('RANK', '0') == '0' else RankError)(
                 f'{num_processes} processes were asked for, but {size} {"is" if size == 1 else "are"} running: '
                 f'start them with torchrun --nproc-per-node {num_processes} -m sformer ...')
         if size > 1:
@@ -214,7 +215,7 @@ class Group:
         except BaseException as e:
             first = self._mine or self._announce(str(e) if isinstance(e, SFormerError) else f'{type(e).__name__}: {e}')
             self._leave(_GRACE)
-            if isinstance(e, SFormerError) and not first:
+            if isinstance(e, (SFormerError, OSError)) and not first:
                 raise RankError(str(e)) from e
             raise
 
