@@ -106,6 +106,40 @@ def test_dead_worker_ends_the_run(tmp_path):
     assert [line for line in errors(tmp_path) if 'images died or hangs' in line], errors(tmp_path)
 
 
+def test_command_line(tmp_path):
+    """Comparison, results files, and what is refused before any work."""
+    import csv
+    import json
+    data = check.write_digits(tmp_path, 40, 1)
+
+    def run(*args):
+        code, = check.finish(check.start([*args, '--dataset', data], 1, tmp_path), 60)
+        return code, (tmp_path / 'out0').read_text(), (tmp_path / 'err0').read_text()
+    code, out, err = run('compare', check.NANO, check.NANO, '--results-file', tmp_path / 'r.csv', '--amp', 'bf16')
+    assert (code, err) == (0, '') and out.count(check.NANO) == 2 and 'top-1' in out
+    code, out, err = run('evaluate', check.NANO, '--results-file', tmp_path / 'r.csv')
+    rows = list(csv.DictReader(open(tmp_path / 'r.csv', newline='')))
+    assert code == 0 and [r['amp'] for r in rows] == ['bf16', 'bf16', '']
+    assert rows[2]['command'].startswith('sformer evaluate ')
+    assert not list(tmp_path.glob('*.progress'))
+    progress = tmp_path / 'r.json.progress'
+    progress.mkdir()
+    (progress / '0.jsonl').write_text('cut off')
+    assert run('evaluate', check.NANO, '--results-file', tmp_path / 'r.json', '--resume')[0] == 0
+    assert json.loads((tmp_path / 'r.json').read_text())['num_images'] == 40 and not progress.exists()
+    for options, message in (
+            (['--resume'], '--resume goes by the --results-file'),
+            (['--num-processes', 2], '2 processes were asked for, but 1 is running'),
+            (['--results-file', 'x.json', '--results-format', 'xml'], "json or csv, not as 'xml'"),
+            (['--results-file', '/proc/x/r.csv'], '/proc/x'),
+            (['--amp', 'int3'], 'int3'),
+            (['--benchmark', 'imagenet-x'], "no benchmark 'imagenet-x'"),
+            (['--device', 'quantum'], "device 'quantum' can not be used"),
+            (['--label-column', 'nope'], "has no column 'nope', but: image, label")):
+        code, out, err = run('evaluate', check.NANO, *options)
+        assert code in (1, 2) and out == '' and message in err and len(err.splitlines()) == 1, (options, err)
+
+
 @pytest.mark.slow
 def test_killed_and_resumed(tmp_path):
     resumed, failures = check.check_kill(tmp_path, 20, 2000, [1, 2, 3], seed=0)
