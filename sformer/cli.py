@@ -1,4 +1,4 @@
-"""Command line: `sformer convert | evaluate | list | demo | publish | card`."""
+"""Command line: `sformer convert | evaluate | compare | list | demo | publish | card`."""
 import ast
 import shlex
 import sys
@@ -19,6 +19,7 @@ USAGE_ERROR: Any = typer.BadParameter.__mro__[1]  # typer brings its own click a
 
 # options that take several values up to the next option, as in timm's own scripts
 MULTI_VALUE = ('--model-kwargs', '--mean', '--std')
+AMP_DTYPES = ('bfloat16', 'bf16', 'float16', 'fp16', 'half')
 
 Dataset = "digits, a folder of parquet files, an image folder or a Hugging Face dataset id"
 
@@ -51,12 +52,14 @@ def fail(message: str, code: int = 1) -> None:
 
 
 def spread(args: List[str]) -> List[str]:
-    """`--std a b c` -> `--std a --std b --std c`."""
+    """`--std a b c` -> `--std a --std b --std c`; `--amp bf16` -> `--amp --amp-dtype bf16`."""
     out: List[str] = []
     option: Optional[str] = None
     for arg in args:
         if arg in MULTI_VALUE:
             option = arg
+        elif arg in AMP_DTYPES and out[-1:] == ['--amp']:
+            out += ['--amp-dtype', arg]
         elif arg.startswith('-') and not _is_number(arg):
             option = None
             out.append(arg)
@@ -145,49 +148,148 @@ def convert(
           f'{used["name"]} images, saved to {output}')
 
 
+# options that `evaluate` and `compare` share; names as in timm's scripts
+ImageSize = Annotated[Optional[int], typer.Option('--img-size', min=1, help='Input size, if not the model\'s own')]
+CropPct = Annotated[Optional[float], typer.Option('--crop-pct', help='Centre crop, if not the model\'s own')]
+Interpolation = Annotated[Optional[str], typer.Option('--interpolation', help='Resize method: bicubic, bilinear ...')]
+Amp = Annotated[bool, typer.Option('--amp', help='Mixed precision')]
+AmpDtype = Annotated[str, typer.Option('--amp-dtype', help='bfloat16 or float16; "--amp bf16" says both')]
+ChannelsLast = Annotated[bool, typer.Option('--channels-last')]
+Compile = Annotated[bool, typer.Option('--torchcompile', help='Compile the networks')]
+Streaming = Annotated[bool, typer.Option('--streaming', help='Read shards as they are needed, no copy on disk')]
+BenchmarkName = Annotated[Optional[str], typer.Option(
+    '--benchmark', help='imagenet-1k, imagenet-real, imagenet-v2, imagenet-a or imagenet-r')]
+Format = Annotated[Optional[str], typer.Option('--results-format', help='json or csv; goes by the suffix')]
+Resume = Annotated[bool, typer.Option('--resume', help='Continue a run that was ended, by its --results-file')]
+Retry = Annotated[bool, typer.Option('--retry', help='Halve batches that do not fit into memory')]
+MaxBad = Annotated[int, typer.Option('--max-bad', min=0, help='Unreadable images to leave out before it is an error')]
+Device = Annotated[Optional[str], typer.Option('--device', help='cpu, cuda, ...; an accelerator if there is one')]
+Processes = Annotated[Optional[int], typer.Option(
+    '--num-processes', min=1, help='Processes that have to be running, over all nodes')]
+Timeout = Annotated[float, typer.Option('--timeout', min=1, help='Seconds until a silent process counts as lost')]
+
+
 @app.command()
 def evaluate(
         model: Annotated[str, typer.Argument(help='Folder of an SFormer, hf-hub:ID, or name of a timm model')],
         dataset: Annotated[str, typer.Option(help=Dataset)],
         split: Annotated[Optional[str], typer.Option(help='Split of the dataset')] = None,
         num_images: Annotated[Optional[int], typer.Option(min=1, help='Random subset of this size')] = None,
-        batch_size: Annotated[int, typer.Option(min=1)] = 64,
+        batch_size: Annotated[int, typer.Option(min=1, help='Images per batch and process')] = 64,
         workers: Annotated[int, typer.Option(min=0, help='Processes that decode images')] = 0,
         seed: Annotated[int, typer.Option(help='Seed of the subset')] = 0,
         source: Annotated[bool, typer.Option(help='Evaluate the source network alongside')] = True,
         image_column: Annotated[Optional[str], typer.Option()] = None,
         label_column: Annotated[Optional[str], typer.Option()] = None,
-        results_file: Annotated[Optional[Path], typer.Option(help='JSON file for the results')] = None,
+        results_file: Annotated[Optional[Path], typer.Option(help='JSON or CSV file for the results')] = None,
+        results_format: Format = None,
+        streaming: Streaming = False,
+        benchmark: BenchmarkName = None,
+        img_size: ImageSize = None,
+        crop_pct: CropPct = None,
+        interpolation: Interpolation = None,
+        amp: Amp = False,
+        amp_dtype: AmpDtype = 'bfloat16',
+        channels_last: ChannelsLast = False,
+        torchcompile: Compile = False,
+        resume: Resume = False,
+        retry: Retry = False,
+        max_bad: MaxBad = 0,
+        device: Device = None,
+        num_processes: Processes = None,
+        timeout: Timeout = 600.,
 ):
-    """Evaluate an SFormer side by side with its source network."""
-    from .evaluation import evaluate as evaluate_model
-    from .hub import open_model
-    from .utils import write_json
-    network = open_model(model)
-    result = evaluate_model(
-        network, dataset, split, source=source, num_images=num_images, batch_size=batch_size, workers=workers,
-        seed=seed, image_column=image_column, label_column=label_column)
-    result = dict(model=model, architecture=result.pop('model'), **result, command=command_line())
-    for line in summary(result):
+    """Evaluate an SFormer side by side with its source network; under torchrun, on many processes."""
+    options = dict(
+        split=split, num_images=num_images, batch_size=batch_size, workers=workers, seed=seed,
+        image_column=image_column, label_column=label_column, streaming=streaming, benchmark=benchmark,
+        img_size=img_size, crop_pct=crop_pct, interpolation=interpolation, amp=amp_dtype if amp else None,
+        channels_last=channels_last, torchcompile=torchcompile, retry=retry, max_bad=max_bad)
+    results = evaluate_models(
+        [model], dataset, options, source, results_file, results_format, resume, device, num_processes, timeout)
+    for line in [line for result in results for line in summary(result)]:
         print(line)
-    if results_file:
-        write_json(results_file, result)
+    if results and results_file:
         print(f'results in {results_file}')
+
+
+def evaluate_models(
+        names: List[str],
+        dataset: str,
+        options: Dict[str, Any],
+        source: bool,
+        results_file: Optional[Path],
+        results_format: Optional[str],
+        resume: bool,
+        device: Optional[str],
+        num_processes: Optional[int],
+        timeout: float,
+) -> List[Dict[str, Any]]:
+    """Evaluate models and write their results; returns them on the main process, and nothing on the others."""
+    from .distributed import Group, RankError
+    from .evaluation import Journal, check_results_file, evaluate_all, write_results
+    from .hub import open_model
+    try:
+        with Group(device, num_processes, timeout).guard() as group:
+            if resume and not results_file:
+                raise SFormerError('--resume goes by the --results-file of the run to continue: name it.')
+            format = check_results_file(results_file, results_format) if results_file else ''
+            known = dataset_by_name(dataset)
+            options = dict(options, **{k: v for k, v in known.items() if options.get(k) is None and k != 'dataset'})
+            journal = Journal(f'{results_file}.progress', resume) if results_file else None
+            models = [open_model(name) for name in names]
+            results = evaluate_all(
+                models, known['dataset'], sources=source, device=group.device, timeout=timeout, group=group,
+                journal=journal, **options)
+            results = [dict(model=name, architecture=result.pop('model'), **result, command=command_line())
+                       for name, result in zip(names, results, strict=True)]
+            if journal is not None and results_file:
+                if group.is_main:
+                    write_results(results_file, results, format)
+                group.wait('written')
+                if group.local_rank == 0:
+                    journal.remove()
+            return results if group.is_main else []
+    except RankError:
+        raise typer.Exit(1) from None  # the rank that failed has said so
+
+
+def dataset_by_name(name: str) -> Dict[str, Any]:
+    """What a well-known name of a dataset stands for, unless there is a folder of this name."""
+    from .benchmarks import DATASETS
+    return DATASETS[name] if name in DATASETS and not Path(name).is_dir() else dict(dataset=name)
 
 
 def summary(result: Dict[str, Any]) -> List[str]:
     """Lines that say what an evaluation found."""
     lines = [f'{result["model"]} on {result["num_images"]} images of {result["dataset"]}'
              + (f' ({result["split"]})' if result['split'] else ''),
-             f'  top-1 {result["top1"]:.2f} %   top-5 {result["top5"]:.2f} %']
+             f'  top-1 {result["top1"]:.2f} %   top-5 {result["top5"]:.2f} %{reliability(result)}']
     if 'source_top1' in result:
-        lines += [f'  source: top-1 {result["source_top1"]:.2f} %   top-5 {result["source_top5"]:.2f} %',
+        lines += [f'  source: top-1 {result["source_top1"]:.2f} %   top-5 {result["source_top5"]:.2f} %'
+                  f'{reliability(result, "source_")}',
                   f'  drop {result["source_top1"] - result["top1"]:+.2f} points   '
                   f'agreement {result["agreement"]:.2f} %   '
                   f'relative logit error {result["relative_logit_error"]:.4f}']
     if result.get('firing_rate') is not None:
         lines.append(f'  firing rate {result["firing_rate"]:.3f}')
-    return lines + [f'  {result["seconds"]:.1f} s, {result["images_per_second"]:.1f} images/s']
+    for key, what in (('skipped_images', 'without a label'), ('bad_images', 'unreadable')):
+        number = len(result[key]) if key == 'bad_images' else result[key]
+        lines += [f'  left out: {number} images {what}'] if number else []
+    lines += [f'    {name}' for name in result['bad_images']]
+    loading = result['decode_seconds'] + result['preprocess_seconds']
+    computing = result['seconds'] + result.get('source_seconds', 0.)
+    return lines + [
+        f'  {result["seconds"]:.1f} s, {result["images_per_second"]:.1f} images/s'
+        + (f' and process, {result["world_size"]} processes' if result['world_size'] > 1 else ''),
+        f'  decoding and preprocessing {100 * loading / (loading + computing):.1f} % of the work '
+        f'({result["decode_seconds"]:.1f} s + {result["preprocess_seconds"]:.1f} s), '
+        f'waited for {result["wait_seconds"]:.1f} s of {result["wall_seconds"]:.1f} s']
+
+
+def reliability(result: Dict[str, Any], prefix: str = '') -> str:
+    nll = result[f'{prefix}nll']
+    return ('' if nll is None else f'   NLL {nll:.4f}') + f'   calibration error {result[f"{prefix}ece"]:.2f} %'
 
 
 @app.command('list')
@@ -215,6 +317,68 @@ def demo(
     """Convert and evaluate a small vision transformer on handwritten digits; needs no network, under two minutes."""
     from .demo import run
     run(output)
+
+
+@app.command()
+def compare(
+        models: Annotated[List[str], typer.Argument(help='Folders of SFormers, hf-hub:ID, or names of timm models')],
+        dataset: Annotated[str, typer.Option(help=Dataset)],
+        split: Annotated[Optional[str], typer.Option(help='Split of the dataset')] = None,
+        num_images: Annotated[Optional[int], typer.Option(min=1, help='Random subset of this size')] = None,
+        batch_size: Annotated[int, typer.Option(min=1, help='Images per batch and process')] = 64,
+        workers: Annotated[int, typer.Option(min=0, help='Processes that decode images')] = 0,
+        seed: Annotated[int, typer.Option(help='Seed of the subset')] = 0,
+        source: Annotated[bool, typer.Option(help='Evaluate source networks alongside')] = True,
+        image_column: Annotated[Optional[str], typer.Option()] = None,
+        label_column: Annotated[Optional[str], typer.Option()] = None,
+        results_file: Annotated[Optional[Path], typer.Option(help='JSON or CSV file for the results')] = None,
+        results_format: Format = None,
+        streaming: Streaming = False,
+        benchmark: BenchmarkName = None,
+        img_size: ImageSize = None,
+        crop_pct: CropPct = None,
+        interpolation: Interpolation = None,
+        amp: Amp = False,
+        amp_dtype: AmpDtype = 'bfloat16',
+        channels_last: ChannelsLast = False,
+        torchcompile: Compile = False,
+        resume: Resume = False,
+        retry: Retry = False,
+        max_bad: MaxBad = 0,
+        device: Device = None,
+        num_processes: Processes = None,
+        timeout: Timeout = 600.,
+):
+    """Evaluate several models in one pass over the images, and print one table."""
+    options = dict(
+        split=split, num_images=num_images, batch_size=batch_size, workers=workers, seed=seed,
+        image_column=image_column, label_column=label_column, streaming=streaming, benchmark=benchmark,
+        img_size=img_size, crop_pct=crop_pct, interpolation=interpolation, amp=amp_dtype if amp else None,
+        channels_last=channels_last, torchcompile=torchcompile, retry=retry, max_bad=max_bad)
+    results = evaluate_models(
+        models, dataset, options, source, results_file, results_format, resume, device, num_processes, timeout)
+    if not results:
+        return
+    from rich.console import Console
+    from rich.table import Table
+    first = results[0]
+    table = Table(
+        'model', 'top-1 [%]', 'top-5 [%]', 'NLL', 'ECE [%]', 'source top-1', 'agreement [%]', 'logit error',
+        'firing rate', 'images/s', title=f'{first["num_images"]} images of {first["dataset"]}'
+        + (f' ({first["split"]})' if first['split'] else ''))
+
+    def cell(value: Optional[float], digits: int) -> str:
+        return '' if value is None else f'{value:.{digits}f}'
+    for result in results:
+        table.add_row(
+            result['model'], cell(result['top1'], 2), cell(result['top5'], 2), cell(result['nll'], 4),
+            cell(result['ece'], 2), cell(result.get('source_top1'), 2), cell(result.get('agreement'), 2),
+            cell(result.get('relative_logit_error'), 4), cell(result.get('firing_rate'), 3),
+            cell(result['images_per_second'], 1))
+    console = Console()
+    console.print(table) if console.is_terminal else Console(width=160).print(table)
+    if results_file:
+        print(f'results in {results_file}')
 
 
 License = Annotated[Optional[str], typer.Option(help='License of the source weights, if the conversion has none')]

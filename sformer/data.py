@@ -17,54 +17,136 @@ import math
 import os
 import re
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Union
 
 import numpy as np
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from timm.data.readers.img_extensions import get_img_extensions
 from timm.utils.misc import natural_key
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from .errors import SFormerError
 
-__all__ = ['ImageData', 'dead_leaves', 'open_images']
+__all__ = ['Batch', 'ImageData', 'Plan', 'UnreadableImageError', 'dead_leaves', 'open_images']
 
 _MODES = {1: 'L', 3: 'RGB'}  # PIL mode by number of channels
 _NUM_GENERATED = 256
 _EVALUATION_SPLITS = ('test', 'validation', 'valid', 'val', 'dev', 'eval')
 _SPLIT_FOLDERS = ('train', 'training') + _EVALUATION_SPLITS
 _IMAGE_COLUMNS = ('image', 'img', 'pixel_values', 'jpg', 'jpeg', 'png', 'webp', 'picture', 'photo')
+_KEY_COLUMNS = ('__key__', 'file_name', 'filename', 'image_id')
 _LABEL_COLUMNS = ('label', 'labels', 'fine_label', 'coarse_label', 'cls', 'class', 'target')
 
 
 # Delivery ------------------------------------------------------------------------------------------------------------
 
 
+class UnreadableImageError(SFormerError):
+    """An image that is damaged, or no image at all."""
+
+
+@dataclass
+class Batch:
+    """Some images of one chunk.
+
+    Args:
+        chunk: Shard, and number of the chunk in its shard. Data that are not streamed are one shard, 0.
+        start: Position of the first image in the shard.
+        num: Images that were read, delivered or not.
+        images: Normalised float32 images (B, C, H, W), one tensor per preprocessing.
+        labels: Accepted classes (B, L), int64; -1 fills up.
+        skipped: Images without a label in this benchmark.
+        bad: Names of unreadable images and what is wrong with them.
+        ends_chunk: Whether this is the last batch of its chunk.
+        ends_shard: Whether this is the last batch of its shard.
+        decode_seconds: Time of the process that read and decoded the images.
+        preprocess_seconds: Time of that process for resizing, cropping and normalising.
+    """
+    chunk: Tuple[int, int]
+    start: int
+    num: int
+    images: List[torch.Tensor]
+    labels: torch.Tensor
+    skipped: int = 0
+    bad: List[str] = field(default_factory=list)
+    ends_chunk: bool = False
+    ends_shard: bool = False
+    decode_seconds: float = 0.
+    preprocess_seconds: float = 0.
+
+    def pin_memory(self) -> 'Batch':
+        self.images = [x.pin_memory() for x in self.images]
+        return self
+
+
+@dataclass
+class Plan:
+    """Who evaluates what. Data are divided into chunks of fixed images in fixed batches, whoever takes them, so a
+    result does not depend on the number of processes, and finished chunks need not be evaluated again.
+
+    Args:
+        batch_size: Images per batch.
+        chunk_size: Images per chunk, a multiple of `batch_size`; the last chunk of a shard may be smaller.
+        rank: This process.
+        world_size: Number of processes.
+        workers: Processes per process that read and decode, 0 for none.
+        done: Finished chunks, as (shard, chunk).
+        finished: Shards whose last chunk, and all before, are finished.
+    """
+    batch_size: int
+    chunk_size: int
+    rank: int = 0
+    world_size: int = 1
+    workers: int = 0
+    done: Set[Tuple[int, int]] = field(default_factory=set)
+    finished: Set[int] = field(default_factory=set)
+
+
 @dataclass
 class ImageData:
-    """A resolved set of images: sized, and iterable as often as needed.
+    """A resolved set of images: iterable as often as needed, and sized unless it is streamed from who knows where.
 
     Args:
         name: What the user typed.
         split: Split in use, None where the data has none.
-        num_images: Images delivered per pass.
+        num_images: Images delivered per pass; None where only the end of the stream will tell.
         fingerprint: Hash of what identifies the delivered images, for results files. It does not depend on where local
             data lies; of folders and parquet files it hashes names, sizes and samples, not every byte.
         class_names: Class names by label, None where unknown.
-        dataset: Map-style data set of (image (C, H, W), label or None).
+        dataset: Map-style data set of (image (C, H, W), label or None), or a stream.
+        revision: Commit of a data set on the Hub.
+        num_shards: Shards of a stream, else 1.
     """
     name: str
     split: Optional[str]
-    num_images: int
+    num_images: Optional[int]
     fingerprint: Optional[str]
     class_names: Optional[List[str]]
     dataset: Dataset = field(repr=False, compare=False)
+    revision: Optional[str] = None
+    num_shards: int = 1
 
     def __len__(self) -> int:
+        if self.num_images is None:
+            raise TypeError(f'{self.name!r} is streamed and does not say how many images it has')
         return self.num_images
+
+    @property
+    def streamed(self) -> bool:
+        return isinstance(self.dataset, _Stream)
+
+    def label_with(self, labels: Callable[[Optional[int], Optional[str]], Sequence[int]]) -> None:
+        """Have batches deliver other labels than those of the data.
+
+        Args:
+            labels: From the label of an image and its key (its file name, where it has one) to the classes that count
+                as right; none to skip the image.
+        """
+        self.dataset.labels = labels  # type: ignore[attr-defined]
 
     def batches(
             self,
@@ -95,6 +177,47 @@ class ImageData:
                 raise batch
             yield batch
 
+    def planned(self, plan: Plan, timeout: float = 0., pin_memory: bool = False) -> Iterator[Batch]:
+        """Deliver the chunks of one rank that are not done, each image once.
+
+        Args:
+            plan: Who takes what.
+            timeout: Seconds after which a worker that delivers nothing is given up; 0 waits for ever.
+            pin_memory: Whether to deliver in page-locked memory.
+
+        Raises:
+            SFormerError: A worker died or hangs; an image has no label.
+        """
+        common: Dict[str, Any] = dict(
+            batch_size=None, num_workers=plan.workers, timeout=timeout if plan.workers else 0, pin_memory=pin_memory,
+            generator=torch.Generator().manual_seed(0))
+        if isinstance(self.dataset, _Stream):
+            loader = DataLoader(_PlannedStream(self.dataset, plan), **common)
+        else:
+            loader = DataLoader(_PlannedImages(self.dataset), sampler=self._chunks(plan), **common)
+        try:
+            for batch in loader:
+                if isinstance(batch, SFormerError):
+                    raise batch
+                yield batch
+        except RuntimeError as e:
+            if 'DataLoader' not in str(e):
+                raise
+            raise SFormerError(f'a process that loads images died or hangs: {_one_line(e)}') from e
+
+    def _chunks(self, plan: Plan) -> List[Tuple[Tuple[int, int], int, int, bool, bool]]:
+        """Batches of this rank: chunk, start, stop, and whether they end it and the data."""
+        size = len(self)
+        num_chunks = -(-size // plan.chunk_size)
+        todo = [c for c in range(num_chunks) if (0, c) not in plan.done]
+        batches = []
+        for c in todo[plan.rank::plan.world_size]:
+            end = min(size, (c + 1) * plan.chunk_size)
+            for start in range(c * plan.chunk_size, end, plan.batch_size):
+                stop = min(end, start + plan.batch_size)
+                batches.append(((0, c), start, stop, stop == end, stop == size))
+        return batches
+
 
 def _collate(samples: List[Any]) -> Any:
     for sample in samples:
@@ -104,39 +227,189 @@ def _collate(samples: List[Any]) -> Any:
     return torch.stack(images), None if labels[0] is None else torch.tensor(labels, dtype=torch.int64)
 
 
-class _Images(Dataset):
-    """The chosen images of a source, preprocessed.
+class _Preparation:
+    """From what a source reads to tensors and labels.
 
-    An unreadable image is returned as an error, not raised: a `DataLoader` worker would wrap it in its traceback.
+    Errors are returned, not raised: a `DataLoader` worker would wrap them in its traceback.
     """
 
-    def __init__(self, source, title: str, indices: np.ndarray, mode: str, transform, needs_labels: bool):
-        self.source = source
+    def __init__(self, title: str, modes: List[str], transforms: List[Callable], needs_labels: bool):
         self.title = title
-        self.indices = indices
-        self.mode = mode
-        self.transform = transform
+        self.modes = modes
+        self.transforms = transforms
         self.needs_labels = needs_labels
+        self.labels: Optional[Callable] = None
+
+    def prepare(self, read: Callable[[], Tuple[Any, Optional[int], Optional[str]]], what: str, times: List[float]):
+        """Read one image; returns its tensors and accepted classes (None to skip it), or an error."""
+        from PIL import UnidentifiedImageError
+        start = time.perf_counter()
+        try:
+            image, label, key = read()
+            if self.needs_labels and (label is None or label < 0):
+                return SFormerError(f'{what} of {self.title} has no label ({label})')
+            accepted = None if label is None else [label] if self.labels is None else self.labels(label, key)
+            if accepted is not None and len(accepted) == 0:
+                return None
+            # Loads the pixels. EXIF orientation is left alone, as in timm's evaluation.
+            images = [image.convert(mode) for mode in self.modes]
+        except SFormerError as e:
+            return e
+        except Exception as e:  # damaged files raise about anything: OSError, SyntaxError, struct.error, ...
+            reason = 'not an image' if isinstance(e, UnidentifiedImageError) else _one_line(e)
+            return UnreadableImageError(f'cannot read {what} of {self.title}: {reason}')
+        decoded = time.perf_counter()
+        tensors = [transform(image) for transform, image in zip(self.transforms, images, strict=True)]
+        times[0] += decoded - start
+        times[1] += time.perf_counter() - decoded
+        return tensors, accepted
+
+    def batch(self, chunk: Tuple[int, int], start: int, reads: List[Tuple[Callable, str]], **ends: bool):
+        """Read a batch of images; returns a `Batch`, or an error that is not about one image."""
+        times = [0., 0.]
+        tensors, labels, bad, skipped = [], [], [], 0
+        for read, what in reads:
+            sample = self.prepare(read, what, times)
+            if isinstance(sample, UnreadableImageError):
+                bad.append(str(sample))
+            elif isinstance(sample, SFormerError):
+                return sample
+            elif sample is None:
+                skipped += 1
+            else:
+                tensors.append(sample[0])
+                labels.append(sample[1] or [-1])
+        width = max(map(len, labels), default=1)
+        return Batch(
+            chunk=chunk, start=start, num=len(reads),
+            images=[torch.stack(x) for x in zip(*tensors, strict=True)],
+            labels=torch.tensor([y + [-1] * (width - len(y)) for y in map(list, labels)], dtype=torch.int64).reshape(
+                len(labels), width),
+            skipped=skipped, bad=bad, decode_seconds=times[0], preprocess_seconds=times[1], **ends)
+
+
+class _Images(_Preparation, Dataset):
+    """The chosen images of a source, preprocessed."""
+
+    def __init__(self, source, indices: np.ndarray, **kwargs):
+        super().__init__(**kwargs)
+        self.source = source
+        self.indices = indices
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, i: int):
-        from PIL import UnidentifiedImageError
+    def reader(self, i: int) -> Tuple[Callable, str]:
         index = int(self.indices[i])
-        try:
-            image, label = self.source.read(index)
-            # Loads the pixels. EXIF orientation is left alone, as in timm's evaluation.
-            image = image.convert(self.mode)
-        except Exception as e:  # damaged files raise about anything: OSError, SyntaxError, struct.error, ...
-            reason = 'not an image' if isinstance(e, UnidentifiedImageError) else _one_line(e)
-            return SFormerError(f'cannot read {self.source.describe(index)} of {self.title}: {reason}')
-        if self.needs_labels and (label is None or label < 0):
-            return SFormerError(f'{self.source.describe(index)} of {self.title} has no label ({label})')
-        return self.transform(image), label
+        return lambda: self.source.read(index), self.source.describe(index)
+
+    def __getitem__(self, i: int):
+        sample = self.prepare(*self.reader(i), [0., 0.])
+        if isinstance(sample, tuple):
+            tensors, accepted = sample
+            return tensors[0], None if accepted is None else accepted[0]
+        return sample
 
 
-# Sources: len(), read(index) -> (PIL image, label or None), describe(index), identity(indices) -> what to hash --------
+class _PlannedImages(Dataset):
+    """Whole batches of a map-style data set, so that one worker makes one batch."""
+
+    def __init__(self, images: _Images):
+        self.images = images
+
+    def __getitem__(self, item):
+        chunk, start, stop, ends_chunk, ends_shard = item
+        reads = [self.images.reader(i) for i in range(start, stop)]
+        return self.images.batch(chunk, start, reads, ends_chunk=ends_chunk, ends_shard=ends_shard)
+
+
+class _Stream(_Preparation, IterableDataset):
+    """Rows of a `datasets.IterableDataset`, in shards; the first `limit` rows only, if there is a limit."""
+
+    def __init__(self, table, row_reader: '_Rows', limit: Optional[int], **kwargs):
+        super().__init__(**kwargs)
+        self.table = table
+        self.rows = row_reader
+        self.limit = limit
+        # the first rows of the whole stream are not those of its shards
+        self.num_shards = 1 if limit is not None else table.num_shards
+
+    def shard(self, index: int) -> Iterator[Dict[str, Any]]:
+        import itertools
+        table = self.table if self.limit is not None else self.table.shard(self.num_shards, index)
+        # By `iter(batch_size)`, because `__iter__` divides the shards once more among the workers of a `DataLoader`,
+        # and stops those that get none.
+        batches = table.iter(batch_size=16)
+        rows = (dict(zip(b, values, strict=True)) for b in batches for values in zip(*b.values(), strict=True))
+        return itertools.islice(rows, self.limit)
+
+    def __iter__(self):
+        for shard in range(self.num_shards):
+            for i, row in enumerate(self.shard(shard)):
+                sample = self.prepare(lambda row=row: self.rows.read(row), f'image {i} of shard {shard}', [0., 0.])
+                if isinstance(sample, tuple):
+                    tensors, accepted = sample
+                    sample = tensors[0], None if accepted is None else accepted[0]
+                yield sample
+
+
+class _PlannedStream(IterableDataset):
+    """The chunks of a stream that are for one rank and one worker of it.
+
+    With shards enough, a reader takes whole shards and reads nothing else. With fewer, all readers read all shards and
+    each decodes chunks of its own. Either way every chunk has exactly one reader: `datasets.split_dataset_by_node`
+    would do the same, but with batches, and so last bits of logits, that depend on the number of processes.
+    """
+
+    def __init__(self, stream: _Stream, plan: Plan):
+        self.stream, self.plan = stream, plan
+
+    def __iter__(self):
+        plan, stream = self.plan, self.stream
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        reader, readers = plan.rank * workers + worker, plan.world_size * workers
+        whole = stream.num_shards % readers == 0 or stream.num_shards >= 4 * readers
+        for shard in range(stream.num_shards):
+            if shard in plan.finished or (whole and shard % readers != reader):
+                continue
+
+            def mine(chunk, shard=shard):
+                return (shard, chunk) not in plan.done and (whole or (shard + chunk) % readers == reader)
+
+            try:
+                yield from self._shard(shard, mine)
+            except Exception as e:  # the network, or a damaged file
+                yield SFormerError(f'cannot read shard {shard} of {stream.title}: {_one_line(e)}')
+                return
+
+    def _shard(self, shard: int, mine: Callable[[int], bool]) -> Iterator[Any]:
+        """Batches of the chunks of a shard that are mine; reads one row ahead to know which one is the last."""
+        plan, stream = self.plan, self.stream
+        rows: List[Dict[str, Any]] = []
+        start = position = 0
+
+        def batch(last: bool):
+            reads = [(lambda row=row: stream.rows.read(row), f'image {start + i} of shard {shard}')
+                     for i, row in enumerate(rows)]
+            ends = last or (start + len(rows)) % plan.chunk_size == 0
+            return stream.batch((shard, start // plan.chunk_size), start, reads, ends_chunk=ends, ends_shard=last)
+
+        for row in stream.shard(shard):
+            if rows and (len(rows) == plan.batch_size or position % plan.chunk_size == 0):
+                yield batch(last=False)
+                rows = []
+            if mine(position // plan.chunk_size):
+                start = start if rows else position
+                rows.append(row)
+            position += 1
+        if rows:
+            yield batch(last=True)
+
+
+# Sources ------------------------------------------------------------------------------------------------------------
+#
+# len(), read(index) -> (PIL image, label or None, key or None), describe(index), identity(indices) -> what to hash
 
 
 class _DeadLeaves:
@@ -151,7 +424,7 @@ class _DeadLeaves:
     def read(self, index: int):
         from PIL import Image
         image = _dead_leaves_image(index, self.size, self.seed)
-        return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image), None
+        return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image), None, None
 
     def describe(self, index: int) -> str:
         return f'image {index}'
@@ -179,7 +452,7 @@ class _Digits:
 
     def read(self, index: int):
         from PIL import Image
-        return Image.fromarray(self.images[index]), int(self.labels[index])
+        return Image.fromarray(self.images[index]), int(self.labels[index]), None
 
     def describe(self, index: int) -> str:
         return f'image {index}'
@@ -209,7 +482,7 @@ class _Files:
         with open(self.folder / self.paths[index], 'rb') as f:
             image = Image.open(f)
             image.load()
-        return image, self.labels[index] if self.class_names else None
+        return image, self.labels[index] if self.class_names else None, self.paths[index]
 
     def describe(self, index: int) -> str:
         return f"image {index} ('{self.paths[index]}')"
@@ -219,32 +492,52 @@ class _Files:
         return [(Path(path).as_posix(), os.path.getsize(self.folder / path)) for path in paths], self.class_names
 
 
-class _Table:
-    """Rows of a `datasets.Dataset`, memory-mapped. Images are decoded here, so that a damaged one can be named."""
+class _Rows:
+    """What rows of a `datasets` table mean. Images are decoded here, so that a damaged one can be named."""
 
-    def __init__(self, table, image_column: str, label_column: Optional[str], origin: Any):
+    def __init__(self, image_column: str, label_column: Optional[str], key_column: Optional[str]):
+        self.image_column, self.label_column, self.key_column = image_column, label_column, key_column
+
+    @property
+    def columns(self) -> List[str]:
+        return [c for c in (self.image_column, self.label_column, self.key_column) if c]
+
+    def read(self, row: Dict[str, Any]):
+        value = row[self.image_column]
+        key = value.get('path') if isinstance(value, dict) else None
+        if key is None and self.key_column:
+            key = str(row[self.key_column])
+        return _decode(value), row[self.label_column] if self.label_column else None, key
+
+
+class _Table:
+    """Rows of a `datasets.Dataset`, memory-mapped."""
+
+    def __init__(self, table, rows: _Rows, origin: Any):
         import datasets
-        feature = table.features[image_column]
-        self.table = table.select_columns([image_column] + ([label_column] if label_column else []))
-        if isinstance(feature, datasets.Image):
-            self.table = self.table.cast_column(image_column, datasets.Image(decode=False))
-        self.image_column, self.label_column, self.origin = image_column, label_column, origin
-        label_feature = table.features[label_column] if label_column else None
-        self.class_names = list(label_feature.names) if isinstance(label_feature, datasets.ClassLabel) else None
+        self.table = table.select_columns(rows.columns)
+        if isinstance(table.features[rows.image_column], datasets.Image):
+            self.table = self.table.cast_column(rows.image_column, datasets.Image(decode=False))
+        self.rows, self.origin = rows, origin
+        self.class_names = _class_names(table.features, rows)
 
     def __len__(self) -> int:
         return len(self.table)
 
     def read(self, index: int):
-        row = self.table[index]
-        label = row[self.label_column] if self.label_column else None
-        return _decode(row[self.image_column]), label
+        return self.rows.read(self.table[index])
 
     def describe(self, index: int) -> str:
         return f'image {index}'
 
     def identity(self, indices: np.ndarray) -> Any:
-        return self.origin, self.image_column, self.label_column
+        return self.origin, self.rows.image_column, self.rows.label_column
+
+
+def _class_names(features, rows: _Rows) -> Optional[List[str]]:
+    import datasets
+    label = features[rows.label_column] if rows.label_column else None
+    return list(label.names) if isinstance(label, datasets.ClassLabel) else None
 
 
 def _decode(value: Any):
@@ -275,35 +568,42 @@ def open_images(
         name: str,
         split: Optional[str] = None,
         *,
-        data_config: Dict[str, Any],
+        data_config: Union[Dict[str, Any], Sequence[Dict[str, Any]]],
         num_images: Optional[int] = None,
         seed: int = 0,
         image_column: Optional[str] = None,
         label_column: Optional[str] = None,
         needs_labels: bool = False,
+        streaming: bool = False,
 ) -> ImageData:
     """Find the images that a name stands for. In this order, a name is:
 
     * `dead-leaves`: generated images, unlabelled;
     * `digits`: the handwritten digits of scikit-learn, 8x8 and grey, splits `train` (1,257) and `test` (540);
     * a folder with files like `train-*.parquet`, in itself or in its subfolder `data`;
+    * a folder with WebDataset archives like `train-*.tar`;
     * a folder of images: class folders, below split folders or not; without class folders, unlabelled;
     * a data set of the Hugging Face Hub.
 
     Args:
         name: One of the above.
         split: Split. None takes the only one; else `train`, or where labels are needed the split for evaluation.
-        data_config: Preprocessing, as `timm.data.resolve_data_config` returns it.
-        num_images: Size of a random subset, in the order of the data; None takes all (256 of `dead-leaves`).
+        data_config: Preprocessing, as `timm.data.resolve_data_config` returns it; several of them for batches that
+            hold every image once per preprocessing (`ImageData.batches` delivers the first).
+        num_images: Size of a random subset, in the order of the data; None takes all (256 of `dead-leaves`). Of a
+            stream, the first ones.
         seed: Seed of the subset, or of the generated images.
         image_column: Column of the images; None detects it.
         label_column: Column of the labels; None detects it.
         needs_labels: Insist on labels. They are delivered anyway where they are known.
+        streaming: Read shards as they are needed instead of downloading or converting all splits first; for parquet
+            folders, WebDataset folders and the Hub.
 
     Raises:
         SFormerError: Nothing, or too little, goes by this name; or a split, a column or the preprocessing is wrong.
     """
-    size, mean, std = _check_data_config(data_config)
+    configs = [data_config] if isinstance(data_config, dict) else list(data_config)
+    size = _check_data_config(configs[0])[0]
     if num_images is not None and num_images < 1:
         raise SFormerError(f'{num_images} images of {name!r} asked for: at least 1 is needed')
     if seed < 0:
@@ -312,25 +612,41 @@ def open_images(
     columns = dict(image_column=image_column, label_column=label_column, needs_labels=needs_labels)
     folder = Path(name).expanduser()
     known = name in ('dead-leaves', 'digits')
+    revision = None
     if known or (name and folder.is_dir()):
         source: Any
-        parquet = {} if known else _parquet_splits(folder)
-        if not parquet and (image_column or label_column):
-            raise SFormerError(f'{name!r} has no columns, so {image_column or label_column!r} cannot be one of them')
+        parquet = {} if known else _split_files(folder, 'parquet')
+        archives = {} if known or parquet else _split_files(folder, 'tar')
+        if not parquet and not archives:
+            if image_column or label_column:
+                column = image_column or label_column
+                raise SFormerError(f'{name!r} has no columns, so {column!r} cannot be one of them')
+            if streaming:
+                raise SFormerError(f'{name!r} is read image by image anyway: it can not and need not be streamed')
         if name == 'dead-leaves':
             source = _open_dead_leaves(split, size, num_images or _NUM_GENERATED, seed, needs_labels)
         elif name == 'digits':
             split = _choose_split(name, split, ['train', 'test'], needs_labels)
             source = _Digits(split)
-        elif parquet:
-            split = _choose_split(name, split, list(parquet), needs_labels)
-            source = _open_parquet(name, split, parquet[split], columns)
+        elif parquet or archives:
+            split = _choose_split(name, split, list(parquet or archives), needs_labels)
+            kind = 'parquet' if parquet else 'webdataset'
+            source = _open_files(name, kind, split, (parquet or archives)[split], columns, streaming)
         else:
             source, split = _open_image_folder(name, folder, split, needs_labels)
     else:
-        source, split = _open_hub(name, split, columns)
+        source, split, revision = _open_hub(name, split, columns, streaming)
 
     title = f'{name!r}' + (f' (split {split!r})' if split else '')
+    preparation: Dict[str, Any] = dict(
+        title=title,
+        modes=[_MODES[_check_data_config(config)[0][0]] for config in configs],
+        transforms=[_create_transform(config, generated=name == 'dead-leaves') for config in configs],
+        needs_labels=needs_labels,
+    )
+    if streaming:
+        return _open_stream(name, split, source, revision, num_images, preparation)
+
     available = len(source)
     if available == 0:
         raise SFormerError(f'{title} has no images')
@@ -348,14 +664,51 @@ def open_images(
         num_images=len(indices),
         fingerprint=_fingerprint(type(source).__name__, split, source.identity(indices), indices.tolist()),
         class_names=source.class_names,
-        dataset=_Images(
-            source=source,
-            title=title,
-            indices=indices,
-            mode=_MODES[size[0]],
-            transform=_create_transform(data_config, mean, std, generated=name == 'dead-leaves'),
-            needs_labels=needs_labels,
-        ),
+        dataset=_Images(source=source, indices=indices, **preparation),
+        revision=revision,
+    )
+
+
+class _StreamSource:
+    """A `datasets.IterableDataset` whose columns are known."""
+
+    def __init__(self, table, rows: _Rows, origin: Any, num_rows: Optional[int]):
+        import datasets
+        features = table.features
+        self.table = table.select_columns(rows.columns)
+        if isinstance(features[rows.image_column], datasets.Image):
+            self.table = self.table.cast_column(rows.image_column, datasets.Image(decode=False))
+        self.rows, self.origin, self.num_rows = rows, origin, num_rows
+        self.class_names = _class_names(features, rows)
+
+
+def _open_stream(
+        name: str,
+        split: Optional[str],
+        source: _StreamSource,
+        revision: Optional[str],
+        num_images: Optional[int],
+        preparation: Dict[str, Any],
+) -> ImageData:
+    title, available = preparation['title'], source.num_rows
+    if available == 0:
+        raise SFormerError(f'{title} has no images')
+    if num_images is not None and available is not None and num_images > available:
+        raise SFormerError(f'{num_images} images asked for, but {title} has only {available}')
+    limit = None if num_images == available else num_images
+    stream = _Stream(source.table, source.rows, limit, **preparation)
+    size = available if num_images is None else num_images
+    identity = source.origin, source.rows.image_column, source.rows.label_column
+    return ImageData(
+        name=name,
+        split=split,
+        num_images=size,
+        # of the same local files, that of the same images in memory
+        fingerprint=_fingerprint(_Table.__name__, split, identity, None if size is None else list(range(size))),
+        class_names=source.class_names,
+        dataset=stream,
+        revision=revision,
+        num_shards=stream.num_shards,
     )
 
 
@@ -374,7 +727,8 @@ def _check_data_config(data_config: Dict[str, Any]) -> Tuple[Tuple[int, int, int
     return size, mean, std
 
 
-def _create_transform(data_config: Dict[str, Any], mean: Sequence[float], std: Sequence[float], generated: bool):
+def _create_transform(data_config: Dict[str, Any], generated: bool):
+    _, mean, std = _check_data_config(data_config)
     if not generated:
         return create_transform(**data_config, is_training=False)
     # Generated at the size of the model: nothing to resize or crop.
@@ -410,27 +764,44 @@ def _open_dead_leaves(
     return _DeadLeaves(num_images, size, seed)
 
 
-def _parquet_splits(folder: Path) -> Dict[str, List[Path]]:
-    """Parquet files by split: `train-00000-of-00002.parquet` and `train.parquet` are of split `train`."""
+def _split_files(folder: Path, extension: str) -> Dict[str, List[Path]]:
+    """Files by split: `train-00000-of-00002.parquet` and `train.parquet` are of split `train`, and so is
+    `imagenet1k-train-0000.tar`."""
     splits: Dict[str, List[Path]] = {}
-    files = sorted(folder.glob('*.parquet')) or sorted((folder / 'data').glob('*.parquet'))
-    for path in files:
-        split = re.split(r'[-.]', path.name)[0]
+    for path in sorted(folder.glob(f'*.{extension}')) or sorted((folder / 'data').glob(f'*.{extension}')):
+        words = re.split(r'[-._]' if extension == 'tar' else r'[-.]', path.name)[:-1]
+        split = words[0]
+        if extension == 'tar':  # no convention for the first word
+            split = next((word for word in words if word in _SPLIT_FOLDERS), 'train')
         # Numbers alone name no split: `train`, as `datasets` has it.
         splits.setdefault('train' if re.fullmatch(r'[\d_]*', split) else split, []).append(path)
     return splits
 
 
-def _open_parquet(name: str, split: str, files: List[Path], columns: Dict[str, Any]) -> _Table:
+def _open_files(
+        name: str,
+        kind: str,
+        split: str,
+        files: List[Path],
+        columns: Dict[str, Any],
+        streaming: bool,
+) -> Union[_Table, _StreamSource]:
+    """Open parquet or WebDataset files with `datasets`."""
     import datasets
     paths = [glob.escape(os.path.abspath(path)) for path in files]  # `datasets` takes every name for a pattern
+    num_rows = None
     try:
         with _quiet_progress():
             # Always split 'train' to `datasets`, which does not take every file name prefix for a split.
-            table = datasets.load_dataset('parquet', data_files=paths, split='train')
+            table = datasets.load_dataset(kind, data_files=paths, split='train', streaming=streaming)
+        if streaming and kind == 'parquet':
+            import pyarrow.parquet
+            num_rows = sum(pyarrow.parquet.read_metadata(path).num_rows for path in files)
     except Exception as e:
-        raise SFormerError(f'cannot read the parquet files of {name!r} (split {split!r}): {_one_line(e)}') from e
-    return _open_table(f'{name!r}', table, [_file_sample(path) for path in files], **columns)
+        raise SFormerError(f'cannot read the {kind} files of {name!r} (split {split!r}): {_one_line(e)}') from e
+    rows = _find_columns(f'{name!r}', table.features, **columns)
+    origin = [_file_sample(path) for path in files]
+    return _StreamSource(table, rows, origin, num_rows) if streaming else _Table(table, rows, origin)
 
 
 def _open_image_folder(
@@ -458,34 +829,62 @@ def _open_image_folder(
     return source, split
 
 
-def _open_hub(name: str, split: Optional[str], columns: Dict[str, Any]) -> Tuple[_Table, str]:
+def _open_hub(
+        name: str,
+        split: Optional[str],
+        columns: Dict[str, Any],
+        streaming: bool,
+) -> Tuple[Union[_Table, _StreamSource], str, Optional[str]]:
     looked_for = f"{name!r} is not a folder, not 'dead-leaves' or 'digits'"
     if name and Path(name).expanduser().exists():
         raise SFormerError(f'{name!r} is a file: name the folder it is in')
     if not re.fullmatch(r'\w[\w.-]*(/[\w.-]+)?', name):
         raise SFormerError(f'{looked_for}, and cannot be a Hugging Face dataset id')
     import datasets
+    revision = _hub_revision(name)
+    pinned = dict(revision=revision) if revision else {}  # so that what is recorded is what is read
     try:
         with _quiet_progress():
-            tables = datasets.load_dataset(name)
+            tables = datasets.load_dataset(name, streaming=True, **pinned) if streaming else datasets.load_dataset(
+                name, **pinned)
     except Exception as e:
         raise SFormerError(f'{looked_for}, and the Hugging Face Hub said: {_one_line(e)}') from e
     split = _choose_split(name, split, list(tables), columns['needs_labels'])
     table = tables[split]
-    # The Hub's fingerprint hashes repository, revision and split; it is the same on every machine.
-    return _open_table(f'{name!r}', table, getattr(table, '_fingerprint', None), **columns), split
+    try:
+        features = table.features or table._resolve_features().features
+    except Exception as e:
+        raise SFormerError(f'cannot read {name!r} (split {split!r}): {_one_line(e)}') from e
+    rows = _find_columns(f'{name!r}', features, **columns)
+    if not streaming:
+        # The Hub's fingerprint hashes repository, revision and split; it is the same on every machine.
+        return _Table(table, rows, getattr(table, '_fingerprint', None)), split, revision
+    table = table if table.features else table._resolve_features()
+    sizes = getattr(table.info, 'splits', None) or {}
+    num_rows = sizes[split].num_examples if split in sizes else None
+    return _StreamSource(table, rows, (name, revision), num_rows or None), split, revision
 
 
-def _open_table(
+def _hub_revision(name: str) -> Optional[str]:
+    """Commit that `main` of a data set on the Hub is at; None where the Hub can not be asked."""
+    import huggingface_hub
+    from datasets import config
+    if config.HF_HUB_OFFLINE:
+        return None
+    try:
+        return huggingface_hub.HfApi().dataset_info(name, timeout=10).sha
+    except Exception:  # datasets will say what is wrong, or have it in its cache
+        return None
+
+
+def _find_columns(
         title: str,
-        table,
-        origin: Any,
+        features,
         image_column: Optional[str],
         label_column: Optional[str],
         needs_labels: bool,
-) -> _Table:
+) -> _Rows:
     import datasets
-    features = table.features
     listed = ', '.join(features)
     for column in (image_column, label_column):
         if column is not None and column not in features:
@@ -503,7 +902,7 @@ def _open_table(
             label_column = None  # nobody asked for it
     if label_column is not None and not _is_class_index(features[label_column]):
         raise SFormerError(f'column {label_column!r} of {title} holds no class indices: {features[label_column]}')
-    return _Table(table, image_column, label_column, origin)
+    return _Rows(image_column, label_column, next((c for c in _KEY_COLUMNS if c in features), None))
 
 
 def _detect(features, kind: type, names: Sequence[str]) -> Optional[str]:

@@ -1,0 +1,370 @@
+"""What `sformer evaluate` promises at scale, checked and measured on this machine.
+
+    python scripts/check_evaluation.py counts       # any number of processes, samples, batch size, shards: same counts
+    python scripts/check_evaluation.py nodes        # two torchrun agents on the loopback interface
+    python scripts/check_evaluation.py kill         # SIGKILL at random moments, then --resume
+    python scripts/check_evaluation.py loading      # share of decoding and preprocessing, ViT-S
+    python scripts/check_evaluation.py overhead     # 2 processes x 1 thread against 1 process x 2 threads
+
+Images are the digits of scikit-learn with noise, or generated ones; nothing is downloaded. A check that fails ends
+with exit code 1. All processes but those of `nodes` are forked from one that has imported torch already, so what is
+timed is evaluation.
+"""
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import random
+import re
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+FORKS = multiprocessing.get_context('forkserver')
+NANO = 'sformer_nano.digits'
+# what may differ between runs that count the same
+VOLATILE = {
+    'seconds', 'source_seconds', 'images_per_second', 'decode_seconds', 'preprocess_seconds', 'wall_seconds',
+    'wait_seconds', 'peak_memory_mib', 'peak_device_memory_mib', 'world_size', 'workers', 'command'}
+COUNTS = ('num_images', 'top1', 'top5', 'source_top1', 'source_top5', 'agreement')
+
+
+# Processes -----------------------------------------------------------------------------------------------------------
+
+
+def be_rank(args: list[str], env: dict[str, str], folder: str, threads: int) -> None:
+    """Be `sformer ARGS` on one rank."""
+    import torch
+
+    from sformer import cli
+    torch.set_num_threads(threads)
+    multiprocessing.set_start_method('fork', force=True)  # for loader workers, as in a process that was not forked
+    os.environ.update(env)
+    for fd, name in ((1, 'out'), (2, 'err')):
+        path = os.path.join(folder, f'{name}{env.get("RANK", 0)}')
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
+    sys.argv = ['sformer', *args]
+    cli.main()
+
+
+def start(args: list[str], world: int, folder: Path, threads: int = 1) -> list[Any]:
+    """Start `sformer ARGS` on so many processes, as torchrun would."""
+    FORKS.set_forkserver_preload(['sformer.cli', 'sformer.evaluation', 'torch', 'datasets', 'accelerate'])
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    processes = []
+    for rank in range(world):
+        env = {} if world == 1 else dict(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
+            MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), OMP_NUM_THREADS=str(threads))
+        process = FORKS.Process(target=be_rank, args=([str(a) for a in args], env, str(folder), threads))
+        process.start()
+        processes.append(process)
+    return processes
+
+
+def finish(processes: list[Any], timeout: float = 3600) -> list[int]:
+    """Exit codes, by rank; processes that are late are killed."""
+    deadline = time.monotonic() + timeout
+    for process in processes:
+        process.join(max(0, deadline - time.monotonic()))
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+    return [process.exitcode for process in processes]
+
+
+def evaluate(folder: Path, world: int, *options: Any, threads: int = 1, command: str = 'evaluate') -> dict[str, Any]:
+    """Result of `sformer evaluate OPTIONS` on so many processes."""
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        file = Path(name, 'result.json')
+        codes = finish(start([command, *options, '--results-file', file], world, Path(name), threads))
+        if any(codes):
+            sys.exit('\n'.join([f'exit codes {codes} of {options}', *(p.read_text() for p in Path(name).glob('err*'))]))
+        return json.loads(file.read_text())
+
+
+def steady(result: dict[str, Any]) -> dict[str, Any]:
+    """What of a result must not depend on the processes that made it."""
+    return {key: value for key, value in result.items() if key not in VOLATILE}
+
+
+# Data ----------------------------------------------------------------------------------------------------------------
+
+
+def write_digits(folder: Path, samples: int, shards: int) -> Path:
+    """A parquet folder of noisy digits, in so many files (a sample each at least)."""
+    import datasets
+    import numpy as np
+    from PIL import Image
+    from sklearn.datasets import load_digits
+    datasets.disable_progress_bars()
+    rng, digits = np.random.default_rng(0), load_digits()
+    images, labels = [], []
+    for i in range(samples):
+        pixels = digits.images[i % 1797] * 255 / 16 + rng.normal(0, 110, (8, 8))  # so much that a third is missed
+        buffer = io.BytesIO()
+        Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(buffer, 'png')
+        images.append({'bytes': buffer.getvalue(), 'path': None})
+        labels.append(int(digits.target[i % 1797]))
+    features = datasets.Features(
+        dict(image=datasets.Image(), label=datasets.ClassLabel(names=[str(i) for i in range(10)])))
+    table = datasets.Dataset.from_dict(dict(image=images, label=labels), features=features)
+    path = folder / f'digits-{samples}-{shards}'
+    path.mkdir()
+    shards = min(shards, samples)
+    for i in range(shards):
+        table.shard(shards, i).to_parquet(path / f'test-{i:05d}-of-{shards:05d}.parquet')
+    return path
+
+
+def write_photos(folder: Path, samples: int, size: tuple[int, int] = (375, 500)) -> Path:
+    """A parquet folder of generated JPEG images of the usual size of ImageNet's, with labels from 0 to 999."""
+    import datasets
+    from PIL import Image
+
+    from sformer.data import dead_leaves
+    datasets.disable_progress_bars()
+    images = []
+    for pixels in dead_leaves(samples, (3, *size)):
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, 'jpeg', quality=90)
+        images.append({'bytes': buffer.getvalue(), 'path': None})
+    features = datasets.Features(dict(image=datasets.Image(), label=datasets.Value('int64')))
+    table = datasets.Dataset.from_dict(
+        dict(image=images, label=[i % 1000 for i in range(samples)]), features=features)
+    path = folder / 'photos'
+    path.mkdir()
+    table.to_parquet(path / 'validation.parquet')
+    return path
+
+
+def convert_untrained(folder: Path, source: str) -> Path:
+    """An SFormer of an architecture with random weights: for timings."""
+    import timm
+    import torch
+
+    import sformer
+    torch.manual_seed(0)
+    return sformer.save_model(sformer.convert(timm.create_model(source), num_images=16), folder / source)
+
+
+# Checks --------------------------------------------------------------------------------------------------------------
+
+
+def integers(text: str) -> list[int]:
+    return [int(x) for x in text.split(',')]
+
+
+def report(failures: list[str], what: str) -> None:
+    for failure in failures:
+        print(f'FAILED: {failure}')
+    print(f'{what}: {len(failures)} failures')
+    sys.exit(1 if failures else 0)
+
+
+def check_counts(
+        folder: Path, worlds: list[int], samples: list[int], batch_sizes: list[int], shards: list[int],
+) -> tuple[int, list[str]]:
+    """Evaluate in all combinations; returns their number, and what differs."""
+    failures, runs = [], 0
+    for n in samples:
+        sets = {k: write_digits(folder, n, k) for k in shards if k <= n or k == min(shards)}
+        counts = {}
+        for batch_size in batch_sizes:
+            for k, path in sets.items():
+                for streamed in (False, True):
+                    if k != min(sets) and not streamed:
+                        continue  # in memory there are no shards
+                    expected = None
+                    for world in worlds:
+                        begin = time.perf_counter()
+                        result = evaluate(folder, world, NANO, '--dataset', path, '--batch-size', batch_size,
+                                          '--num-processes', world, *(['--streaming'] if streamed else []))
+                        runs += 1
+                        setting = (f'{n} samples, batch {batch_size}, '
+                                   f'{f"streamed from {k} shards" if streamed else "local"}')
+                        found = {key: result[key] for key in COUNTS}
+                        print(f'{setting}, {world} processes, {time.perf_counter() - begin:.1f} s: '
+                              + ' '.join(f'{value:g}' for value in found.values()), flush=True)
+                        if expected is None:
+                            expected = steady(result)
+                            counts[setting] = found
+                        different = [key for key in expected if steady(result).get(key) != expected[key]]
+                        if different or result['num_images'] != n:
+                            failures.append(f'{setting}, {world} processes: {different} differ from those of one')
+        if len({json.dumps(c) for c in counts.values()}) > 1:
+            failures.append(f'{n} samples: counts differ with batch size or shards: {counts}')
+    return runs, failures
+
+
+@app.command()
+def counts(
+        worlds: Annotated[str, typer.Option(help='Numbers of processes')] = '1,2,3,4',
+        samples: Annotated[str, typer.Option()] = '1,7,103,10000',
+        batch_sizes: Annotated[str, typer.Option()] = '1,8,64',
+        shards: Annotated[str, typer.Option(help='Numbers of shards')] = '3,12',
+):
+    """Counts of N processes against those of one: every field of the result but timings has to be the same."""
+    with tempfile.TemporaryDirectory() as name:
+        runs, failures = check_counts(
+            Path(name), integers(worlds), integers(samples), integers(batch_sizes), integers(shards))
+    report(failures, f'{runs} evaluations')
+
+
+@app.command()
+def nodes(samples: int = 540, nproc: Annotated[int, typer.Option(help='Processes per node')] = 1):
+    """Two torchrun agents that meet on the loopback interface, against one process."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        path = write_digits(folder, samples, 2)
+        expected = evaluate(folder, 1, NANO, '--dataset', path)
+        with socket.socket() as s:
+            s.bind(('127.0.0.1', 0))
+            port = s.getsockname()[1]
+        agents = []
+        for node in range(2):
+            (folder / str(node)).mkdir()
+            agents.append(subprocess.Popen(
+                [sys.executable, '-m', 'torch.distributed.run', '--nnodes', '2', '--nproc-per-node', str(nproc),
+                 '--node-rank', str(node), '--rdzv-backend', 'c10d', '--rdzv-id', 'check', '--rdzv-endpoint',
+                 f'127.0.0.1:{port}', '-m', 'sformer', 'evaluate', NANO, '--dataset', str(path),
+                 '--num-processes', str(2 * nproc), '--results-file', 'result.json'],
+                cwd=folder / str(node), env=dict(os.environ, OMP_NUM_THREADS='1'),
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        output = [agent.communicate(timeout=600)[0] for agent in agents]
+        if any(agent.returncode for agent in agents):
+            sys.exit('\n'.join(output))
+        files = list(folder.glob('*/result.json'))
+        result = json.loads(files[0].read_text())
+    failures = [f'{key}: {result.get(key)} instead of {value}' for key, value in steady(expected).items()
+                if result.get(key) != value]
+    failures += [f'{len(files)} results files'] if len(files) != 1 else []
+    failures += [f'world_size {result["world_size"]}'] if result['world_size'] != 2 * nproc else []
+    report(failures, f'2 nodes x {nproc} processes, {samples} samples')
+
+
+def check_kill(folder: Path, times: int, samples: int, worlds: list[int], seed: int) -> tuple[int, list[str]]:
+    """Kill runs at random moments and resume them; returns how many had counted something, and what differs."""
+    rng = random.Random(seed)
+    path = write_digits(folder, samples, 3)
+    failures, resumed, kills, i = [], 0, 0, 0
+    expected, duration = {}, {}
+    for streamed in (False, True):
+        begin = time.perf_counter()
+        expected[streamed] = evaluate(folder, 1, NANO, '--dataset', path, *(['--streaming'] if streamed else []))
+        duration[streamed] = time.perf_counter() - begin
+    while kills < times and i < 4 * times:
+        i += 1
+        run = folder / f'run{i}'
+        run.mkdir()
+        streamed = bool(i % 2)
+        args = ['evaluate', NANO, '--dataset', path, '--results-file', run / 'result.json', '--resume']
+        args += ['--streaming'] if streamed else []
+        before, after = rng.choice(worlds), rng.choice(worlds)
+        moment = rng.uniform(0.1, 1.) * duration[streamed]
+        processes = start(args, before, run)
+        time.sleep(moment)
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):  # it has finished
+                os.kill(process.pid, signal.SIGKILL)
+        if -signal.SIGKILL not in finish(processes):
+            continue  # it was faster
+        kills += 1
+        codes = finish(start(args, after, run))
+        found = re.search(r'resuming after (\d+)', (run / 'err0').read_text())
+        resumed += found is not None
+        print(f'{"streamed" if streamed else "local"}, {before} processes, '
+              f'killed after {moment:.2f} s; {after} processes resumed after '
+              f'{found.group(1) if found else 0} of {samples} images', flush=True)
+        if any(codes):
+            failures.append(f'run {i}: exit codes {codes}: {(run / "err0").read_text()}')
+            continue
+        result = steady(json.loads((run / 'result.json').read_text()))
+        different = [key for key, value in steady(expected[streamed]).items() if result.get(key) != value]
+        if different:
+            failures.append(f'run {i}: {different} differ')
+        if (run / 'result.json.progress').exists():
+            failures.append(f'run {i}: progress is left behind')
+    return resumed, failures
+
+
+@app.command()
+def kill(times: int = 20, samples: int = 4000, worlds: str = '1,2,3', seed: int = 0):
+    """SIGKILL to all processes at a random moment, then --resume, perhaps on another number of processes."""
+    with tempfile.TemporaryDirectory() as name:
+        resumed, failures = check_kill(Path(name), times, samples, integers(worlds), seed)
+    if not resumed:
+        failures.append('no run was killed after it had counted something')
+    report(failures, f'{times} runs killed, {resumed} of them with progress')
+
+
+@app.command()
+def loading(
+        source: str = 'vit_small_patch16_224',
+        samples: int = 128,
+        batch_size: int = 16,
+        threads: int = 2,
+        dataset: Annotated[Optional[Path], typer.Option(help='Images, instead of generated ones of 375x500')] = None,
+):
+    """Share of decoding and preprocessing in the work, and how much of it loader workers hide."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        path, extra = (dataset, ['--num-images', samples]) if dataset else (write_photos(folder, samples), [])
+        model = convert_untrained(folder, source)
+        for options, what in ((['--no-source'], 'SFormer'), ([], 'SFormer and source')):
+            for workers in (0, 1, 2):
+                r = evaluate(folder, 1, model, '--dataset', path, '--batch-size', batch_size, '--workers', workers,
+                             *extra, *options, threads=threads)
+                work = r['decode_seconds'] + r['preprocess_seconds']
+                compute = r['seconds'] + r.get('source_seconds', 0.)
+                print(f'{what}, {workers} workers, {threads} threads: wall {r["wall_seconds"]:.1f} s, networks '
+                      f'{compute:.1f} s, decoding {r["decode_seconds"]:.1f} s + preprocessing '
+                      f'{r["preprocess_seconds"]:.1f} s = {100 * work / (work + compute):.1f} % of the work, '
+                      f'waited {r["wait_seconds"]:.1f} s', flush=True)
+
+
+@app.command()
+def overhead(
+        source: str = 'vit_tiny_patch16_224',
+        samples: int = 512,
+        batch_size: int = 16,
+        pairs: int = 5,
+):
+    """2 processes x 1 thread against 1 process x 2 threads, in pairs of runs."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        path, model = write_photos(folder, samples, (256, 256)), convert_untrained(folder, source)
+        options = [model, '--dataset', path, '--batch-size', batch_size]
+        ratios: dict[str, list[float]] = dict(command=[], loop=[])
+        for pair in range(pairs + 1):
+            seconds = []
+            for world, threads in ((2, 1), (1, 2)):
+                begin = time.perf_counter()
+                result = evaluate(folder, world, *options, threads=threads)
+                seconds.append((time.perf_counter() - begin, result['wall_seconds']))
+            if pair:  # the first one warms up
+                ratios['command'].append(seconds[0][0] / seconds[1][0])
+                ratios['loop'].append(seconds[0][1] / seconds[1][1])
+                print(f'2 x 1: {seconds[0][0]:.1f} s ({seconds[0][1]:.1f} s in the loop), 1 x 2: '
+                      f'{seconds[1][0]:.1f} s ({seconds[1][1]:.1f} s)', flush=True)
+    for what, values in ratios.items():
+        print(f'{what}: ratio {statistics.median(values):.3f} (min {min(values):.3f}, max {max(values):.3f})')
+    failed = statistics.median(ratios['command']) > 1.15
+    report(['more than 1.15 times as long'] if failed else [], f'{pairs} pairs')
+
+
+if __name__ == '__main__':
+    app()

@@ -1,0 +1,153 @@
+"""Benchmarks: which labels count as right, and which classes a model may choose from.
+
+* ImageNet-1K: Russakovsky et al., arXiv 1409.0575.
+* ImageNet-ReaL: Beyer et al., 'Are we done with ImageNet?', arXiv 2006.07159. Several labels per image, or none.
+* ImageNet-V2: Recht et al., arXiv 1902.10811. The classes of ImageNet-1K.
+* ImageNet-A: Hendrycks et al., arXiv 1907.07174; ImageNet-R: arXiv 2006.16241. 200 classes each, and only their logits
+  are compared.
+
+The lists of classes and the ReaL labels are those that timm ships.
+"""
+import re
+from dataclasses import dataclass
+from typing import Any, Callable, Dict, List, Optional, Sequence
+
+import torch.nn as nn
+
+from .errors import SFormerError
+
+__all__ = ['BENCHMARKS', 'DATASETS', 'Benchmark', 'resolve_benchmark']
+
+BENCHMARKS = ('imagenet-1k', 'imagenet-real', 'imagenet-v2', 'imagenet-a', 'imagenet-r')
+
+# Name of a data set, unless there is a folder of this name -> where it is on the Hub, and how it is read there
+DATASETS: Dict[str, Dict[str, Any]] = {
+    'imagenet-1k': dict(dataset='ILSVRC/imagenet-1k', split='validation'),
+    'imagenet-real': dict(dataset='ILSVRC/imagenet-1k', split='validation', benchmark='imagenet-real'),
+    'cifar10': dict(dataset='uoft-cs/cifar10', split='test'),
+    'cifar100': dict(dataset='uoft-cs/cifar100', split='test', label_column='fine_label'),
+}
+
+_SYNSET = re.compile(r'n\d{8}')
+_VALIDATION = re.compile(r'ILSVRC2012_val_(\d{8})')
+
+
+class RealLabels:
+    """ReaL labels of the ImageNet validation images, by the number in their file names."""
+
+    def __init__(self):
+        from timm.data import RealLabelsImagenet
+        self.labels: Dict[str, List[int]] = RealLabelsImagenet(range(50_000)).real_labels
+
+    def __call__(self, label: Optional[int], key: Optional[str]) -> Sequence[int]:
+        found = _VALIDATION.search(key or '')
+        labels = self.labels.get(f'{found.group()}.JPEG') if found else None
+        if labels is None:
+            raise SFormerError(
+                f'ReaL labels go by file names like ILSVRC2012_val_00000001.JPEG, and an image is called {key!r}.')
+        return labels
+
+
+@dataclass
+class Benchmark:
+    """How to score a model on a data set.
+
+    Args:
+        name: One of `BENCHMARKS`, None for a data set with labels of its own.
+        label_map: Class of each label, as an index among the compared logits; None for the labels themselves.
+        classes: Logits that are compared, as indices; None for all of them.
+    """
+    name: Optional[str]
+    label_map: Optional[List[int]] = None
+    classes: Optional[List[int]] = None
+
+    @property
+    def labels(self) -> Optional[Callable[[Optional[int], Optional[str]], Sequence[int]]]:
+        """What labels images, where it is not their label."""
+        return RealLabels() if self.name == 'imagenet-real' else None
+
+
+def resolve_benchmark(
+        name: Optional[str],
+        model: nn.Module,
+        dataset: str,
+        class_names: Optional[List[str]],
+) -> Benchmark:
+    """Match the labels of a data set with the classes of a model.
+
+    Names of classes decide where both sides have them; else the numbers of classes have to agree.
+
+    Args:
+        name: One of `BENCHMARKS`; None finds ImageNet-A and -R by their classes.
+        model: Classifier.
+        dataset: What the user calls the data set, for errors.
+        class_names: Class names of the data set by label, None where unknown.
+
+    Raises:
+        SFormerError: If the label sets do not match.
+    """
+    num_classes: int = getattr(model, 'num_classes', None) or len(class_names or [])
+    if name is not None and name not in BENCHMARKS:
+        raise SFormerError(f'no benchmark {name!r}, but: {", ".join(BENCHMARKS)}.')
+    if name is None and class_names is not None and len(class_names) == 200:
+        name = next((b for b in ('imagenet-a', 'imagenet-r') if sorted(class_names) == _synsets(b)), None)
+    if name in ('imagenet-a', 'imagenet-r'):
+        return _subset(name, model, dataset, class_names)
+    if name == 'imagenet-real':
+        if num_classes != 1000:
+            raise SFormerError(f'ReaL labels are of 1000 classes, the model has {num_classes}.')
+        return Benchmark(name)
+    if name is not None and class_names is not None and len(class_names) != 1000:
+        raise SFormerError(f'{name} has 1000 classes, {dataset} has {len(class_names)}.')
+    if class_names is None:
+        return Benchmark(name)
+
+    names = model_class_names(model)
+    if sorted(class_names) == sorted(map(str, range(num_classes))):
+        names = [str(i) for i in range(num_classes)]  # classes named by their numbers, sorted by whatever rule
+    if names and set(class_names) <= set(names) and len(set(class_names)) == len(class_names):
+        index = {n: i for i, n in enumerate(names)}
+        classes = [index[n] for n in class_names]
+        return Benchmark(name, classes if classes != list(range(num_classes)) else None)
+    if len(class_names) > num_classes:
+        raise SFormerError(
+            f'{dataset} has label {len(class_names) - 1}, the model has {num_classes} classes: '
+            f'this is not the dataset that it was trained for.')
+    if len(class_names) < num_classes:
+        raise SFormerError(
+            f'{dataset} has {len(class_names)} classes ({", ".join(class_names[:3])} ...), the model has '
+            f'{num_classes}, and their names do not tell which is which.')
+    if names and all(map(_SYNSET.fullmatch, names)) and all(map(_SYNSET.fullmatch, class_names)):
+        wrong = next(n for n in class_names if n not in set(names))
+        raise SFormerError(f'{dataset} has a class {wrong} that the model does not know.')
+    return Benchmark(name)
+
+
+def _subset(name: str, model: nn.Module, dataset: str, class_names: Optional[List[str]]) -> Benchmark:
+    names, synsets = model_class_names(model), _synsets(name)
+    if names is None or not set(synsets) <= set(names):
+        raise SFormerError(f'{name} needs a model of ImageNet classes, this one has {model.num_classes} others.')
+    if class_names is None or sorted(class_names) != synsets:
+        have = 'no class names' if class_names is None else f'{len(class_names)} others'
+        raise SFormerError(f'{name} has 200 classes with names like {synsets[0]}, {dataset} has {have}.')
+    return Benchmark(name, [synsets.index(n) for n in class_names], [names.index(n) for n in synsets])
+
+
+def _synsets(name: str) -> List[str]:
+    """Sorted WordNet ids of ImageNet-A or -R."""
+    from importlib.resources import files
+    return (files('timm.data') / '_info' / f'{name.replace("-", "_")}_synsets.txt').read_text().split()
+
+
+def model_class_names(model: nn.Module) -> Optional[List[str]]:
+    """Names of a model's classes: those in its config, or the WordNet ids of ImageNet classifiers; None if unknown."""
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    names = cfg.get('label_names')
+    if names is not None and len(names) == model.num_classes:
+        return list(names)
+    subset = infer_imagenet_subset(model)
+    try:
+        return ImageNetInfo(subset).label_names() if subset else None
+    except AssertionError:
+        return None

@@ -1,0 +1,273 @@
+"""The processes of a run that torchrun (or mpirun, or accelerate) started: who they are and whether they all live.
+
+accelerate forms the process group and picks devices. What it does not do is added here: the number of processes is
+checked against what was asked for, an error of one rank ends all of them, and so does a rank that is lost, within a
+timeout. Ranks tell one another through a key-value store beside the process group, so nobody hangs in a collective
+that somebody else never reaches.
+"""
+import contextlib
+import datetime
+import os
+import sys
+import threading
+import time
+from typing import Any, Iterator, List, Optional, Union
+
+import torch
+
+from .errors import SFormerError
+
+__all__ = ['Group', 'RankError', 'asked_world_size']
+
+_SIZES = ('WORLD_SIZE', 'OMPI_COMM_WORLD_SIZE', 'PMI_SIZE', 'MV2_COMM_WORLD_SIZE')  # as accelerate reads them
+_GRACE = 5.  # seconds that a rank has to leave by itself after another one failed
+
+
+class RankError(SFormerError):
+    """Another rank failed, and the error has been printed by somebody else."""
+
+
+def asked_world_size() -> int:
+    """Number of processes according to the launcher's environment, 1 without a launcher.
+
+    Raises:
+        SFormerError: If `accelerate launch --cpu --num_processes N` started one process for N.
+    """
+    size = next((int(os.environ[key]) for key in _SIZES if os.environ.get(key, '').isdigit()), None)
+    if size is None and 'ACCELERATE_MIXED_PRECISION' in os.environ and 'MASTER_PORT' in os.environ:
+        # accelerate's launcher for one process sets the rendezvous for several, and then starts one
+        raise SFormerError(
+            'accelerate launch was asked for several processes and started only this one, as it does on CPUs: use '
+            'torchrun --nproc-per-node N -m sformer ... instead.')
+    return size or 1
+
+
+class Group:
+    """This process and the others of the run. Without a launcher: this process alone, at no cost.
+
+    Args:
+        device: Device of this process; the one that accelerate picks if None.
+        num_processes: How many processes there have to be; not checked if None.
+        timeout: Seconds without a sign of life after which a rank counts as lost.
+
+    Raises:
+        SFormerError: If there are more or fewer processes than asked for, or they do not find one another.
+    """
+    _count = 0
+
+    def __init__(
+            self,
+            device: Union[str, torch.device, None] = None,
+            num_processes: Optional[int] = None,
+            timeout: float = 600.,
+    ):
+        self.timeout = timeout
+        self.rank, self.local_rank, self.world_size = 0, 0, 1
+        self.error: Optional[str] = None
+        self._store: Any = None
+        self._mine = False  # whether this rank is the one that prints the error
+        self._counters: dict = {}
+        size = asked_world_size()
+        if num_processes is not None and size != num_processes:
+            # the same on all ranks, which are not connected yet
+            raise (SFormerError if os.environ.get('RANK', '0') == '0' else RankError)(
+                f'{num_processes} processes were asked for, but {size} {"is" if size == 1 else "are"} running: '
+                f'start them with torchrun --nproc-per-node {num_processes} -m sformer ...')
+        if size > 1:
+            self._join(device, size)
+        self.device = self._device(device)
+
+    def _device(self, device: Union[str, torch.device, None]) -> torch.device:
+        try:
+            if device is None:
+                if self.world_size > 1:
+                    from accelerate import PartialState
+                    return PartialState().device
+                return torch.accelerator.current_accelerator(check_available=True) or torch.device('cpu')
+            found = torch.device(device)
+            if found.type == 'cuda' and found.index is None and self.world_size > 1:
+                found = torch.device('cuda', self.local_rank)
+            torch.empty(0, device=found)
+            return found
+        except (RuntimeError, AssertionError) as e:
+            raise SFormerError(f'device {str(device)!r} can not be used: {str(e).splitlines()[0]}') from e
+
+    def _join(self, device: Union[str, torch.device, None], size: int) -> None:
+        import torch.distributed as dist
+        from accelerate import PartialState
+        os.environ.setdefault('MASTER_ADDR', '127.0.0.1')
+        os.environ.setdefault('LOCAL_RANK', '0')
+        # without `cpu`, accelerate would take processes without an accelerator for single ones
+        cpu = torch.device(device).type == 'cpu' if device is not None else not torch.accelerator.is_available()
+        try:
+            state = PartialState(cpu=cpu, timeout=datetime.timedelta(seconds=self.timeout))
+            self.rank, self.local_rank = state.process_index, state.local_process_index
+            self.world_size = state.num_processes
+            if self.world_size == size:
+                Group._count += 1
+                # a connection of our own: the process group's may be blocked
+                store = dist.TCPStore(
+                    os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=False,
+                    timeout=datetime.timedelta(seconds=self.timeout))
+                restart = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
+                self._store = dist.PrefixStore(f'sformer/{restart}/{Group._count}', store)
+        except (RuntimeError, ValueError, KeyError, OSError) as e:
+            raise SFormerError(f'the {size} processes do not find one another: {str(e).splitlines()[0]}') from e
+        if self.world_size != size:
+            raise SFormerError(f'the launcher speaks of {size} processes, but the group has {self.world_size}.')
+        self._ticks = 0
+        self._working = False
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._watcher = threading.Thread(target=self._watch, name='sformer-watch', daemon=True)
+        self._watcher.start()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes and prints."""
+        return self.rank == 0
+
+    # signs of life -----------------------------------------------------------------------------------------------
+
+    def tick(self) -> None:
+        """Say that this rank makes progress; from the first call to `rest` it has to every `timeout` seconds.
+
+        Raises:
+            RankError: If another rank failed or was lost.
+        """
+        if self._store is not None:
+            self._ticks += 1
+            self._working = True
+            self._check()
+
+    def rest(self) -> None:
+        """Say that this rank has nothing to do: being alive is enough now."""
+        if self._store is not None:
+            self._working = False
+
+    def _check(self) -> None:
+        if self.error is not None:
+            raise (SFormerError if self._mine else RankError)(self.error)
+
+    def _call(self, method: str, *args: Any) -> Any:
+        """Call the store; its methods are not to be called by two threads at once."""
+        with self._lock:
+            return getattr(self._store, method)(*args)
+
+    def _watch(self) -> None:
+        interval = min(1., self.timeout / 8)
+        # everybody watches rank 0, and rank 0 everybody
+        others = range(1, self.world_size) if self.rank == 0 else [0]
+        seen = {rank: (b'', time.monotonic()) for rank in others}
+        beats = 0
+        while not self._stop.wait(interval):
+            beats += 1
+            try:
+                self._call('set', f'beat/{self.rank}', f't{self._ticks}' if self._working else f'b{beats}')
+                if self._call('check', ['error']):
+                    self._end(self._call('get', 'error').decode())
+                    return
+                now = time.monotonic()
+                for rank in others:
+                    key = f'beat/{rank}'
+                    beat = self._call('get', key) if self._call('check', [key]) else b''
+                    if beat != seen[rank][0]:
+                        seen[rank] = beat, now
+                    elif now - seen[rank][1] > self.timeout and not self._call('check', [f'left/{rank}']):
+                        self._end(f'rank {rank} of {self.world_size} gave no sign of life for {self.timeout:g} s', True)
+                        return
+            except RuntimeError as e:  # the store is gone, and with it the rank or the agent that served it
+                self._end(f'rank {self.rank} lost the connection to the others: {str(e).splitlines()[0]}', True)
+                return
+
+    def _end(self, message: str, tell: bool = False) -> None:
+        """End this rank: by an error in the main thread or, where that is blocked, at once."""
+        self._mine = tell and self._announce(message)
+        self.error = message
+        if self._stop.wait(_GRACE):
+            return
+        if self._mine:
+            print(f'sformer: error: {message}', file=sys.stderr, flush=True)
+        os._exit(1)
+
+    def _announce(self, message: str) -> bool:
+        """Tell all ranks of an error; returns whether this rank is the first to tell, and so the one that prints."""
+        try:
+            first = self._call('add', 'told', 1) == 1
+            if first:
+                self._call('set', 'error', message)
+            return first
+        except RuntimeError:
+            return True  # nobody can be told, so everybody prints
+
+    @contextlib.contextmanager
+    def guard(self) -> Iterator['Group']:
+        """Tell the other ranks of an error inside of the block; on all but one rank it becomes a `RankError`."""
+        if self._store is None:
+            yield self
+            return
+        try:
+            yield self
+            self._leave(self.timeout)
+        except RankError:
+            self._leave(_GRACE)
+            raise
+        except BaseException as e:
+            first = self._mine or self._announce(str(e) if isinstance(e, SFormerError) else f'{type(e).__name__}: {e}')
+            self._leave(_GRACE)
+            if isinstance(e, (SFormerError, OSError)) and not first:
+                raise RankError(str(e)) from e
+            raise
+
+    def _leave(self, patience: float) -> None:
+        """Leave the run. Rank 0 may serve the store, so it leaves last, but does not wait for ever."""
+        self.rest()
+        with contextlib.suppress(RuntimeError):
+            self._call('set', f'left/{self.rank}', '1')
+            deadline = time.monotonic() + (patience if self.rank == 0 else 0)
+            keys = [f'left/{rank}' for rank in range(self.world_size)]
+            while time.monotonic() < deadline and not self._call('check', keys):
+                time.sleep(0.02)
+        self._stop.set()
+
+    # what ranks share --------------------------------------------------------------------------------------------
+
+    def add(self, counter: str, number: int) -> int:
+        """Add to a counter of all ranks; returns its new value."""
+        if self._store is None:
+            self._counters[counter] = self._counters.get(counter, 0) + number
+            return self._counters[counter]
+        try:
+            return self._call('add', f'count/{counter}', number)
+        except RuntimeError as e:
+            raise SFormerError(f'rank {self.rank} lost the connection to the others: {str(e).splitlines()[0]}') from e
+
+    def wait(self, name: str) -> None:
+        """Wait until all ranks are here, however long they take, as long as they live.
+
+        Raises:
+            RankError: If another rank failed or was lost.
+        """
+        if self._store is None:
+            return
+        self.rest()
+        here = self.add(name, 1)
+        pause = 0.01
+        while here < self.world_size:
+            self._check()
+            time.sleep(pause)
+            pause = min(0.2, pause * 1.5)
+            here = self.add(name, 0)
+
+    def gather(self, value: Any, name: str) -> List[Any]:
+        """Values of all ranks, by rank, on every rank."""
+        if self._store is None:
+            return [value]
+        import torch.distributed as dist
+        self.wait(name)  # so that the collective is over at once, or fails
+        values: List[Any] = [None] * self.world_size
+        try:
+            dist.all_gather_object(values, value)
+        except RuntimeError as e:
+            raise SFormerError(f'a rank was lost: {str(e).splitlines()[0]}') from e
+        return values

@@ -1,0 +1,110 @@
+"""What has been counted so far, on disk, so that a run that is killed can be resumed.
+
+Every process appends the records of finished chunks to a file of its own, one line of JSON each; a line that was cut
+off by the end of its process does not count. On resumption all processes read what they find and tell one another, so
+neither the number of processes nor who had which chunk has to be the same, nor need nodes share a file system.
+"""
+import hashlib
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import IO, Any, Dict, List, Optional, Union
+
+from ..distributed import Group
+from ..errors import SFormerError
+
+__all__ = ['Journal']
+
+
+class Journal:
+    """Records of finished chunks below a folder.
+
+    Args:
+        path: Folder; made if it is missing.
+        resume: Continue with what is there instead of starting over.
+    """
+
+    def __init__(self, path: Union[str, Path], resume: bool = False):
+        self.path = Path(path)
+        self.resume = resume
+        self._file: Optional[IO[str]] = None
+        self._synced = 0.
+
+    def open(self, key: Dict[str, Any], group: Group) -> List[Dict[str, Any]]:
+        """Begin to record; returns the records of earlier runs, one per chunk.
+
+        Args:
+            key: What results depend on. Records of a run with another key are refused.
+            group: Processes that record.
+
+        Raises:
+            SFormerError: If there are records of another run, or no record can be written.
+        """
+        files = sorted(self.path.glob('*.jsonl'))
+        found = self._read(files, key) if self.resume else []
+        records: Dict[Any, Dict[str, Any]] = {}
+        for record in (r for rs in group.gather(found, 'journal') for r in rs):
+            records.setdefault(tuple(record['chunk']), record)
+        if not self.resume:
+            for path in files:
+                path.unlink(missing_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            name = f'{group.rank:05d}-{time.time_ns()}-{os.getpid()}.jsonl'
+            self._file = open(self.path / name, 'w', encoding='utf-8')
+        except OSError as e:
+            raise SFormerError(f'{self.path} can not be written: {e.strerror}.') from e
+        self._append(key)
+        return [records[chunk] for chunk in sorted(records)]
+
+    def _read(self, files: List[Path], key: Dict[str, Any]) -> List[Dict[str, Any]]:
+        records = []
+        for path in files:
+            lines = [_parse(line) for line in path.read_text(encoding='utf-8', errors='replace').splitlines()]
+            if not lines or lines[0] is None:
+                continue  # killed before it began
+            different = [k for k in {**key, **lines[0]} if lines[0].get(k) != key.get(k)]
+            if different:
+                raise SFormerError(
+                    f'{self.path} records another run ({", ".join(sorted(different))} differ): '
+                    f'repeat that run, or start over without --resume.')
+            records += [line for line in lines[1:] if line is not None]
+        return records
+
+    def add(self, record: Dict[str, Any]) -> None:
+        """Record a finished chunk."""
+        self._append(record)
+
+    def _append(self, data: Dict[str, Any]) -> None:
+        text = json.dumps(data)
+        assert self._file is not None
+        try:
+            self._file.write(f'{_digest(text)} {text}\n')
+            self._file.flush()
+            if time.monotonic() - self._synced > 5:  # a kill loses nothing; a power cut, these seconds
+                os.fsync(self._file.fileno())
+                self._synced = time.monotonic()
+        except OSError as e:
+            raise SFormerError(f'{self.path} can not be written: {e.strerror}.') from e
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def remove(self) -> None:
+        """Forget everything: the results have been written."""
+        self.close()
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _parse(line: str) -> Any:
+    """Data of a line, None if it was cut off."""
+    digest, _, text = line.partition(' ')
+    return json.loads(text) if digest == _digest(text) else None

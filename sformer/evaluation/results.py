@@ -1,0 +1,117 @@
+"""Results files: JSON, and CSV with the columns of timm's."""
+import contextlib
+import csv
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
+
+from ..errors import SFormerError
+from ..utils import write_aside, write_json
+
+__all__ = ['check_results_file', 'write_results']
+
+FORMATS = ('json', 'csv')
+TIMM_COLUMNS = (
+    'model', 'top1', 'top1_err', 'top5', 'top5_err', 'param_count', 'img_size', 'crop_pct', 'interpolation')
+
+
+def check_results_file(path: Union[str, Path], format: Optional[str] = None) -> str:
+    """Make sure that results can be written, before there are any.
+
+    Args:
+        path: Results file; there may be one already.
+        format: `json` or `csv`; None goes by the file's suffix, and is `json` without one.
+
+    Returns:
+        The format.
+
+    Raises:
+        SFormerError: If the format is unknown, or a file that is there is not one of results.
+        OSError: If the file can't be written.
+    """
+    path = Path(path)
+    format = format or path.suffix.lstrip('.').lower() or 'json'
+    if format not in FORMATS:
+        raise SFormerError(f'results are written as {" or ".join(FORMATS)}, not as {format!r} (--results-format).')
+    if path.is_dir():
+        raise IsADirectoryError(21, 'is a folder', str(path))
+    with contextlib.suppress(_ProbeError), write_aside(path.parent) as aside:
+        (aside / 'probe').touch()
+        raise _ProbeError  # so that nothing is left behind
+    if path.exists() and not os.access(path, os.W_OK):
+        raise PermissionError(13, 'is not writable', str(path))
+    if format == 'csv':
+        _read_csv(path)
+    return format
+
+
+class _ProbeError(Exception):
+    pass
+
+
+def write_results(path: Union[str, Path], results: List[Dict[str, Any]], format: str = 'json') -> None:
+    """Write results: a JSON object (a list if there are several), or rows that are appended to a CSV file.
+
+    Rows and columns of a CSV file that is there are kept. Files are written aside and renamed.
+
+    Raises:
+        SFormerError: If a CSV file that is there is not one of results.
+        OSError: If the file can't be written.
+    """
+    path = Path(path)
+    if format == 'json':
+        write_json(path, results[0] if len(results) == 1 else results)
+        return
+    rows = [{key: _cell(value) for key, value in result.items() if key != 'firing_rates'} for result in results]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path.parent):
+        columns, old = _read_csv(path)
+        new = [c for c in TIMM_COLUMNS] + [c for row in rows for c in row]
+        columns = list(dict.fromkeys([*columns, *new]))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, restval='', lineterminator='\n')
+        writer.writeheader()
+        writer.writerows([*old, *rows])
+        with write_aside(path.parent) as aside:
+            (aside / path.name).write_text(text.getvalue(), encoding='utf-8')
+
+
+def _read_csv(path: Path) -> Tuple[List[str], List[Dict[str, str]]]:
+    """Columns and rows of a results file; none if there is none."""
+    if not path.exists() or path.stat().st_size == 0:
+        return [], []
+    try:
+        with open(path, newline='', encoding='utf-8') as f:
+            reader = csv.DictReader(f)
+            columns, rows = list(reader.fieldnames or []), list(reader)
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise SFormerError(f'{path} is no CSV file of results: {e}.') from e
+    if 'model' not in columns or 'top1' not in columns or len(set(columns)) != len(columns):
+        raise SFormerError(
+            f'{path} is no CSV file of results: its first line is {", ".join(columns)[:80]!r}. Name another file.')
+    if any(None in row or None in row.values() for row in rows):
+        raise SFormerError(f'{path} has rows with more or fewer fields than its first line. Name another file.')
+    return columns, rows
+
+
+def _cell(value: Any) -> Any:
+    return json.dumps(value) if isinstance(value, (dict, list, tuple)) else '' if value is None else value
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other evaluations from appending to the same file at the same time."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield
+        return
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
