@@ -12,6 +12,7 @@ from typing import Optional, Sequence, Union
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 __all__ = [
     'MAX_LEVEL', 'FIRE_FUNCTIONS', 'SFNConfig',
@@ -212,8 +213,8 @@ def fire(
     half = 0.5 if firing == 'round' else 0.
     levels = values.shape[0]
     if fire_function == 'uniform':
-        if half > 0:  # floor(u + 1/2) by way of half steps: u + 1/2 itself would round up just below a boundary
-            k = (u * 2).floor_().add_(1).mul_(0.5).floor_().clamp_(0, levels)
+        if half > 0:  # the float just below the first boundary is silent, too: adding 1/2 would round it up to 1
+            k = F.threshold(u, 0.49999997, 0.).add_(half).floor_().clamp_(max=levels)
         else:
             k = u.floor().clamp_(0, levels)
     elif fire_function == 'quadratic':
