@@ -331,6 +331,8 @@ def test_mixed_precision_and_compile(model):
     half = evaluate(model, 'digits', num_images=64, amp='bfloat16', channels_last=True)
     assert half['amp'] == 'bfloat16' and half['top1'] > 90
     assert half['nll'] != evaluate(model, 'digits', num_images=64)['nll']
+    assert not any(p.is_inference() for p in model.parameters()), 'the model can still be trained'
+    assert model.patch_embed.proj.weight.is_contiguous(), 'the model itself is left alone'
 
 
 def greedy(model, limit):

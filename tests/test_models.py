@@ -15,8 +15,9 @@ import sformer
 from sformer import SFNConfig, SFormer, SFormerError, UnsupportedLayerError, bypass_neurons, is_calibrated
 from sformer.layers import FLOATING_LAYERS, SPIKING_LAYERS, named_neurons
 from sformer.layers.linear import SpikingLinear
-from sformer.models import SOURCES, source_of
+from sformer.models import SOURCES, ZOO, source_of
 from sformer.neurons import DirectCoding, Neuron
+from sformer.zoo import source_name
 
 MICRO = dict(img_size=16, patch_size=4, embed_dim=48, depth=4, num_heads=3, num_classes=5)
 
@@ -70,8 +71,9 @@ def test_meta_model_materialises_and_loads(model, images):
 
 
 def test_preprocessing_of_the_source_is_kept():
-    for name, source in SOURCES.items():
-        cfg, expected = get_pretrained_cfg(name), get_pretrained_cfg(source)
+    names = [f'{name}.{tag}' for name, (_, tags) in ZOO.items() for tag in tags.split()]
+    for name in names:
+        cfg, expected = get_pretrained_cfg(name), get_pretrained_cfg(source_name(name))
         for key in ('mean', 'std', 'crop_pct', 'interpolation', 'input_size', 'num_classes'):
             assert getattr(cfg, key) == getattr(expected, key), (name, key)
 

@@ -228,17 +228,18 @@ def _check_model(model: nn.Module) -> None:
         raise SFormerError('the model has no classes to predict (num_classes=0).')
 
 
+@torch.inference_mode(False)  # parameters that are made in inference mode could not be trained afterwards
 def _prepare(
         model: nn.Module,
         img_size: Optional[int],
         device: Optional[torch.device],
         channels_last: bool,
 ) -> nn.Module:
-    if img_size is not None:
+    if img_size is not None or channels_last:
         model = copy.deepcopy(model)
+    if img_size is not None:
         try:
-            with torch.inference_mode(False):
-                model.set_input_size(img_size=(img_size, img_size))
+            model.set_input_size(img_size=(img_size, img_size))
         except (AttributeError, AssertionError, ValueError, RuntimeError) as e:
             raise SFormerError(f'the model can not take images of {img_size} pixels: {e}') from e
     if device is not None:
