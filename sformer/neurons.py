@@ -75,7 +75,7 @@ class SFNConfig:
         check(self.dead_zone <= top,
               f'dead_zone must not exceed {top}, the top level of {self.attention_fire} attention with {self.levels} '
               f'levels, or no key would ever fire, got {self.dead_zone!r}.')
-        check(0 < self.scale < math.inf, f'scale (lambda) must be a finite number > 0, got {self.scale!r}.')
+        check(1e-3 <= self.scale <= 1e3, f'scale (lambda) must lie in [0.001, 1000], got {self.scale!r}.')
         check(0 < self.quantile <= 1, f'quantile must lie in (0, 1], got {self.quantile!r}.')
 
 
@@ -169,16 +169,12 @@ def firing_boundaries(
         Boundaries in float32, (N,).
     """
     values = values.to(torch.float32)
-    if fire_function == 'quadratic':
+    if firing == 'floor':
+        boundaries = values
+    elif fire_function == 'quadratic':
         # of the parabola itself rather than of its rounded levels: this is what has a closed form
         j = torch.arange(1, len(values) + 1, dtype=torch.float32, device=values.device)
-        slope = _quadratic_slope(len(values))
-        if firing == 'floor':
-            boundaries = torch.maximum(j, j * j * slope)
-        else:
-            boundaries = torch.maximum(j - 0.5, ((j - 0.5) ** 2 + 0.25) * slope)
-    elif firing == 'floor':
-        boundaries = values
+        boundaries = torch.maximum(j - 0.5, ((j - 0.5) ** 2 + 0.25) * _quadratic_slope(len(values)))
     else:
         boundaries = (values + torch.cat([values.new_zeros(1), values[:-1]])) / 2
     return boundaries.clamp_min(dead_zone)
@@ -197,8 +193,9 @@ def fire(
 ) -> torch.Tensor:
     """Level that a current reaches on one branch: `k = y_i` with `i = #{j : u >= b_j}` (y_0 = 0).
 
-    `uniform` and `quadratic` are closed forms, the others look up a table on the grid of half steps, on which all
-    their boundaries lie. No loop over thresholds.
+    `uniform` and, where it rounds, `quadratic` are closed forms (that of `quadratic` takes a square root: a current
+    within an ulp of a boundary may fall on either side of it). The others look up a table on the grid of half steps,
+    on which all their boundaries lie. No loop over thresholds.
 
     Args:
         u: Current in steps, `h / (lambda * threshold)`, any shape, float32.
@@ -210,19 +207,19 @@ def fire(
     Returns:
         Levels k >= 0, integers in the dtype and shape of u.
     """
-    half = 0.5 if firing == 'round' else 0.
     levels = values.shape[0]
     if fire_function == 'uniform':
-        if half > 0:  # the float just below the first boundary is silent, too: adding 1/2 would round it up to 1
-            k = F.threshold(u, 0.49999997, 0.).add_(half).floor_().clamp_(max=levels)
+        if firing == 'round':
+            # the float just below the first boundary is silent, too: adding 1/2 would round it up to 1
+            k = F.threshold(u, 0.49999997, 0.).add_(0.5).floor_().clamp_(max=levels)
         else:
             k = u.floor().clamp_(0, levels)
-    elif fire_function == 'quadratic':
+    elif fire_function == 'quadratic' and firing == 'round':
         slope = _quadratic_slope(levels)
-        i = (u / slope - half * half).clamp_(min=0).sqrt_()
+        i = (u / slope - 0.25).clamp_(min=0).sqrt_()
         if slope < 1:
             i = torch.minimum(i, u)
-        i = i.add_(half).floor_().clamp_(0, levels)
+        i = i.add_(0.5).floor_().clamp_(0, levels)
         k = torch.maximum(i, (i * i).mul_(slope).round_()) if slope < 1 else i * i
     else:
         grid = torch.arange(255, dtype=torch.float32, device=u.device) / 2
@@ -234,6 +231,13 @@ def fire(
     if dead_zone > 0:
         k = k * (u >= dead_zone)
     return k
+
+
+def _straight_through(out: torch.Tensor, h: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor) -> torch.Tensor:
+    """Let the gradient of `out` pass to `h` where lower <= h <= upper; the values of `out` stay."""
+    value = h.detach()  # compared in float32, as thresholds are
+    inside = torch.where((value >= lower) & (value <= upper), h, torch.zeros_like(h))
+    return out + (inside - inside.detach()).to(out.dtype)  # an exact zero
 
 
 class Neuron(nn.Module):
@@ -314,7 +318,7 @@ class ScaleAndFire(Neuron):
     On the positive branch a membrane potential h fires the level `k = y_i`, `i = #{j : h >= scale * threshold * b_j}`;
     a signed neuron does the same on -h with the threshold of its negative branch. The output is
     `scale * threshold * k`, always a step times a signed integer. Backward is straight-through inside of the firing
-    range and zero outside.
+    range, which ends half a step beyond the top level, and zero outside.
 
     Source: arXiv 2510.23383, scale-and-fire neuron, extended by a threshold per branch.
 
@@ -353,11 +357,12 @@ class ScaleAndFire(Neuron):
         self.centered = center_shape is not None
         values = level_values(self.fire_function, config.levels)
         top = DEFAULT_RANGE if signed else 1.
-        threshold = torch.full((2 if signed else 1, *shape), top / values[-1].item())
+        threshold = torch.full((2 if signed else 1, *shape), top / values[-1].item(), dtype=torch.float32)
         self.register_buffer('threshold', threshold.to(device))
         self.register_buffer('levels', values.to(torch.uint8).to(device))
-        self.register_buffer('scale', torch.full((), config.scale if signed else 1., device=device))
-        self.register_buffer('center', torch.zeros(tuple(center_shape), device=device) if self.centered else None)
+        dd = dict(device=device, dtype=torch.float32)  # whatever the default dtype is
+        self.register_buffer('scale', torch.full((), config.scale if signed else 1., **dd))
+        self.register_buffer('center', torch.zeros(tuple(center_shape), **dd) if self.centered else None)
 
     def set_threshold(
             self,
@@ -391,19 +396,19 @@ class ScaleAndFire(Neuron):
         threshold = self.threshold * self.scale
         out = self._current(h.detach(), threshold).to(x.dtype)
         if torch.is_grad_enabled():
-            top = threshold * self.levels[-1]
+            top = threshold * (self.levels[-1] + 0.5)
             lower = -top[1] if self.signed else torch.zeros_like(top[0])
-            inside = torch.clamp(h, lower.to(h.dtype), top[0].to(h.dtype))
-            # adds an exact zero: values do not depend on the grad mode
-            out = out + (inside - inside.detach()).to(x.dtype)
+            out = _straight_through(out, h, lower, top[0])
         return out
 
-    def _current(self, h: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+    def _levels(self, h: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
         # thresholds are float32, so the division promotes and bfloat16 currents fire where float32 ones do
-        out = fire(h / threshold[0], self.fire_function, self.levels, self.firing, self.dead_zone).mul_(threshold[0])
+        return fire(h / step, self.fire_function, self.levels, self.firing, self.dead_zone)
+
+    def _current(self, h: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+        out = self._levels(h, threshold[0]).mul_(threshold[0])
         if self.signed:
-            k = fire(h / -threshold[1], self.fire_function, self.levels, self.firing, self.dead_zone)
-            out = out.addcmul_(k, threshold[1], value=-1.)
+            out = out.addcmul_(self._levels(h, -threshold[1]), threshold[1], value=-1.)
         return out
 
     @torch.jit.ignore
@@ -418,9 +423,9 @@ class ScaleAndFire(Neuron):
         """
         h = self._potential(x)
         threshold = self.threshold * self.scale
-        k = fire(h / threshold[0], self.fire_function, self.levels, self.firing, self.dead_zone)
+        k = self._levels(h, threshold[0])
         if self.signed:
-            k = k - fire(h / -threshold[1], self.fire_function, self.levels, self.firing, self.dead_zone)
+            k = k - self._levels(h, -threshold[1])
         return k.to(torch.int8)
 
     def _problem(self, name: str, value: torch.Tensor) -> str:
@@ -460,8 +465,9 @@ class DirectCoding(Neuron):
 
     def __init__(self, in_chans: int, device=None):
         super().__init__(device=device)
-        self.register_buffer('threshold', torch.full((in_chans, 1, 1), 1 / 127.5, device=device))
-        self.register_buffer('center', torch.full((in_chans, 1, 1), 1 / 255, device=device))  # mean = std = 0.5
+        dd = dict(device=device, dtype=torch.float32)  # whatever the default dtype is
+        self.register_buffer('threshold', torch.full((in_chans, 1, 1), 1 / 127.5, **dd))
+        self.register_buffer('center', torch.full((in_chans, 1, 1), 1 / 255, **dd))  # mean = std = 0.5
 
     def set_range(self, low: torch.Tensor, high: torch.Tensor) -> None:
         """Code [low, high] with 256 levels and mark the neuron as calibrated.
@@ -479,19 +485,19 @@ class DirectCoding(Neuron):
         self.calibrated.fill_(True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = x.detach()
-        out = ((h - self.center) / self.threshold).round_().clamp_(-128, 127)
-        out = out.mul_(self.threshold).add_(self.center).to(x.dtype)
+        out = self._levels(x.detach()).mul_(self.threshold).add_(self.center).to(x.dtype)
         if torch.is_grad_enabled():
-            lower, upper = self.center - 128 * self.threshold, self.center + 127 * self.threshold
-            inside = torch.clamp(x, lower.to(x.dtype), upper.to(x.dtype))
-            out = out + (inside - inside.detach())
+            out = _straight_through(
+                out, x, self.center - 128.5 * self.threshold, self.center + 127.5 * self.threshold)
         return out
+
+    def _levels(self, x: torch.Tensor) -> torch.Tensor:
+        return ((x - self.center) / self.threshold).round_().clamp_(-128, 127)
 
     @torch.jit.ignore
     def spikes(self, x: torch.Tensor) -> torch.Tensor:
         """Pixel levels p - 128, int8, the shape of x (B, C, H, W)."""
-        return ((x - self.center) / self.threshold).round_().clamp_(-128, 127).to(torch.int8)
+        return self._levels(x).to(torch.int8)
 
     def extra_repr(self) -> str:
         return f'levels=256, direct, {self._range_repr()}'

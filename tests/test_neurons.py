@@ -198,11 +198,11 @@ def firings(draw, functions=FIRE_FUNCTIONS):
 def naive_boundaries(name, values, firing, dead_zone):
     y = [0.] + values.tolist()
     n = len(values)
-    if name == 'quadratic':
+    if name == 'quadratic' and firing == 'round':
         y = [i * i * min(n * n, 127) / (n * n) for i in range(n + 1)]  # the parabola before it is rounded
     b = y[1:] if firing == 'floor' else [(low + high) / 2 for low, high in zip(y, y[1:], strict=False)]
-    if name == 'quadratic':
-        b = [max(v, j + (1 if firing == 'floor' else 0.5)) for j, v in enumerate(b)]
+    if name == 'quadratic' and firing == 'round':
+        b = [max(v, j + 0.5) for j, v in enumerate(b)]
     return [max(v, torch.tensor(dead_zone).item()) for v in b]
 
 
@@ -341,11 +341,12 @@ def naive_neuron(neuron, x):
     step = neuron.threshold * neuron.scale
     args = neuron.fire_function, neuron.levels.float(), neuron.firing, neuron.dead_zone
     k = fire(h / step[0], *args)
-    out, inside = step[0] * k, h <= step[0] * neuron.levels[-1]
+    end = step * (neuron.levels[-1] + 0.5)  # beyond it the top level is more than half a step away
+    out, inside = step[0] * k, h <= end[0]
     if not neuron.signed:
         return out, k, inside & (h >= 0)
     negative = fire(-h / step[1], *args)
-    return out - step[1] * negative, k - negative, inside & (h >= -step[1] * neuron.levels[-1])
+    return out - step[1] * negative, k - negative, inside & (h >= -end[1])
 
 
 @prop
@@ -442,10 +443,34 @@ def test_backward_is_straight_through_inside_of_the_firing_range(case, seed):
     upstream = torch.randn(x.shape, generator=rng(seed))
     neuron(x).backward(upstream)
     assert torch.equal(x.grad, upstream * inside)
-    if neuron.signed and not neuron.centered:
-        top = (neuron.threshold * neuron.scale * neuron.levels[-1]).expand(2, *neuron.threshold.shape[1:])
-        clamped = torch.clamp(x, -top[1], top[0])
-        assert torch.equal(x.grad, torch.autograd.grad(clamped, x, upstream)[0])
+
+
+@pytest.mark.parametrize('signed', [True, False])
+def test_the_top_of_the_firing_range_has_a_gradient(signed):
+    """All of it, not the half that clamp gives to a tie: a row's strongest key lies exactly there, white pixels too."""
+    neuron = ScaleAndFire((1,), SFNConfig(levels=4), signed=signed)
+    top = (neuron.threshold[0] * 4).item()
+    x = torch.tensor([-2 * top, -top if signed else 0., 0., top, 2 * top], requires_grad=True)
+    neuron(x).sum().backward()
+    assert x.grad.tolist() == [0, 1, 1, 1, 0]
+
+
+def test_every_pixel_value_has_a_gradient():
+    coding = DirectCoding(1)
+    x = ((torch.arange(256) / 255 - 0.5) / 0.5).view(1, 1, 16, 16).requires_grad_()
+    coding(x).sum().backward()
+    assert (x.grad == 1).all()
+
+
+def test_thresholds_are_float32_whatever_the_default_dtype_is():
+    before = torch.get_default_dtype()
+    try:
+        for dtype in (torch.bfloat16, torch.float64):
+            torch.set_default_dtype(dtype)
+            for neuron in (ScaleAndFire((3,), SFNConfig(), center_shape=(3,)), DirectCoding(3)):
+                assert {b.dtype for b in neuron.buffers() if b.is_floating_point()} == {torch.float32}
+    finally:
+        torch.set_default_dtype(before)
 
 
 @prop

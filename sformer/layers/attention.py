@@ -1,8 +1,8 @@
 """Attention in which every product is between spikes and spikes, or spikes and weights.
 
 Each class is built by `spiking_` from the timm layer that it subclasses, whose parameters and options it keeps, and
-its forward is that layer's, with neurons before the products. Rotary embeddings, norms, softmax and sigmoid gates act
-on currents.
+its forward is that layer's, with neurons before the products. Rotary embeddings, norms, softmax and sigmoids act on
+currents.
 """
 from typing import Optional, Tuple
 
@@ -84,7 +84,32 @@ class SpikingProductMixin(nn.Module):
     ) -> torch.Tensor:
         """Attention output (B, H, L, D) from spikes q, k and v, each (B, H, L, D)."""
         attn, attn_sum = self.spiking_softmax(q, k, attn_mask, is_causal)
-        return (attn @ v) / attn_sum
+        return self.weighted_mean(attn, v, attn_sum)
+
+    def weighted_mean(self, attn: torch.Tensor, v: torch.Tensor, attn_sum: torch.Tensor) -> torch.Tensor:
+        """Product of spikes attn (..., Q, K) and v (..., K, D), divided by the spike sums (..., Q, 1)."""
+        # exact, and in float16 a sum over many keys would overflow before it is divided
+        return (attn @ (v / 32)) / (attn_sum / 32)
+
+    def add_gate_neurons(self, config: SFNConfig) -> None:
+        """Add neurons for both operands of a sigmoid gate on the attention output, where there is one."""
+        shape, device = (self.proj.in_features,), self.proj.weight.device
+        self.gate_neuron = ScaleAndFire(shape, config, device=device) if self.gate is not None else None
+        self.value_neuron = ScaleAndFire(shape, config, device=device) if self.gate is not None else None
+
+    def rotate(
+            self,
+            q: torch.Tensor,
+            k: torch.Tensor,
+            v: torch.Tensor,
+            rope: Optional[torch.Tensor],
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Rotary embedding of q and k (B, H, L, D), in the dtype of v; prefix tokens are left as they are."""
+        if rope is not None:
+            npt, half = self.num_prefix_tokens, self.rotate_half
+            q = torch.cat([q[:, :, :npt, :], apply_rot_embed_cat(q[:, :, npt:, :], rope, half=half)], dim=2).type_as(v)
+            k = torch.cat([k[:, :, :npt, :], apply_rot_embed_cat(k[:, :, npt:, :], rope, half=half)], dim=2).type_as(v)
+        return q, k
 
     def spiking_diff_product(
             self,
@@ -100,7 +125,7 @@ class SpikingProductMixin(nn.Module):
         q and k are (B, 2 H, L, D), v and the output (B, H, L, 2 D).
         """
         attn, attn_sum = self.spiking_softmax(q, k, attn_mask, is_causal)
-        x = attn.unflatten(1, (-1, 2)) @ v.unsqueeze(2) / attn_sum.unflatten(1, (-1, 2))
+        x = self.weighted_mean(attn.unflatten(1, (-1, 2)), v.unsqueeze(2), attn_sum.unflatten(1, (-1, 2)))
         return x[:, :, 0] - lambda_full * x[:, :, 1]
 
 
@@ -114,6 +139,7 @@ class SpikingAttention(SpikingProductMixin, Attention):
     @torch.jit.ignore
     def add_neurons(self, config: SFNConfig) -> None:
         self.add_product_neurons(config, self.num_heads, self.head_dim, self.num_heads, self.proj.weight.device)
+        self.add_gate_neurons(config)
 
     def forward(
             self,
@@ -132,8 +158,8 @@ class SpikingAttention(SpikingProductMixin, Attention):
 
         x = x.transpose(1, 2).reshape(B, N, self.attn_dim)
         x = self.norm(x)
-        if gate is not None:
-            x = x * gate
+        if gate is not None and self.gate_neuron is not None and self.value_neuron is not None:
+            x = self.value_neuron(x) * self.gate_neuron(gate)
         x = self.proj(x)
         x = self.proj_drop(x)
         return x
@@ -149,6 +175,7 @@ class SpikingAttentionRope(SpikingProductMixin, AttentionRope):
     @torch.jit.ignore
     def add_neurons(self, config: SFNConfig) -> None:
         self.add_product_neurons(config, self.num_heads, self.head_dim, self.num_kv_heads, self.proj.weight.device)
+        self.add_gate_neurons(config)
 
     def forward(
             self,
@@ -169,13 +196,7 @@ class SpikingAttentionRope(SpikingProductMixin, AttentionRope):
             k = self.k_proj(x).reshape(B, N, self.num_kv_heads, self.head_dim).transpose(1, 2)
             v = self.v_proj(x).reshape(B, N, self.num_kv_heads, self.head_dim).transpose(1, 2)
 
-        q, k = self.q_norm(q), self.k_norm(k)
-
-        if rope is not None:
-            npt = self.num_prefix_tokens
-            half = self.rotate_half
-            q = torch.cat([q[:, :, :npt, :], apply_rot_embed_cat(q[:, :, npt:, :], rope, half=half)], dim=2).type_as(v)
-            k = torch.cat([k[:, :, :npt, :], apply_rot_embed_cat(k[:, :, npt:, :], rope, half=half)], dim=2).type_as(v)
+        q, k = self.rotate(self.q_norm(q), self.k_norm(k), v, rope)
 
         q, k, v = self.q_neuron(q), self.k_neuron(k), self.v_neuron(v)
         if self.num_kv_groups > 1:
@@ -185,8 +206,8 @@ class SpikingAttentionRope(SpikingProductMixin, AttentionRope):
 
         x = x.transpose(1, 2).reshape(B, N, self.attn_dim)
         x = self.norm(x)
-        if gate is not None:
-            x = x * gate
+        if gate is not None and self.gate_neuron is not None and self.value_neuron is not None:
+            x = self.value_neuron(x) * self.gate_neuron(gate)
         x = self.proj(x)
         x = self.proj_drop(x)
         return x
@@ -202,6 +223,7 @@ class SpikingEvaAttention(SpikingProductMixin, EvaAttention):
     @torch.jit.ignore
     def add_neurons(self, config: SFNConfig) -> None:
         self.add_product_neurons(config, self.num_heads, self.head_dim, self.num_heads, self.proj.weight.device)
+        self.add_gate_neurons(config)
 
     def forward(
             self,
@@ -224,21 +246,15 @@ class SpikingEvaAttention(SpikingProductMixin, EvaAttention):
             k = self.k_proj(x).reshape(B, N, self.num_heads, -1).transpose(1, 2)
             v = self.v_proj(x).reshape(B, N, self.num_heads, -1).transpose(1, 2)
 
-        q, k = self.q_norm(q), self.k_norm(k)
-
-        if rope is not None:
-            npt = self.num_prefix_tokens
-            half = self.rotate_half
-            q = torch.cat([q[:, :, :npt, :], apply_rot_embed_cat(q[:, :, npt:, :], rope, half=half)], dim=2).type_as(v)
-            k = torch.cat([k[:, :, :npt, :], apply_rot_embed_cat(k[:, :, npt:, :], rope, half=half)], dim=2).type_as(v)
+        q, k = self.rotate(self.q_norm(q), self.k_norm(k), v, rope)
 
         q, k, v = self.q_neuron(q), self.k_neuron(k), self.v_neuron(v)
         x = self.spiking_product(q, k, v, attn_mask=attn_mask, is_causal=is_causal)
 
         x = x.transpose(1, 2).reshape(B, N, C)
         x = self.norm(x)
-        if gate is not None:
-            x = x * gate
+        if gate is not None and self.gate_neuron is not None and self.value_neuron is not None:
+            x = self.value_neuron(x) * self.gate_neuron(gate)
         x = self.proj(x)
         x = self.proj_drop(x)
         return x

@@ -21,6 +21,14 @@ def _fit_negative_branch(neuron: ScaleAndFire, act: nn.Module) -> None:
     neuron.threshold[1] = low / neuron.levels[-1]
 
 
+def _add_operand_neurons(mlp: nn.Module, config: SFNConfig) -> None:
+    """Add neurons for gate and value of a gated MLP, a threshold per channel."""
+    features, device = mlp.fc2.in_features, mlp.fc2.weight.device
+    mlp.gate_neuron = ScaleAndFire((features,), config, device=device)
+    mlp.value_neuron = ScaleAndFire((features,), config, device=device)
+    _fit_negative_branch(mlp.gate_neuron, mlp.act)
+
+
 class SpikingMlp(Mlp):
     """MLP whose hidden activation is lopsided, as GELU's range of -0.17 ... +10 is; `fc1` and `fc2` spike."""
 
@@ -35,10 +43,7 @@ class SpikingGluMlp(GluMlp):
 
     @torch.jit.ignore
     def add_neurons(self, config: SFNConfig) -> None:
-        features, device = self.fc2.in_features, self.fc2.weight.device
-        self.gate_neuron = ScaleAndFire((features,), config, device=device)
-        self.value_neuron = ScaleAndFire((features,), config, device=device)
-        _fit_negative_branch(self.gate_neuron, self.act)
+        _add_operand_neurons(self, config)
 
     def forward(self, x):
         x = self.fc1(x)
@@ -59,10 +64,7 @@ class SpikingSwiGLU(SwiGLU):
 
     @torch.jit.ignore
     def add_neurons(self, config: SFNConfig) -> None:
-        features, device = self.fc2.in_features, self.fc2.weight.device
-        self.gate_neuron = ScaleAndFire((features,), config, device=device)
-        self.value_neuron = ScaleAndFire((features,), config, device=device)
-        _fit_negative_branch(self.gate_neuron, self.act)
+        _add_operand_neurons(self, config)
 
     def forward(self, x):
         x_gate = self.fc1_g(x)
