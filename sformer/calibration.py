@@ -3,7 +3,7 @@
 Observation streams: per neuron it keeps one histogram with logarithmic bins, so memory does not depend on the number
 of images and no range has to be known before. Neither the order of images nor the batch size matters to the counts,
 but for two things: keys are centred on the mean of the first batch, and currents of more than a million values per
-batch are observed at every n-th token.
+batch are observed at every n-th token or image.
 """
 import contextlib
 import functools
@@ -14,7 +14,7 @@ import torch.nn as nn
 
 from .errors import SFormerError
 from .layers import named_neurons
-from .neurons import DirectCoding, Neuron, ScaleAndFire, SFNConfig, firing_boundaries
+from .neurons import DirectCoding, Neuron, ScaleAndFire, SFNConfig, firing_boundaries, level_values
 
 __all__ = ['SiteStatistics', 'bypass_neurons', 'observe', 'fit_thresholds_', 'fit_density_levels', 'MIN_THRESHOLD']
 
@@ -24,13 +24,13 @@ LOW, HIGH = -28, 20
 NUM_BINS = (HIGH - LOW) << SUB_BITS
 MIN_THRESHOLD = 2. ** LOW
 SUB_CANDIDATES = 4  # candidate thresholds per bin
-MAX_VALUES = 1 << 20  # per site and batch; larger currents are observed at every n-th token
+MAX_VALUES = 1 << 20  # per site and batch; larger currents are observed at every n-th token or image
 
 
 def bin_edges() -> torch.Tensor:
     """Edges of the histogram bins, float64, (NUM_BINS + 1,); the first is 0: tiny currents are silence."""
     base = (LOW + 127) << SUB_BITS
-    bits = (torch.arange(NUM_BINS + 1, dtype=torch.int32) + base) << (23 - SUB_BITS)
+    bits = (torch.arange(NUM_BINS + 1, dtype=torch.int32, device='cpu') + base) << (23 - SUB_BITS)
     edges = bits.view(torch.float32).to(torch.float64)
     edges[0] = 0
     return edges
@@ -46,7 +46,8 @@ class SiteStatistics:
             histogram is of what is left after subtracting it.
 
     Attributes:
-        counts: Histograms, int64, (2 or 1, groups, NUM_BINS).
+        counts: Histograms, int32, (2 or 1, groups, NUM_BINS). They are complete once a bin could overflow, after 2^31
+            currents per group.
         peak: Largest current per branch and group, (2 or 1, groups).
     """
 
@@ -56,10 +57,12 @@ class SiteStatistics:
         self.center_shape = center_shape
         self.center: Optional[torch.Tensor] = None
         groups = torch.Size(shape).numel()
-        self.counts = torch.zeros(self.branches, groups, NUM_BINS, dtype=torch.int64)
-        self.peak = torch.zeros(self.branches, groups)
+        # on the CPU, whatever the default device is
+        self.counts = torch.zeros(self.branches, groups, NUM_BINS, dtype=torch.int32, device='cpu')
+        self.peak = torch.zeros(self.branches, groups, device='cpu')
         self.batches = 0
-        self.offset = (torch.arange(groups, dtype=torch.int32) * NUM_BINS).view(shape)
+        self.counted = 0  # currents per group
+        self.offset = (torch.arange(groups, dtype=torch.int32, device='cpu') * NUM_BINS).view(shape)
 
     def update(self, x: torch.Tensor) -> None:
         """Add a batch of currents (B, ...) that `shape` broadcasts against.
@@ -67,9 +70,7 @@ class SiteStatistics:
         Raises:
             SFormerError: If a current is NaN or infinite.
         """
-        x = x.detach().to('cpu', torch.float32)  # first: a sum of float16 currents can be infinite
-        if not torch.isfinite(x.sum()):
-            raise SFormerError('NaN or infinite currents')
+        x = check_finite(x)
         if self.center_shape is not None:
             if self.center is None:
                 dims = [d for d in range(x.ndim) if self._padded(self.center_shape, x.ndim)[d] == 1]
@@ -82,19 +83,36 @@ class SiteStatistics:
         self.peak = torch.maximum(self.peak, torch.stack([high, low][:self.branches]))
 
         stride = -(-x.numel() // MAX_VALUES)
-        if stride > 1:
-            x = x[..., self.batches % stride::stride, :]  # tokens; the offset lets every position have its turn
+        if stride > 1:  # of images or tokens, whichever are more; the offset lets every position have its turn
+            dim = max((d for d in rest if d < x.ndim - 1), key=lambda d: x.shape[d])
+            x = x[(slice(None),) * dim + (slice(self.batches % min(stride, x.shape[dim]), None, stride),)]
         self.batches += 1
+        self.counted += x.numel() // self.offset.numel()
+        if self.counted >= 2 ** 31:
+            return
         bits = x.contiguous().view(torch.int32)
         base = (LOW + 127) << SUB_BITS
         index = ((bits & 0x7fffffff) >> (23 - SUB_BITS)).sub_(base).clamp_(0, NUM_BINS - 1).add_(self.offset)
         if self.branches == 2:
             index = torch.where(bits < 0, index + self.offset.numel() * NUM_BINS, index)
-        self.counts += torch.bincount(index.flatten(), minlength=self.counts.numel()).view(self.counts.shape)
+        counts = torch.bincount(index.flatten(), minlength=self.counts.numel()).view(self.counts.shape)
+        self.counts += counts.to(torch.int32)
 
     @staticmethod
     def _padded(shape: Tuple[int, ...], ndim: int) -> Tuple[int, ...]:
         return (1,) * (ndim - len(shape)) + tuple(shape)
+
+
+def check_finite(x: torch.Tensor) -> torch.Tensor:
+    """Currents as float32 on the CPU.
+
+    Raises:
+        SFormerError: If a current is NaN or infinite.
+    """
+    x = x.detach().to('cpu', torch.float32)  # first: a sum of float16 currents can be infinite
+    if not torch.isfinite(x.sum()):
+        raise SFormerError('NaN or infinite currents')
+    return x
 
 
 @contextlib.contextmanager
@@ -135,7 +153,8 @@ def observe(model: nn.Module, batches: Iterable[torch.Tensor]) -> Tuple[Dict[str
         batches: Normalised images (B, C, H, W).
 
     Returns:
-        Statistics per neuron name, and the number of images seen.
+        Statistics per neuron name (none of neurons that read softmax numerators with fixed levels: there is nothing
+        to fit), and the number of images seen.
 
     Raises:
         SFormerError: If there are no images, or a current is NaN or infinite; names the first such neuron.
@@ -143,6 +162,8 @@ def observe(model: nn.Module, batches: Iterable[torch.Tensor]) -> Tuple[Dict[str
     statistics = {}
     for name, neuron in named_neurons(model):
         if isinstance(neuron, ScaleAndFire):
+            if not neuron.signed and neuron.fire_function != 'density':
+                continue
             center = tuple(neuron.center.shape) if neuron.centered else None
             statistics[name] = SiteStatistics(tuple(neuron.threshold.shape[1:]), neuron.signed, center)
         else:
@@ -150,7 +171,10 @@ def observe(model: nn.Module, batches: Iterable[torch.Tensor]) -> Tuple[Dict[str
 
     def observer(name, neuron, x):
         try:
-            statistics[name].update(x)
+            if name in statistics:
+                statistics[name].update(x)
+            else:
+                check_finite(x)
         except SFormerError as e:
             raise SFormerError(f'{e} at {name}: the weights or the images of the source are broken.') from None
 
@@ -249,7 +273,7 @@ def fit_density_levels(statistics: SiteStatistics, levels: int, firing: str = 'r
     Args:
         statistics: Statistics of the site.
         levels: Number of levels N.
-        firing: `round` or `floor`, which decides what a level is the best answer for.
+        firing: With `floor`, what falls below the first level does not count.
 
     Returns:
         Level values y_1 < ... < y_N, (N,).
@@ -257,7 +281,7 @@ def fit_density_levels(statistics: SiteStatistics, levels: int, firing: str = 'r
     edges = bin_edges()
     mass = statistics.counts.flatten(0, 1).to(torch.float64)
     mass = mass[mass[:, 1:].sum(dim=1) > 0]
-    uniform = torch.arange(1, levels + 1, dtype=torch.float32)
+    uniform = level_values('uniform', levels)
     if not len(mass):
         return uniform
     # the firing range, not the very largest current, decides where levels are needed
@@ -296,31 +320,35 @@ def fit_thresholds_(model: nn.Module, statistics: Dict[str, SiteStatistics], con
         statistics: As `observe` returned them.
         config: Estimator and its parameters.
     """
-    for name, neuron in named_neurons(model):
-        site = statistics[name]
-        if isinstance(neuron, DirectCoding):
-            _fit_direct_coding(neuron, site)
-            continue
-        values = neuron.levels.to('cpu', torch.float32)
-        if neuron.fire_function == 'density':
-            values = fit_density_levels(site, neuron.num_levels, neuron.firing)
-        if not neuron.signed:
-            # softmax numerators: the strongest key is exactly 1 and fires at the top level, whatever the image;
-            # one ulp lower, as 1 / (1 / y) may round to less than y
-            top_step = torch.tensor(1 / values[-1].item()).nextafter(torch.zeros(()))
-            neuron.set_threshold(top_step.expand(neuron.threshold.shape), values)
-            continue
-        boundaries = firing_boundaries(neuron.fire_function, values, neuron.firing, neuron.dead_zone)
-        branches = []
-        for counts, peak in zip(site.counts, site.peak, strict=True):
-            if config.estimator == 'mse':
-                fitted = mse_threshold(counts, values, boundaries)
-            elif config.estimator == 'quantile':
-                fitted = quantile_threshold(counts, values, config.quantile)
+    with torch.device('cpu'):  # where statistics are, whatever the default device is
+        for name, neuron in named_neurons(model):
+            if isinstance(neuron, DirectCoding):
+                _fit_direct_coding(neuron, statistics[name])
             else:
-                fitted = torch.where(peak > 0, peak / values[-1].item(), torch.nan)
-            branches.append(fitted)
-        neuron.set_threshold(_revive(torch.stack(branches)).view(neuron.threshold.shape), values, site.center)
+                _fit_scale_and_fire(neuron, statistics.get(name), config)
+
+
+def _fit_scale_and_fire(neuron: ScaleAndFire, site: Optional[SiteStatistics], config: SFNConfig) -> None:
+    values = neuron.levels.to('cpu', torch.float32)
+    if neuron.fire_function == 'density':
+        values = fit_density_levels(site, neuron.num_levels, neuron.firing)
+    if not neuron.signed:
+        # softmax numerators: the strongest key is exactly 1 and fires at the top level, whatever the image;
+        # one ulp lower, as 1 / (1 / y) may round to less than y
+        top_step = (1 / values[-1]).nextafter(values.new_zeros(()))
+        neuron.set_threshold(top_step.expand(neuron.threshold.shape), values)
+        return
+    boundaries = firing_boundaries(neuron.fire_function, values, neuron.firing, neuron.dead_zone)
+    branches = []
+    for counts, peak in zip(site.counts, site.peak, strict=True):
+        if config.estimator == 'mse':
+            fitted = mse_threshold(counts, values, boundaries)
+        elif config.estimator == 'quantile':
+            fitted = quantile_threshold(counts, values, config.quantile)
+        else:
+            fitted = torch.where(peak > 0, peak / values[-1].item(), torch.nan)
+        branches.append(fitted)
+    neuron.set_threshold(_revive(torch.stack(branches)).view(neuron.threshold.shape), values, site.center)
 
 
 def _revive(threshold: torch.Tensor) -> torch.Tensor:

@@ -31,6 +31,7 @@ from timm.models import (
 
 from .errors import SFormerError, UnsupportedLayerError
 from .layers import SPIKING_LAYERS, named_neurons, spiking_
+from .layers.attention import SpikingAttentionPoolLatent, SpikingAttentionPoolPrr
 from .layers.linear import SpikingPatchEmbed
 from .layers.registry import FLOATING_LAYERS
 from .neurons import DirectCoding, Neuron, SFNConfig
@@ -168,6 +169,8 @@ def revert_(model: nn.Module) -> nn.Module:
         for name, child in list(module.named_children()):
             if isinstance(child, Neuron):
                 delattr(module, name)
+        if isinstance(module, (SpikingAttentionPoolLatent, SpikingAttentionPoolPrr)):
+            module._modules.pop('attn_drop', None)  # came with the neurons
         module.__class__ = back.get(type(module), type(module))
     for attribute in ('sfn_config', 'conversion'):
         model.__dict__.pop(attribute, None)
@@ -236,7 +239,7 @@ def _create_sformer(variant: str, source: str, pretrained: bool = False, **kwarg
         kwargs['pretrained_cfg_overlay'] = {**(kwargs.get('pretrained_cfg_overlay') or {}), **overlay}
         filter_fn = functools.partial(checkpoint_filter_fn, neuron_state=neuron_state)
     with explain_download(variant):
-        return build_model_with_cfg(
+        model = build_model_with_cfg(
             _build,
             variant,
             pretrained,
@@ -245,6 +248,9 @@ def _create_sformer(variant: str, source: str, pretrained: bool = False, **kwarg
             source=source,
             **kwargs,
         )
+    if not pretrained:  # the config is known only now
+        set_pixel_range_(model, model.pretrained_cfg.get('mean'), model.pretrained_cfg.get('std'))
+    return model
 
 
 WEIGHTS = Path(__file__).parent / 'weights'
@@ -286,6 +292,8 @@ ZOO = {
 # entrypoint -> (timm model, its arguments): small networks, for tests and for the weights in the package
 SMALL = {
     'sformer_nano': ('vit_tiny_patch16_224', dict(patch_size=2, embed_dim=64, depth=4, num_heads=4)),
+    'sformer_micro': ('vit_tiny_patch16_224', dict(patch_size=4, depth=6)),
+    'sformer_eva02_micro': ('eva02_tiny_patch14_224', dict(patch_size=4, depth=6)),
     'sformer_test_vit': (
         'vit_tiny_patch16_224', dict(patch_size=16, embed_dim=64, depth=4, num_heads=2)),
     'sformer_test_deit': (
@@ -329,8 +337,11 @@ default_cfgs = generate_default_cfgs({
     **{f'{name}.{tag}': _cfg(f'{source}.{tag}') for name, (source, tags) in ZOO.items() for tag in tags.split()},
     'sformer_nano.digits': _cfg(
         file=str(WEIGHTS / 'sformer_nano.digits.safetensors'),
-        input_size=(1, 8, 8), num_classes=10, mean=(0.5,), std=(0.5,), crop_pct=1.0, interpolation='bilinear',
-        license='apache-2.0'),
+        input_size=(1, 8, 8), num_classes=10, mean=(0.5,), std=(0.5,), crop_pct=1.0, interpolation='bilinear'),
+    **{f'{name}.cifar10': _cfg(
+        file=str(WEIGHTS / f'{name}.cifar10.safetensors'),
+        input_size=(3, 32, 32), num_classes=10, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616),
+        crop_pct=1.0) for name in ('sformer_micro', 'sformer_eva02_micro')},
     **{name: _cfg(source, input_size=(3, 160, 160)) for name, (source, _) in SMALL.items() if '_test_' in name},
     CUSTOM: _cfg(),
 })

@@ -503,9 +503,25 @@ def test_observation_leaves_the_model_as_it_was():
     model = spiking_(build(drop_rate=0.1)).train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     statistics, count = observe(model, [images(3), images(2)])
-    assert count == 5 and set(statistics) == {name for name, _ in named_neurons(model)}
+    fitted = {name for name, neuron in named_neurons(model) if getattr(neuron, 'signed', True)}
+    assert count == 5 and set(statistics) == fitted, 'softmax numerators have nothing to fit'
     assert model.training
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_default_device_does_not_matter():
+    model, batch = spiking_model_(build()), images()
+    with torch.device('meta'):  # any that is not the CPU, where histograms are
+        fit_thresholds_(model, observe(model, [batch])[0], SFNConfig())
+    assert is_calibrated(model) and torch.isfinite(model(batch)).all()
+
+
+def test_single_tokens_of_many_images_are_observed():
+    """More currents than a batch may count, and no tokens to choose from."""
+    statistics = SiteStatistics((2048,), signed=True)
+    for _ in range(3):
+        statistics.update(torch.ones(2048, 1, 2048))
+    assert (statistics.counts.sum((0, 2)) == 3 * 512).all()
 
 
 def test_images_of_another_normalisation_widen_the_pixel_code():
