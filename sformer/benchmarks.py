@@ -99,6 +99,8 @@ def resolve_benchmark(
         return Benchmark(name)
     if name is not None and class_names is not None and len(class_names) != 1000:
         raise SFormerError(f'{name} has 1000 classes, {dataset} has {len(class_names)}.')
+    if name is not None and num_classes != 1000 and class_names is None:
+        raise SFormerError(f'{name} has 1000 classes, the model has {num_classes}.')
     if class_names is None:
         return Benchmark(name)
 

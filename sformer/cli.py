@@ -27,7 +27,8 @@ Dataset = "digits, a folder of parquet files, an image folder or a Hugging Face 
 def main(argv: Optional[List[str]] = None) -> None:
     """Entry point: mistakes of the user end in one line on stderr and a non-zero exit code."""
     import logging
-    logging.getLogger('huggingface_hub').setLevel(logging.ERROR)  # its retries; the error that ends them is ours
+    for name in ('huggingface_hub', 'datasets'):  # retries, failed reads; the error that ends them is ours
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     args = spread(sys.argv[1:] if argv is None else argv)
     if '' in args:
         fail('an argument is empty; is a variable of the shell unset?', 2)
@@ -55,9 +56,11 @@ def spread(args: List[str]) -> List[str]:
     """`--std a b c` -> `--std a --std b --std c`; `--amp bf16` -> `--amp --amp-dtype bf16`."""
     out: List[str] = []
     option: Optional[str] = None
+    counts: Dict[str, int] = {}
     for arg in args:
         if arg in MULTI_VALUE:
             option = arg
+            counts.setdefault(arg, 0)
         elif arg in AMP_DTYPES and out[-1:] == ['--amp']:
             out += ['--amp-dtype', arg]
         elif arg.startswith('-') and not _is_number(arg):
@@ -65,8 +68,12 @@ def spread(args: List[str]) -> List[str]:
             out.append(arg)
         elif option:
             out += [option, arg]
+            counts[option] += 1
         else:
             out.append(arg)
+    for option, count in counts.items():
+        if not count:
+            fail(f'{option} has no values; is a variable of the shell unset?', 2)
     return out
 
 
@@ -80,13 +87,14 @@ def _is_number(text: str) -> bool:
 
 def parse_kwargs(pairs: Optional[List[str]]) -> Dict[str, Any]:
     """`['img_size=32', 'global_pool=avg']` -> `{'img_size': 32, 'global_pool': 'avg'}`."""
+    from .verification import factory_arguments
     kwargs = {}
     for pair in pairs or []:
         key, equals, value = pair.partition('=')
         if not equals or not key.isidentifier():
             raise SFormerError(f'--model-kwargs takes key=value pairs, got {pair!r}.')
-        if key in ('name', 'model_name', 'checkpoint', 'allow_pickle', 'pretrained'):
-            raise SFormerError(f'--model-kwargs is for arguments of the network; {key} is an option of its own.')
+        if key in factory_arguments() | {'name', 'checkpoint', 'allow_pickle', 'device', 'dtype'}:
+            raise SFormerError(f'--model-kwargs is for arguments of the network, which {key} is not.')
         try:
             kwargs[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
@@ -154,7 +162,7 @@ CropPct = Annotated[Optional[float], typer.Option('--crop-pct', help='Centre cro
 Interpolation = Annotated[Optional[str], typer.Option('--interpolation', help='Resize method: bicubic, bilinear ...')]
 Amp = Annotated[bool, typer.Option('--amp', help='Mixed precision')]
 AmpDtype = Annotated[str, typer.Option('--amp-dtype', help='bfloat16 or float16; "--amp bf16" says both')]
-ChannelsLast = Annotated[bool, typer.Option('--channels-last')]
+ChannelsLast = Annotated[bool, typer.Option('--channels-last', help='Use the channels-last memory format')]
 Compile = Annotated[bool, typer.Option('--torchcompile', help='Compile the networks')]
 Streaming = Annotated[bool, typer.Option('--streaming', help='Read shards as they are needed, no copy on disk')]
 BenchmarkName = Annotated[Optional[str], typer.Option(
@@ -176,11 +184,11 @@ def evaluate(
         split: Annotated[Optional[str], typer.Option(help='Split of the dataset')] = None,
         num_images: Annotated[Optional[int], typer.Option(min=1, help='Random subset of this size')] = None,
         batch_size: Annotated[int, typer.Option(min=1, help='Images per batch and process')] = 64,
-        workers: Annotated[int, typer.Option(min=0, help='Processes that decode images')] = 0,
+        workers: Annotated[int, typer.Option(min=0, max=256, help='Processes that decode images')] = 0,
         seed: Annotated[int, typer.Option(help='Seed of the subset')] = 0,
         source: Annotated[bool, typer.Option(help='Evaluate the source network alongside')] = True,
-        image_column: Annotated[Optional[str], typer.Option()] = None,
-        label_column: Annotated[Optional[str], typer.Option()] = None,
+        image_column: Annotated[Optional[str], typer.Option(help='Column of the images, if it is not found')] = None,
+        label_column: Annotated[Optional[str], typer.Option(help='Column of the labels, if it is not found')] = None,
         results_file: Annotated[Optional[Path], typer.Option(help='JSON or CSV file for the results')] = None,
         results_format: Format = None,
         streaming: Streaming = False,
@@ -203,7 +211,7 @@ def evaluate(
     options = dict(
         split=split, num_images=num_images, batch_size=batch_size, workers=workers, seed=seed,
         image_column=image_column, label_column=label_column, streaming=streaming, benchmark=benchmark,
-        img_size=img_size, crop_pct=crop_pct, interpolation=interpolation, amp=amp_dtype if amp else None,
+        img_size=img_size, crop_pct=crop_pct, interpolation=interpolation, amp=precision(amp, amp_dtype),
         channels_last=channels_last, torchcompile=torchcompile, retry=retry, max_bad=max_bad)
     results = evaluate_models(
         [model], dataset, options, source, results_file, results_format, resume, device, num_processes, timeout)
@@ -211,6 +219,13 @@ def evaluate(
         print(line)
     if results and results_file:
         print(f'results in {results_file}')
+
+
+def precision(amp: bool, dtype: str) -> Optional[str]:
+    """dtype of mixed precision, None without it."""
+    if dtype not in AMP_DTYPES:
+        raise SFormerError(f'--amp-dtype is {" or ".join(AMP_DTYPES[:3:2])}, not {dtype!r}.')
+    return dtype if amp else None
 
 
 def evaluate_models(
@@ -226,6 +241,8 @@ def evaluate_models(
         timeout: float,
 ) -> List[Dict[str, Any]]:
     """Evaluate models and write their results; returns them on the main process, and nothing on the others."""
+    if device is not None and device.startswith('meta'):
+        raise SFormerError('--device meta has no values to evaluate with; cpu and cuda do.')
     from .distributed import Group, RankError
     from .evaluation import Journal, check_results_file, evaluate_all, write_results
     from .hub import open_model
@@ -326,11 +343,11 @@ def compare(
         split: Annotated[Optional[str], typer.Option(help='Split of the dataset')] = None,
         num_images: Annotated[Optional[int], typer.Option(min=1, help='Random subset of this size')] = None,
         batch_size: Annotated[int, typer.Option(min=1, help='Images per batch and process')] = 64,
-        workers: Annotated[int, typer.Option(min=0, help='Processes that decode images')] = 0,
+        workers: Annotated[int, typer.Option(min=0, max=256, help='Processes that decode images')] = 0,
         seed: Annotated[int, typer.Option(help='Seed of the subset')] = 0,
         source: Annotated[bool, typer.Option(help='Evaluate source networks alongside')] = True,
-        image_column: Annotated[Optional[str], typer.Option()] = None,
-        label_column: Annotated[Optional[str], typer.Option()] = None,
+        image_column: Annotated[Optional[str], typer.Option(help='Column of the images, if it is not found')] = None,
+        label_column: Annotated[Optional[str], typer.Option(help='Column of the labels, if it is not found')] = None,
         results_file: Annotated[Optional[Path], typer.Option(help='JSON or CSV file for the results')] = None,
         results_format: Format = None,
         streaming: Streaming = False,
@@ -353,7 +370,7 @@ def compare(
     options = dict(
         split=split, num_images=num_images, batch_size=batch_size, workers=workers, seed=seed,
         image_column=image_column, label_column=label_column, streaming=streaming, benchmark=benchmark,
-        img_size=img_size, crop_pct=crop_pct, interpolation=interpolation, amp=amp_dtype if amp else None,
+        img_size=img_size, crop_pct=crop_pct, interpolation=interpolation, amp=precision(amp, amp_dtype),
         channels_last=channels_last, torchcompile=torchcompile, retry=retry, max_bad=max_bad)
     results = evaluate_models(
         models, dataset, options, source, results_file, results_format, resume, device, num_processes, timeout)

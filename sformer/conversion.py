@@ -1,6 +1,7 @@
 """Conversion: source network -> calibrated SFormer."""
 import copy
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any, Dict, Iterable, Optional, Tuple, Union
 
@@ -14,7 +15,7 @@ from .errors import SFormerError
 from .layers import named_neurons
 from .models import CUSTOM, ENTRYPOINTS, architecture_of, revert_, set_pixel_range_, spiking_model_
 from .neurons import SFNConfig
-from .utils import library_versions, progress, state_hash
+from .utils import check_preprocessing, library_versions, progress, state_hash
 
 __all__ = ['convert', 'create_source', 'load_source_weights_', 'set_data_config_']
 
@@ -133,15 +134,21 @@ def create_source(
         import difflib
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f' Did you mean {", ".join(close)}?' if close else " timm.list_models('vit*') lists names."
+        if Path(name).is_dir():
+            hint = f' A model in a folder is local-dir:{name}.'
         raise SFormerError(f'timm has no model {name!r}.{hint}')
     try:
         model = timm.create_model(name, pretrained=checkpoint is None, **kwargs)
-    except (TypeError, AssertionError, ValueError) as e:
-        raise SFormerError(f'{name} can not be built with {kwargs}: {e}') from e
+    except SFormerError:
+        raise
     except (OSError, RuntimeError) as e:
+        if checkpoint is not None:
+            raise SFormerError(f'{name} can not be built with {kwargs}: {_first_line(e)}') from e
         raise SFormerError(
             f'the pretrained weights of {name} can not be loaded ({_first_line(e)}). '
             f'Give a checkpoint, or make the Hub reachable.') from e
+    except Exception as e:  # timm leaves it to whatever a wrong value breaks first
+        raise SFormerError(f'{name} can not be built with {kwargs}: {type(e).__name__}: {_first_line(e)}') from e
     if checkpoint is not None:
         load_source_weights_(model, checkpoint, allow_pickle)
     else:  # only here it is sure that the weights are those that the config describes
@@ -159,7 +166,7 @@ def load_source_weights_(model: nn.Module, path: Union[str, Path], allow_pickle:
     path = Path(path)
     if not path.is_file():
         raise SFormerError(f'no checkpoint at {path}.')
-    if path.suffix == '.safetensors':
+    if path.suffix == '.safetensors' or is_safetensors(path):
         state = read_safetensors(path)
     elif not allow_pickle:
         raise SFormerError(
@@ -167,14 +174,22 @@ def load_source_weights_(model: nn.Module, path: Union[str, Path], allow_pickle:
             f'--allow-pickle (allow_pickle=True) loads it with torch\'s weights_only unpickler.')
     else:
         try:
-            state = timm.models.load_state_dict(str(path), weights_only=True)
-        except Exception as e:
-            raise SFormerError(f'{path} can not be unpickled safely: {_first_line(e)}') from e
+            with warnings.catch_warnings(action='ignore'):
+                state = timm.models.load_state_dict(str(path), weights_only=True)
+        except Exception as e:  # torch's own message ends in advice to unpickle without protection
+            raise SFormerError(
+                f'{path} can not be unpickled safely: it is damaged, or holds more than tensors. Save the state dict '
+                f'as safetensors.') from e
     expected = model.state_dict()
     wrong = [f'{k} is missing' for k in expected if k not in state]
     wrong += [f'{k} is not part of the model' for k in state if k not in expected]
-    wrong += [f'{k} is {tuple(state[k].shape)} instead of {tuple(v.shape)}'
-              for k, v in expected.items() if k in state and state[k].shape != v.shape]
+    for k, v in expected.items():
+        if k in state and not isinstance(state[k], torch.Tensor):
+            wrong.append(f'{k} is no tensor')
+        elif k in state and state[k].is_floating_point() != v.is_floating_point():
+            wrong.append(f'{k} holds {str(state[k].dtype).removeprefix("torch.")} values')
+        elif k in state and state[k].shape != v.shape:
+            wrong.append(f'{k} is {tuple(state[k].shape)} instead of {tuple(v.shape)}')
     if wrong:
         name = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture', 'the model')
         raise SFormerError(
@@ -182,6 +197,13 @@ def load_source_weights_(model: nn.Module, path: Union[str, Path], allow_pickle:
             f'{f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""}.')
     model.load_state_dict(state)
     check_weights(model, str(path))
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file begins as safetensors do, whatever its name: the length of a JSON header, then the header."""
+    with open(path, 'rb') as f:
+        start = f.read(9)
+    return len(start) == 9 and int.from_bytes(start[:8], 'little') < path.stat().st_size and start[8:] == b'{'
 
 
 def read_safetensors(path: Path) -> Dict[str, torch.Tensor]:
@@ -216,17 +238,7 @@ def set_data_config_(model: nn.Module, **values: Any) -> None:
         value = values.get(key)
         if value is not None and len(value) != in_chans:
             raise SFormerError(f'{key} needs {in_chans} values for {in_chans} channels, got {len(value)}.')
-    from timm.data.transforms import str_to_interp_mode
-    if 'interpolation' in values:
-        try:
-            str_to_interp_mode(values['interpolation'])
-        except (KeyError, ValueError):
-            raise SFormerError(
-                f'unknown interpolation {values["interpolation"]!r}: nearest, bilinear, bicubic, lanczos.') from None
-    if not 0 < values.get('crop_pct', 1) <= 1:
-        raise SFormerError(f'crop_pct must lie in (0, 1], got {values["crop_pct"]}.')
-    if any(not s > 0 for s in values.get('std', ())):
-        raise SFormerError(f'std must be positive, got {values["std"]}.')
+    check_preprocessing(values)
     model.pretrained_cfg.update(values)
     if any(True for _ in named_neurons(model)):
         set_pixel_range_(model, model.pretrained_cfg['mean'], model.pretrained_cfg['std'])

@@ -191,6 +191,9 @@ class ImageData:
         common: Dict[str, Any] = dict(
             batch_size=None, num_workers=plan.workers, timeout=timeout if plan.workers else 0, pin_memory=pin_memory,
             generator=torch.Generator().manual_seed(0))
+        if not isinstance(self.dataset, _Stream):  # more would only cost memory
+            chunks = self._chunks(plan)
+            common['num_workers'] = min(plan.workers, len(chunks))
         if isinstance(self.dataset, _Stream):
             loader = DataLoader(_PlannedStream(self.dataset, plan), **common)
         else:
@@ -897,7 +900,9 @@ def _find_columns(
     if label_column is None:
         label_column = _detect(features, datasets.ClassLabel, _LABEL_COLUMNS)
         if label_column is None and needs_labels:
-            raise SFormerError(f'no label column found in {title}: name one of {listed}')
+            others = ', '.join(c for c in features if c != image_column)
+            raise SFormerError(f'no label column found in {title}: ' + (
+                f'name one of {others}' if others else f'its only column is {image_column}'))
         if label_column is not None and not needs_labels and not _is_class_index(features[label_column]):
             label_column = None  # nobody asked for it
     if label_column is not None and not _is_class_index(features[label_column]):

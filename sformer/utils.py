@@ -1,5 +1,6 @@
 """Small things that several modules need: progress bars, hashes, versions, files written aside."""
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -11,7 +12,9 @@ from typing import Any, Dict, Iterable, Iterator, Optional
 
 import torch
 
-__all__ = ['progress', 'library_versions', 'state_hash', 'file_hash', 'write_aside']
+from .errors import SFormerError
+
+__all__ = ['progress', 'library_versions', 'state_hash', 'file_hash', 'write_aside', 'check_preprocessing']
 
 
 def progress(items: Iterable, description: str, total: Optional[int] = None) -> Iterator:
@@ -62,6 +65,37 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(f, 'sha256').hexdigest()
 
 
+def check_preprocessing(values: Dict[str, Any]) -> None:
+    """Check what timm's transforms take without a question: those of mean, std, crop_pct and interpolation that are
+    given.
+
+    Raises:
+        SFormerError: If a value is of the wrong kind or out of any sensible range; names it.
+    """
+    from timm.data.transforms import str_to_interp_mode
+
+    def is_number(value: Any) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+    for key, low, high in (('mean', -1e4, 1e4), ('std', 1e-4, 1e4)):
+        value = values.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, (list, tuple)) or not all(map(is_number, value)):
+            raise SFormerError(f'{key} must be a list of numbers, got {value!r}.')
+        if not all(low <= v <= high for v in value):
+            raise SFormerError(f'{key} must lie in [{low:g}, {high:g}], got {", ".join(map(str, value))}.')
+    crop_pct, interpolation = values.get('crop_pct'), values.get('interpolation')
+    if crop_pct is not None and not (is_number(crop_pct) and 0.01 <= crop_pct <= 1):
+        raise SFormerError(f'crop_pct must lie in [0.01, 1], got {crop_pct!r}.')
+    if interpolation is not None:
+        try:
+            str_to_interp_mode(interpolation)
+        except (KeyError, ValueError, AttributeError, TypeError):
+            raise SFormerError(
+                f'unknown interpolation {interpolation!r}: nearest, bilinear, bicubic, lanczos.') from None
+
+
 @contextlib.contextmanager
 def write_aside(directory: Path) -> Iterator[Path]:
     """A temporary folder beside the files of `directory`, which replace them when the block ends without an error.
@@ -71,7 +105,12 @@ def write_aside(directory: Path) -> Iterator[Path]:
     """
     directory = Path(directory)
     created = [d for d in (directory, *directory.parents) if not d.exists()]
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(errno.ENOTDIR, 'is a file, not a folder', str(directory)) from None
+    if not os.access(directory, os.W_OK):
+        raise PermissionError(errno.EACCES, 'is read-only for you', str(directory))
     try:
         with tempfile.TemporaryDirectory(dir=directory, prefix='.writing-') as name:
             new, old = Path(name, 'new'), Path(name, 'old')

@@ -19,7 +19,7 @@ import timm
 from timm.models import build_model_with_cfg
 
 from .errors import SFormerError
-from .utils import file_hash
+from .utils import check_preprocessing, file_hash
 
 __all__ = ['WEIGHTS_NAME', 'CONFIG_NAME', 'check_pretrained', 'read_config', 'fetch', 'hub_errors', 'redact']
 
@@ -30,7 +30,7 @@ CONFIG_NAME = 'config.json'
 LOCATIONS = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'custom_load', 'source')
 
 
-def _factory_arguments() -> Set[str]:
+def factory_arguments() -> Set[str]:
     """Arguments that mean something to timm's factory instead of the network."""
     names = {*inspect.signature(timm.create_model).parameters, *inspect.signature(build_model_with_cfg).parameters}
     return names - {'kwargs'} | {'pruned', 'features_only', 'feature_cls'}
@@ -85,6 +85,9 @@ def read_config(folder: Path) -> Dict[str, Any]:
         for key in ('model_args', 'pretrained_cfg', 'sformer'):
             if not isinstance(config.get(key, {}), dict):
                 raise TypeError(f'{key} is {config[key]!r}')
+        for key in ('recipe', 'calibration', 'versions'):
+            if not isinstance(config.get('sformer', {}).get(key, {}), dict):
+                raise TypeError(f'sformer.{key} is {config["sformer"][key]!r}')
     except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise SFormerError(f'{path} is not a timm config: {str(e).splitlines()[0].rstrip(".")}.') from e
     if not isinstance(architecture, str) or not architecture.startswith('sformer') or not timm.is_model(architecture):
@@ -94,17 +97,20 @@ def read_config(folder: Path) -> Dict[str, Any]:
     if directed:
         raise SFormerError(f'{path}: pretrained_cfg sets {", ".join(directed)}, but weights are the {WEIGHTS_NAME} '
                            f'beside it. Not loaded.')
-    directed = sorted(_factory_arguments() & args.keys())
+    directed = sorted(factory_arguments() & args.keys())
     if directed:
         raise SFormerError(f'{path}: model_args sets {", ".join(directed)}, which is no argument of a network. '
                            f'Not loaded.')
     source = args.get('source')
     if source is not None and not (isinstance(source, str) and source.isidentifier() and timm.is_model(source)):
         raise SFormerError(f'{path}: source {source!r} is not the name of a timm architecture.')
-    for key in ('mean', 'std'):
-        value = cfg.get(key, [])
-        if not isinstance(value, list) or not all(isinstance(v, (int, float)) for v in value):
-            raise SFormerError(f'{path}: {key} must be a list of numbers, got {value!r}.')
+    try:
+        check_preprocessing(cfg)
+    except SFormerError as e:
+        raise SFormerError(f'{path}: {e}') from None
+    for key, value in args.items():  # a network of that size would only be noticed when memory is gone
+        if isinstance(value, int) and value > (1000 if key == 'depth' else 10 ** 6):
+            raise SFormerError(f'{path}: model_args sets {key} to {value}, which no vision transformer has.')
     classes = {str(values['num_classes']) for values in (config, cfg, args) if 'num_classes' in values}
     if len(classes) > 1:  # timm would take this for a wish and start with a random head
         raise SFormerError(f'{path} contradicts itself about num_classes: {", ".join(sorted(classes))}.')

@@ -51,7 +51,10 @@ def command(args, folder, terminal=None, started=None):
         terminal: Name of a terminal for stderr.
         started: Path of a file that says that calibration images are being read.
     """
+    from huggingface_hub import constants
+
     from sformer import cli, conversion
+    constants.HF_HUB_OFFLINE = True  # nothing here is on the Hub, and its client would try for half a minute
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job would ignore it
     os.chdir(folder)
     sys.argv = ['sformer', *args]
@@ -302,6 +305,15 @@ def test_entry_points():
     (['--quantile', '1.5'], 'quantile must lie .* 1.5'),
     (['--scale', '0'], 'scale .* got 0'),
     (['--scale', 'nan'], 'scale .* got nan'),
+    (['--scale', '1e300'], 'scale .* got 1e.300'),
+    (['--mean', 'nan'], 'mean must lie .* got nan'),
+    (['--std', '1e-40'], 'std must lie .* got 1e-40'),
+    (['--crop-pct', '1e-9'], 'crop_pct must lie .* got 1e-09'),
+    (['--mean'], '--mean has no values'),
+    (['--model-kwargs', 'num_heads=0'], 'can not be built with .*ZeroDivisionError'),
+    (['--model-kwargs', 'depth=-1'], 'is not a checkpoint of|can not be built'),
+    (['--model-kwargs', 'device=meta'], 'arguments of the network, which device is not'),
+    (['--model-kwargs', 'checkpoint_path=x'], 'arguments of the network, which checkpoint_path is not'),
     (['--dead-zone', '-1'], 'dead_zone .* got -1'),
     (['--no-such-option', '1'], 'No such option: --no-such-option'),
     (['surplus'], 'surplus'),
@@ -403,6 +415,8 @@ def test_output_without_permission(convert_digits, tmp_path):
     (['{saved}', '--dataset', 'dead-leaves'], 'no labels'),
     (['{saved}', '--dataset', 'digits', '--split', 'val'], "no split 'val'"),
     (['{saved}', '--dataset', 'digits', '--num-images', '541'], '541 images asked for'),
+    (['{saved}', '--dataset', 'digits', '--amp-dtype', 'int3'], "not 'int3'"),
+    (['{saved}', '--dataset', 'digits', '--device', 'meta'], 'meta'),
     (['{saved}', '--dataset', 'digits', '--num-images', '0'], "'--num-images'"),
     (['{saved}', '--dataset', 'digits', '--batch-size', '0'], "'--batch-size'"),
     (['{saved}', '--dataset', 'digits', '--workers', '-1'], "'--workers'"),
@@ -410,6 +424,22 @@ def test_output_without_permission(convert_digits, tmp_path):
 ], ids=lambda v: ' '.join(v[:1] + v[2:]) if isinstance(v, list) else '')
 def test_bad_options_of_evaluate(run, files, saved, args, message):
     assert_mistake(run('evaluate', *(a.format(files=files, saved=saved) for a in args)), message)
+
+
+def test_results_do_not_take_the_place_of_other_files(run, saved, tmp_path):
+    config, mine, pipe = saved / 'config.json', tmp_path / 'mine.json', tmp_path / 'pipe'
+    before = config.read_bytes()
+    mine.write_text('{"mine": 1}')
+    os.mkfifo(pipe)
+    for path, message in ((config, 'part of a model'), (mine, 'holds no results'), (pipe, 'no regular file')):
+        assert_mistake(run('evaluate', saved, '--dataset', 'digits', '--results-file', path), message, 1)
+    assert config.read_bytes() == before and mine.read_text() == '{"mine": 1}' and pipe.is_fifo()
+
+
+def test_safetensors_by_another_name(convert_digits, files, tmp_path):
+    path = tmp_path / 'digits.ckpt'
+    path.write_bytes((files / 'digits.safetensors').read_bytes())
+    assert convert_digits(checkpoint=path).code == 0
 
 
 def test_evaluate_of_an_uncalibrated_model(run, tmp_path):

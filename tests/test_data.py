@@ -506,7 +506,7 @@ def test_errors_of_parquet_folders(write_parquet, tmp_path):
     integers = [list(range(6)), datasets.Value('int64')]
     folder = write_parquet(label=None, id=integers, name=(['x'] * 6, datasets.Value('string')))
     assert error_of(folder, 'test') == f"{folder!r} has no split 'test', but: train"
-    assert error_of(folder, needs_labels=True) == f'no label column found in {folder!r}: name one of img, id, name'
+    assert error_of(folder, needs_labels=True) == f'no label column found in {folder!r}: name one of id, name'
     assert error_of(folder, image_column='jpg') == f"{folder!r} has no column 'jpg', but: img, id, name"
     assert error_of(folder, label_column='label') == f"{folder!r} has no column 'label', but: img, id, name"
     assert error_of(folder, label_column='name').startswith(f"column 'name' of {folder!r} holds no class indices: ")

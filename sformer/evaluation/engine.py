@@ -19,7 +19,7 @@ from ..errors import SFormerError, UncalibratedError
 from ..hub import uncalibrated
 from ..layers import named_neurons
 from ..models import is_calibrated, source_of
-from ..utils import library_versions, state_hash
+from ..utils import check_preprocessing, library_versions, state_hash
 from .firing import FiringRates
 from .journal import Journal
 from .metrics import ChunkScore, PairScore, summarize, summarize_pair
@@ -254,15 +254,7 @@ def _data_config(
         interpolation: Optional[str],
 ) -> Dict[str, Any]:
     """Preprocessing of a model as timm resolves it, with the user's overrides."""
-    if crop_pct is not None and not 0 < crop_pct <= 1:
-        raise SFormerError(f'crop_pct must lie in (0, 1], got {crop_pct}.')
-    if interpolation is not None:
-        from timm.data.transforms import str_to_interp_mode
-        try:
-            str_to_interp_mode(interpolation)
-        except (KeyError, ValueError):
-            raise SFormerError(
-                f'unknown interpolation {interpolation!r}: nearest, bilinear, bicubic, lanczos.') from None
+    check_preprocessing(dict(crop_pct=crop_pct, interpolation=interpolation))
     try:
         return resolve_input_data_config(
             model, args=dict(img_size=img_size, crop_pct=crop_pct, interpolation=interpolation))

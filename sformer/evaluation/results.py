@@ -9,6 +9,7 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
 
 from ..errors import SFormerError
 from ..utils import write_aside, write_json
+from ..verification import CONFIG_NAME, WEIGHTS_NAME
 
 __all__ = ['check_results_file', 'write_results']
 
@@ -37,6 +38,10 @@ def check_results_file(path: Union[str, Path], format: Optional[str] = None) -> 
         raise SFormerError(f'results are written as {" or ".join(FORMATS)}, not as {format!r} (--results-format).')
     if path.is_dir():
         raise IsADirectoryError(21, 'is a folder', str(path))
+    if path.name in (CONFIG_NAME, WEIGHTS_NAME):
+        raise SFormerError(f'{path}: {path.name} is the name of a part of a model. Name the results otherwise.')
+    if path.exists() and not path.is_file():
+        raise SFormerError(f'{path} is no regular file, and results would take its place. Name another file.')
     with contextlib.suppress(_ProbeError), write_aside(path.parent) as aside:
         (aside / 'probe').touch()
         raise _ProbeError  # so that nothing is left behind
@@ -44,7 +49,21 @@ def check_results_file(path: Union[str, Path], format: Optional[str] = None) -> 
         raise PermissionError(13, 'is not writable', str(path))
     if format == 'csv':
         _read_csv(path)
+    elif not _holds_results(path):
+        raise SFormerError(f'{path} is there and holds no results, which would take its place. Name another file.')
     return format
+
+
+def _holds_results(path: Path) -> bool:
+    """Whether a JSON file may be replaced by results: it is missing, empty, or was written here."""
+    if not path.exists() or path.stat().st_size == 0:
+        return True
+    try:
+        found = json.loads(path.read_text(encoding='utf-8'))
+    except ValueError:
+        return False
+    results = found if isinstance(found, list) else [found]
+    return all(isinstance(result, dict) and {'model', 'top1'} <= {*result} for result in results)
 
 
 class _ProbeError(Exception):
@@ -61,6 +80,13 @@ def write_results(path: Union[str, Path], results: List[Dict[str, Any]], format:
         OSError: If the file can't be written.
     """
     path = Path(path)
+    try:
+        _write(path, results, format)
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, str(path)) from e
+
+
+def _write(path: Path, results: List[Dict[str, Any]], format: str) -> None:
     if format == 'json':
         write_json(path, results[0] if len(results) == 1 else results)
         return
