@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 from timm.data import resolve_input_data_config
 
 import sformer
@@ -12,6 +13,11 @@ from sformer.data import open_images
 
 # the architecture of sformer_nano, spelled for its source
 NANO = dict(img_size=8, patch_size=2, in_chans=1, embed_dim=64, depth=4, num_heads=4, num_classes=10)
+
+
+if 'PYTEST_XDIST_WORKER' in os.environ:  # workers share the cores
+    torch.set_num_threads(1)
+    os.environ['OMP_NUM_THREADS'] = '1'
 
 
 def pytest_addoption(parser):
