@@ -1,36 +1,62 @@
 """Convert a source network trained by train_source.py into the SFormer weights that ship with the package.
 
-    python scripts/train_source.py digits -o build/digits
-    python scripts/convert_embedded.py build/digits/digits.safetensors
+    python scripts/train_source.py digits -o build
+    python scripts/convert_embedded.py build/digits.safetensors
+    python scripts/train_source.py vit_micro_cifar10 --data DIR -o build
+    python scripts/convert_embedded.py build/vit_micro_cifar10.safetensors --data DIR
 
-Writes sformer/weights/sformer_nano.digits.safetensors and, beside it, the record of training and conversion.
+Writes sformer/weights/NAME.safetensors and, beside it, the record of training and conversion. A better source takes the
+place of an older one with these two commands; scripts/make_cards.py measures it.
 """
 import json
-import sys
 from pathlib import Path
+from typing import Annotated, Optional
 
+import timm
+import torch
+import typer
 from safetensors.torch import save_file
 
 import sformer
-from sformer.conversion import create_source
+from sformer.conversion import create_source, set_data_config_
 from sformer.utils import file_hash, write_aside
 
-ARGS = dict(img_size=8, patch_size=2, in_chans=1, embed_dim=64, depth=4, num_heads=4, num_classes=10)
+# recipe of train_source.py -> entry of the zoo
+ENTRIES = {
+    'digits': 'sformer_nano.digits',
+    'vit_micro_cifar10': 'sformer_micro.cifar10',
+    'eva02_micro_cifar10': 'sformer_eva02_micro.cifar10',
+}
+DATASETS = {'digits': 'digits', 'cifar10': 'uoft-cs/cifar10'}
 
 
-def main(checkpoint: Path) -> None:
-    name = 'sformer_nano.digits'
-    source = create_source('vit_tiny_patch16_224', checkpoint, **ARGS)
-    source.pretrained_cfg.update(crop_pct=1.0, interpolation='bilinear', mean=(0.5,), std=(0.5,))
-    model = sformer.convert(source, 'digits', split='train')
-    record = dict(conversion=model.conversion, training=json.loads(checkpoint.with_suffix('.json').read_text()))
+def main(
+        checkpoint: Path,
+        data: Annotated[Optional[str], typer.Option(help='Local copy of the calibration dataset')] = None,
+) -> None:
+    training = json.loads(checkpoint.with_suffix('.json').read_text())
+    recipe = training['recipe']
+    name, dataset = ENTRIES[recipe['name']], DATASETS[recipe['data']]
+    cfg = timm.get_pretrained_cfg(name)
+    source = create_source(recipe['model'], checkpoint, **recipe['model_args'])
+    set_data_config_(source, mean=cfg.mean, std=cfg.std, crop_pct=cfg.crop_pct, interpolation=cfg.interpolation)
+    if recipe['bf16']:  # float16 has three more bits than the weights were trained to have
+        with torch.no_grad():
+            for parameter in source.parameters():
+                parameter.copy_(parameter.half())
+    model = sformer.convert(source, data or dataset, split='train')
+    model.conversion['calibration']['name'] = dataset
+    state = model.state_dict()
+    if recipe['bf16']:
+        state.update({key: parameter.detach().half() for key, parameter in model.named_parameters()})
+    record = dict(conversion=model.conversion, training=training)
     with write_aside(Path(sformer.__file__).parent / 'weights') as aside:
         weights = aside / f'{name}.safetensors'
-        save_file(model.state_dict(), weights, metadata={'format': 'pt'})
+        save_file(state, weights, metadata={'format': 'pt'})
         record['weights_sha256'] = file_hash(weights)
         (aside / f'{name}.json').write_text(json.dumps(record, indent=2) + '\n')
-    print(name, sformer.evaluate(model, 'digits', 'test')['top1'])
+    print(name, sformer.evaluate(model, data or dataset, 'test')['top1'])
 
 
 if __name__ == '__main__':
-    main(Path(sys.argv[1]))
+    typer.run(main)

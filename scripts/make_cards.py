@@ -8,9 +8,8 @@ NAME.json holds all that was measured; NAME.md and its plots say that and nothin
 """
 import dataclasses
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Dict, List, Optional
+from typing import Annotated, List, Optional
 
 import timm
 import typer
@@ -18,6 +17,7 @@ import typer
 import sformer
 from sformer.cards import Record, shell, write_card
 from sformer.errors import SFormerError
+from sformer.evaluation import evaluate_all
 from sformer.models import source_of
 from sformer.neurons import SFNConfig
 from sformer.utils import state_hash, write_json
@@ -27,53 +27,40 @@ WEIGHTS = Path(sformer.__file__).parent / 'weights'
 CURVE = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 
 
-@dataclass(frozen=True)
-class Embedded:
-    """How a model that ships with the package is measured."""
-    dataset: str
-    split: str = 'test'
-    calibration_split: str = 'train'
-
-
-CARDS: Dict[str, Embedded] = {
-    'sformer_nano.digits': Embedded('digits'),
-}
+def embedded() -> List[str]:
+    """Names of the models that ship with the package."""
+    return sorted(path.stem for path in WEIGHTS.glob('*.safetensors'))
 
 
 def measure(name: str, data: Optional[str] = None) -> Record:
-    """Evaluate a model on its test images, and conversions of its source with other N.
+    """Evaluate a model on the test images of its dataset, and conversions of its source with other N.
 
     Args:
         name: Name of the model.
         data: Local copy of its dataset.
     """
-    entry = CARDS[name]
-    data = data or entry.dataset
     shipped = json.loads((WEIGHTS / f'{name}.json').read_text())
+    recipe, used = shipped['conversion']['recipe'], shipped['conversion']['calibration']
     model = timm.create_model(name, pretrained=True).eval()
-    cfg = model.pretrained_cfg
-
-    def evaluate(network):
-        result = dict(sformer.evaluate(network, data, entry.split), dataset=entry.dataset)
-        return {key: value for key, value in result.items() if 'second' not in key}  # the card shows none of these
-
-    result = evaluate(model)
-    source, recipe, used = source_of(model), shipped['conversion']['recipe'], shipped['conversion']['calibration']
-    curve = []
-    for levels in CURVE:
-        config = SFNConfig(**dict(recipe, levels=levels))
-        converted = sformer.convert(
-            source, data, config, split=entry.calibration_split, num_images=used['num_images'], seed=used['seed'])
-        other = evaluate(converted)
-        keys = ('dataset', 'split', 'num_images', 'top1', 'source_top1', 'agreement', 'firing_rate', 'weights_sha256')
-        curve.append(dict(levels=levels, **{key: other[key] for key in keys}))
-    command = shell('sformer', 'evaluate', name, '--dataset', entry.dataset, '--split', entry.split)
+    cfg, source = model.pretrained_cfg, source_of(model)
+    curve = [
+        sformer.convert(
+            source, data or used['name'], SFNConfig(**dict(recipe, levels=levels)), split=used['split'],
+            num_images=used['num_images'], seed=used['seed'])
+        for levels in CURVE]
+    result, *others = (
+        {key: value for key, value in dict(result, dataset=used['name']).items() if 'second' not in key}
+        for result in evaluate_all([model, *curve], data or used['name'], 'test'))
+    keys = ('dataset', 'split', 'num_images', 'top1', 'source_top1', 'agreement', 'firing_rate', 'weights_sha256')
+    command = shell('sformer', 'evaluate', name, '--dataset', used['name'], '--split', 'test')
     return Record(
         name=name, load_name=name, architecture=result.pop('model'), weights_sha256=state_hash(model.state_dict()),
         input_size=list(cfg['input_size']), num_classes=cfg['num_classes'], conversion=shipped['conversion'],
         training=shipped.get('training'), license=cfg['license'],
         evaluations={'eval.json': dict(result, model=name, command=command)},
-        curve=curve, curve_command=shell('python', 'scripts/make_cards.py', name))
+        curve=[dict(levels=levels, **{key: other[key] for key in keys})
+               for levels, other in zip(CURVE, others, strict=True)],
+        curve_command=shell('python', 'scripts/make_cards.py', name))
 
 
 def main(
@@ -83,12 +70,13 @@ def main(
         render_only: Annotated[bool, typer.Option('--render-only', help='Measure nothing')] = False,
 ) -> None:
     copies = dict(pair.split('=', 1) for pair in data or [])
-    for name in names or CARDS:
-        if name not in CARDS:
-            raise SFormerError(f'no model {name!r} ships with the package, only {", ".join(CARDS)}.')
+    for name in names or embedded():
+        if name not in embedded():
+            raise SFormerError(f'no model {name!r} ships with the package, only {", ".join(embedded())}.')
         path = output / f'{name}.json'
         if not render_only:
-            write_json(path, dataclasses.asdict(measure(name, copies.get(CARDS[name].dataset))))
+            dataset = json.loads((WEIGHTS / f'{name}.json').read_text())['conversion']['calibration']['name']
+            write_json(path, dataclasses.asdict(measure(name, copies.get(dataset))))
         print(write_card(Record(**json.loads(path.read_text())), output))
 
 
