@@ -25,6 +25,7 @@ from sformer.utils import state_hash, write_json
 MODEL_CARDS = Path(__file__).parents[1] / 'model_cards'
 WEIGHTS = Path(sformer.__file__).parent / 'weights'
 CURVE = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+COARSE_CURVE = (2, 4, 8, 16, 32)  # for networks that take minutes
 
 
 def embedded() -> List[str]:
@@ -43,23 +44,23 @@ def measure(name: str, data: Optional[str] = None) -> Record:
     recipe, used = shipped['conversion']['recipe'], shipped['conversion']['calibration']
     model = timm.create_model(name, pretrained=True).eval()
     cfg, source = model.pretrained_cfg, source_of(model)
-    curve = [
-        sformer.convert(
-            source, data or used['name'], SFNConfig(**dict(recipe, levels=levels)), split=used['split'],
-            num_images=used['num_images'], seed=used['seed'])
-        for levels in CURVE]
-    result, *others = (
-        {key: value for key, value in dict(result, dataset=used['name']).items() if 'second' not in key}
-        for result in evaluate_all([model, *curve], data or used['name'], 'test'))
+    levels = CURVE if sum(p.numel() for p in model.parameters()) < 1e6 else COARSE_CURVE
+    models = {n: sformer.convert(
+        source, data or used['name'], SFNConfig(**dict(recipe, levels=n)), split=used['split'],
+        num_images=used['num_images'], seed=used['seed']) for n in levels if n != recipe['levels']}
+    models[recipe['levels']] = model
+    results = {
+        n: {key: value for key, value in dict(result, dataset=used['name']).items() if 'second' not in key}
+        for n, result in zip(models, evaluate_all([*models.values()], data or used['name'], 'test'), strict=True)}
+    result = results[recipe['levels']]
     keys = ('dataset', 'split', 'num_images', 'top1', 'source_top1', 'agreement', 'firing_rate', 'weights_sha256')
     command = shell('sformer', 'evaluate', name, '--dataset', used['name'], '--split', 'test')
     return Record(
-        name=name, load_name=name, architecture=result.pop('model'), weights_sha256=state_hash(model.state_dict()),
+        name=name, load_name=name, architecture=result['model'], weights_sha256=state_hash(model.state_dict()),
         input_size=list(cfg['input_size']), num_classes=cfg['num_classes'], conversion=shipped['conversion'],
         training=shipped.get('training'), license=cfg['license'],
         evaluations={'eval.json': dict(result, model=name, command=command)},
-        curve=[dict(levels=levels, **{key: other[key] for key in keys})
-               for levels, other in zip(CURVE, others, strict=True)],
+        curve=[dict(levels=n, **{key: results[n][key] for key in keys}) for n in levels],
         curve_command=shell('python', 'scripts/make_cards.py', name))
 
 
