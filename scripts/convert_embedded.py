@@ -45,7 +45,8 @@ def main(
             for parameter in source.parameters():
                 parameter.copy_(parameter.half())
     model = sformer.convert(source, data or dataset, split='train')
-    model.conversion['calibration']['name'] = dataset
+    used = model.conversion['calibration']
+    used['name'] = dataset
     state = model.state_dict()
     if recipe['bf16']:
         state.update({key: parameter.detach().half() for key, parameter in model.named_parameters()})
@@ -53,9 +54,9 @@ def main(
     with write_aside(Path(sformer.__file__).parent / 'weights') as aside:
         weights = aside / f'{name}.safetensors'
         save_file(state, weights, metadata={'format': 'pt'})
-        record['weights_sha256'] = file_hash(weights)
+        record['weights_sha256'], weights_size = file_hash(weights), weights.stat().st_size
         (aside / f'{name}.json').write_text(json.dumps(record, indent=2) + '\n')
-    print(name, sformer.evaluate(model, data or dataset, 'test')['top1'])
+    print(f'{name}: {used["num_images"]} images of {dataset}, weights of {(weights_size / 1e6):.1f} MB')
 
 
 if __name__ == '__main__':
