@@ -25,7 +25,7 @@ from sformer.utils import state_hash, write_json
 MODEL_CARDS = Path(__file__).parents[1] / 'model_cards'
 WEIGHTS = Path(sformer.__file__).parent / 'weights'
 CURVE = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-COARSE_CURVE = (2, 4, 8, 16, 32)  # for networks that take minutes
+COARSE_CURVE = (4, 8, 32)  # for networks that take minutes
 
 
 def embedded() -> List[str]:
