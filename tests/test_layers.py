@@ -409,6 +409,23 @@ def test_attention_comes_close_to_its_source(kwargs, mask):
             torch.testing.assert_close(layer(x, **mask), reference, rtol=1e-5, atol=1e-5)
 
 
+def test_a_gate_multiplies_spikes():
+    layer, _, x = attention(SFNConfig(levels=127), {}, gated=True)
+    with torch.no_grad():
+        before = layer(x)
+        for name in ('gate_neuron', 'value_neuron'):
+            other = copy.deepcopy(layer)
+            getattr(other, name).threshold.mul_(200)  # nothing reaches its first boundary any more
+            assert relative_error(other(x), before) > 0.5, name
+
+
+def test_many_keys_do_not_overflow_float16():
+    attn, v = torch.ones(1, 1, 1025, dtype=torch.float16), torch.full((1, 1025, 1), 80., dtype=torch.float16)
+    total = attn.sum(dim=-1, keepdim=True)
+    assert torch.isinf(attn @ v).all(), 'or there would be nothing to avoid'
+    assert SpikingAttention.weighted_mean(None, attn, v, total).item() == pytest.approx(80, rel=1e-2)
+
+
 def shift_keys_(layer, constant):
     """Add a constant to every key, by the bias of the projection."""
     with torch.no_grad():
