@@ -287,7 +287,8 @@ def test_settings_that_change_a_result_are_said(record):
     record.evaluations['eval.json'].update(
         benchmark='imagenet-real', amp='bfloat16', skipped_images=3, world_size=4, img_size=288)
     card = str(render_card(record))
-    assert 'Benchmark imagenet-real; image size 288; mixed precision bfloat16; processes 4' in card
+    assert ('Benchmark imagenet-real; image size 288; crop 1.0; interpolation bilinear; mixed precision bfloat16; '
+            'device cpu; processes 4') in card
     assert 'images left out 3' in card
 
 
