@@ -191,13 +191,13 @@ class ImageData:
         common: Dict[str, Any] = dict(
             batch_size=None, num_workers=plan.workers, timeout=timeout if plan.workers else 0, pin_memory=pin_memory,
             generator=torch.Generator().manual_seed(0))
-        if not isinstance(self.dataset, _Stream):  # more would only cost memory
-            chunks = self._chunks(plan)
-            common['num_workers'] = min(plan.workers, len(chunks))
         if isinstance(self.dataset, _Stream):
             loader = DataLoader(_PlannedStream(self.dataset, plan), **common)
         else:
-            loader = DataLoader(_PlannedImages(self.dataset), sampler=self._chunks(plan), **common)
+            chunks = self._chunks(plan)
+            common['num_workers'] = min(plan.workers, len(chunks))  # more would only cost memory
+            common['timeout'] = timeout if common['num_workers'] else 0
+            loader = DataLoader(_PlannedImages(self.dataset), sampler=chunks, **common)
         try:
             for batch in loader:
                 if isinstance(batch, SFormerError):

@@ -70,6 +70,14 @@ def test_meta_model_materialises_and_loads(model, images):
     assert torch.equal(empty.eval()(images), model(images))
 
 
+def test_pixels_are_coded_as_the_config_normalises_them():
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    model = timm.create_model('sformer_tiny', **MICRO, pretrained_cfg_overlay=dict(mean=mean, std=std))
+    pixels = torch.arange(256.).view(1, 1, 16, 16).expand(1, 3, 16, 16) / 255
+    x = (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    torch.testing.assert_close(model.patch_embed.proj.neuron(x), x)
+
+
 def test_preprocessing_of_the_source_is_kept():
     names = [f'{name}.{tag}' for name, (_, tags) in ZOO.items() for tag in tags.split()]
     for name in names:
