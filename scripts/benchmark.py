@@ -10,6 +10,7 @@ Runs alternate A B A B ... in one process (import: in fresh ones), and the ratio
 that drifts slows down both sides of a pair.
 """
 import os
+import re
 import resource
 import statistics
 import subprocess
@@ -113,25 +114,29 @@ def load(model: str = 'sformer_base', pairs: int = 7):
 
 @app.command()
 def memory(model: str = 'eva_giant_patch14_336', num_images: int = 16, batch_size: int = 2):
-    """Peak memory of `sformer convert` from safetensors to safetensors (random weights), in a process of its own."""
+    """Peak memory (Linux) of `sformer convert` from safetensors to safetensors, random weights, in its own process."""
     with tempfile.TemporaryDirectory() as folder:
-        def peak(*command):
-            start = time.perf_counter()
+        def peaks(*command):
+            """GiB resident, GiB of it that no file backs, seconds."""
+            start, anonymous = time.perf_counter(), 0
             process = subprocess.Popen(command)
-            _, status, usage = os.wait4(process.pid, 0)
-            if status:
+            while (done := os.wait4(process.pid, os.WNOHANG))[0] == 0:
+                status = Path(f'/proc/{process.pid}/status').read_text()
+                anonymous = max([anonymous, *map(int, re.findall(r'RssAnon:\s*(\d+)', status))])
+                time.sleep(0.05)
+            if done[1]:
                 raise SystemExit(f'{command[0]} failed')
-            return usage.ru_maxrss / 2 ** 20, time.perf_counter() - start
+            return done[2].ru_maxrss / 2 ** 20, anonymous / 2 ** 20, time.perf_counter() - start
 
         code = (f"import timm; from safetensors.torch import save_file; "
                 f"save_file(timm.create_model('{model}').state_dict(), '{folder}/source.safetensors')")
-        peak(sys.executable, '-c', code)
-        gib, seconds = peak(
+        peaks(sys.executable, '-c', code)
+        gib, anonymous, seconds = peaks(
             sys.executable, '-m', 'sformer', 'convert', model, '--checkpoint', f'{folder}/source.safetensors',
             '--num-images', str(num_images), '--batch-size', str(batch_size), '-o', f'{folder}/out')
         size = os.path.getsize(f'{folder}/source.safetensors') / 2 ** 30
-        print(f'{model}, {num_images} images, batch {batch_size}: peak {gib:.2f} GiB with weights of {size:.2f} GiB, '
-              f'{seconds:.0f} s')
+        print(f'{model}, {num_images} images, batch {batch_size}: peak {gib:.2f} GiB, without mapped files '
+              f'{anonymous:.2f} GiB, with weights of {size:.2f} GiB, {seconds:.0f} s')
 
 
 @app.command('import')

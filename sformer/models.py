@@ -43,6 +43,9 @@ __all__ = [
 ]
 
 
+HEADS = ('head', 'head_dist')  # what timm's reset_classifier() puts in anew
+
+
 class SFormerMixin(nn.Module):
     """What a spiking model adds to the timm model that it was: layers that timm puts in later spike too.
 
@@ -56,9 +59,21 @@ class SFormerMixin(nn.Module):
         super().__init__(*args, **kwargs)
         spiking_model_(self, sfn)
 
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        # Weights of a source network come without neurons, and what was fitted before does not fit them. A head or
+        # adapters alone change nothing that a neuron was fitted to.
+        known = FLOATING_LAYERS | set(SPIKING_LAYERS.values())
+        names = [f'{prefix}{name}.{key}' if name else f'{prefix}{key}' for name, child in self.named_modules()
+                 if type(child) in known and name not in HEADS for key, _ in child.named_parameters(recurse=False)]
+        if not state_dict.keys().isdisjoint(names):
+            for name, neuron in named_neurons(self):
+                if f'{prefix}{name}.threshold' not in state_dict:
+                    neuron.calibrated.fill_(False)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     @torch.jit.ignore
     def reset_classifier(self, num_classes: int, *args, **kwargs) -> None:
-        old = {name: getattr(self, name, None) for name in ('head', 'head_dist')}
+        old = {name: getattr(self, name, None) for name in HEADS}
         pool = self.global_pool
         super().reset_classifier(num_classes, *args, **kwargs)  # type: ignore[misc]
         spiking_(self, self.sfn_config)

@@ -264,9 +264,7 @@ class Neuron(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         names = [name for name, _ in self.named_buffers(recurse=False)]
         given = [name for name in names if prefix + name in state_dict]
-        if not given:  # the weights of a source network: whatever was fitted before does not fit them
-            self.calibrated.fill_(False)
-        elif len(given) < len(names):
+        if given and len(given) < len(names):
             absent = ', '.join(prefix + name for name in names if name not in given)
             errors.append(f'neuron state is incomplete: {absent} missing')
         num_errors = len(errors)

@@ -407,6 +407,36 @@ def test_source_weights_uncalibrate(source, model):
         copy.deepcopy(model).load_state_dict(source.state_dict())
 
 
+def test_a_head_of_its_own_leaves_thresholds(source, model):
+    model = copy.deepcopy(model)
+    model.load_state_dict({k: v for k, v in source.state_dict().items() if k.startswith('head.')}, strict=False)
+    assert is_calibrated(model)
+
+
+def test_adapters_leave_thresholds(model):
+    # what a library of adapters does: wrap a layer, and load what it added
+    class Adapted(nn.Module):
+        def __init__(self, base_layer):
+            super().__init__()
+            self.base_layer, self.lora = base_layer, nn.Linear(base_layer.in_features, 2)
+
+    model = copy.deepcopy(model)
+    model.blocks[0].attn.qkv = Adapted(model.blocks[0].attn.qkv)
+    adapters = {k: v for k, v in model.state_dict().items() if 'lora' in k}
+    assert len(adapters) == 2
+    model.load_state_dict(adapters, strict=False)
+    assert is_calibrated(model)
+
+
+def test_some_weights_of_a_source_uncalibrate(source, model):
+    state = source.state_dict()
+    del state['pos_embed']
+    for weights in (state, *({k: state[k]} for k in ('cls_token', 'blocks.1.mlp.fc1.weight', 'blocks.1.norm1.bias'))):
+        changed = copy.deepcopy(model)
+        changed.load_state_dict(weights, strict=False)
+        assert not is_calibrated(changed)
+
+
 def test_weights_move_back_to_the_source(source, model):
     other = timm.create_model('vit_tiny_patch16_224', **dict(source._model_args)).eval()
     result = other.load_state_dict(model.state_dict(), strict=False)

@@ -619,15 +619,6 @@ def test_density_loads_levels_of_its_own():
     assert model.layer.spikes(torch.full((1, 4), 1e3)).tolist() == [[127] * 4]
 
 
-def test_weights_of_a_source_network_end_calibration():
-    # new weights without their thresholds: the old thresholds do not fit them
-    model = nn.Sequential(nn.Linear(4, 4), stateful().layer)
-    source = {k: v for k, v in model.state_dict().items() if k.startswith('0.')}
-    assert model[1].calibrated
-    model.load_state_dict(source, strict=False)
-    assert not model[1].calibrated
-
-
 # Direct coding
 
 means = st.floats(0, 1)
