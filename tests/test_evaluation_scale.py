@@ -281,6 +281,13 @@ def test_every_image_has_one_reader(digit_files, workers):
             c for c, _ in one if c[0] == 0} if streaming and shards > 1 else set())
 
 
+def test_rank_without_chunks_asks_nobody(digit_files):
+    config = dict(input_size=(1, 8, 8), mean=(.5,), std=(.5,), interpolation='bilinear', crop_pct=1.)
+    images = open_images(digit_files(1, 10), data_config=config, needs_labels=True)
+    delivered = [list(images.planned(Plan(4, 8, rank, 3, workers=2), timeout=30.)) for rank in range(3)]
+    assert [sum(batch.num for batch in batches) for batches in delivered] == [8, 2, 0]
+
+
 def test_webdataset(model, tmp_path):
     source = open_images('digits', 'test', data_config=resolve_input_data_config(model)).dataset.source
     for shard in range(2):
