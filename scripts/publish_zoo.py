@@ -3,17 +3,21 @@
     accelerate launch scripts/publish_zoo.py --namespace my-org --imagenet DIR
     python scripts/publish_zoo.py --namespace my-org --imagenet DIR --only 'sformer_tiny*' --curve 4 --curve 8 --dry-run
 
-The table is timm's registry: `sformer_base.TAG` has the weights `TAG` of the timm model that it has the architecture
-of. Each entry has a folder below `--work`. What is complete there is not done again, so a run that was interrupted is
-simply repeated. The main process converts and publishes; all processes evaluate.
+The table is the zoo: `sformer_base.TAG` has the weights `TAG` of the timm model that it has the architecture of.
+Sources without a classifier can not be evaluated and are left out. Each entry has a folder below `--work`. What is
+complete there is not done again, so a run that was interrupted is simply repeated. The main process converts and
+publishes; all processes evaluate.
 """
+import contextlib
 import dataclasses
 import fnmatch
+import itertools
+import os
 import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Callable, Dict, List, Optional, Sequence
+from typing import Annotated, Any, Callable, Dict, Iterator, List, Optional, Sequence
 
 import timm
 import torch
@@ -22,8 +26,9 @@ import typer
 import sformer
 from sformer.cards import recorded_results
 from sformer.conversion import create_source, set_data_config_
+from sformer.distributed import Group
 from sformer.errors import SFormerError
-from sformer.models import SOURCES
+from sformer.models import ZOO
 from sformer.neurons import SFNConfig
 from sformer.publish import check_repo_id, prepare, publish
 from sformer.utils import state_hash, write_json
@@ -68,18 +73,14 @@ OVERRIDES: Dict[str, Dict[str, Any]] = {}
 
 
 def zoo() -> List[Entry]:
-    """The table: entries of timm's registry with an architecture of timm and without weights in the package."""
+    """The table: the entries of the zoo that have classes, with every tag of theirs."""
     entries = []
-    for name in timm.list_models('sformer*', include_tags=True):
-        architecture, _, tag = name.partition('.')
-        source = SOURCES.get(architecture)
-        if source is None or timm.get_pretrained_cfg(name).file:
-            continue
-        tag = tag or timm.get_pretrained_cfg(source).tag
-        if f'{source}.{tag}' in timm.list_pretrained(f'{source}.*'):
+    for architecture, (source, tags) in ZOO.items():
+        for tag in tags.split():
             name = f'{architecture}.{tag}'
-            entries.append(Entry(name, f'{source}.{tag}', **OVERRIDES.get(name, {})))
-    return list({entry.name: entry for entry in entries}.values())
+            if timm.get_pretrained_cfg(name).num_classes:
+                entries.append(Entry(name, f'{source}.{tag}', **OVERRIDES.get(name, {})))
+    return entries
 
 
 def convert(entry: Entry, folder: Path) -> None:
@@ -93,24 +94,37 @@ def convert(entry: Entry, folder: Path) -> None:
         pass  # not there, or not whole
     source = create_source(entry.source, entry.checkpoint, **entry.model_kwargs)
     set_data_config_(source, **entry.data_config)
-    model = sformer.convert(
-        source, entry.calibration, entry.config, split=entry.split, num_images=entry.num_images, inplace=True)
+    with all_cores():
+        model = sformer.convert(
+            source, entry.calibration, entry.config, split=entry.split, num_images=entry.num_images, inplace=True)
     model.conversion.update(zoo_entry=_identity(entry), command=command())
     sformer.save_model(model, folder, overwrite=True)
+
+
+@contextlib.contextmanager
+def all_cores() -> Iterator[None]:
+    """Threads for the one process that works, where the launcher allows each of many a single one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _identity(entry: Entry) -> str:
     return f'{entry.name} <- {entry.source} ({entry.calibration}{f", {entry.split}" if entry.split else ""})'
 
 
-def evaluate(entry: Entry, folder: Path, dataset: str, state: Any, **options: Any) -> Dict[str, Any]:
+def evaluate(entry: Entry, folder: Path, dataset: str, group: Group, **options: Any) -> Dict[str, Any]:
     """Result of the model in a folder, measured by all processes unless it is recorded there."""
-    model = sformer.load_model(folder)
+    model = on_all(group, sformer.load_model, folder)
     results, _ = recorded_results(folder, state_hash(model.state_dict()))
-    for result in results.values():
-        if result['dataset'] == dataset and entry.eval_split in (None, result.get('split')):
-            return result
-    result = sformer.evaluate(model.to(state.device), dataset, entry.eval_split, **options)
+    recorded = [result for result in results.values()
+                if result['dataset'] == dataset and entry.eval_split in (None, result.get('split'))]
+    if all(share(group, bool(recorded))):
+        return recorded[0]
+    result = sformer.evaluate(model.to(group.device), dataset, entry.eval_split, **options)
     return dict(model=entry.name, architecture=result.pop('model'), **result, command=command())
 
 
@@ -123,7 +137,7 @@ def produce(
         work: Path,
         imagenet: Optional[str],
         curve: Sequence[int],
-        state: Any,
+        group: Group,
         **options: Any,
 ) -> Path:
     """Everything but the publication of an entry; returns its folder."""
@@ -132,9 +146,9 @@ def produce(
         raise SFormerError(f'{entry.name} is evaluated on ImageNet; name its folder with --imagenet.')
 
     def measure(entry: Entry, folder: Path) -> Dict[str, Any]:
-        on_main(state, convert, entry, folder)
-        result = evaluate(entry, folder, dataset, state, **options)
-        on_main(state, write_json, folder / 'eval.json', result)
+        on_main(group, convert, entry, folder)
+        result = evaluate(entry, folder, dataset, group, **options)
+        on_main(group, write_json, folder / 'eval.json', result)
         return result
 
     folder = work / entry.name
@@ -149,23 +163,36 @@ def produce(
             keys = ('dataset', 'split', 'num_images', 'top1', 'source_top1', 'firing_rate', 'weights_sha256')
             points.append(dict(levels=levels, **{key: other[key] for key in keys if key in other}))
         if result.get('curve') != points:
-            on_main(state, write_json, folder / 'eval.json', dict(result, curve=points, curve_command=command()))
+            on_main(group, write_json, folder / 'eval.json', dict(result, curve=points, curve_command=command()))
     return folder
 
 
-def on_main(state: Any, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    """Call a function on the main process while the others wait; its error is the error of all."""
-    error: List[Optional[str]] = [None]
-    if state.is_main_process:
-        try:
-            function(*args, **kwargs)
-        except SFormerError as e:
-            error = [str(e)]
-    if state.num_processes > 1:
-        from accelerate.utils import broadcast_object_list
-        broadcast_object_list(error)
-    if error[0]:
-        raise SFormerError(error[0])
+STEPS = itertools.count()
+
+
+def share(group: Group, value: Any) -> List[Any]:
+    """Values of all processes, on all of them; they wait for one another however long it takes."""
+    return group.gather(value, f'step {next(STEPS)}')
+
+
+def on_all(group: Group, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function on every process; the error of one is the error of all."""
+    error, done = None, None
+    try:
+        done = function(*args, **kwargs)
+    except SFormerError as e:
+        error = str(e)
+    except Exception as e:  # whatever it is, the other entries need not suffer
+        error = f'{type(e).__name__}: {e}'
+    for other in share(group, error):
+        if other is not None:
+            raise SFormerError(other)
+    return done
+
+
+def on_main(group: Group, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """Call a function on the main process while the others wait."""
+    on_all(group, function if group.is_main else lambda *args, **kwargs: None, *args, **kwargs)
 
 
 def run(
@@ -196,32 +223,32 @@ def run(
     Returns:
         Error by the name of each entry that failed; the others are published.
     """
-    from accelerate import PartialState
     from huggingface_hub import get_token
-    state = PartialState(cpu=not torch.accelerator.is_available())  # else processes on CPUs would not find one another
     for entry in entries:
         check_repo_id(f'{namespace}/{entry.name}')
     if not dry_run and not get_token():
         raise SFormerError('publishing needs an access token of the Hub that may write: hf auth login, or HF_TOKEN.')
     failed: Dict[str, str] = {}
-    for entry in entries:
-        repo_id = f'{namespace}/{entry.name}'
-        how = dict(license=entry.license, dataset_ids={imagenet: IMAGENET} if imagenet else {})
+    with Group().guard() as group:
+        for entry in entries:
+            repo_id = f'{namespace}/{entry.name}'
+            how = dict(license=entry.license, dataset_ids={imagenet: IMAGENET} if imagenet else {})
 
-        def finish(folder: Path, repo_id: str = repo_id, how: Dict[str, Any] = how) -> None:
-            if dry_run:
-                print('\n'.join([f'{repo_id} would hold', *prepare(folder, repo_id, **how).listing()]), flush=True)
-            else:
-                done = publish(folder, repo_id, private=private, create_pr=create_pr, **how)
-                print(f'{repo_id}: {"published" if done.changed else "nothing has changed"}, {done.url}', flush=True)
+            def finish(folder: Path, repo_id: str = repo_id, how: Dict[str, Any] = how) -> None:
+                if dry_run:
+                    print('\n'.join([f'{repo_id} would hold', *prepare(folder, repo_id, **how).listing()]), flush=True)
+                else:
+                    done = publish(folder, repo_id, private=private, create_pr=create_pr, **how)
+                    what = 'published' if done.changed else 'nothing has changed'
+                    print(f'{repo_id}: {what}, {done.url}', flush=True)
 
-        try:
-            folder = produce(entry, work, imagenet, curve, state, **options)
-            on_main(state, finish, folder)
-        except SFormerError as e:
-            failed[entry.name] = str(e)
-            if state.is_main_process:
-                print(f'{repo_id}: error: {e}', file=sys.stderr, flush=True)
+            try:
+                folder = produce(entry, work, imagenet, curve, group, **options)
+                on_main(group, finish, folder)
+            except SFormerError as e:
+                failed[entry.name] = str(e)
+                if group.is_main:
+                    print(f'{repo_id}: error: {e}', file=sys.stderr, flush=True)
     return failed
 
 

@@ -66,6 +66,7 @@ class Record:
         license: License of the source weights.
         base_model: Hub id of the source weights.
         dataset_ids: Hub id by the name that a dataset has in results.
+        note: What else has to be known about how it was measured.
     """
     name: str
     load_name: str
@@ -82,6 +83,12 @@ class Record:
     license: Optional[str] = None
     base_model: Optional[str] = None
     dataset_ids: Dict[str, str] = field(default_factory=dict)
+    note: Optional[str] = None
+
+    @property
+    def changed(self) -> bool:
+        """Whether the weights are not those of the source any more."""
+        return bool(self.conversion.get('changed'))
 
 
 # What was recorded ----------------------------------------------------------------------------------------------------
@@ -184,6 +191,8 @@ def _dataset_title(record: Record, used: Dict[str, Any], key: str = 'dataset') -
     name = used.get(key)
     if name in DATASETS:
         return DATASETS[name]
+    if name in record.dataset_ids:
+        return f'{record.dataset_ids[name]} (local copy)'
     return _dataset_id(record, used, key) or (Path(name).name if name else 'images of the caller')
 
 
@@ -280,19 +289,32 @@ def _curve(record: Record) -> Optional[Dict[str, Any]]:
                 of=f', evaluated on {title}{count}' if title else '')
 
 
+def _comparable(record: Record) -> List[Dict[str, Any]]:
+    """Results that an index may list by dataset and split: with its own labels, and of each the one on most images."""
+    found: Dict[Any, Dict[str, Any]] = {}
+    for result in record.evaluations.values():
+        key = result['dataset'], result.get('split')
+        if result.get('benchmark') != 'imagenet-real' and \
+                (key not in found or found[key].get('num_images', 0) < result.get('num_images', 0)):
+            found[key] = result
+    return list(found.values())
+
+
 def _eval_results(record: Record) -> List[Any]:
     from huggingface_hub import EvalResult
     entries = []
-    for result in record.evaluations.values():
+    for result in _comparable(record):
         common = dict(
             task_type='image-classification', task_name='Image Classification',
             dataset_type=_dataset_id(record, result) or Path(result['dataset']).name,
             dataset_name=_dataset_title(record, result), dataset_split=result.get('split'),
             dataset_revision=result.get('dataset_revision'))
-        for key, label in (('top1', 'Top-1 accuracy [%]'), ('top5', 'Top-5 accuracy [%]')):
+        count = f' on {result["num_images"]:,} images' if 'num_images' in result else ''
+        for key, label in (('top1', 'Top-1'), ('top5', 'Top-5')):
             if isinstance(result.get(key), (int, float)):
-                entries.append(
-                    EvalResult(metric_type='accuracy', metric_name=label, metric_value=result[key], **common))
+                entries.append(EvalResult(
+                    metric_type='accuracy', metric_name=f'{label} accuracy [%]{count}', metric_value=result[key],
+                    **common))
     return entries
 
 
@@ -319,7 +341,7 @@ def _metadata(record: Record) -> Any:
         license_link=None if known else f'https://huggingface.co/{record.base_model}',
         base_model=record.base_model or None,
         # what the Hub calls models whose weights or activations were mapped to fewer levels
-        base_model_relation='quantized' if record.base_model else None,
+        base_model_relation=('finetune' if record.changed else 'quantized') if record.base_model else None,
         datasets=datasets or None,
         metrics=['accuracy'] if results else None,
         tags=['timm', 'sformer', 'image-classification', 'spiking-neural-network', 'vision-transformer', 'safetensors',
@@ -364,7 +386,7 @@ def render_eval_results(record: Record) -> Optional[str]:
     from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
     from huggingface_hub.utils import yaml_dump
     entries = []
-    for result in record.evaluations.values():
+    for result in _comparable(record):
         dataset = _dataset_id(record, result)
         if dataset:
             split = f', split {result["split"]}' if result.get('split') else ''

@@ -85,11 +85,12 @@ def _convert_(
         batch_size: int,
         seed: int,
 ) -> nn.Module:
-    record = dict(
+    record: Dict[str, Any] = dict(
         source=(getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or type(model).__name__,
         source_tag=(getattr(model, 'pretrained_cfg', None) or {}).get('tag') or None,
         source_sha256=state_hash(model.state_dict()),
         source_weights=getattr(model, 'published_weights', None),
+        global_pool=getattr(model, 'global_pool', None),
         recipe=dataclasses.asdict(config),
     )
     _name_architecture(model)
@@ -151,9 +152,11 @@ def create_source(
         raise SFormerError(f'{name} can not be built with {kwargs}: {type(e).__name__}: {_first_line(e)}') from e
     if checkpoint is not None:
         load_source_weights_(model, checkpoint, allow_pickle)
-    else:  # only here it is sure that the weights are those that the config describes
+    else:
         cfg = model.pretrained_cfg
-        model.published_weights = cfg.get('hf_hub_id') or cfg.get('url') or None
+        own = kwargs.get('checkpoint_path') or cfg.get('file') or cfg.get('state_dict')
+        if not own and model.num_classes == cfg.get('num_classes'):  # else not those that the config describes
+            model.published_weights = cfg.get('hf_hub_id') or cfg.get('url') or None
     return model.eval()
 
 

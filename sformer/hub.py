@@ -15,7 +15,7 @@ from .conversion import _first_line, create_source
 from .errors import SFormerError, UncalibratedError
 from .layers import named_neurons
 from .models import SFormerMixin, is_calibrated
-from .utils import file_hash, write_aside
+from .utils import file_hash, state_hash, write_aside
 from .verification import CONFIG_NAME, WEIGHTS_NAME, fetch, read_config, redact, split_revision
 
 __all__ = ['save_model', 'load_model', 'open_model', 'WEIGHTS_NAME', 'CONFIG_NAME']
@@ -51,6 +51,10 @@ def save_model(model: nn.Module, directory: Union[str, Path], overwrite: bool = 
         with write_aside(directory) as aside:
             save_file(state, aside / WEIGHTS_NAME, metadata={'format': 'pt'})
             record = dict(getattr(model, 'conversion', {}), weights_sha256=file_hash(aside / WEIGHTS_NAME))
+            neurons = tuple(f'{name}.' for name, _ in named_neurons(model))
+            weights = {k: v for k, v in state.items() if not k.startswith(neurons)}
+            if record.get('source_sha256') not in (None, state_hash(weights)):
+                record['changed'] = True  # fine-tuned, or of another dtype
             save_config_for_hf(
                 model, str(aside / CONFIG_NAME),
                 model_config=dict(sformer=record),

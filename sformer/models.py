@@ -216,7 +216,10 @@ def checkpoint_filter_fn(
         SFormerError: If neuron state is missing; names it.
     """
     neurons = dict(named_neurons(model))
-    expected = [f'{name}.{key}' for name, neuron in neurons.items() for key, _ in neuron.named_buffers(recurse=False)]
+    # a classifier that the checkpoint does not have starts anew, and so do its neurons
+    new = {f'{head}.neuron' for head in HEADS if f'{head}.weight' not in state_dict}
+    expected = [f'{name}.{key}' for name, neuron in neurons.items() if name not in new
+                for key, _ in neuron.named_buffers(recurse=False)]
     missing = [key for key in expected if key not in state_dict]
     if neuron_state is not None and len(missing) == len(expected):
         state, model.conversion = neuron_state()
@@ -231,6 +234,8 @@ def checkpoint_filter_fn(
     for name, neuron in neurons.items():
         if isinstance(neuron, DirectCoding):
             for key in (f'{name}.threshold', f'{name}.center'):
+                if not torch.isfinite(state[key]).all() or (key.endswith('threshold') and not (state[key] > 0).all()):
+                    raise SFormerError(f'{key} of the checkpoint is not finite and positive.')  # a mean may hide it
                 if state[key].shape != neuron.threshold.shape:  # other in_chans; timm adapts the weights likewise
                     state[key] = state[key].mean(0, keepdim=True).expand(neuron.threshold.shape).clone()
     return FILTERS[type(model)](state, model)
@@ -246,24 +251,33 @@ def _build(source: str, sfn: Union[SFNConfig, Dict[str, Any], None] = None, **kw
 
 
 def _create_sformer(variant: str, source: str, pretrained: bool = False, **kwargs) -> nn.Module:
-    from .pretrained import explain_download, resolve_weights
-    kwargs['pretrained_cfg'] = check_pretrained(kwargs.get('pretrained_cfg'), pretrained, kwargs.get('cache_dir'))
+    from .pretrained import resolve_weights
+    kwargs['pretrained_cfg'], record = check_pretrained(
+        kwargs.get('pretrained_cfg'), pretrained, kwargs.get('cache_dir'))
     filter_fn: Callable[..., Any] = checkpoint_filter_fn
+    neuron_state = None
     if pretrained:
-        overlay, neuron_state = resolve_weights(variant, source, kwargs)
-        kwargs['pretrained_cfg_overlay'] = {**(kwargs.get('pretrained_cfg_overlay') or {}), **overlay}
+        kwargs, neuron_state, known = resolve_weights(variant, source, kwargs)
+        record = record or known
         filter_fn = functools.partial(checkpoint_filter_fn, neuron_state=neuron_state)
-    with explain_download(variant):
-        model = build_model_with_cfg(
-            _build,
-            variant,
-            pretrained,
-            pretrained_filter_fn=filter_fn,
-            feature_cfg=dict(out_indices=kwargs.pop('out_indices', 3), feature_cls='getter'),
-            source=source,
-            **kwargs,
-        )
-    if not pretrained:  # the config is known only now
+    model = build_model_with_cfg(
+        _build,
+        variant,
+        pretrained,
+        pretrained_filter_fn=filter_fn,
+        feature_cfg=dict(out_indices=kwargs.pop('out_indices', 3), feature_cls='getter'),
+        source=source,
+        **kwargs,
+    )
+    if pretrained and record:
+        model.conversion = record
+    pool = getattr(model, 'global_pool', None)
+    if pool != getattr(model, 'conversion', {}).get('global_pool', pool):
+        for name in HEADS:  # fitted to other features; a new classifier has default thresholds as well
+            for _, neuron in named_neurons(getattr(model, name, None) or nn.Identity()):
+                neuron.calibrated.fill_(False)
+    if not pretrained or neuron_state or {'mean', 'std'} & (kwargs.get('pretrained_cfg_overlay') or {}).keys():
+        # a converted checkpoint brings the code of its pixels along; for others the config is known only now
         set_pixel_range_(model, model.pretrained_cfg.get('mean'), model.pretrained_cfg.get('std'))
     return model
 

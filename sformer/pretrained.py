@@ -14,12 +14,13 @@ import os
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, Optional, Tuple
 
+import timm
 import torch
 
 from .errors import SFormerError
 from .neurons import SFNConfig
 
-__all__ = ['resolve_weights', 'neuron_state', 'explain_download', 'RECIPE', 'NAMESPACE_VARIABLE']
+__all__ = ['resolve_weights', 'neuron_state', 'RECIPE', 'NAMESPACE_VARIABLE']
 
 _logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ def resolve_weights(
         variant: str,
         source: str,
         kwargs: Dict[str, Any],
-) -> Tuple[Dict[str, Any], Optional[Callable[[], Tuple[State, Record]]]]:
+) -> Tuple[Dict[str, Any], Optional[Callable[[], Tuple[State, Record]]], Optional[Record]]:
     """Where the pretrained weights of an entrypoint come from.
 
     Args:
@@ -43,32 +44,77 @@ def resolve_weights(
         kwargs: What `timm.create_model` passed to the entrypoint.
 
     Raises:
-        SFormerError: If the namespace does not have the model, or its weights are not those that its config records.
+        SFormerError: If the weights can't be had, or are not those that their config records.
 
     Returns:
-        Overlay for the pretrained config, and a function that returns the neurons to go with the weights of a source
-        network, or None where the weights must be converted ones.
+        kwargs that name a commit of what is on the Hub; a function that returns the neurons to go with the weights of
+        a source network, or None where the weights are converted ones; the record of their conversion, if it is known.
     """
     from timm.models._builder import resolve_pretrained_cfg
 
     from .models import default_cfgs
-    cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+    overlay = kwargs.get('pretrained_cfg_overlay') or {}
+    cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
+    if cfg.source or cfg.state_dict or cfg.file or not cfg.hf_hub_id:
+        return kwargs, None, None  # a folder or a file that the user or the package names
+    cache_dir = kwargs.get('cache_dir')
     name = f'{variant}.{cfg.tag}'
     published = default_cfgs[variant].cfgs.get(cfg.tag)
-    if cfg.source or cfg.state_dict or cfg.file or cfg.url or not published or not published.hf_hub_id \
-            or cfg.hf_hub_id != published.hf_hub_id:
-        return {}, None  # a folder, a file or a repository that the user or the package names
+    if published is None or cfg.hf_hub_id != published.hf_hub_id:
+        return _converted(variant, cfg.hf_hub_id, kwargs)
     namespace = os.environ.get(NAMESPACE_VARIABLE)
     if namespace:
-        from .verification import fetch
         _logger.info(f'{name}: converted weights of {namespace}/{name} ({NAMESPACE_VARIABLE})')
-        commit = fetch(f'{namespace}/{name}', cache_dir=kwargs.get('cache_dir')).name
-        return dict(hf_hub_id=f'{namespace}/{name}@{commit}'), None
+        return _converted(variant, f'{namespace}/{name}', kwargs)
     _logger.info(f'{name}: weights of its source, {cfg.hf_hub_id}')
     sfn = kwargs.get('sfn')
     config = sfn if isinstance(sfn, SFNConfig) else SFNConfig(**(sfn or {}))
-    return {}, functools.partial(
-        neuron_state, name, f'{source}.{cfg.tag}', cfg.hf_hub_id, config, kwargs.get('cache_dir'))
+    hub_id = pinned(name, cfg.hf_hub_id, cache_dir)
+    fitted = functools.partial(neuron_state, name, f'{source}.{cfg.tag}', hub_id, config, cache_dir)
+    return dict(kwargs, pretrained_cfg_overlay=dict(overlay, hf_hub_id=hub_id)), fitted, None
+
+
+def _converted(
+        variant: str,
+        hub_id: str,
+        kwargs: Dict[str, Any],
+) -> Tuple[Dict[str, Any], None, Record]:
+    """As `hf-hub:` does it: weights, neurons and preprocessing are those that the repository's config names."""
+    from timm.models._hub import load_model_config_from_hf
+
+    from .verification import fetch, read_config, split_revision
+    cache_dir, overlay = kwargs.get('cache_dir'), dict(kwargs.get('pretrained_cfg_overlay') or {})
+    folder = fetch(*split_revision(hub_id), cache_dir=cache_dir)
+    config = read_config(folder)
+    if config['architecture'] != variant:
+        raise SFormerError(f'{hub_id} on the Hub holds a {config["architecture"]}, not a {variant}.')
+    directed = sorted({'hf_hub_filename', 'custom_load'} & overlay.keys())
+    if directed:
+        raise SFormerError(f'pretrained_cfg_overlay sets {", ".join(directed)}, but the weights of an SFormer are '
+                           f'its model.safetensors.')
+    cfg, _, args = load_model_config_from_hf(f'{split_revision(hub_id)[0]}@{folder.name}', cache_dir)
+    own, asked = (v if isinstance(v, SFNConfig) else SFNConfig(**(v or {}))
+                  for v in (args.get('sfn'), kwargs.get('sfn', args.get('sfn'))))
+    if asked != own:
+        raise SFormerError(f'{hub_id} on the Hub was converted with {own}, so sfn= can ask for nothing else. Its '
+                           f'source can be converted with sformer.convert().')
+    overlay.pop('hf_hub_id', None)
+    return {**args, **kwargs, 'pretrained_cfg': cfg, 'pretrained_cfg_overlay': overlay}, None, config.get('sformer', {})
+
+
+def pinned(name: str, hub_id: str, cache_dir: Optional[str] = None) -> str:
+    """Download the published weights of a source, and name the commit that they are of: `org/name@commit`.
+
+    Raises:
+        SFormerError: If they are neither cached nor can be downloaded; says what to do.
+    """
+    from huggingface_hub import hf_hub_download
+
+    from .verification import WEIGHTS_NAME, split_revision
+    repo_id, revision = split_revision(hub_id)
+    with explain_download(name, repo_id):
+        path = hf_hub_download(repo_id, WEIGHTS_NAME, revision=revision, cache_dir=cache_dir, library_name='timm')
+    return f'{repo_id}@{Path(path).parent.name}'
 
 
 def neuron_state(
@@ -86,35 +132,59 @@ def neuron_state(
     Args:
         name: Entry of the zoo with its tag.
         source: timm model with its tag.
-        hub_id: Hub repository of the source's weights.
+        hub_id: Hub repository of the source's weights, and their commit: `org/name@commit`.
         config: Neurons.
         cache_dir: Cache folder of the Hub's client, if not the default one.
 
     Raises:
         SFormerError: If the source can't be loaded.
     """
-    from filelock import FileLock
-
-    from .utils import write_aside
-    folder, key = cache_folder(cache_dir), cache_key(hub_id, config, cache_dir)
+    folder, key = cache_folder(cache_dir), cache_key(hub_id, config)
     path = folder / f'{name}-{key[:16]}.safetensors'
     cached = _read(path, key)
     if cached is not None:
         _logger.info(f'{name}: neurons of {path}')
         return cached
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix('.lock')):
+    with _locked(path) as writable:
         cached = _read(path, key)
         if cached is not None:
             _logger.info(f'{name}: neurons of {path}, which another process has just written')
             return cached
-        _logger.warning(f'{name}: fitting neurons to {source} on {RECIPE["num_images"]} generated images, this once')
-        state, record = _fit(source, config, cache_dir)
-        with write_aside(folder) as aside:
-            from safetensors.torch import save_file
-            metadata = dict(format='pt', key=key, conversion=json.dumps(record))
-            save_file(state, aside / path.name, metadata=metadata)
+        _logger.warning(f'{name}: fitting neurons to {source} on {RECIPE["num_images"]} generated images, '
+                        f'{"this once" if writable else f"not for the last time: {folder} can not be written"}')
+        state, record = _fit(source, hub_id, config, cache_dir)
+        if writable:
+            _write(path, key, state, record)
         return state, record
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Be the only process that makes a file, or learn that nobody can write it."""
+    from filelock import FileLock
+    lock = FileLock(path.with_suffix('.lock'))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except (OSError, NotImplementedError):  # the latter: a file system without locks
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def _write(path: Path, key: str, state: State, record: Record) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    from .utils import write_aside
+    try:
+        with write_aside(path.parent) as aside:
+            save_file(state, aside / path.name, metadata=dict(format='pt', key=key, conversion=json.dumps(record)))
+    except (OSError, SafetensorError) as e:  # the neurons are at hand, so this is no reason to fail
+        _logger.warning(f'{path} can not be written ({e}): the next call will fit these neurons again')
 
 
 def cache_folder(cache_dir: Optional[str] = None) -> Path:
@@ -123,37 +193,29 @@ def cache_folder(cache_dir: Optional[str] = None) -> Path:
     return Path(cache_dir or constants.HF_HOME) / 'sformer'
 
 
-def cache_key(hub_id: str, config: SFNConfig, cache_dir: Optional[str] = None) -> str:
-    """Hash of what the neurons of a source depend on: its revision, the recipe, the version of this package."""
+def cache_key(hub_id: str, config: SFNConfig) -> str:
+    """Hash of what the neurons of a source depend on: its commit, the recipe, the version of this package."""
     from importlib import metadata
-
-    from huggingface_hub import try_to_load_from_cache
-    repo_id, _, revision = hub_id.partition('@')
-    path = try_to_load_from_cache(repo_id, 'model.safetensors', cache_dir=cache_dir, revision=revision or None)
-    commit = Path(path).parent.name if isinstance(path, str) else 'unknown'
-    parts = dict(source=hub_id, commit=commit, version=metadata.version('sformer'), recipe=RECIPE,
-                 config=dataclasses.asdict(config))
+    parts = dict(source=hub_id, version=metadata.version('sformer'), recipe=RECIPE, config=dataclasses.asdict(config))
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 @contextlib.contextmanager
-def explain_download(variant: str) -> Iterator[None]:
+def explain_download(name: str, repo_id: str) -> Iterator[None]:
     """Say what to do about weights that are neither cached nor can be downloaded.
 
     Raises:
         SFormerError: In the place of the Hub client's errors.
     """
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
     try:
         yield
-    except (LocalEntryNotFoundError, HfHubHTTPError) as e:
-        from timm.models import get_pretrained_cfg
-        hub_id = getattr(get_pretrained_cfg(variant), 'hf_hub_id', None)
+    except (EntryNotFoundError, HfHubHTTPError, OSError) as e:
         reason = (str(e).strip() or type(e).__name__).splitlines()[0].rstrip('.')
-        hint = f' Where there is a connection, `hf download {hub_id} model.safetensors` puts them into the cache of '\
-            f'the Hub client (HF_HOME).' if hub_id else ''
-        raise SFormerError(f'the weights of {variant} are not in the cache and can not be downloaded: {reason}.{hint}'
-                           ) from e
+        raise SFormerError(
+            f'the weights of {name} are not in the cache and can not be downloaded: {reason}. Where there is a '
+            f'connection, `hf download {repo_id} model.safetensors` puts them into the cache of the Hub client '
+            f'(HF_HOME).') from e
 
 
 def _read(path: Path, key: str) -> Optional[Tuple[State, Record]]:
@@ -168,12 +230,22 @@ def _read(path: Path, key: str) -> Optional[Tuple[State, Record]]:
         return None
 
 
-def _fit(source: str, config: SFNConfig, cache_dir: Optional[str]) -> Tuple[State, Record]:
+def _fit(source: str, hub_id: str, config: SFNConfig, cache_dir: Optional[str]) -> Tuple[State, Record]:
     from .conversion import convert, create_source
     from .layers import named_neurons
-    with torch.random.fork_rng():
-        model = create_source(source, cache_dir=cache_dir)
-        model = convert(model, config=config, inplace=True, **RECIPE)
+    # whatever the caller has set for models of its own: neurons are the same on all machines
+    default = torch.get_default_dtype()
+    with torch.random.fork_rng(devices=[]), torch.device('cpu'), torch.autocast('cpu', enabled=False), \
+            torch.inference_mode(False):
+        torch.set_default_dtype(torch.float32)
+        try:
+            # a source without a classifier gets one of no meaning: the neurons before it serve whoever adds their own
+            num_classes = timm.get_pretrained_cfg(source).num_classes or 1
+            model = create_source(
+                source, cache_dir=cache_dir, num_classes=num_classes, pretrained_cfg_overlay=dict(hf_hub_id=hub_id))
+            model = convert(model, config=config, inplace=True, **RECIPE)
+        finally:
+            torch.set_default_dtype(default)
     state = {f'{name}.{key}': buffer.detach().clone()
              for name, neuron in named_neurons(model) for key, buffer in neuron.named_buffers(recurse=False)}
     record: Any = model.conversion

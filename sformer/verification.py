@@ -43,7 +43,7 @@ def check_pretrained(
         pretrained_cfg: Any,
         pretrained: bool = True,
         cache_dir: Union[str, Path, None] = None,
-) -> Any:
+) -> Tuple[Any, Optional[Dict[str, Any]]]:
     """Check the folder or the repository that timm is about to load a model from.
 
     Args:
@@ -52,22 +52,26 @@ def check_pretrained(
         cache_dir: Cache that timm was told to use.
 
     Returns:
-        The pretrained_cfg; of a repository, pinned to the commit that was checked.
+        The pretrained_cfg; of a repository, pinned to the commit that was checked. The record of the conversion, where
+        a config was looked into.
 
     Raises:
         SFormerError: If the config is not acceptable or the weights are not those that it records; names the file.
     """
     source = pretrained_cfg.get('source') if isinstance(pretrained_cfg, dict) else None
+    if source not in ('local-dir', 'hf-hub'):
+        return pretrained_cfg, None
     if source == 'local-dir':
         folder = Path(pretrained_cfg['file'])
         config = read_config(folder)
         if pretrained:
             check_weights_file(folder, config)
-    elif source == 'hf-hub':
+    else:
         repo_id, revision = split_revision(pretrained_cfg['hf_hub_id'])
         folder = fetch(repo_id, revision, cache_dir, weights=pretrained, config_is_cached=True)
         pretrained_cfg = dict(pretrained_cfg, hf_hub_id=f'{repo_id}@{folder.name}')
-    return pretrained_cfg
+        config = read_config(folder)
+    return pretrained_cfg, config.get('sformer')
 
 
 def read_config(folder: Path) -> Dict[str, Any]:
@@ -111,7 +115,9 @@ def read_config(folder: Path) -> Dict[str, Any]:
     for key, value in args.items():  # a network of that size would only be noticed when memory is gone
         if isinstance(value, int) and value > (1000 if key == 'depth' else 10 ** 6):
             raise SFormerError(f'{path}: model_args sets {key} to {value}, which no vision transformer has.')
-    classes = {str(values['num_classes']) for values in (config, cfg, args) if 'num_classes' in values}
+    # timm's own defaults where a config is silent
+    default = cfg.get('num_classes', config.get('num_classes', 1000))
+    classes = {str(values.get('num_classes', default)) for values in (config, cfg, args)}
     if len(classes) > 1:  # timm would take this for a wish and start with a random head
         raise SFormerError(f'{path} contradicts itself about num_classes: {", ".join(sorted(classes))}.')
     return config

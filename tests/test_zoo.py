@@ -1,4 +1,5 @@
 """The zoo: every ViT, DeiT, BEiT and EVA of timm converts, and pretrained=True always works."""
+import contextlib
 import copy
 import logging
 import multiprocessing
@@ -252,14 +253,16 @@ HUB_ID = 'timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k'
 FEW = dict(pretrained.RECIPE, num_images=2)
 
 
-def publish(cache, state, commit='0' * 40):
-    """Put weights where the Hub's client caches what it downloads."""
-    repo = cache / f'models--{HUB_ID.replace("/", "--")}'
+def publish(cache, state=None, commit='0' * 40, repo_id=HUB_ID):
+    """Put weights where the Hub's client caches what it downloads; returns the folder."""
+    repo = cache / f'models--{repo_id.replace("/", "--")}'
     snapshot = repo / 'snapshots' / commit
     snapshot.mkdir(parents=True)
     (repo / 'refs').mkdir(exist_ok=True)
     (repo / 'refs' / 'main').write_text(commit)
-    save_file(state, snapshot / 'model.safetensors')
+    if state is not None:
+        save_file(state, snapshot / 'model.safetensors')
+    return snapshot
 
 
 @pytest.fixture(scope='module')
@@ -339,16 +342,81 @@ def test_other_neurons_are_fitted_for_themselves(warm, published, offline, tmp_p
     assert not torch.equal(threshold, warm[1].blocks[0].attn.qkv.neuron.threshold)
 
 
-def test_key_depends_on_revision_and_version(warm, published, offline, monkeypatch, tmp_path):
+def test_key_depends_on_revision_and_version(published, offline, monkeypatch, tmp_path):
     publish(tmp_path, published)
-    key = pretrained.cache_key(HUB_ID, SFNConfig(), tmp_path)
-    assert key == pretrained.cache_key(HUB_ID, SFNConfig(), warm[0])
-    assert key != pretrained.cache_key(HUB_ID, SFNConfig(levels=8), tmp_path)
+    hub_id = pretrained.pinned(NAME, HUB_ID, tmp_path)
+    assert hub_id == f'{HUB_ID}@{"0" * 40}'
     publish(tmp_path, published, commit='1' * 40)
-    newer = pretrained.cache_key(HUB_ID, SFNConfig(), tmp_path)
-    assert key != newer
+    newer = pretrained.pinned(NAME, HUB_ID, tmp_path)
+    assert newer == f'{HUB_ID}@{"1" * 40}'
+    keys = [pretrained.cache_key(*args) for args in (
+        (hub_id, SFNConfig()), (newer, SFNConfig()), (hub_id, SFNConfig(levels=8)))]
     monkeypatch.setattr('importlib.metadata.version', lambda name: '99.0')
-    assert pretrained.cache_key(HUB_ID, SFNConfig(), tmp_path) not in (key, newer)
+    keys.append(pretrained.cache_key(hub_id, SFNConfig()))
+    assert len(set(keys)) == 4
+
+
+def test_new_weights_of_a_source_are_fitted_anew(published, offline, tmp_path):
+    publish(tmp_path, published)
+    old = timm.create_model('sformer_tiny', pretrained=True, cache_dir=tmp_path)
+    publish(tmp_path, {k: v * 2 if 'patch_embed' in k else v for k, v in published.items()}, commit='1' * 40)
+    new = timm.create_model('sformer_tiny', pretrained=True, cache_dir=tmp_path)
+    key = 'blocks.0.attn.qkv.neuron.threshold'
+    assert not torch.equal(old.state_dict()[key], new.state_dict()[key])
+
+
+def bfloat16_by_default():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize('context', [
+    lambda: torch.autocast('cpu', torch.bfloat16), contextlib.contextmanager(bfloat16_by_default),
+    torch.inference_mode, lambda: torch.device('meta'),
+], ids=['autocast', 'default dtype', 'inference mode', 'device'])
+def test_neurons_do_not_depend_on_what_the_caller_has_set(warm, published, offline, tmp_path, context):
+    publish(tmp_path, published)
+    hub_id = pretrained.pinned(NAME, HUB_ID, tmp_path)
+    with context():
+        state, _ = pretrained.neuron_state(NAME, HUB_ID.partition('/')[2], hub_id, cache_dir=tmp_path)
+    expected = warm[1].state_dict()
+    assert len(state) > 100 and all(torch.equal(v, expected[k]) for k, v in state.items())
+
+
+def test_cache_that_can_not_be_written(warm, published, offline, tmp_path, caplog):
+    publish(tmp_path, published)
+    pretrained.cache_folder(tmp_path).write_text('a file')
+    model = timm.create_model('sformer_tiny', pretrained=True, cache_dir=tmp_path)
+    assert 'can not be written' in caplog.text
+    assert all(torch.equal(v, warm[1].state_dict()[k]) for k, v in model.state_dict().items())
+
+
+def test_pixels_are_coded_as_they_are_normalised(warm, offline):
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    model = timm.create_model(
+        'sformer_tiny', pretrained=True, cache_dir=warm[0], pretrained_cfg_overlay=dict(mean=mean, std=std))
+    white = ((1 - torch.tensor(mean)) / torch.tensor(std)).view(1, 3, 1, 1)
+    torch.testing.assert_close(model.patch_embed.proj.neuron(white), white)
+
+
+def test_features_that_the_head_was_not_fitted_to(warm, offline):
+    model = timm.create_model('sformer_tiny', pretrained=True, cache_dir=warm[0], global_pool='avg', fc_norm=False)
+    assert [name for name, neuron in named_neurons(model) if not neuron.calibrated] == ['head.neuron']
+
+
+def test_classifier_on_a_source_without_one(offline, tmp_path):
+    name, hub_id = 'sformer_eva02_tiny.mim_in22k', 'timm/eva02_tiny_patch14_224.mim_in22k'
+    torch.manual_seed(0)
+    publish(tmp_path, timm.create_model('eva02_tiny_patch14_224', num_classes=0).state_dict(), repo_id=hub_id)
+    for num_classes in (0, 5):
+        model = timm.create_model(name, pretrained=True, cache_dir=tmp_path, num_classes=num_classes)
+        assert is_calibrated(model) and model.num_classes == num_classes
+    headless = sformer.save_model(
+        timm.create_model(name, pretrained=True, cache_dir=tmp_path), tmp_path / 'headless')
+    model = timm.create_model(f'local-dir:{headless}', pretrained=True, num_classes=5)
+    assert [n for n, neuron in named_neurons(model) if not neuron.calibrated] == ['head.neuron']
 
 
 @pytest.mark.parametrize('damage', [
@@ -365,19 +433,67 @@ def test_damaged_cache_is_fitted_again(warm, published, offline, tmp_path, damag
     assert load_file(folder / file.name).keys() == load_file(file).keys()
 
 
-def test_offline_with_a_cold_cache_says_what_to_download(offline, tmp_path):
-    with pytest.raises(SFormerError, match=f'not in the cache.*hf download {re.escape(HUB_ID)}'):
-        timm.create_model('sformer_tiny', pretrained=True, cache_dir=tmp_path)
+@pytest.mark.parametrize('name', ['sformer_tiny', 'sformer_small.augreg_in1k'])
+def test_offline_with_a_cold_cache_says_what_to_download(offline, tmp_path, name):
+    hub_id = timm.get_pretrained_cfg(name).hf_hub_id
+    with pytest.raises(SFormerError, match=f'not in the cache.*hf download {re.escape(hub_id)} model.safetensors'):
+        timm.create_model(name, pretrained=True, cache_dir=tmp_path)
 
 
-def test_namespace_of_converted_weights(monkeypatch, caplog):
-    monkeypatch.setenv(pretrained.NAMESPACE_VARIABLE, 'my-org')
-    monkeypatch.setattr('sformer.verification.fetch', lambda name, cache_dir: Path('snapshots') / '1234')
+@pytest.fixture
+def converted(published, offline, tmp_path):
+    """A cache with a converted model with neurons of its own, and the model."""
+    source = timm.create_model('vit_tiny_patch16_224')
+    source.load_state_dict(published)
+    model = sformer.convert(source, num_images=2, config=SFNConfig(levels=8, firing='floor', dead_zone=0.7))
+    sformer.save_model(model, publish(tmp_path, repo_id=f'my-org/{NAME}'))
+    return tmp_path, model
+
+
+@pytest.mark.parametrize('how', ['namespace', 'overlay', 'hf-hub'])
+def test_converted_weights_are_what_their_config_says(converted, monkeypatch, caplog, how):
+    cache, expected = converted
+    name, kwargs = NAME, dict(pretrained=True, cache_dir=cache)
+    if how == 'namespace':
+        monkeypatch.setenv(pretrained.NAMESPACE_VARIABLE, 'my-org')
+    elif how == 'overlay':
+        kwargs['pretrained_cfg_overlay'] = dict(hf_hub_id=f'my-org/{NAME}', crop_pct=0.7)
+    else:
+        name = f'hf-hub:my-org/{NAME}'
     with caplog.at_level(logging.INFO, 'sformer'):
-        overlay, neurons = pretrained.resolve_weights('sformer_tiny', 'vit_tiny_patch16_224', {})
-    assert overlay == dict(hf_hub_id=f'my-org/{NAME}@1234') and neurons is None  # the commit that was verified
-    assert f'my-org/{NAME}' in caplog.text
-    assert pretrained.resolve_weights('sformer_nano', 'vit_tiny_patch16_224', {}) == ({}, None)
+        model = timm.create_model(name, **kwargs).eval()
+    assert how != 'namespace' or f'my-org/{NAME}' in caplog.text
+    assert model.sfn_config == expected.sfn_config
+    assert model.conversion['source_sha256'] == expected.conversion['source_sha256']
+    assert model.pretrained_cfg['crop_pct'] == (0.7 if how == 'overlay' else 0.9)
+    with torch.no_grad():
+        assert torch.equal(model(inputs(224, 1)), expected(inputs(224, 1)))
+    if how != 'hf-hub':
+        with pytest.raises(SFormerError, match='was converted with SFNConfig.*levels=8'):
+            timm.create_model(name, sfn=dict(levels=4), **kwargs)
+
+
+@pytest.mark.parametrize('damage, message', [
+    (lambda folder: save_file({k: v * 2 for k, v in load_file(folder / 'model.safetensors').items()},
+                              folder / 'model.safetensors'), 'SHA-256 differs'),
+    (lambda folder: (folder / 'model.safetensors').rename(folder / 'pytorch_model.bin'), 'not in the local cache'),
+    (lambda folder: (folder / 'config.json').write_text(
+        (folder / 'config.json').read_text().replace('"sformer_tiny"', '"sformer_small"')), 'holds a sformer_small'),
+], ids=['weights', 'pickle', 'architecture'])
+def test_converted_weights_are_verified(converted, monkeypatch, damage, message):
+    cache, _ = converted
+    damage(next(cache.glob(f'models--my-org--{NAME}/snapshots/*')))
+    overlay = dict(hf_hub_id=f'my-org/{NAME}')
+    with pytest.raises(SFormerError, match=message):
+        timm.create_model(NAME, pretrained=True, cache_dir=cache, pretrained_cfg_overlay=overlay)
+    monkeypatch.setenv(pretrained.NAMESPACE_VARIABLE, 'my-org')
+    with pytest.raises(SFormerError, match=message):
+        timm.create_model(NAME, pretrained=True, cache_dir=cache)
+
+
+def test_embedded_weights_do_not_come_from_a_namespace(monkeypatch):
+    monkeypatch.setenv(pretrained.NAMESPACE_VARIABLE, 'my-org')
+    assert is_calibrated(timm.create_model('sformer_nano', pretrained=True))
 
 
 def test_weights_of_a_source_without_neurons_are_refused_elsewhere(published, tmp_path):
