@@ -46,7 +46,7 @@ def main(
                 parameter.copy_(parameter.half())
     model = sformer.convert(source, data or dataset, split='train')
     used = model.conversion['calibration']
-    used['name'] = dataset
+    used.update(name=dataset, local_copy=bool(data))
     state = model.state_dict()
     if recipe['bf16']:
         state.update({key: parameter.detach().half() for key, parameter in model.named_parameters()})

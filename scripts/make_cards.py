@@ -4,7 +4,8 @@
     python scripts/make_cards.py --render-only                     # after a change of the template
     python scripts/make_cards.py --data uoft-cs/cifar10=DIR        # a local copy of a dataset
 
-NAME.json holds all that was measured; NAME.md and its plots say that and nothing else.
+NAME.json holds all that was measured; NAME.md and its plots say that and nothing else. `sformer list` shows the result
+that is noted beside the weights.
 """
 import dataclasses
 import json
@@ -33,12 +34,13 @@ def embedded() -> List[str]:
     return sorted(path.stem for path in WEIGHTS.glob('*.safetensors'))
 
 
-def measure(name: str, data: Optional[str] = None) -> Record:
+def measure(name: str, data: Optional[str] = None, note: Optional[str] = None) -> Record:
     """Evaluate a model on the test images of its dataset, and conversions of its source with other N.
 
     Args:
         name: Name of the model.
         data: Local copy of its dataset.
+        note: What the card has to say about it.
     """
     shipped = json.loads((WEIGHTS / f'{name}.json').read_text())
     recipe, used = shipped['conversion']['recipe'], shipped['conversion']['calibration']
@@ -50,24 +52,35 @@ def measure(name: str, data: Optional[str] = None) -> Record:
         num_images=used['num_images'], seed=used['seed']) for n in levels if n != recipe['levels']}
     models[recipe['levels']] = model
     results = {
-        n: {key: value for key, value in dict(result, dataset=used['name']).items() if 'second' not in key}
+        n: {key: value for key, value in result.items() if 'second' not in key}
         for n, result in zip(models, evaluate_all([*models.values()], data or used['name'], 'test'), strict=True)}
     result = results[recipe['levels']]
-    keys = ('dataset', 'split', 'num_images', 'top1', 'source_top1', 'agreement', 'firing_rate', 'weights_sha256')
-    command = shell('sformer', 'evaluate', name, '--dataset', used['name'], '--split', 'test')
+    keys = ('dataset', 'dataset_revision', 'split', 'num_images', 'top1', 'source_top1', 'agreement', 'firing_rate',
+            'weights_sha256')
+    copy = ['--data', f'{used["name"]}={data}'] if data else []
+    command = shell('python', 'scripts/make_cards.py', name, *copy)
     return Record(
         name=name, load_name=name, architecture=result['model'], weights_sha256=state_hash(model.state_dict()),
         input_size=list(cfg['input_size']), num_classes=cfg['num_classes'], conversion=shipped['conversion'],
         training=shipped.get('training'), license=cfg['license'],
         evaluations={'eval.json': dict(result, model=name, command=command)},
         curve=[dict(levels=n, **{key: results[n][key] for key in keys}) for n in levels],
-        curve_command=shell('python', 'scripts/make_cards.py', name))
+        curve_command=command, dataset_ids={data: used['name']} if data else {}, note=note)
+
+
+def note_result(record: Record) -> None:
+    """Note beside the weights what `sformer list` shows."""
+    path = WEIGHTS / f'{record.name}.json'
+    shipped, result = json.loads(path.read_text()), record.evaluations['eval.json']
+    shipped['evaluation'] = {key: result[key] for key in ('num_images', 'top1', 'source_top1', 'weights_sha256')}
+    write_json(path, shipped)
 
 
 def main(
         names: Annotated[Optional[List[str]], typer.Argument(help='All that ship with the package if none')] = None,
         output: Annotated[Path, typer.Option('--output', '-o')] = MODEL_CARDS,
         data: Annotated[Optional[List[str]], typer.Option(help='DATASET=DIR: local copy of a dataset')] = None,
+        note: Annotated[Optional[str], typer.Option(help='What cards have to say of that copy')] = None,
         render_only: Annotated[bool, typer.Option('--render-only', help='Measure nothing')] = False,
 ) -> None:
     copies = dict(pair.split('=', 1) for pair in data or [])
@@ -77,8 +90,12 @@ def main(
         path = output / f'{name}.json'
         if not render_only:
             dataset = json.loads((WEIGHTS / f'{name}.json').read_text())['conversion']['calibration']['name']
-            write_json(path, dataclasses.asdict(measure(name, copies.get(dataset))))
-        print(write_card(Record(**json.loads(path.read_text())), output))
+            copy = copies.get(dataset)
+            write_json(path, dataclasses.asdict(measure(name, copy, note if copy else None)))
+        record = Record(**json.loads(path.read_text()))
+        if output == MODEL_CARDS:
+            note_result(record)
+        print(write_card(record, output))
 
 
 if __name__ == '__main__':

@@ -191,8 +191,8 @@ def _dataset_title(record: Record, used: Dict[str, Any], key: str = 'dataset') -
     name = used.get(key)
     if name in DATASETS:
         return DATASETS[name]
-    if name in record.dataset_ids:
-        return f'{record.dataset_ids[name]} (local copy)'
+    if name in record.dataset_ids or used.get('local_copy'):
+        return f'{record.dataset_ids.get(name, name)} (local copy)'
     return _dataset_id(record, used, key) or (Path(name).name if name else 'images of the caller')
 
 

@@ -323,7 +323,7 @@ def list_models():
             entry['name'], entry['source'], f'{entry["param_count"]:.1f}', 'x'.join(map(str, entry['input_size'])),
             str(entry['num_classes'] or 'features'), entry['license'], entry['weights'], entry['results'])
     console = Console()
-    console.print(table) if console.is_terminal else Console(width=200).print(table)
+    console.print(table) if console.is_terminal else Console(width=240).print(table)
 
 
 @app.command()

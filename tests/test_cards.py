@@ -89,6 +89,8 @@ def test_record_is_of_the_weights_that_ship(name):
     cfg = model.pretrained_cfg
     assert (record.license, record.input_size) == (cfg['license'], [*cfg['input_size']])
     assert record.base_model is None, 'trained here, so there is no model on the Hub that it is of'
+    noted = shipped['evaluation']  # what `sformer list` shows
+    assert noted == {key: record.evaluations['eval.json'][key] for key in noted} and 'top1' in noted
 
 
 def test_record_is_what_is_measured_now():
@@ -236,6 +238,28 @@ def test_folder_by_the_name_of_a_dataset(record, tmp_path, monkeypatch):
 # what was not measured is absent --------------------------------------------------------------------------------------
 
 LABELS = {key: label for label, key, *_ in (*SIDES, *SINGLE)}
+
+
+def test_index_lists_what_compares(record):
+    """Other labels are no accuracy of the dataset, and a part of it none of the whole."""
+    whole = record.evaluations['eval.json']
+    record.evaluations.update({
+        'real.json': dict(whole, top1=85.25, benchmark='imagenet-real'),
+        'part.json': dict(whole, top1=50.5, num_images=whole['num_images'] // 2)})
+    for text in (str(render_card(record).data), render_eval_results(record)):
+        assert str(whole['top1']) in text and '85.25' not in text and '50.5' not in text
+    card = render_card(record).text
+    assert '85.25' in card and 'imagenet-real' in card and '50.50' in card
+
+
+def test_weights_that_were_changed_after_conversion(folder, model):
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        changed.head.weight.mul_(1.1)
+    for m, word, relation in ((model, 'without training', 'quantized'), (changed, 'changed afterwards', 'finetune')):
+        record, _ = read_record(save_model(m, folder, overwrite=True), m, base_model='my-org/source')
+        card = render_card(record)
+        assert word in card.text and card.data.base_model_relation == relation
 
 
 def test_everything_measured_is_there(record):

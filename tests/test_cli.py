@@ -229,6 +229,7 @@ def test_list(run):
     row = next(line for line in result.out.splitlines() if 'sformer_base.augreg2_in21k_ft_in1k ' in line)
     for cell in ('vit_base_patch16_224.augreg2_in21k_ft_in1k', '86.6', '3x224x224', '1000', 'apache-2.0', 'first use'):
         assert cell in row
+    assert re.search(r'99\.\d\d \(source', next(line for line in result.out.splitlines() if 'nano.digits' in line))
 
 
 def test_help(run):

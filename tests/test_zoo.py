@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 import sformer
 from sformer import SFNConfig, SFormerError, bypass_neurons, is_calibrated, named_neurons, pretrained, source_of
+from sformer.conversion import create_source
 from sformer.layers import SPIKING_LAYERS
 from sformer.models import SMALL, SOURCES, ZOO, architecture_of, spiking_model_
 from sformer.neurons import Neuron
@@ -363,6 +364,15 @@ def test_new_weights_of_a_source_are_fitted_anew(published, offline, tmp_path):
     new = timm.create_model('sformer_tiny', pretrained=True, cache_dir=tmp_path)
     key = 'blocks.0.attn.qkv.neuron.threshold'
     assert not torch.equal(old.state_dict()[key], new.state_dict()[key])
+
+
+def test_only_published_weights_are_called_so(published, offline, tmp_path):
+    publish(tmp_path, published)
+    save_file(published, tmp_path / 'mine.safetensors')
+    mine, source = str(tmp_path / 'mine.safetensors'), HUB_ID.partition('/')[2]
+    assert create_source(source, cache_dir=tmp_path).published_weights == HUB_ID
+    for kwargs in (dict(num_classes=10), dict(checkpoint_path=mine), dict(pretrained_cfg_overlay=dict(file=mine))):
+        assert not hasattr(create_source(source, cache_dir=tmp_path, **kwargs), 'published_weights'), kwargs
 
 
 def bfloat16_by_default():
