@@ -258,7 +258,7 @@ def _create_sformer(variant: str, source: str, pretrained: bool = False, **kwarg
     neuron_state = None
     if pretrained:
         kwargs, neuron_state, known = resolve_weights(variant, source, kwargs)
-        record = record or known
+        source, record = kwargs.pop('source', source), record or known
         filter_fn = functools.partial(checkpoint_filter_fn, neuron_state=neuron_state)
     model = build_model_with_cfg(
         _build,
