@@ -22,8 +22,10 @@ BENCHMARKS = ('imagenet-1k', 'imagenet-real', 'imagenet-v2', 'imagenet-a', 'imag
 
 # Name of a data set, unless there is a folder of this name -> where it is on the Hub, and how it is read there
 DATASETS: Dict[str, Dict[str, Any]] = {
-    'imagenet-1k': dict(dataset='ILSVRC/imagenet-1k', split='validation'),
-    'imagenet-real': dict(dataset='ILSVRC/imagenet-1k', split='validation', benchmark='imagenet-real'),
+    # streamed, or `datasets` would download 150 GB of training images for the sake of the others
+    'imagenet-1k': dict(dataset='ILSVRC/imagenet-1k', split='validation', streaming=True),
+    'imagenet-real': dict(
+        dataset='ILSVRC/imagenet-1k', split='validation', benchmark='imagenet-real', streaming=True),
     'cifar10': dict(dataset='uoft-cs/cifar10', split='test'),
     'cifar100': dict(dataset='uoft-cs/cifar100', split='test', label_column='fine_label'),
 }

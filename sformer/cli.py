@@ -164,7 +164,8 @@ Amp = Annotated[bool, typer.Option('--amp', help='Mixed precision')]
 AmpDtype = Annotated[str, typer.Option('--amp-dtype', help='bfloat16 or float16; "--amp bf16" says both')]
 ChannelsLast = Annotated[bool, typer.Option('--channels-last', help='Use the channels-last memory format')]
 Compile = Annotated[bool, typer.Option('--torchcompile', help='Compile the networks')]
-Streaming = Annotated[bool, typer.Option('--streaming', help='Read shards as they are needed, no copy on disk')]
+Streaming = Annotated[Optional[bool], typer.Option(
+    '--streaming/--no-streaming', help='Read shards as they are needed, no copy on disk')]
 BenchmarkName = Annotated[Optional[str], typer.Option(
     '--benchmark', help='imagenet-1k, imagenet-real, imagenet-v2, imagenet-a or imagenet-r')]
 Format = Annotated[Optional[str], typer.Option('--results-format', help='json or csv; goes by the suffix')]
@@ -191,7 +192,7 @@ def evaluate(
         label_column: Annotated[Optional[str], typer.Option(help='Column of the labels, if it is not found')] = None,
         results_file: Annotated[Optional[Path], typer.Option(help='JSON or CSV file for the results')] = None,
         results_format: Format = None,
-        streaming: Streaming = False,
+        streaming: Streaming = None,
         benchmark: BenchmarkName = None,
         img_size: ImageSize = None,
         crop_pct: CropPct = None,
@@ -250,9 +251,10 @@ def evaluate_models(
         with Group(device, num_processes, timeout).guard() as group:
             if resume and not results_file:
                 raise SFormerError('--resume goes by the --results-file of the run to continue: name it.')
-            format = check_results_file(results_file, results_format) if results_file else ''
+            format = check_results_file(results_file, results_format) if results_file and group.is_main else ''
             known = dataset_by_name(dataset)
             options = dict(options, **{k: v for k, v in known.items() if options.get(k) is None and k != 'dataset'})
+            options['streaming'] = bool(options['streaming'])
             journal = Journal(f'{results_file}.progress', resume) if results_file else None
             models = [open_model(name) for name in names]
             results = evaluate_all(
@@ -298,7 +300,7 @@ def summary(result: Dict[str, Any]) -> List[str]:
     computing = result['seconds'] + result.get('source_seconds', 0.)
     return lines + [
         f'  {result["seconds"]:.1f} s, {result["images_per_second"]:.1f} images/s'
-        + (f' and process, {result["world_size"]} processes' if result['world_size'] > 1 else ''),
+        + (f' on {result["world_size"]} processes' if result['world_size'] > 1 else ''),
         f'  decoding and preprocessing {100 * loading / (loading + computing):.1f} % of the work '
         f'({result["decode_seconds"]:.1f} s + {result["preprocess_seconds"]:.1f} s), '
         f'waited for {result["wait_seconds"]:.1f} s of {result["wall_seconds"]:.1f} s']
@@ -350,7 +352,7 @@ def compare(
         label_column: Annotated[Optional[str], typer.Option(help='Column of the labels, if it is not found')] = None,
         results_file: Annotated[Optional[Path], typer.Option(help='JSON or CSV file for the results')] = None,
         results_format: Format = None,
-        streaming: Streaming = False,
+        streaming: Streaming = None,
         benchmark: BenchmarkName = None,
         img_size: ImageSize = None,
         crop_pct: CropPct = None,

@@ -198,15 +198,11 @@ class ImageData:
             common['num_workers'] = min(plan.workers, len(chunks))  # more would only cost memory
             common['timeout'] = timeout if common['num_workers'] else 0
             loader = DataLoader(_PlannedImages(self.dataset), sampler=chunks, **common)
-        try:
+        with lost_workers():
             for batch in loader:
                 if isinstance(batch, SFormerError):
                     raise batch
                 yield batch
-        except RuntimeError as e:
-            if 'DataLoader' not in str(e):
-                raise
-            raise SFormerError(f'a process that loads images died or hangs: {_one_line(e)}') from e
 
     def _chunks(self, plan: Plan) -> List[Tuple[Tuple[int, int], int, int, bool, bool]]:
         """Batches of this rank: chunk, start, stop, and whether they end it and the data."""
@@ -359,9 +355,10 @@ class _Stream(_Preparation, IterableDataset):
 class _PlannedStream(IterableDataset):
     """The chunks of a stream that are for one rank and one worker of it.
 
-    With shards enough, a reader takes whole shards and reads nothing else. With fewer, all readers read all shards and
-    each decodes chunks of its own. Either way every chunk has exactly one reader: `datasets.split_dataset_by_node`
-    would do the same, but with batches, and so last bits of logits, that depend on the number of processes.
+    A reader takes whole shards and reads nothing else. Shards that are left over when all readers have the same number
+    are read by several, each of which decodes chunks of its own. So every chunk has exactly one reader:
+    `datasets.split_dataset_by_node` would do the same, but with batches, and so last bits of logits, that depend on
+    the number of processes.
     """
 
     def __init__(self, stream: _Stream, plan: Plan):
@@ -372,13 +369,17 @@ class _PlannedStream(IterableDataset):
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         reader, readers = plan.rank * workers + worker, plan.world_size * workers
-        whole = stream.num_shards % readers == 0 or stream.num_shards >= 4 * readers
+        shared = stream.num_shards % readers
         for shard in range(stream.num_shards):
-            if shard in plan.finished or (whole and shard % readers != reader):
+            if shard < stream.num_shards - shared:
+                team = [shard % readers]
+            else:
+                team = list(range((shard - stream.num_shards + shared), readers, shared))
+            if shard in plan.finished or reader not in team:
                 continue
 
-            def mine(chunk, shard=shard):
-                return (shard, chunk) not in plan.done and (whole or (shard + chunk) % readers == reader)
+            def mine(chunk, shard=shard, team=team):
+                return (shard, chunk) not in plan.done and team[chunk % len(team)] == reader
 
             try:
                 yield from self._shard(shard, mine)
@@ -619,7 +620,8 @@ def open_images(
     if known or (name and folder.is_dir()):
         source: Any
         parquet = {} if known else _split_files(folder, 'parquet')
-        archives = {} if known or parquet else _split_files(folder, 'tar')
+        # archives beside folders of images are what these were unpacked from
+        archives = {} if known or parquet or _has_image_folders(folder) else _split_files(folder, 'tar')
         if not parquet and not archives:
             if image_column or label_column:
                 column = image_column or label_column
@@ -791,6 +793,8 @@ def _open_files(
 ) -> Union[_Table, _StreamSource]:
     """Open parquet or WebDataset files with `datasets`."""
     import datasets
+    if kind == 'webdataset':
+        _check_archives(files)
     paths = [glob.escape(os.path.abspath(path)) for path in files]  # `datasets` takes every name for a pattern
     num_rows = None
     try:
@@ -807,6 +811,15 @@ def _open_files(
     return _StreamSource(table, rows, origin, num_rows) if streaming else _Table(table, rows, origin)
 
 
+def _check_archives(files: List[Path]) -> None:
+    """Raise SFormerError for an archive that was cut off: where the cut is between two files, readers do not notice."""
+    for path in files:
+        with open(path, 'rb') as f:
+            f.seek(max(0, path.stat().st_size - 1024))
+            if f.read() != bytes(1024):
+                raise SFormerError(f'{path} is truncated: it does not end as an archive does.')
+
+
 def _open_image_folder(
         name: str,
         folder: Path,
@@ -814,6 +827,8 @@ def _open_image_folder(
         needs_labels: bool,
 ) -> Tuple[_Files, Optional[str]]:
     splits = [s for s in _subfolders(folder) if s.lower() in _SPLIT_FOLDERS]
+    if len(splits) < len(_subfolders(folder)) and not any(_subfolders(folder / s) for s in splits):
+        splits = []  # a class may be called so, too: CIFAR-100 has trains
     if split is not None and split not in splits and _subfolders(folder / split):
         splits.append(split)  # any folder of class folders will do when it is asked for
     if splits:
@@ -935,6 +950,14 @@ def _subfolders(folder: Path) -> List[str]:
     return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith('.'))
 
 
+def _has_image_folders(folder: Path) -> bool:
+    """Whether there are images below the subfolders of a folder; looks no further than the first one."""
+    extensions = get_img_extensions(as_set=True)
+    return any(
+        os.path.splitext(file)[1].lower() in extensions
+        for name in _subfolders(folder) for _, _, files in os.walk(folder / name, followlinks=True) for file in files)
+
+
 def _image_files(folder: Path) -> List[str]:
     """Paths of all images below a folder, relative to it, sorted; none if there is no such folder."""
     extensions = get_img_extensions(as_set=True)
@@ -960,6 +983,21 @@ def _file_sample(path: Path) -> Tuple[str, int, str]:
 
 def _fingerprint(*parts: Any) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def lost_workers() -> Iterator[None]:
+    """Say in one line that a loader worker is lost. torch's signal handler raises wherever the main thread is.
+
+    Raises:
+        SFormerError: In the place of the `DataLoader`'s own error.
+    """
+    try:
+        yield
+    except RuntimeError as e:
+        if 'DataLoader' not in str(e):
+            raise
+        raise SFormerError(f'a process that loads images died or hangs: {_one_line(e)}') from e
 
 
 def _one_line(error: BaseException) -> str:

@@ -67,6 +67,7 @@ class Group:
         self._store: Any = None
         self._mine = False  # whether this rank is the one that prints the error
         self._counters: dict = {}
+        self._runs = 0
         size = asked_world_size()
         if num_processes is not None and size != num_processes:
             # the same on all ranks, which are not connected yet
@@ -119,8 +120,9 @@ class Group:
         self._working = False
         self._stop = threading.Event()
         self._lock = threading.Lock()
-        self._watcher = threading.Thread(target=self._watch, name='sformer-watch', daemon=True)
-        self._watcher.start()
+        self._heard = time.monotonic()  # when the store answered last
+        for target in (self._watch, self._watch_store):
+            threading.Thread(target=target, name='sformer-watch', daemon=True).start()
 
     @property
     def is_main(self) -> bool:
@@ -162,6 +164,7 @@ class Group:
         beats = 0
         while not self._stop.wait(interval):
             beats += 1
+            self._heard = time.monotonic()
             try:
                 self._call('set', f'beat/{self.rank}', f't{self._ticks}' if self._working else f'b{beats}')
                 if self._call('check', ['error']):
@@ -179,6 +182,15 @@ class Group:
             except RuntimeError as e:  # the store is gone, and with it the rank or the agent that served it
                 self._end(f'rank {self.rank} lost the connection to the others: {str(e).splitlines()[0]}', True)
                 return
+
+    def _watch_store(self) -> None:
+        """End this rank where a call to the store does not return: its host hangs or is cut off, and nobody can be
+        told, nor can the main thread, which may be in such a call itself."""
+        while not self._stop.wait(min(1., self.timeout / 8)):
+            if time.monotonic() - self._heard > self.timeout + _GRACE:
+                print(f'sformer: error: rank {self.rank} lost the connection to the others: no answer for '
+                      f'{self.timeout:g} s', file=sys.stderr, flush=True)
+                os._exit(1)
 
     def _end(self, message: str, tell: bool = False) -> None:
         """End this rank: by an error in the main thread or, where that is blocked, at once."""
@@ -232,14 +244,21 @@ class Group:
 
     # what ranks share --------------------------------------------------------------------------------------------
 
+    def begin(self) -> None:
+        """Begin another run with the same processes: counters and names start anew. All ranks call it."""
+        self._runs += 1
+
     def add(self, counter: str, number: int) -> int:
         """Add to a counter of all ranks; returns its new value."""
+        counter = f'{self._runs}/{counter}'
         if self._store is None:
             self._counters[counter] = self._counters.get(counter, 0) + number
             return self._counters[counter]
         try:
             return self._call('add', f'count/{counter}', number)
         except RuntimeError as e:
+            if 'DataLoader' in str(e):  # raised by torch's signal handler, wherever the main thread is
+                raise
             raise SFormerError(f'rank {self.rank} lost the connection to the others: {str(e).splitlines()[0]}') from e
 
     def wait(self, name: str) -> None:

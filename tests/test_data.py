@@ -370,6 +370,14 @@ def test_image_folder(image_folder):
     assert test.split == 'test' and all_images(test)[1].tolist() == [1, 1, 2, 2] and len(test.class_names) == 3
 
 
+def test_class_by_the_name_of_a_split(tmp_path):
+    for name in ('bus', 'train', 'tulip'):
+        (tmp_path / name).mkdir()
+        Image.new('RGB', (8, 8)).save(tmp_path / name / 'a.png')
+    images = open_images(str(tmp_path), data_config=RGB, needs_labels=True)
+    assert (len(images), images.split, images.class_names) == (3, None, ['bus', 'train', 'tulip'])
+
+
 def test_image_folder_without_splits_or_classes(image_folder):
     classes = open_images(str(image_folder / 'test'), data_config=RGB, needs_labels=True)
     assert classes.split is None and all_images(classes)[1].tolist() == [0, 0, 1, 1]

@@ -36,7 +36,7 @@ def wait_until(condition, processes, seconds=60):
 
 def recorded(folder, rank):
     """Whether a rank has finished a chunk."""
-    return any(path.read_text().count('\n') > 1 for path in folder.glob(f'r.json.progress/{rank:05d}-*.jsonl'))
+    return any(path.read_text().count('\n') > 1 for path in folder.glob(f'r.json.progress/*/{rank:05d}-*.jsonl'))
 
 
 def test_counts_do_not_depend_on_processes(tmp_path):
@@ -67,7 +67,8 @@ def test_error_of_one_rank_ends_all(tmp_path):
 
 @pytest.mark.parametrize('lost, how', [
     (1, signal.SIGKILL),
-    pytest.param(0, signal.SIGKILL, marks=pytest.mark.slow), pytest.param(1, signal.SIGSTOP, marks=pytest.mark.slow)])
+    pytest.param(0, signal.SIGKILL, marks=pytest.mark.slow), pytest.param(0, signal.SIGSTOP, marks=pytest.mark.slow),
+    pytest.param(1, signal.SIGSTOP, marks=pytest.mark.slow)])
 def test_lost_rank_ends_all(tmp_path, lost, how):
     folder = check.write_digits(tmp_path, 3000, 1)
     processes = check.start(['evaluate', check.NANO, '--dataset', folder, '--timeout', 2, '--batch-size', 4,
@@ -123,10 +124,10 @@ def test_command_line(tmp_path):
     assert rows[2]['command'].startswith('sformer evaluate ')
     assert not list(tmp_path.glob('*.progress'))
     progress = tmp_path / 'r.json.progress'
-    progress.mkdir()
-    (progress / '0.jsonl').write_text('cut off')
+    (progress / 'of another run').mkdir(parents=True)
     assert run('evaluate', check.NANO, '--results-file', tmp_path / 'r.json', '--resume')[0] == 0
-    assert json.loads((tmp_path / 'r.json').read_text())['num_images'] == 40 and not progress.exists()
+    assert json.loads((tmp_path / 'r.json').read_text())['num_images'] == 40
+    assert [p.name for p in progress.iterdir()] == ['of another run']
     for options, message in (
             (['--resume'], '--resume goes by the --results-file'),
             (['--num-processes', 2], '2 processes were asked for, but 1 is running'),

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,8 +16,9 @@ from timm.data import ImageNetInfo, RealLabelsImagenet, resolve_input_data_confi
 
 import sformer
 from sformer import SFormerError, evaluate
-from sformer.benchmarks import RealLabels, resolve_benchmark
+from sformer.benchmarks import Benchmark, RealLabels, resolve_benchmark
 from sformer.data import Plan, open_images
+from sformer.distributed import Group
 from sformer.evaluation import Journal, check_results_file, engine, evaluate_all, write_results
 from sformer.evaluation.metrics import ChunkScore, summarize
 
@@ -304,6 +306,44 @@ def test_webdataset(model, tmp_path):
     assert local['top1'] == streamed['top1'] > 90
     # the archive does not say how many it has, so only the fingerprint of what was counted would differ
     assert local['dataset_fingerprint'] and streamed['dataset_fingerprint']
+    # unpacked beside the archives
+    for i in range(10):
+        (tmp_path / 'val' / str(i)).mkdir(parents=True)
+        Image.fromarray(source.images[i]).save(tmp_path / 'val' / str(i) / 'a.png')
+    assert evaluate(model, str(tmp_path), num_images=3)['split'] == 'val'
+
+
+@pytest.mark.parametrize('streaming', [False, True])
+def test_archive_that_was_cut_off(model, tmp_path, streaming):
+    """Between two files, where `tarfile` takes it for the end."""
+    path = tmp_path / 'digits-validation-0000.tar'
+    with tarfile.open(path, 'w') as tar:
+        for i in range(4):
+            for suffix, data in (('png', b'x' * 512), ('cls', b'1')):
+                info = tarfile.TarInfo(f'{i}.{suffix}')
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    path.write_bytes(path.read_bytes()[:4 * 1024])
+    assert len(tarfile.open(path).getnames()) == 4
+    with pytest.raises(SFormerError, match='0000.tar is truncated'):
+        evaluate(model, str(tmp_path), streaming=streaming)
+
+
+@pytest.mark.parametrize('world, workers, at_most', [(1, 4, 1.2), (4, 1, 1.2), (8, 4, 2.5), (14, 1, 1.)])
+def test_readers_share_shards(digit_files, monkeypatch, world, workers, at_most):
+    """Fourteen shards, as ImageNet's validation images have them: not everybody reads everything."""
+    from sformer import data
+    config = dict(input_size=(1, 8, 8), mean=(.5,), std=(.5,), interpolation='bilinear', crop_pct=1.)
+    images = open_images(digit_files(14, 140), data_config=config, needs_labels=True, streaming=True)
+    read, chunks = [], []
+    monkeypatch.setattr(data._Stream, 'shard', lambda self, index: read.append(index) or iter(range(10)))
+    monkeypatch.setattr(data._Stream, 'batch', lambda self, chunk, *args, **kwargs: chunks.append(chunk))
+    for rank in range(world):
+        for worker in range(workers):
+            monkeypatch.setattr(data, 'get_worker_info', lambda w=worker: SimpleNamespace(id=w, num_workers=workers))
+            list(data._PlannedStream(images.dataset, Plan(1, 2, rank, world, workers)))
+    assert len(read) / 14 <= at_most
+    assert set(chunks) == {(shard, chunk) for shard in range(14) for chunk in range(5)} and len(chunks) == 140
 
 
 def test_stream_that_ends_early(model, digit_files, monkeypatch):
@@ -342,13 +382,13 @@ def test_mixed_precision_and_compile(model):
     assert model.patch_embed.proj.weight.is_contiguous(), 'the model itself is left alone'
 
 
-def greedy(model, limit):
-    """A network that has no memory for more than so many images."""
+def greedy(model, limit, layer=''):
+    """A network that has no memory for more than so many images in a layer."""
     def check(module, args):
         if len(args[0]) > limit:
             raise RuntimeError("[enforce fail at alloc_cpu.cpp] . DefaultCPUAllocator: can't allocate memory: ...")
     model = copy.deepcopy(model)
-    model.register_forward_pre_hook(check)
+    model.get_submodule(layer).register_forward_pre_hook(check)
     return model
 
 
@@ -361,6 +401,44 @@ def test_out_of_memory(source, capsys):
     assert (result['num_images'], result['top1']) == (100, expected['top1'])
     with pytest.raises(SFormerError, match='even one image does not fit'):
         evaluate(greedy(source, 0), 'digits', batch_size=4, retry=True)
+
+
+def test_spikes_of_what_did_not_fit_are_not_counted(model):
+    expected = evaluate(model, 'digits', batch_size=64, num_images=100)
+    result = evaluate(greedy(model, 20, 'norm'), 'digits', batch_size=64, num_images=100, retry=True)
+    assert result['batch_size'] == 16
+    assert result['firing_rates'] == pytest.approx(expected['firing_rates'], rel=1e-3)
+
+
+def test_source_of_its_own_is_prepared_like_the_model(model, source):
+    result = evaluate(model, 'digits', num_images=64, source=source, img_size=12)
+    assert result['img_size'] == 12 and result['agreement'] > 80
+
+
+def test_processes_that_evaluate_different_things(model):
+    class Different(Group):
+        def gather(self, value, name):
+            return [value, dict(value, dataset='another copy') if name == 'key' else value]
+    with pytest.raises(SFormerError, match=r'do not evaluate the same \(dataset differ\)'):
+        evaluate(model, 'digits', num_images=64, group=Different())
+
+
+def test_a_group_counts_every_run_anew(model, digit_files):
+    group, folder = Group(), digit_files(1, damaged=(3,))
+    for _ in range(2):
+        assert len(evaluate(model, folder, max_bad=1, group=group)['bad_images']) == 1
+
+
+def test_speed_after_a_resumption_on_other_processes():
+    from sformer.evaluation.engine import _result, _Subject
+    score = ChunkScore()
+    score.add(torch.eye(10), torch.arange(10)[:, None])
+    record = dict(count=10, skipped=0, bad=[], networks=[score.record()], seconds=[8.], decode=4., preprocess=2.)
+    config = dict(input_size=(1, 8, 8), crop_pct=1., interpolation='bilinear')
+    subject = _Subject(torch.nn.Identity(), 0, None, Benchmark(None), False, 0, config)
+    images = SimpleNamespace(name='x', split=None, fingerprint='', revision=None)
+    result = _result(subject, images, [dict(record, world_size=8), dict(record, world_size=1)])
+    assert (result['seconds'], result['decode_seconds'], result['images_per_second']) == (9., 4.5, 2.22)
 
 
 def test_unreadable_images_are_counted_named_and_limited(model, digit_files):
@@ -398,7 +476,8 @@ def test_resumed_run_counts_the_same(model, digit_files, tmp_path, monkeypatch, 
     with pytest.raises(StopError):
         evaluate(model, folder, journal=Journal(path), **options)
     first, calls[:] = list(calls), ['no interruption'] * 20
-    file = next(path.glob('*.jsonl'))
+    file = next(path.glob('*/*.jsonl'))
+    (file.parent / '0.jsonl').write_text('killed before it began')
     with open(file, 'a') as f:  # the kill came in the middle of a line
         f.write(file.read_text().splitlines()[-1][:-5])
     result = evaluate(model, folder, journal=Journal(path, resume=True), **options)
@@ -410,12 +489,27 @@ def test_resumed_run_counts_the_same(model, digit_files, tmp_path, monkeypatch, 
 
 def test_journal_of_another_run(model, source, tmp_path):
     evaluate(model, 'digits', num_images=64, journal=Journal(tmp_path))
-    others = (source, {}), (model, dict(batch_size=32)), (model, dict(seed=1)), (model, dict(amp='bf16'))
-    for other, options in others:
+    for options in (dict(batch_size=32), dict(amp='bf16')):
         with pytest.raises(SFormerError, match='records another run .* differ.*without --resume'):
-            evaluate(other, 'digits', **dict(dict(num_images=64), **options), journal=Journal(tmp_path, resume=True))
-    evaluate(source, 'digits', num_images=64, journal=Journal(tmp_path))
-    assert len(list(tmp_path.glob('*.jsonl'))) == 1, 'starting over forgets'
+            evaluate(model, 'digits', num_images=64, **options, journal=Journal(tmp_path, resume=True))
+    evaluate(model, 'digits', num_images=64, journal=Journal(tmp_path))
+    assert len(list(tmp_path.glob('*/*.jsonl'))) == 1, 'starting over forgets'
+
+
+def test_journals_of_several_runs(model, source, tmp_path, capsys):
+    """Of other models or other images, on the way to the same results file."""
+    runs = (model, {}), (source, {}), (model, dict(seed=1))
+    journals = []
+    for other, options in runs:
+        journals.append(Journal(tmp_path, resume=True))
+        evaluate(other, 'digits', num_images=64, **options, journal=journals[-1])
+    assert len(list(tmp_path.glob('*/*.jsonl'))) == 3 and 'resuming' not in capsys.readouterr().err
+    journals[1].remove()
+    evaluate(model, 'digits', num_images=64, journal=Journal(tmp_path, resume=True))
+    assert 'resuming after 64 of 64' in capsys.readouterr().err
+    journals[0].remove()
+    journals[2].remove()
+    assert not tmp_path.exists()
 
 
 # results files --------------------------------------------------------------------------------------------------------
@@ -438,6 +532,13 @@ def test_csv_keeps_rows_and_columns(model, tmp_path):
     assert float(rows[2]['top1']) == result['top1'] and rows[1]['note'] == ''
     assert json.loads(rows[1]['versions'])['timm'] == timm.__version__
     assert math.isclose(float(rows[1]['param_count']), result['param_count'])
+
+
+def test_csv_with_many_unreadable_images(tmp_path):
+    path = tmp_path / 'r.csv'
+    for _ in range(2):
+        write_results(path, [dict(model='m', top1=1., bad_images=['name' * 10] * 5000)], 'csv')
+    assert len(path.read_text().splitlines()) == 3
 
 
 def test_results_files_that_can_not_be(tmp_path):

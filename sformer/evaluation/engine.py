@@ -13,7 +13,7 @@ from timm.data import resolve_input_data_config
 
 from ..benchmarks import Benchmark, resolve_benchmark
 from ..calibration import bypass_neurons
-from ..data import Batch, ImageData, Plan, open_images
+from ..data import Batch, ImageData, Plan, lost_workers, open_images
 from ..distributed import Group
 from ..errors import SFormerError, UncalibratedError
 from ..hub import uncalibrated
@@ -56,7 +56,8 @@ def evaluate(
         Percentages `top1`, `top5`, expected calibration error `ece` [%], negative log-likelihood `nll` [nats]; the same
         of the source as `source_top1` ...; `agreement` (equal predictions, in percent), `relative_logit_error` (norm of
         the difference over norm of the source's logits); `firing_rate` in [0, 1] and `firing_rates` per site;
-        `seconds` and `images_per_second` of the model alone, averaged over processes; what was measured, and how.
+        `seconds` of the model alone, averaged over processes, and `images_per_second` of all of them together; what was
+        measured, and how.
 
     Raises:
         UncalibratedError: If an SFormer has default thresholds.
@@ -135,6 +136,7 @@ def evaluate_all(
         arguments = {key: value for key, value in locals().items() if key != 'group'}
         with Group(device, timeout=timeout).guard() as group:
             return evaluate_all(**arguments, group=group)
+    group.begin()
     if amp is not None and amp not in AMP_DTYPES:
         raise SFormerError(f'mixed precision is bfloat16 or float16, not {amp!r}.')
     if max_bad < 0 or batch_size < 1 or workers < 0:
@@ -146,6 +148,7 @@ def evaluate_all(
         sources = [sources] * len(models)
     target = torch.device(device) if device is not None else group.device if group.world_size > 1 else None
     models = [_prepare(model, img_size, target, channels_last) for model in models]
+    sources = [s if isinstance(s, bool) else _prepare(s, img_size, target, channels_last) for s in sources]
     configs = [_data_config(model, img_size, crop_pct, interpolation) for model in models]
     distinct = [c for i, c in enumerate(configs) if c not in configs[:i]]
     images = open_images(
@@ -160,15 +163,20 @@ def evaluate_all(
     # fine enough to share and to resume, coarse enough that records stay small
     chunk_size = batch_size * math.ceil(min(4096, max(64, (size or 0) / 1024)) / batch_size)
     plan = Plan(batch_size, chunk_size, group.rank, group.world_size, workers)
+    from importlib import metadata
+    key = dict(
+        models=hashes, sources=[s if isinstance(s, bool) else state_hash(s.state_dict()) for s in sources],
+        dataset=images.fingerprint, split=images.split, benchmark=benchmarks[0].name, num_images=size,
+        batch_size=batch_size, num_shards=images.num_shards, streaming=streaming, firing_images=firing_images,
+        preprocessing=repr(configs), amp=amp, device=_device_of(models[0]).type, torchcompile=torchcompile,
+        torch=metadata.version('torch'), timm=metadata.version('timm'))
+    different = sorted({k for other in group.gather(key, 'key') for k in key if other[k] != key[k]})
+    if different:
+        raise SFormerError(f'the processes do not evaluate the same ({", ".join(different)} differ): every node needs '
+                           f'the same models, images and options.')
     done: List[Dict[str, Any]] = []
     if journal is not None:
-        from importlib import metadata
-        done = journal.open(dict(
-            models=hashes, sources=[s if isinstance(s, bool) else state_hash(s.state_dict()) for s in sources],
-            dataset=images.fingerprint, split=images.split, benchmark=benchmarks[0].name, num_images=size,
-            batch_size=batch_size, num_shards=images.num_shards, streaming=streaming, firing_images=firing_images,
-            preprocessing=repr(configs), amp=amp, device=_device_of(models[0]).type, torchcompile=torchcompile,
-            torch=metadata.version('torch'), timm=metadata.version('timm')), group)
+        done = journal.open(key, group)
         plan.done = {(r['chunk'][0], r['chunk'][1]) for r in done}
         plan.finished = _finished(done)
     run = _Run(images, plan, group, networks, subjects, journal, amp, retry, max_bad, firing_images, timeout)
@@ -187,7 +195,7 @@ def evaluate_all(
         wait_seconds=round(sum(s['wait'] for s in shared) / group.world_size, 3),
         **{key: max(s['memory'][key] for s in shared) for key in shared[0]['memory']})
     return [
-        dict(_result(subject, images, records, group.world_size), weights_sha256=digest, **common)
+        dict(_result(subject, images, records), weights_sha256=digest, **common)
         for subject, digest in zip(subjects, hashes, strict=True)]
 
 
@@ -340,7 +348,7 @@ class _Run:
         try:
             for network in self.networks:
                 network.model.eval()
-            with _bar(self.group, self.images.num_images, self.done) as bar:
+            with _bar(self.group, self.images.num_images, self.done) as bar, lost_workers():
                 for batch in self._batches():
                     self.group.tick()
                     chunk = chunks.setdefault(batch.chunk, _Chunk(batch.chunk, self.networks, self.subjects))
@@ -350,7 +358,7 @@ class _Run:
                     chunk.add(batch)
                     bar(batch.num, chunk.last_hits)
                     if batch.ends_chunk:
-                        record = chunks.pop(batch.chunk).record()
+                        record = dict(chunks.pop(batch.chunk).record(), world_size=self.group.world_size)
                         records.append(record)
                         if self.journal is not None:
                             self.journal.add(record)
@@ -388,12 +396,9 @@ class _Run:
             if key not in inputs:
                 inputs[key] = batch.images[network.transform].to(self.device, dtype, non_blocking=True)
             rates = next((chunk.rates[j] for j, s in enumerate(self.subjects) if s.network == i and s.spiking), None)
-            observed = counting and rates is not None
-            with rates.observe(network.model) if observed and rates is not None else contextlib.nullcontext():
-                start = time.perf_counter()
-                out = self._logits(network, inputs[key], eager=observed)
-                chunk.seconds[i] += time.perf_counter() - start
-            logits.append(out)
+            start = time.perf_counter()
+            logits.append(self._logits(network, inputs[key], rates if counting else None))
+            chunk.seconds[i] += time.perf_counter() - start
         if counting:
             chunk.firing_images += len(batch.labels)
         for i, subject in enumerate(self.subjects):
@@ -405,12 +410,16 @@ class _Run:
                 chunk.scores[subject.source].setdefault(i, ChunkScore()).add(expected, labels)
                 chunk.pairs[i].add(mine, expected)
 
-    def _logits(self, network: _Network, x: torch.Tensor, eager: bool) -> torch.Tensor:
-        """float32 logits (B, C) on the CPU; halves batches that do not fit into memory, if it may."""
+    def _logits(self, network: _Network, x: torch.Tensor, rates: Optional[FiringRates]) -> torch.Tensor:
+        """float32 logits (B, C) on the CPU; halves batches that do not fit into memory, if it may. Counts spikes."""
         while True:
+            attempt = FiringRates()  # layers before the one that did not fit are not to be counted twice
             try:
-                with torch.autocast(self.device.type, AMP_DTYPES[self.amp]) if self.amp else contextlib.nullcontext():
-                    out = [network(part, eager) for part in x.split(self.batch_size)]
+                with torch.autocast(self.device.type, AMP_DTYPES[self.amp]) if self.amp else contextlib.nullcontext(), \
+                        attempt.observe(network.model) if rates is not None else contextlib.nullcontext():
+                    out = [network(part, eager=rates is not None) for part in x.split(self.batch_size)]
+                if rates is not None:
+                    rates.add(attempt)
                 return torch.cat([o.float().cpu() for o in out])
             except RuntimeError as e:
                 from accelerate.utils.memory import should_reduce_batch_size
@@ -556,7 +565,7 @@ def _check_complete(records: List[Dict[str, Any]], images: ImageData, max_bad: i
         raise SFormerError(f'{images.name}: not one image has a label and can be read.')
 
 
-def _result(subject: _Subject, images: ImageData, records: List[Dict[str, Any]], world_size: int) -> Dict[str, Any]:
+def _result(subject: _Subject, images: ImageData, records: List[Dict[str, Any]]) -> Dict[str, Any]:
     i, model, count = subject.index, subject.model, sum(r['count'] for r in records)
     score = summarize([r['networks'][i] for r in records], count)
     config = subject.data_config
@@ -574,20 +583,21 @@ def _result(subject: _Subject, images: ImageData, records: List[Dict[str, Any]],
     if subject.spiking:
         rates = FiringRates()
         for firing in (r['firing'][i] for r in records if r['firing']):
-            for name in firing['total']:
-                rates.fired[name] = rates.fired.get(name, 0) + firing['fired'][name]
-                rates.total[name] = rates.total.get(name, 0) + firing['total'][name]
+            rates.add(FiringRates(**firing))
         result.update(firing_rate=rates.mean(), firing_rates=rates.per_site(),
                       firing_images=sum(r['firing_images'] for r in records))
-    seconds = sum(r['seconds'][i] for r in records) / world_size
-    decode, preprocess = sum(r['decode'] for r in records), sum(r['preprocess'] for r in records)
+    def total(key: str, index: Optional[int] = None) -> float:
+        """Seconds, averaged over the processes that worked at the same time; a resumed run may have had others."""
+        return sum((r[key] if index is None else r[key][index]) / r['world_size'] for r in records)
+
+    seconds = total('seconds', i)
     result.update(
         param_count=round(sum(p.numel() for p in model.parameters()) / 1e6, 4),
         img_size=config['input_size'][-1], crop_pct=config['crop_pct'], interpolation=config['interpolation'],
         seconds=round(seconds, 3), images_per_second=round(count / seconds, 2) if seconds else None,
-        decode_seconds=round(decode / world_size, 3), preprocess_seconds=round(preprocess / world_size, 3))
+        decode_seconds=round(total('decode'), 3), preprocess_seconds=round(total('preprocess'), 3))
     if subject.source is not None:
-        result['source_seconds'] = round(sum(r['source_seconds'][i] for r in records) / world_size, 3)
+        result['source_seconds'] = round(total('source_seconds', i), 3)
     return result
 
 

@@ -17,9 +17,9 @@ class FiringRates:
     Pixels are coded directly and always fire, so the patch embedding is left out.
     """
 
-    def __init__(self):
-        self.fired: Dict[str, int] = {}
-        self.total: Dict[str, int] = {}
+    def __init__(self, fired: Optional[Dict[str, int]] = None, total: Optional[Dict[str, int]] = None) -> None:
+        self.fired: Dict[str, int] = dict(fired or {})
+        self.total: Dict[str, int] = dict(total or {})
 
     @contextlib.contextmanager
     def observe(self, model: nn.Module) -> Iterator[None]:
@@ -37,6 +37,12 @@ class FiringRates:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def add(self, other: 'FiringRates') -> None:
+        """Add the counts of other images."""
+        for name in other.total:
+            self.fired[name] = self.fired.get(name, 0) + other.fired[name]
+            self.total[name] = self.total.get(name, 0) + other.total[name]
 
     def per_site(self) -> Dict[str, float]:
         """Firing rate per site, in [0, 1]."""

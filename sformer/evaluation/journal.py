@@ -1,9 +1,11 @@
 """What has been counted so far, on disk, so that a run that is killed can be resumed.
 
 Every process appends the records of finished chunks to a file of its own, one line of JSON each; a line that was cut
-off by the end of its process does not count. On resumption all processes read what they find and tell one another, so
+off by the end of its process does not count. Every run has a folder of its own, so runs that write to the same results
+file do not disturb one another. On resumption all processes read what they find and tell one another, so
 neither the number of processes nor who had which chunk has to be the same, nor need nodes share a file system.
 """
+import contextlib
 import hashlib
 import json
 import os
@@ -17,6 +19,9 @@ from ..errors import SFormerError
 
 __all__ = ['Journal']
 
+# What tells runs apart; one that differs in anything else is the same run with other options, which can not go on.
+IDENTITY = {'models', 'sources', 'dataset', 'split', 'benchmark'}
+
 
 class Journal:
     """Records of finished chunks below a folder.
@@ -27,7 +32,7 @@ class Journal:
     """
 
     def __init__(self, path: Union[str, Path], resume: bool = False):
-        self.path = Path(path)
+        self.root = self.path = Path(path)
         self.resume = resume
         self._file: Optional[IO[str]] = None
         self._synced = 0.
@@ -42,6 +47,8 @@ class Journal:
         Raises:
             SFormerError: If there are records of another run, or no record can be written.
         """
+        what = [key[k] for k in sorted(IDENTITY & key.keys())]
+        self.path = self.root / _digest(json.dumps(what))
         files = sorted(self.path.glob('*.jsonl'))
         found = self._read(files, key) if self.resume else []
         records: Dict[Any, Dict[str, Any]] = {}
@@ -95,9 +102,11 @@ class Journal:
             self._file = None
 
     def remove(self) -> None:
-        """Forget everything: the results have been written."""
+        """Forget this run: its results have been written."""
         self.close()
         shutil.rmtree(self.path, ignore_errors=True)
+        with contextlib.suppress(OSError):  # others are in there
+            self.root.rmdir()
 
 
 def _digest(text: str) -> str:

@@ -5,7 +5,9 @@ import io
 import json
 import os
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
+from typing import Any, Dict, List, Optional, Tuple, Union
+
+from filelock import FileLock
 
 from ..errors import SFormerError
 from ..utils import write_aside, write_json
@@ -92,7 +94,7 @@ def _write(path: Path, results: List[Dict[str, Any]], format: str) -> None:
         return
     rows = [{key: _cell(value) for key, value in result.items() if key != 'firing_rates'} for result in results]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path.parent):
+    with FileLock(path.with_name(f'.{path.name}.lock')):  # others may append at the same time
         columns, old = _read_csv(path)
         new = [c for c in TIMM_COLUMNS] + [c for row in rows for c in row]
         columns = list(dict.fromkeys([*columns, *new]))
@@ -108,6 +110,7 @@ def _read_csv(path: Path) -> Tuple[List[str], List[Dict[str, str]]]:
     """Columns and rows of a results file; none if there is none."""
     if not path.exists() or path.stat().st_size == 0:
         return [], []
+    csv.field_size_limit(2 ** 31 - 1)  # the names of unreadable images are a single field
     try:
         with open(path, newline='', encoding='utf-8') as f:
             reader = csv.DictReader(f)
@@ -124,20 +127,3 @@ def _read_csv(path: Path) -> Tuple[List[str], List[Dict[str, str]]]:
 
 def _cell(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, (dict, list, tuple)) else '' if value is None else value
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep other evaluations from appending to the same file at the same time."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        yield
-        return
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
