@@ -55,11 +55,14 @@ def resolve_weights(
     from .models import default_cfgs
     overlay = kwargs.get('pretrained_cfg_overlay') or {}
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
+    published = default_cfgs[variant].cfgs.get(cfg.tag)
+    if published is not None and published.file and cfg.file == published.file and not cfg.state_dict:
+        record = json.loads(Path(cfg.file).with_suffix('.json').read_text(encoding='utf-8'))
+        return kwargs, None, record['conversion']  # weights in the package
     if cfg.source or cfg.state_dict or cfg.file or not cfg.hf_hub_id:
-        return kwargs, None, None  # a folder or a file that the user or the package names
+        return kwargs, None, None  # a folder or a file that the user names
     cache_dir = kwargs.get('cache_dir')
     name = f'{variant}.{cfg.tag}'
-    published = default_cfgs[variant].cfgs.get(cfg.tag)
     if published is None or cfg.hf_hub_id != published.hf_hub_id:
         return _converted(variant, cfg.hf_hub_id, kwargs)
     namespace = os.environ.get(NAMESPACE_VARIABLE)

@@ -503,7 +503,16 @@ def test_converted_weights_are_verified(converted, monkeypatch, damage, message)
 
 def test_embedded_weights_do_not_come_from_a_namespace(monkeypatch):
     monkeypatch.setenv(pretrained.NAMESPACE_VARIABLE, 'my-org')
-    assert is_calibrated(timm.create_model('sformer_nano', pretrained=True))
+    model = timm.create_model('sformer_nano', pretrained=True)
+    assert is_calibrated(model)
+
+
+@pytest.mark.parametrize('name', ['sformer_nano', 'sformer_micro', 'sformer_eva02_micro'])
+def test_record_of_embedded_weights(name, tmp_path):
+    model = timm.create_model(name, pretrained=True)
+    assert model.conversion['recipe']['levels'] == 32 and 'changed' not in model.conversion
+    saved = sformer.load_model(sformer.save_model(model, tmp_path / 'out'))
+    assert saved.conversion == dict(model.conversion, weights_sha256=saved.conversion['weights_sha256'])
 
 
 def test_weights_of_a_source_without_neurons_are_refused_elsewhere(published, tmp_path):
