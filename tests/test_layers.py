@@ -160,6 +160,7 @@ def test_bypassed_neurons_compute_the_source(variant):
 MASKS = {
     'causal': dict(is_causal=True),
     'bool': dict(attn_mask=torch.ones(17, 17, dtype=torch.bool).tril(2)),
+    'nothing for one': dict(attn_mask=(torch.arange(17) != 3)[:, None].expand(17, 17).contiguous()),
     'additive': dict(attn_mask=torch.linspace(-3, 3, 17 * 17).view(17, 17)),
     'per head': dict(attn_mask=torch.linspace(-3, 3, 2 * 17 * 17).view(1, 2, 17, 17)),
 }

@@ -71,7 +71,10 @@ class SpikingProductMixin(nn.Module):
         attn = q @ k.transpose(-2, -1)
         attn = maybe_add_mask(attn, resolve_self_attn_mask(q.shape[-2], attn, attn_mask, is_causal))
         attn = attn.softmax(dim=-1)
-        attn = self.attn_neuron(attn / attn.detach().amax(dim=-1, keepdim=True))
+        attn = attn / attn.detach().amax(dim=-1, keepdim=True)
+        if attn_mask is not None:
+            attn = attn.nan_to_num()  # a query that may see no key attends to nothing, as in torch's own attention
+        attn = self.attn_neuron(attn)
         return self.attn_drop(attn), attn.sum(dim=-1, keepdim=True)
 
     def spiking_product(
@@ -89,7 +92,8 @@ class SpikingProductMixin(nn.Module):
     def weighted_mean(self, attn: torch.Tensor, v: torch.Tensor, attn_sum: torch.Tensor) -> torch.Tensor:
         """Product of spikes attn (..., Q, K) and v (..., K, D), divided by the spike sums (..., Q, 1)."""
         # exact, and in float16 a sum over many keys would overflow before it is divided
-        return (attn @ (v / 32)) / (attn_sum / 32)
+        # (the strongest key fires its top level, near 1, so a sum is either that or zero)
+        return (attn @ (v / 32)) / (attn_sum / 32).clamp_min(1e-4)
 
     def add_gate_neurons(self, config: SFNConfig) -> None:
         """Add neurons for both operands of a sigmoid gate on the attention output, where there is one."""
