@@ -620,8 +620,10 @@ def open_images(
     if known or (name and folder.is_dir()):
         source: Any
         parquet = {} if known else _split_files(folder, 'parquet')
-        # archives beside folders of images are what these were unpacked from
-        archives = {} if known or parquet or _has_image_folders(folder) else _split_files(folder, 'tar')
+        # archives beside split folders of class folders are what these were unpacked from
+        unpacked = not known and any(
+            s.lower() in _SPLIT_FOLDERS and _subfolders(folder / s) for s in _subfolders(folder))
+        archives = {} if known or parquet or unpacked else _split_files(folder, 'tar')
         if not parquet and not archives:
             if image_column or label_column:
                 column = image_column or label_column
@@ -793,11 +795,11 @@ def _open_files(
 ) -> Union[_Table, _StreamSource]:
     """Open parquet or WebDataset files with `datasets`."""
     import datasets
-    if kind == 'webdataset':
-        _check_archives(files)
     paths = [glob.escape(os.path.abspath(path)) for path in files]  # `datasets` takes every name for a pattern
     num_rows = None
     try:
+        if kind == 'webdataset':
+            _check_archives(files)
         with _quiet_progress():
             # Always split 'train' to `datasets`, which does not take every file name prefix for a split.
             table = datasets.load_dataset(kind, data_files=paths, split='train', streaming=streaming)
@@ -815,9 +817,10 @@ def _check_archives(files: List[Path]) -> None:
     """Raise SFormerError for an archive that was cut off: where the cut is between two files, readers do not notice."""
     for path in files:
         with open(path, 'rb') as f:
+            is_tar = f.read(262)[257:] == b'ustar'  # compressed ones notice a cut by themselves
             f.seek(max(0, path.stat().st_size - 1024))
-            if f.read() != bytes(1024):
-                raise SFormerError(f'{path} is truncated: it does not end as an archive does.')
+            if is_tar and f.read() != bytes(1024):
+                raise SFormerError(f'{path} has no end-of-archive mark: it was cut off, or never closed by its writer')
 
 
 def _open_image_folder(
@@ -827,8 +830,10 @@ def _open_image_folder(
         needs_labels: bool,
 ) -> Tuple[_Files, Optional[str]]:
     splits = [s for s in _subfolders(folder) if s.lower() in _SPLIT_FOLDERS]
-    if len(splits) < len(_subfolders(folder)) and not any(_subfolders(folder / s) for s in splits):
-        splits = []  # a class may be called so, too: CIFAR-100 has trains
+    others = [s for s in _subfolders(folder) if s not in splits]
+    if others and split not in splits and not any(_subfolders(folder / s) for s in splits) \
+            and all(_holds_images(folder / s) for s in others):
+        splits = []  # classes, one of which is called so: CIFAR-100 has trains
     if split is not None and split not in splits and _subfolders(folder / split):
         splits.append(split)  # any folder of class folders will do when it is asked for
     if splits:
@@ -889,10 +894,15 @@ def _hub_revision(name: str) -> Optional[str]:
     from datasets import config
     if config.HF_HUB_OFFLINE:
         return None
-    try:
-        return huggingface_hub.HfApi().dataset_info(name, timeout=10).sha
-    except Exception:  # datasets will say what is wrong, or have it in its cache
-        return None
+    for pause in (1, 3, 0):
+        try:
+            return huggingface_hub.HfApi().dataset_info(name, timeout=10).sha
+        except Exception as e:  # datasets will say what is wrong, or have it in its cache
+            status = getattr(getattr(e, 'response', None), 'status_code', 0)
+            if status != 429 and status < 500:
+                return None
+            time.sleep(pause)  # many processes ask at once
+    return None
 
 
 def _find_columns(
@@ -950,12 +960,10 @@ def _subfolders(folder: Path) -> List[str]:
     return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith('.'))
 
 
-def _has_image_folders(folder: Path) -> bool:
-    """Whether there are images below the subfolders of a folder; looks no further than the first one."""
+def _holds_images(folder: Path) -> bool:
+    """Whether there are images in a folder itself."""
     extensions = get_img_extensions(as_set=True)
-    return any(
-        os.path.splitext(file)[1].lower() in extensions
-        for name in _subfolders(folder) for _, _, files in os.walk(folder / name, followlinks=True) for file in files)
+    return any(os.path.splitext(entry.name)[1].lower() in extensions for entry in os.scandir(folder))
 
 
 def _image_files(folder: Path) -> List[str]:

@@ -186,8 +186,12 @@ class Group:
     def _watch_store(self) -> None:
         """End this rank where a call to the store does not return: its host hangs or is cut off, and nobody can be
         told, nor can the main thread, which may be in such a call itself."""
-        while not self._stop.wait(min(1., self.timeout / 8)):
-            if time.monotonic() - self._heard > self.timeout + _GRACE:
+        interval = min(1., self.timeout / 8)
+        heard, quiet = self._heard, 0.
+        while not self._stop.wait(interval):
+            # counted by wake-ups: a process that was stopped and goes on wakes once, after any time
+            heard, quiet = self._heard, quiet + interval if heard == self._heard else 0.
+            if quiet > self.timeout + _GRACE:
                 print(f'sformer: error: rank {self.rank} lost the connection to the others: no answer for '
                       f'{self.timeout:g} s', file=sys.stderr, flush=True)
                 os._exit(1)

@@ -64,7 +64,8 @@ class SFormerMixin(nn.Module):
         # adapters alone change nothing that a neuron was fitted to.
         known = FLOATING_LAYERS | set(SPIKING_LAYERS.values())
         names = [f'{prefix}{name}.{key}' if name else f'{prefix}{key}' for name, child in self.named_modules()
-                 if type(child) in known and name not in HEADS for key, _ in child.named_parameters(recurse=False)]
+                 if type(child) in known and name.split('.')[0] not in HEADS
+                 for key, _ in child.named_parameters(recurse=False)]
         if not state_dict.keys().isdisjoint(names):
             for name, neuron in named_neurons(self):
                 if f'{prefix}{name}.threshold' not in state_dict:

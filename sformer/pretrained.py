@@ -12,13 +12,14 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Optional, Tuple
+from typing import Any, Callable, Dict, Optional, Tuple
 
 import timm
 import torch
 
 from .errors import SFormerError
 from .neurons import SFNConfig
+from .utils import locked
 
 __all__ = ['resolve_weights', 'neuron_state', 'RECIPE', 'NAMESPACE_VARIABLE']
 
@@ -112,11 +113,19 @@ def pinned(name: str, hub_id: str, cache_dir: Optional[str] = None) -> str:
         SFormerError: If they are neither cached nor can be downloaded; says what to do.
     """
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    from .verification import WEIGHTS_NAME, split_revision
+    from .verification import WEIGHTS_NAME, hub_errors, redact, split_revision
     repo_id, revision = split_revision(hub_id)
-    with explain_download(name, repo_id):
-        path = hf_hub_download(repo_id, WEIGHTS_NAME, revision=revision, cache_dir=cache_dir, library_name='timm')
+    with hub_errors(repo_id):
+        try:
+            path = hf_hub_download(repo_id, WEIGHTS_NAME, revision=revision, cache_dir=cache_dir, library_name='timm')
+        except LocalEntryNotFoundError as e:
+            reason = (str(e).strip() or type(e).__name__).splitlines()[0].rstrip('.')
+            raise SFormerError(
+                f'the weights of {name} are not in the cache and can not be downloaded: {redact(reason)}. Where '
+                f'there is a connection, `hf download {repo_id} model.safetensors` puts them into the cache of the '
+                f'Hub client (HF_HOME).') from e
     return f'{repo_id}@{Path(path).parent.name}'
 
 
@@ -148,34 +157,17 @@ def neuron_state(
     if cached is not None:
         _logger.info(f'{name}: neurons of {path}')
         return cached
-    with _locked(path) as writable:
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    with locked(path.with_suffix('.lock')):
         cached = _read(path, key)
         if cached is not None:
             _logger.info(f'{name}: neurons of {path}, which another process has just written')
             return cached
-        _logger.warning(f'{name}: fitting neurons to {source} on {RECIPE["num_images"]} generated images, '
-                        f'{"this once" if writable else f"not for the last time: {folder} can not be written"}')
+        _logger.warning(f'{name}: fitting neurons to {source} on {RECIPE["num_images"]} generated images, this once')
         state, record = _fit(source, hub_id, config, cache_dir)
-        if writable:
-            _write(path, key, state, record)
+        _write(path, key, state, record)
         return state, record
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[bool]:
-    """Be the only process that makes a file, or learn that nobody can write it."""
-    from filelock import FileLock
-    lock = FileLock(path.with_suffix('.lock'))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except (OSError, NotImplementedError):  # the latter: a file system without locks
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
 
 
 def _write(path: Path, key: str, state: State, record: Record) -> None:
@@ -203,24 +195,6 @@ def cache_key(hub_id: str, config: SFNConfig) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-@contextlib.contextmanager
-def explain_download(name: str, repo_id: str) -> Iterator[None]:
-    """Say what to do about weights that are neither cached nor can be downloaded.
-
-    Raises:
-        SFormerError: In the place of the Hub client's errors.
-    """
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
-    try:
-        yield
-    except (EntryNotFoundError, HfHubHTTPError, OSError) as e:
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0].rstrip('.')
-        raise SFormerError(
-            f'the weights of {name} are not in the cache and can not be downloaded: {reason}. Where there is a '
-            f'connection, `hf download {repo_id} model.safetensors` puts them into the cache of the Hub client '
-            f'(HF_HOME).') from e
-
-
 def _read(path: Path, key: str) -> Optional[Tuple[State, Record]]:
     from safetensors import SafetensorError, safe_open
     try:
@@ -236,6 +210,8 @@ def _read(path: Path, key: str) -> Optional[Tuple[State, Record]]:
 def _fit(source: str, hub_id: str, config: SFNConfig, cache_dir: Optional[str]) -> Tuple[State, Record]:
     from .conversion import convert, create_source
     from .layers import named_neurons
+    from .utils import state_hash
+    has_classes = timm.get_pretrained_cfg(source).num_classes > 0
     # whatever the caller has set for models of its own: neurons are the same on all machines
     default = torch.get_default_dtype()
     with torch.random.fork_rng(devices=[]), torch.device('cpu'), torch.autocast('cpu', enabled=False), \
@@ -243,13 +219,17 @@ def _fit(source: str, hub_id: str, config: SFNConfig, cache_dir: Optional[str]) 
         torch.set_default_dtype(torch.float32)
         try:
             # a source without a classifier gets one of no meaning: the neurons before it serve whoever adds their own
-            num_classes = timm.get_pretrained_cfg(source).num_classes or 1
+            kwargs = {} if has_classes else dict(num_classes=1)
             model = create_source(
-                source, cache_dir=cache_dir, num_classes=num_classes, pretrained_cfg_overlay=dict(hf_hub_id=hub_id))
+                source, cache_dir=cache_dir, pretrained_cfg_overlay=dict(hf_hub_id=hub_id), **kwargs)
             model = convert(model, config=config, inplace=True, **RECIPE)
         finally:
             torch.set_default_dtype(default)
     state = {f'{name}.{key}': buffer.detach().clone()
              for name, neuron in named_neurons(model) for key, buffer in neuron.named_buffers(recurse=False)}
     record: Any = model.conversion
+    record['source_weights'] = hub_id
+    if not has_classes:
+        weights = {k: v for k, v in model.state_dict().items() if k not in state and not k.startswith('head.')}
+        record['source_sha256'] = state_hash(weights)
     return state, record

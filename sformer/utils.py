@@ -148,6 +148,22 @@ def _replace_all(new: Path, old: Path, directory: Path) -> None:
         raise
 
 
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep other processes that ask for the same lock file from working at the same time, where the file system can."""
+    from filelock import FileLock
+    lock = FileLock(path, mode=0o666)
+    try:
+        lock.acquire()
+    except (OSError, NotImplementedError):
+        yield  # what is written is written aside and renamed, so it is whole at least
+        return
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

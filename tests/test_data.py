@@ -376,6 +376,16 @@ def test_class_by_the_name_of_a_split(tmp_path):
         Image.new('RGB', (8, 8)).save(tmp_path / name / 'a.png')
     images = open_images(str(tmp_path), data_config=RGB, needs_labels=True)
     assert (len(images), images.split, images.class_names) == (3, None, ['bus', 'train', 'tulip'])
+    assert len(open_images(str(tmp_path), 'train', data_config=RGB)) == 1, 'unless it is asked for'
+
+
+def test_split_folders_without_classes_beside_other_folders(tmp_path):
+    for name, number in (('train', 3), ('val', 2), ('annotations', 0)):
+        (tmp_path / name).mkdir()
+        for i in range(number):
+            Image.new('RGB', (8, 8)).save(tmp_path / name / f'{i}.png')
+    images = open_images(str(tmp_path), data_config=RGB)
+    assert (len(images), images.split) == (3, 'train')
 
 
 def test_image_folder_without_splits_or_classes(image_folder):

@@ -2,6 +2,7 @@
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -197,3 +198,19 @@ def test_one_process_needs_nobody():
         assert group.gather('x', 'there') == ['x'] and group.add('n', 2) == 2 and group.add('n', 3) == 5
     with pytest.raises(ZeroDivisionError), Group().guard():
         1 / 0  # noqa: B018
+
+
+def test_process_that_was_stopped_for_a_while(monkeypatch):
+    """One late look at the clock is no proof that the store hangs."""
+    ended = []
+    monkeypatch.setattr('os._exit', lambda code: ended.append(code) or group._stop.set())
+    group = Group()
+    group.timeout, group.rank, group._stop = 0.8, 1, threading.Event()
+    group._heard = time.monotonic() - 1000
+    watch = threading.Thread(target=group._watch_store, daemon=True)
+    watch.start()
+    time.sleep(0.3)
+    assert not ended
+    monkeypatch.setattr('sformer.distributed._GRACE', -0.5)  # it never answers
+    watch.join(5)
+    assert ended and not watch.is_alive()

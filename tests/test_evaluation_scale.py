@@ -306,6 +306,9 @@ def test_webdataset(model, tmp_path):
     assert local['top1'] == streamed['top1'] > 90
     # the archive does not say how many it has, so only the fingerprint of what was counted would differ
     assert local['dataset_fingerprint'] and streamed['dataset_fingerprint']
+    (tmp_path / 'docs').mkdir()
+    Image.new('L', (8, 8)).save(tmp_path / 'docs' / 'preview.png')
+    assert evaluate(model, str(tmp_path), num_images=3)['split'] == 'validation'
     # unpacked beside the archives
     for i in range(10):
         (tmp_path / 'val' / str(i)).mkdir(parents=True)
@@ -325,7 +328,7 @@ def test_archive_that_was_cut_off(model, tmp_path, streaming):
                 tar.addfile(info, io.BytesIO(data))
     path.write_bytes(path.read_bytes()[:4 * 1024])
     assert len(tarfile.open(path).getnames()) == 4
-    with pytest.raises(SFormerError, match='0000.tar is truncated'):
+    with pytest.raises(SFormerError, match='0000.tar has no end-of-archive mark'):
         evaluate(model, str(tmp_path), streaming=streaming)
 
 

@@ -425,6 +425,8 @@ def test_classifier_on_a_source_without_one(offline, tmp_path):
         assert is_calibrated(model) and model.num_classes == num_classes
     headless = sformer.save_model(
         timm.create_model(name, pretrained=True, cache_dir=tmp_path), tmp_path / 'headless')
+    record = sformer.load_model(headless).conversion
+    assert record['source_weights'].startswith(f'{hub_id}@') and 'changed' not in record
     model = timm.create_model(f'local-dir:{headless}', pretrained=True, num_classes=5)
     assert [n for n, neuron in named_neurons(model) if not neuron.calibrated] == ['head.neuron']
 

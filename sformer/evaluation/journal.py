@@ -47,10 +47,9 @@ class Journal:
         Raises:
             SFormerError: If there are records of another run, or no record can be written.
         """
-        what = [key[k] for k in sorted(IDENTITY & key.keys())]
-        self.path = self.root / _digest(json.dumps(what))
+        self.path = self.root / _digest(json.dumps(key, sort_keys=True))
         files = sorted(self.path.glob('*.jsonl'))
-        found = self._read(files, key) if self.resume else []
+        found = self._read(files or sorted(self.root.glob('*/*.jsonl')), key) if self.resume else []
         records: Dict[Any, Dict[str, Any]] = {}
         for record in (r for rs in group.gather(found, 'journal') for r in rs):
             records.setdefault(tuple(record['chunk']), record)
@@ -72,7 +71,9 @@ class Journal:
             lines = [_parse(line) for line in path.read_text(encoding='utf-8', errors='replace').splitlines()]
             if not lines or lines[0] is None:
                 continue  # killed before it began
-            different = [k for k in {**key, **lines[0]} if lines[0].get(k) != key.get(k)]
+            different = {k for k in {**key, **lines[0]} if lines[0].get(k) != key.get(k)}
+            if different & IDENTITY:
+                continue
             if different:
                 raise SFormerError(
                     f'{self.path} records another run ({", ".join(sorted(different))} differ): '

@@ -7,10 +7,8 @@ import os
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, Union
 
-from filelock import FileLock
-
 from ..errors import SFormerError
-from ..utils import write_aside, write_json
+from ..utils import locked, write_aside, write_json
 from ..verification import CONFIG_NAME, WEIGHTS_NAME
 
 __all__ = ['check_results_file', 'write_results']
@@ -94,7 +92,7 @@ def _write(path: Path, results: List[Dict[str, Any]], format: str) -> None:
         return
     rows = [{key: _cell(value) for key, value in result.items() if key != 'firing_rates'} for result in results]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f'.{path.name}.lock')):  # others may append at the same time
+    with locked(path.with_name(f'.{path.name}.lock')):  # others may append at the same time
         columns, old = _read_csv(path)
         new = [c for c in TIMM_COLUMNS] + [c for row in rows for c in row]
         columns = list(dict.fromkeys([*columns, *new]))
