@@ -995,13 +995,16 @@ def _fingerprint(*parts: Any) -> str:
 
 @contextlib.contextmanager
 def lost_workers() -> Iterator[None]:
-    """Say in one line that a loader worker is lost. torch's signal handler raises wherever the main thread is.
+    """Say in one line that a loader worker is lost. torch's signal handler raises wherever the main thread is; where
+    that is about to receive a batch, the connection breaks first.
 
     Raises:
         SFormerError: In the place of the `DataLoader`'s own error.
     """
     try:
         yield
+    except (ConnectionError, EOFError) as e:
+        raise SFormerError(f'a process that loads images died or hangs: {_one_line(e)}') from e
     except RuntimeError as e:
         if 'DataLoader' not in str(e):
             raise

@@ -8,6 +8,7 @@ that somebody else never reaches.
 import contextlib
 import datetime
 import os
+import signal
 import sys
 import threading
 import time
@@ -21,6 +22,20 @@ __all__ = ['Group', 'RankError', 'asked_world_size']
 
 _SIZES = ('WORLD_SIZE', 'OMPI_COMM_WORLD_SIZE', 'PMI_SIZE', 'MV2_COMM_WORLD_SIZE')  # as accelerate reads them
 _GRACE = 5.  # seconds that a rank has to leave by itself after another one failed
+
+
+@contextlib.contextmanager
+def _no_more_errors() -> Iterator[None]:
+    """Keep torch's signal handler, which raises when a loader worker has died, from getting between."""
+    try:
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    except (ValueError, AttributeError):  # not the main thread; not on Windows
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
 
 
 class RankError(SFormerError):
@@ -229,8 +244,10 @@ class Group:
             self._leave(_GRACE)
             raise
         except BaseException as e:
-            first = self._mine or self._announce(str(e) if isinstance(e, SFormerError) else f'{type(e).__name__}: {e}')
-            self._leave(_GRACE)
+            with _no_more_errors():
+                first = self._mine or self._announce(
+                    str(e) if isinstance(e, SFormerError) else f'{type(e).__name__}: {e}')
+                self._leave(_GRACE)
             if isinstance(e, (SFormerError, OSError)) and not first:
                 raise RankError(str(e)) from e
             raise
