@@ -226,7 +226,9 @@ def read_safetensors(path: Path) -> Dict[str, torch.Tensor]:
 def check_weights(model: nn.Module, where: str = 'the source network') -> None:
     """Raise SFormerError if a parameter holds NaN or infinity; names it."""
     for name, parameter in model.named_parameters():
-        if not parameter.is_meta and not torch.isfinite(parameter).all():
+        if parameter.is_meta:
+            raise SFormerError(f'{name} of {where} has no values: it is on the meta device, or offloaded.')
+        if not torch.isfinite(parameter).all():
             raise SFormerError(f'{name} of {where} has NaN or infinite values.')
 
 

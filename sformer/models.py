@@ -11,6 +11,7 @@ Paper: `One-Timestep is Enough: Achieving High-performance ANN-to-SNN Conversion
     - https://arxiv.org/abs/2510.23383
 """
 import copy
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any, Callable, Dict, Optional, Tuple, Type, Union
@@ -147,6 +148,7 @@ def spiking_model_(model: nn.Module, sfn: Union[SFNConfig, Dict[str, Any], None]
     spiking_(model, config)
     model.__class__ = SPIKING_MODELS.get(kind, kind)
     model.sfn_config = config
+    model._model_args = dict(getattr(model, '_model_args', None) or {}, sfn=dataclasses.asdict(config))
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     set_pixel_range_(model, cfg.get('mean'), cfg.get('std'))
     return model
@@ -190,13 +192,15 @@ def revert_(model: nn.Module) -> nn.Module:
         module.__class__ = back.get(type(module), type(module))
     for attribute in ('sfn_config', 'conversion'):
         model.__dict__.pop(attribute, None)
+    if hasattr(model, '_model_args'):
+        model._model_args = {key: value for key, value in model._model_args.items() if key != 'sfn'}
     return model
 
 
 def is_calibrated(model: nn.Module) -> bool:
     """Whether every neuron of a spiking model has fitted thresholds."""
     neurons = [neuron for _, neuron in named_neurons(model)]
-    return bool(neurons) and all(bool(neuron.calibrated) for neuron in neurons)
+    return bool(neurons) and all(not neuron.calibrated.is_meta and bool(neuron.calibrated) for neuron in neurons)
 
 
 def checkpoint_filter_fn(
@@ -251,6 +255,18 @@ def _build(source: str, sfn: Union[SFNConfig, Dict[str, Any], None] = None, **kw
     return spiking_model_(timm.models.model_entrypoint(source)(pretrained=False, **kwargs), sfn)
 
 
+def _check_config(variant: str, sfn: Union[SFNConfig, Dict[str, Any], None], record: Optional[Dict[str, Any]]) -> None:
+    """Raise SFormerError if converted weights are to be loaded into other neurons than they were fitted to."""
+    recipe = (record or {}).get('recipe') or {}
+    asked = sfn if isinstance(sfn, SFNConfig) else SFNConfig(**(sfn or {}))
+    keys = ('levels', 'fire', 'attention_fire', 'firing', 'dead_zone', 'scale')
+    different = [key for key in keys if sfn is not None and key in recipe and recipe[key] != getattr(asked, key)]
+    if different:
+        raise SFormerError(
+            f'{variant} was converted with {", ".join(f"{key}={recipe[key]!r}" for key in different)}, so sfn= can ask '
+            f'for nothing else. Its source can be converted with sformer.convert().')
+
+
 def _create_sformer(variant: str, source: str, pretrained: bool = False, **kwargs) -> nn.Module:
     from .pretrained import resolve_weights
     kwargs['pretrained_cfg'], record = check_pretrained(
@@ -260,6 +276,7 @@ def _create_sformer(variant: str, source: str, pretrained: bool = False, **kwarg
     if pretrained:
         kwargs, neuron_state, known = resolve_weights(variant, source, kwargs)
         source, record = kwargs.pop('source', source), record or known
+        _check_config(variant, kwargs.get('sfn'), record)
         filter_fn = functools.partial(checkpoint_filter_fn, neuron_state=neuron_state)
     model = build_model_with_cfg(
         _build,

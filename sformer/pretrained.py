@@ -97,11 +97,6 @@ def _converted(
         raise SFormerError(f'pretrained_cfg_overlay sets {", ".join(directed)}, but the weights of an SFormer are '
                            f'its model.safetensors.')
     cfg, _, args = load_model_config_from_hf(f'{split_revision(hub_id)[0]}@{folder.name}', cache_dir)
-    own, asked = (v if isinstance(v, SFNConfig) else SFNConfig(**(v or {}))
-                  for v in (args.get('sfn'), kwargs.get('sfn', args.get('sfn'))))
-    if asked != own:
-        raise SFormerError(f'{hub_id} on the Hub was converted with {own}, so sfn= can ask for nothing else. Its '
-                           f'source can be converted with sformer.convert().')
     overlay.pop('hf_hub_id', None)
     return {**args, **kwargs, 'pretrained_cfg': cfg, 'pretrained_cfg_overlay': overlay}, None, config.get('sformer', {})
 

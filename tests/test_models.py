@@ -407,6 +407,40 @@ def test_source_weights_uncalibrate(source, model):
         copy.deepcopy(model).load_state_dict(source.state_dict())
 
 
+def test_exporter_of_timm_keeps_the_neurons(source, images, tmp_path):
+    from timm.models import save_for_hf
+    model = sformer.convert(source, [images], SFNConfig(levels=16, firing='floor', dead_zone=1.5))
+    save_for_hf(model, str(tmp_path), safe_serialization=True)
+    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    with torch.no_grad():
+        assert torch.equal(again(images), model(images))
+    assert 'sfn' not in source_of(model)._model_args
+
+
+def test_hooks_that_replace_forward_are_refused(source, images):
+    from accelerate import dispatch_model
+    from accelerate.hooks import remove_hook_from_submodules
+    hooked = dispatch_model(copy.deepcopy(source), {'': 'cpu'}, force_hooks=True)
+    with pytest.raises(UnsupportedLayerError, match='forward of .* was replaced'):
+        sformer.convert(hooked, [images])
+    remove_hook_from_submodules(hooked)
+    with torch.no_grad():
+        assert torch.equal(sformer.convert(hooked, [images])(images), sformer.convert(source, [images])(images))
+
+
+def test_models_without_values(source, model, images):
+    assert not is_calibrated(copy.deepcopy(model).to('meta'))
+    with pytest.raises(SFormerError, match='has no values: it is on the meta device'):
+        sformer.convert(copy.deepcopy(source).to('meta'), [images])
+
+
+@pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')
+def test_traced_with_and_without_gradients(model, images):
+    with torch.no_grad():
+        expected = model(images[:2])
+    torch.testing.assert_close(torch.jit.trace(model, (images[:2],))(images[:2]).detach(), expected)
+
+
 def test_a_head_of_its_own_leaves_thresholds(source, model):
     model = copy.deepcopy(model)
     model.load_state_dict({k: v for k, v in source.state_dict().items() if k.startswith('head.')}, strict=False)
@@ -551,5 +585,5 @@ def test_source_checkpoint_is_not_taken_for_an_sformer(tmp_path, source):
 
 
 def test_other_neurons_than_the_weights_have_are_an_error():
-    with pytest.raises(RuntimeError, match=r'levels has shape \(32,\), this model needs \(8,\)'):
+    with pytest.raises(SFormerError, match='was converted with levels=32'):
         timm.create_model('sformer_nano.digits', pretrained=True, sfn=dict(levels=8))

@@ -480,9 +480,8 @@ def test_converted_weights_are_what_their_config_says(converted, monkeypatch, ca
     assert model.pretrained_cfg['crop_pct'] == (0.7 if how == 'overlay' else 0.9)
     with torch.no_grad():
         assert torch.equal(model(inputs(224, 1)), expected(inputs(224, 1)))
-    if how != 'hf-hub':
-        with pytest.raises(SFormerError, match='was converted with SFNConfig.*levels=8'):
-            timm.create_model(name, sfn=dict(levels=4), **kwargs)
+    with pytest.raises(SFormerError, match="was converted with levels=8, firing='floor', dead_zone=0.7"):
+        timm.create_model(name, sfn=dict(levels=4), **kwargs)
 
 
 @pytest.mark.parametrize('damage, message', [
@@ -501,6 +500,11 @@ def test_converted_weights_are_verified(converted, monkeypatch, damage, message)
     monkeypatch.setenv(pretrained.NAMESPACE_VARIABLE, 'my-org')
     with pytest.raises(SFormerError, match=message):
         timm.create_model(NAME, pretrained=True, cache_dir=cache)
+
+
+def test_other_neurons_for_embedded_weights():
+    with pytest.raises(SFormerError, match="was converted with firing='round'"):
+        timm.create_model('sformer_nano', pretrained=True, sfn=dict(firing='floor'))
 
 
 def test_embedded_weights_do_not_come_from_a_namespace(monkeypatch):

@@ -62,7 +62,8 @@ def spiking_(module: nn.Module, config: SFNConfig = SFNConfig()) -> nn.Module:
         The same module.
 
     Raises:
-        UnsupportedLayerError: If a layer has no spiking counterpart; names the layers, and the module is unchanged.
+        UnsupportedLayerError: If a layer has no spiking counterpart or its forward was replaced; names the layers, and
+            the module is unchanged.
     """
     done = set(SPIKING_LAYERS.values())
     unknown = []
@@ -71,6 +72,12 @@ def spiking_(module: nn.Module, config: SFNConfig = SFNConfig()) -> nn.Module:
         if kind not in SPIKING_LAYERS and kind not in FLOATING_LAYERS and kind not in done \
                 and not isinstance(child, Neuron):
             unknown.append(f'{name or "(root)"} ({kind.__module__}.{kind.__qualname__})')
+        # hooks that were removed leave the layer's own forward behind
+        forward = child.__dict__.get('forward')
+        if kind in SPIKING_LAYERS and forward is not None and getattr(forward, '__func__', None) is not kind.forward:
+            raise UnsupportedLayerError(
+                f'the forward of {name or "(root)"} was replaced, by hooks of accelerate perhaps, so that it would not '
+                f'spike. Remove them first (accelerate.hooks.remove_hook_from_submodules).')
     if unknown:
         more = f' and {len(unknown) - 4} more' if len(unknown) > 4 else ''
         raise UnsupportedLayerError(
@@ -82,6 +89,7 @@ def spiking_(module: nn.Module, config: SFNConfig = SFNConfig()) -> nn.Module:
     with contextlib.nullcontext() if device is None else torch.device(device):
         for child in reversed(list(module.modules())):  # children first, a parent may adjust their neurons
             if type(child) in SPIKING_LAYERS:
+                child.__dict__.pop('forward', None)
                 child.__class__ = SPIKING_LAYERS[type(child)]
                 child.add_neurons(config)
             elif isinstance(child, linear.SpikingPatchEmbed):
