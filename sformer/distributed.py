@@ -35,7 +35,7 @@ def _no_more_errors() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGCHLD, handler)
+        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)  # None: it was not installed by Python
 
 
 class RankError(SFormerError):

@@ -537,6 +537,29 @@ def test_csv_keeps_rows_and_columns(model, tmp_path):
     assert math.isclose(float(rows[1]['param_count']), result['param_count'])
 
 
+@pytest.mark.parametrize('status, attempts, expected', [(503, 3, 'abc'), (429, 3, 'abc'), (404, 1, None)])
+def test_revision_of_a_dataset_on_a_busy_hub(monkeypatch, status, attempts, expected):
+    """All processes ask at once, and have to hear the same."""
+    import datasets
+    import huggingface_hub
+
+    from sformer import data
+    asked = []
+
+    class Api:
+        def dataset_info(self, name, timeout):
+            asked.append(name)
+            if len(asked) < 3:
+                error = OSError('busy')
+                error.response = SimpleNamespace(status_code=status)
+                raise error
+            return SimpleNamespace(sha='abc')
+    monkeypatch.setattr(datasets.config, 'HF_HUB_OFFLINE', False)
+    monkeypatch.setattr(huggingface_hub, 'HfApi', Api)
+    monkeypatch.setattr(data.time, 'sleep', lambda seconds: None)
+    assert (data._hub_revision('org/name'), len(asked)) == (expected, attempts)
+
+
 def test_csv_with_many_unreadable_images(tmp_path):
     path = tmp_path / 'r.csv'
     for _ in range(2):
