@@ -248,7 +248,7 @@ def test_no_arguments_show_the_help(run):
 def test_demo(run, tmp_path):
     result = run('demo', '-o', tmp_path / 'demo')
     assert (result.code, result.err) == (0, '')
-    assert 'the same logits, bit for bit' in result.out
+    assert 'the same logits, bit for bit' in result.out and 'convert [s]' in result.out
     names = {p.name for p in (tmp_path / 'demo').iterdir()}
     assert names == {'sformer_nano', 'accuracy.png', 'firing_rates.png'}
     assert all((tmp_path / 'demo' / n).read_bytes()[:4] == b'\x89PNG' for n in names if n.endswith('png'))
