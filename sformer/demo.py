@@ -47,7 +47,7 @@ def run(output: Path) -> None:
         results[levels] = dict(evaluate(model, 'digits', 'test'), conversion_seconds=seconds, network=model)
     reference = evaluate(source, 'digits', 'test')
 
-    table = Table('network', 'top-1', 'agreement', 'firing rate', 'convert \\[s]', 'evaluate \\[s]')
+    table = Table('network', 'top-1', 'agreement', 'firing rate', 'convert \\[s]', 'test \\[s]')
     table.add_row('source ViT', f'{reference["top1"]:.2f} %', '', '', '', f'{reference["seconds"]:.2f}')
     for levels in LEVELS:
         r = results[levels]
