@@ -96,7 +96,7 @@ def load(model: str = 'sformer_base', pairs: int = 7):
     from safetensors.torch import save_file
 
     from sformer import pretrained
-    from sformer.zoo import source_name
+    from sformer.models.zoo import source_name
     source = source_name(model)
     huggingface_hub.constants.HF_HUB_OFFLINE = True
     pretrained.RECIPE['num_images'] = 4  # the neurons are as many, whatever they were fitted to

@@ -18,8 +18,8 @@ import typer
 from safetensors.torch import save_file
 
 import sformer
-from sformer.conversion import create_source, set_data_config_
-from sformer.utils import file_hash, write_aside
+from sformer.sources import create_source, set_data_config_
+from sformer.checkpoints import file_hash, write_aside
 
 # recipe of train_source.py -> entry of the zoo
 ENTRIES = {

@@ -19,9 +19,9 @@ import sformer
 from sformer.cards import Record, shell, write_card
 from sformer.errors import SFormerError
 from sformer.evaluation import evaluate_all
-from sformer.models import source_of
+from sformer.layers import source_of
 from sformer.neurons import SFNConfig
-from sformer.utils import state_hash, write_json
+from sformer.checkpoints import state_hash, write_json
 
 MODEL_CARDS = Path(__file__).parents[1] / 'model_cards'
 WEIGHTS = Path(sformer.__file__).parent / 'weights'

@@ -10,8 +10,10 @@ import timm
 import torch
 
 import sformer
-from sformer.models import architecture_of, spiking_model_
-from sformer.utils import progress, write_aside
+from sformer.models import spiking_model_
+from sformer.models.zoo import architecture_of
+from sformer.checkpoints import write_aside
+from sformer.utils import progress
 
 MODULES = ('vision_transformer', 'deit', 'beit', 'eva')
 

@@ -25,13 +25,13 @@ import typer
 
 import sformer
 from sformer.cards import recorded_results
-from sformer.conversion import create_source, set_data_config_
+from sformer.sources import create_source, set_data_config_
 from sformer.distributed import Group
 from sformer.errors import SFormerError
-from sformer.models import ZOO
+from sformer.models.zoo import ZOO
 from sformer.neurons import SFNConfig
 from sformer.publish import check_repo_id, prepare, publish
-from sformer.utils import state_hash, write_json
+from sformer.checkpoints import state_hash, write_json
 
 IMAGENET = 'ILSVRC/imagenet-1k'
 

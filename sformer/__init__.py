@@ -4,18 +4,19 @@ Importing the package registers the `sformer_*` models with timm.
 """
 from importlib import metadata as _metadata
 
-from .calibration import bypass_neurons
+from . import entrypoints as _entrypoints  # registers with timm
+from .calibration import calibrate_
 from .conversion import convert
 from .errors import SFormerError, UncalibratedError, UnsupportedLayerError
-from .evaluation import evaluate, firing_rates
-from .hub import load_model, save_model
-from .layers import named_neurons, spiking_
-from .models import SFormer, is_calibrated, source_of
-from .neurons import SFNConfig
+from .evaluation import evaluate
+from .layers import is_calibrated, named_neurons, source_of, source_view, spiking_
+from .models import SFormer
+from .neurons import FitConfig, SFNConfig
+from .saving import load_model, save_model
 
 __version__ = _metadata.version('sformer')
 __all__ = [
-    'convert', 'evaluate', 'save_model', 'load_model', 'firing_rates', 'is_calibrated', 'source_of',
-    'SFNConfig', 'SFormer', 'spiking_', 'named_neurons', 'bypass_neurons',
+    'convert', 'evaluate', 'save_model', 'load_model', 'is_calibrated', 'source_of', 'source_view',
+    'SFNConfig', 'FitConfig', 'SFormer', 'spiking_', 'calibrate_', 'named_neurons',
     'SFormerError', 'UncalibratedError', 'UnsupportedLayerError',
 ]

@@ -9,10 +9,10 @@ from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, Union
 
 import torch.nn as nn
 
+from .checkpoints import state_hash
 from .errors import SFormerError
-from .models import is_calibrated
-from .utils import state_hash
-from .verification import CONFIG_NAME, WEIGHTS_NAME, read_config
+from .layers import is_calibrated
+from .model_config import CONFIG_NAME, WEIGHTS_NAME, read_config
 
 __all__ = ['Record', 'read_record', 'recorded_results', 'render_card', 'render_eval_results', 'render_plots']
 
@@ -441,7 +441,7 @@ def write_card(record: Record, directory: Union[str, Path]) -> Path:
     Returns:
         Path of the card.
     """
-    from .utils import write_aside
+    from .checkpoints import write_aside
     name = card_name(record)
     plots = render_plots(record)
     card = render_card(record, {title: f'{name}.{file}' for file, (title, _) in plots.items()})

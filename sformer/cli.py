@@ -87,7 +87,7 @@ def _is_number(text: str) -> bool:
 
 def parse_kwargs(pairs: Optional[List[str]]) -> Dict[str, Any]:
     """`['img_size=32', 'global_pool=avg']` -> `{'img_size': 32, 'global_pool': 'avg'}`."""
-    from .verification import factory_arguments
+    from .model_config import factory_arguments
     kwargs = {}
     for pair in pairs or []:
         key, equals, value = pair.partition('=')
@@ -135,9 +135,9 @@ def convert(
 ):
     """Convert a trained timm model into an SFormer, without training."""
     from .conversion import convert as convert_model
-    from .conversion import create_source, set_data_config_
-    from .hub import check_output, save_model
     from .neurons import SFNConfig
+    from .saving import check_output, save_model
+    from .sources import create_source, set_data_config_
     try:
         config = SFNConfig(
             levels=levels, fire=fire, attention_fire=attention_fire, firing=firing, dead_zone=dead_zone, scale=scale,
@@ -246,7 +246,7 @@ def evaluate_models(
         raise SFormerError('--device meta has no values to evaluate with; cpu and cuda do.')
     from .distributed import Group, RankError
     from .evaluation import Journal, check_results_file, evaluate_all, write_results
-    from .hub import open_model
+    from .saving import open_model
     try:
         with Group(device, num_processes, timeout).guard() as group:
             if resume and not results_file:
@@ -317,7 +317,7 @@ def list_models():
     from rich.console import Console
     from rich.table import Column, Table
 
-    from .zoo import entries
+    from .entrypoints import entries
     names = (Column(name, no_wrap=True) for name in ('model', 'source'))
     table = Table(*names, 'parameters [M]', 'input', 'classes', 'licence', 'weights', 'measured top-1 [%]')
     for entry in entries():
@@ -455,8 +455,8 @@ def card(
 ):
     """Write the model card of an SFormer, with plots, to OUTPUT/NAME.md."""
     from .cards import read_record, write_card
-    from .hub import load_model
     from .publish import check_repo_id
+    from .saving import load_model
     if repo:
         check_repo_id(repo)
     record, unused = read_record(

@@ -10,14 +10,14 @@ from rich.console import Console
 from rich.table import Table
 from timm.data import resolve_input_data_config
 
+from .checkpoints import write_aside
 from .conversion import convert
 from .data import open_images
 from .errors import SFormerError
 from .evaluation import evaluate
-from .hub import save_model
-from .models import source_of
+from .layers import source_of
 from .neurons import SFNConfig
-from .utils import write_aside
+from .saving import save_model
 
 __all__ = ['run', 'plot_accuracy', 'plot_firing_rates']
 

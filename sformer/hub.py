@@ -1,149 +1,166 @@
-"""SFormers as folders: safetensors weights and a timm config that records the conversion."""
-import dataclasses
-import os
+"""The Hugging Face Hub: fetching a checked SFormer from it, and saying in one line what went wrong."""
+import contextlib
+import errno
+import re
+import sys
+import warnings
 from pathlib import Path
-from typing import Dict, Optional, Union
+from typing import Any, Iterator, Optional, Tuple, Union
+from urllib.parse import urlsplit
 
 import timm
-import torch
-import torch.nn as nn
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from timm.models._hub import save_config_for_hf
 
-from .conversion import _first_line, create_source
-from .errors import SFormerError, UncalibratedError
-from .layers import named_neurons
-from .models import SFormerMixin, is_calibrated
-from .utils import file_hash, state_hash, write_aside
-from .verification import CONFIG_NAME, WEIGHTS_NAME, fetch, read_config, redact, split_revision
+from .errors import SFormerError
+from .model_config import CONFIG_NAME, WEIGHTS_NAME, check_weights_file, read_config
 
-__all__ = ['save_model', 'load_model', 'open_model', 'WEIGHTS_NAME', 'CONFIG_NAME']
+__all__ = ['fetch', 'split_revision', 'hub_errors', 'redact']
 
 
-def save_model(model: nn.Module, directory: Union[str, Path], overwrite: bool = False) -> Path:
-    """Save an SFormer as `model.safetensors` and a timm `config.json` with one more root key, `sformer`.
-
-    Both files are written aside and renamed: until they are complete the old model is the one that is there.
-
-    Args:
-        model: Calibrated SFormer.
-        directory: Folder to write to.
-        overwrite: Replace a model that is there already.
-
-    Returns:
-        The folder.
-
-    Raises:
-        UncalibratedError: If the thresholds were never fitted.
-        SFormerError: If the folder holds a model, can't be written to, or the model can't be rebuilt from a config.
-    """
-    directory = Path(directory)
-    if not is_calibrated(model):
-        raise UncalibratedError(f'{uncalibrated(model)}; convert it with sformer.convert() before saving.')
-    if not isinstance(model, SFormerMixin):
-        raise SFormerError(f'no config can rebuild a {type(model).__name__}; save the whole SFormer.')
-    if not (getattr(model, 'pretrained_cfg', None) or {}).get('architecture'):
-        raise SFormerError('the source was not built by timm.create_model(), so no config can rebuild it.')
-    check_output(directory, overwrite)
-    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    try:
-        with write_aside(directory) as aside:
-            save_file(state, aside / WEIGHTS_NAME, metadata={'format': 'pt'})
-            record = dict(getattr(model, 'conversion', {}), weights_sha256=file_hash(aside / WEIGHTS_NAME))
-            neurons = tuple(f'{name}.' for name, _ in named_neurons(model))
-            weights = {k: v for k, v in state.items() if not k.startswith(neurons)}
-            if record.get('source_sha256') not in (None, state_hash(weights)):
-                record['changed'] = True  # fine-tuned, or of another dtype
-            save_config_for_hf(
-                model, str(aside / CONFIG_NAME),
-                model_config=dict(sformer=record),
-                model_args=dict(sfn=dataclasses.asdict(model.sfn_config)),
-            )
-            _check_rebuild(aside, state)
-    except (OSError, SafetensorError, ValueError) as e:
-        raise SFormerError(f'{directory} can not be written: {_first_line(e)}. What was there is unchanged.') from e
-    return directory
+def split_revision(name: str) -> Tuple[str, Optional[str]]:
+    """`org/name@revision` -> `('org/name', 'revision')`."""
+    repo_id, at, revision = name.partition('@')
+    if not repo_id or (at and not revision) or '@' in revision:
+        raise SFormerError(f'{name!r} does not name a repository; org/name or org/name@revision does.')
+    return repo_id, revision or None
 
 
-def _check_rebuild(directory: Path, state: Dict[str, torch.Tensor]) -> None:
-    """Raise SFormerError if the config does not build a model that these weights fit."""
-    try:
-        rebuilt = timm.create_model(f'local-dir:{directory}', device='meta').state_dict()
-    except (TypeError, ValueError, RuntimeError, AssertionError) as e:
-        raise SFormerError(f'no config can rebuild this model: {_first_line(e)}.') from e
-    for key in [*state, *rebuilt]:
-        if key not in rebuilt or key not in state or rebuilt[key].shape != state[key].shape:
-            raise SFormerError(f'no config can rebuild this model: it was changed after it was built ({key} differs).')
-
-
-def check_output(directory: Path, overwrite: bool = False) -> None:
-    """Raise SFormerError if a model can't be saved to `directory` because of what is there."""
-    if directory.exists() and not directory.is_dir():
-        raise SFormerError(f'{directory} is a file, not a folder.')
-    existing = next(d for d in (directory, *directory.absolute().parents) if d.exists())
-    if not os.access(existing, os.W_OK):
-        raise SFormerError(f'{directory} can not be written: {existing} is read-only for you.')
-    if not overwrite and any((directory / name).exists() for name in (WEIGHTS_NAME, CONFIG_NAME)):
-        raise SFormerError(f'{directory} holds a model already; --overwrite (overwrite=True) replaces it.')
-
-
-def open_model(name: str) -> nn.Module:
-    """Model by the folder of an SFormer, `local-dir:` or `hf-hub:` name, or name of a timm model with weights.
-
-    Raises:
-        SFormerError: If there is no such model or its weights can't be loaded.
-    """
-    if name.startswith(('hf-hub:', 'local-dir:')) or Path(name).is_dir():
-        return load_model(name)
-    if '/' in name or '\\' in name:
-        raise SFormerError(f'{name} is no folder. A model on the Hub is hf-hub:{name}.')
-    return create_source(name)
-
-
-def load_model(path: Union[str, Path], revision: Optional[str] = None, **kwargs) -> nn.Module:
-    """Load a saved SFormer; the same as `timm.create_model(..., pretrained=True)`, with its record.
+def fetch(
+        repo_id: str,
+        revision: Optional[str] = None,
+        cache_dir: Union[str, Path, None] = None,
+        weights: bool = True,
+        config_is_cached: bool = False,
+) -> Path:
+    """Download and check an SFormer: its config, and the weights of the same commit.
 
     Args:
-        path: Folder written by `save_model`, or `hf-hub:org/name`, or `hf-hub:org/name@revision`.
-        revision: Branch, tag or commit of a model on the Hub.
-        **kwargs: Passed to `timm.create_model`.
+        repo_id: `org/name`.
+        revision: Branch, tag or commit; the main branch if None.
+        cache_dir: Cache to use; the Hub client's own if None.
+        weights: Fetch the weights, too.
+        config_is_cached: The config was downloaded a moment ago.
 
     Returns:
-        The model in eval mode; `model.conversion` is the record of its conversion.
+        Folder of the files; its name is the commit.
 
     Raises:
-        SFormerError: If the model is not there or incomplete, its weights are damaged or not those that the config
-            records, or the config tries to direct the loader.
+        SFormerError: If there is no such model, it can't be had, or it is not what it says; names the file.
     """
-    name = str(path)
-    if name.startswith('hf-hub:'):
-        repo_id, tag = split_revision(name.removeprefix('hf-hub:'))
-        if tag and revision and tag != revision:
-            raise SFormerError(f'{name} names one revision and revision={revision!r} another.')
-        folder = fetch(repo_id, tag or revision, kwargs.get('cache_dir'), weights=False)
-        where, name = name, f'hf-hub:{repo_id}@{folder.name}'
-    elif revision:
-        raise SFormerError(f'{name} is a folder; only a model on the Hub has revisions.')
-    else:
-        folder = Path(name.removeprefix('local-dir:'))
-        where, name = str(folder), f'local-dir:{folder}'
-    config = read_config(folder)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RemoteEntryNotFoundError
+    where = f'{repo_id}@{revision}' if revision else repo_id
+
+    def get(name: str, revision: Optional[str], **kwargs: Any) -> Path:
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings('ignore', 'Not enough free disk space')  # the error that follows says so
+                return Path(hf_hub_download(
+                    repo_id, name, revision=revision, cache_dir=cache_dir, library_name='timm',
+                    library_version=timm.__version__, **kwargs))
+        except RemoteEntryNotFoundError:
+            reason = ' Pickled weights are not loaded.' if name == WEIGHTS_NAME else ''
+            raise SFormerError(f'{where} on the Hub holds no SFormer: there is no {name}.{reason}') from None
+
+    with hub_errors(where):
+        path = None
+        if config_is_cached:
+            with contextlib.suppress(EntryNotFoundError, LocalEntryNotFoundError):
+                path = get(CONFIG_NAME, revision, local_files_only=True)
+        folder = (path or get(CONFIG_NAME, revision)).parent
+        config = read_config(folder)
+        if weights:
+            get(WEIGHTS_NAME, folder.name)
+            try:
+                check_weights_file(folder, config)
+            except SFormerError:
+                with contextlib.suppress(ValueError):  # offline: nothing better can be had
+                    get(WEIGHTS_NAME, folder.name, force_download=True)  # a damaged cache, or a damaged transfer
+                try:
+                    check_weights_file(folder, config)
+                except SFormerError as e:
+                    raise SFormerError(f'{where} on the Hub, downloaded twice: {e}') from None
+    return folder
+
+
+def redact(text: str, token: Optional[str] = None) -> str:
+    """Text without access tokens."""
+    from huggingface_hub import get_token
+    for secret in filter(None, (token, get_token())):
+        text = text.replace(secret, '***')
+    return re.sub(r'\bhf_[A-Za-z0-9]{8,}', '***', text)
+
+
+@contextlib.contextmanager
+def hub_errors(where: str, token: Optional[str] = None) -> Iterator[None]:
+    """Turn what goes wrong between here and the Hub into one clear line without secrets.
+
+    Args:
+        where: Repository, with or without a revision.
+        token: Access token in use, if it is not the one that the Hub client finds.
+
+    Raises:
+        SFormerError: For every error of the Hub, of the connection or of the disk.
+    """
+    from huggingface_hub import errors
+    http_error: Any = errors.HfHubHTTPError.__mro__[1]  # httpx's own, whichever httpx the client uses
+    xet_error: Any = getattr(errors, 'XetDownloadError', OSError)
     try:
-        model = timm.create_model(name, pretrained=True, **kwargs)
-    except SFormerError:
-        raise
-    except Exception as e:  # whatever a wrong value in a config makes timm and torch raise
-        lines = [line.strip() for line in str(e).splitlines() if line.strip()]
-        what = ' '.join(lines[:4]) if lines and not isinstance(e, KeyError) else repr(e)
-        raise SFormerError(f'{where} can not be loaded: {redact(what)}') from e
-    model.conversion = config.get('sformer', {})
-    return model.eval()
+        with _progress_on_terminals():
+            yield
+    except (http_error, OSError, ValueError, RuntimeError, errors.EntryNotFoundError, xet_error) as e:
+        raise SFormerError(redact(' '.join(_explain(e, where, http_error).split()), token)) from None
 
 
-def uncalibrated(model: nn.Module) -> str:
-    """Sentence that says which neurons of a model are uncalibrated."""
-    names = [name for name, neuron in named_neurons(model) if not neuron.calibrated]
-    if not names:
-        return 'the model has no spiking neurons'
-    return f'the model is uncalibrated ({len(names)} neurons have default thresholds, the first is {names[0]})'
+@contextlib.contextmanager
+def _progress_on_terminals() -> Iterator[None]:
+    """The client draws progress bars into files, too; this package does not."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    if sys.stderr.isatty() or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
+def _explain(e: BaseException, where: str, http_error: Any) -> str:
+    from huggingface_hub import constants, errors
+    chain = [e]  # the client wraps what happened, once or twice
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+
+    def find(kind: Any) -> Any:
+        return next((cause for cause in chain if isinstance(cause, kind)), None)
+
+    login = 'hf auth login, or HF_TOKEN'
+    if find(errors.HFValidationError):
+        return f'{where!r} is not a name that the Hub allows: {find(errors.HFValidationError)}'
+    if find(errors.GatedRepoError):
+        return f'{where} is gated: ask for access on its page, and be logged in ({login}).'
+    if find(errors.RevisionNotFoundError):
+        return f'{where}: there is no such revision on the Hub.'
+    if find(errors.HfHubHTTPError):
+        cause = find(errors.HfHubHTTPError)
+        status, said = cause.response.status_code, cause.server_message or cause.response.reason_phrase
+        if status == 401 and 'credentials' in str(said):
+            return f'{where}: the Hub does not accept the access token ({login}).'
+        if status in (401, 404):
+            return (f'{where}: there is no such repository on the Hub, or it is private and no access token that may '
+                    f'read it is at hand ({login}).')
+        if status == 403:
+            return f'{where}: the access token does not permit this ({said}).'
+        if status >= 500 or status == 429:
+            return f'{where}: the Hub is not able to answer just now ({status} {said}). Try again later.'
+        return f'{where}: the Hub refuses ({status} {said}).'
+    if find(errors.OfflineModeIsEnabled):
+        return f'{where} is not in the local cache, and the Hub client is in offline mode (HF_HUB_OFFLINE).'
+    if find(http_error):
+        host, cause = urlsplit(constants.ENDPOINT).hostname, find(http_error)
+        return f'{where}: the connection to {host} failed ({str(cause) or type(cause).__name__}). Try again.'
+    for cause in chain:
+        if isinstance(cause, OSError) and cause.errno is not None:
+            what = 'the disk is full' if cause.errno == errno.ENOSPC else cause.strerror
+            return f'{where}: {what}{f" ({cause.filename})" if cause.filename else ""}.'
+    return f'{where}: {str(e) or type(e).__name__}'

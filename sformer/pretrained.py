@@ -1,93 +1,155 @@
-"""Weights for `pretrained=True`: converted ones from the Hub, or those of the source with neurons fitted on first use.
+"""Weights for `pretrained=True`: where they are, which neurons go with them, and what is recorded of both.
 
-What is cached is the neurons alone (thresholds, levels, centres: kilobytes to megabytes), keyed by the revision of
-the source's weights, the recipe and the version of this package. The weights stay where the Hub's client caches
-them, so a second call costs what loading the source costs.
+What a folder, a file or a repository holds comes with its own neurons. The published weights of a source get neurons
+that are fitted on first use. What is cached of those is the neurons alone (steps, levels, centres: kilobytes to
+megabytes), keyed by the revision of the source's weights, the recipe and the version of this package. The weights stay
+where the Hub's client caches them, so a second call costs what loading the source costs.
 """
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import logging
 import os
+from importlib import metadata
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple, Union
 
 import timm
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from timm.models import PretrainedCfg
+from timm.models._builder import resolve_pretrained_cfg
+from timm.models._hub import load_model_config_from_hf
 
+from .checkpoints import first_line, locked, state_hash, write_aside
+from .conversion import convert
 from .errors import SFormerError
+from .hub import fetch, hub_errors, redact, split_revision
+from .layers import named_neurons
+from .model_config import WEIGHTS_NAME, check_weights_file, conversion_of, read_config
+from .models.sformer import as_config
 from .neurons import SFNConfig
-from .utils import locked
+from .record import Conversion
+from .sources import create_source
 
-__all__ = ['resolve_weights', 'neuron_state', 'RECIPE', 'NAMESPACE_VARIABLE']
+__all__ = ['Pretrained', 'find_pretrained', 'neuron_state', 'RECIPE', 'NAMESPACE_VARIABLE']
 
 _logger = logging.getLogger(__name__)
 
 NAMESPACE_VARIABLE = 'SFORMER_HUB_NAMESPACE'
-RECIPE = dict(calibration='dead-leaves', num_images=256, batch_size=32, seed=0)
+RECIPE = dict(calibration='dead-leaves', num_images=256, seed=0)
 
 State = Dict[str, torch.Tensor]
-Record = Dict[str, Any]
 
 
-def resolve_weights(
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """Where timm finds the weights of an SFormer, and what this package adds to them.
+
+    Args:
+        cfg: `pretrained_cfg` for timm's builder, of a repository pinned to a commit.
+        overlay: `pretrained_cfg_overlay` for it.
+        model_args: Arguments of the network that a config beside the weights names.
+        neurons: State of the neurons, for weights that have none.
+        conversion: Record of the conversion, if it is known.
+        fresh: Whether the weights are those of a source, so that the config says how pixels are coded.
+    """
+    cfg: Any = None
+    overlay: Dict[str, Any] = dataclasses.field(default_factory=dict)
+    model_args: Dict[str, Any] = dataclasses.field(default_factory=dict)
+    neurons: Optional[State] = None
+    conversion: Optional[Conversion] = None
+    fresh: bool = False
+
+
+def find_pretrained(
         variant: str,
         source: str,
-        kwargs: Dict[str, Any],
-) -> Tuple[Dict[str, Any], Optional[Callable[[], Tuple[State, Record]]], Optional[Record]]:
-    """Where the pretrained weights of an entrypoint come from.
+        published: Dict[str, PretrainedCfg],
+        *,
+        pretrained: bool = True,
+        cfg: Any = None,
+        overlay: Optional[Dict[str, Any]] = None,
+        cache_dir: Union[str, Path, None] = None,
+        sfn: Union[SFNConfig, Dict[str, Any], None] = None,
+) -> Pretrained:
+    """Find the pretrained weights of an entrypoint, in this order: the folder or the repository that the user named
+    (checked here, before timm reads it); weights in the package; a repository or a file of a config overlay; converted
+    weights of the namespace in SFORMER_HUB_NAMESPACE; the published weights of the source, with fitted neurons.
 
     Args:
         variant: Name of the `sformer_*` entrypoint.
         source: timm model that it has the architecture of.
-        kwargs: What `timm.create_model` passed to the entrypoint.
+        published: Configs of the entrypoint by tag.
+        pretrained: Whether weights are wanted; without, only a config of a folder or a repository is checked.
+        cfg: `pretrained_cfg` that timm passed to the entrypoint.
+        overlay: `pretrained_cfg_overlay` that it passed.
+        cache_dir: Cache of the Hub's client, if not the default one.
+        sfn: How neurons are asked to fire.
 
     Raises:
-        SFormerError: If the weights can't be had, or are not those that their config records.
-
-    Returns:
-        kwargs that name a commit of what is on the Hub; a function that returns the neurons to go with the weights of
-        a source network, or None where the weights are converted ones; the record of their conversion, if it is known.
+        SFormerError: If the weights cannot be had, or are not those that their config records.
     """
-    from timm.models._builder import resolve_pretrained_cfg
-
-    from .models import default_cfgs
-    overlay = kwargs.get('pretrained_cfg_overlay') or {}
-    cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
-    published = default_cfgs[variant].cfgs.get(cfg.tag)
-    if published is not None and published.file and cfg.file == published.file and not cfg.state_dict:
-        record = json.loads(Path(cfg.file).with_suffix('.json').read_text(encoding='utf-8'))
-        return kwargs, None, record['conversion']  # weights in the package
-    if cfg.source or cfg.state_dict or cfg.file or not cfg.hf_hub_id:
-        return kwargs, None, None  # a folder or a file that the user names
-    cache_dir = kwargs.get('cache_dir')
-    name = f'{variant}.{cfg.tag}'
-    if published is None or cfg.hf_hub_id != published.hf_hub_id:
-        return _converted(variant, cfg.hf_hub_id, kwargs)
+    overlay = dict(overlay or {})
+    where = cfg.get('source') if isinstance(cfg, dict) else None  # a dict that timm read from a config
+    if where in ('local-dir', 'hf-hub'):
+        return _named(cfg, where, overlay, cache_dir, pretrained)
+    given = Pretrained(cfg, overlay)
+    if not pretrained:
+        return given
+    resolved = resolve_pretrained_cfg(variant, cfg, overlay)
+    known = published.get(resolved.tag)
+    if known is not None and known.file and resolved.file == known.file and not resolved.state_dict:
+        record = json.loads(Path(known.file).with_suffix('.json').read_text(encoding='utf-8'))
+        conversion = Conversion.from_dict(record['conversion'])
+        check_firing(f'{variant}.{resolved.tag}', sfn, record['sfn'])
+        return dataclasses.replace(given, model_args=dict(sfn=record['sfn']), conversion=conversion)
+    if resolved.source or resolved.state_dict or resolved.file or not resolved.hf_hub_id:
+        return given  # a folder or a file that the user names
+    if known is None or resolved.hf_hub_id != known.hf_hub_id:
+        return _converted(variant, resolved.hf_hub_id, overlay, cache_dir, sfn)
+    name = f'{variant}.{resolved.tag}'
     namespace = os.environ.get(NAMESPACE_VARIABLE)
     if namespace:
         _logger.info(f'{name}: converted weights of {namespace}/{name} ({NAMESPACE_VARIABLE})')
-        return _converted(variant, f'{namespace}/{name}', kwargs)
-    _logger.info(f'{name}: weights of its source, {cfg.hf_hub_id}')
-    sfn = kwargs.get('sfn')
-    config = sfn if isinstance(sfn, SFNConfig) else SFNConfig(**(sfn or {}))
-    hub_id = pinned(name, cfg.hf_hub_id, cache_dir)
-    fitted = functools.partial(neuron_state, name, f'{source}.{cfg.tag}', hub_id, config, cache_dir)
-    return dict(kwargs, pretrained_cfg_overlay=dict(overlay, hf_hub_id=hub_id)), fitted, None
+        return _converted(variant, f'{namespace}/{name}', overlay, cache_dir, sfn)
+    _logger.info(f'{name}: weights of its source, {resolved.hf_hub_id}')
+    hub_id = pinned(name, resolved.hf_hub_id, cache_dir)
+    neurons, conversion = neuron_state(name, f'{source}.{resolved.tag}', hub_id, as_config(sfn), cache_dir)
+    return Pretrained(cfg, dict(overlay, hf_hub_id=hub_id), neurons=neurons, conversion=conversion, fresh=True)
 
 
-def _converted(
-        variant: str,
-        hub_id: str,
-        kwargs: Dict[str, Any],
-) -> Tuple[Dict[str, Any], None, Record]:
+def check_firing(name: str, asked: Any, fitted: Dict[str, Any]) -> None:
+    """Raise SFormerError if converted weights are to be loaded into other neurons than they were fitted to."""
+    if asked is None:
+        return
+    config = dataclasses.asdict(as_config(asked))
+    different = [key for key, value in dataclasses.asdict(as_config(fitted)).items() if config[key] != value]
+    if different:
+        raise SFormerError(
+            f'{name} was converted with {", ".join(f"{key}={fitted.get(key)!r}" for key in different)}, so sfn= can '
+            f'ask for nothing else. Its source can be converted with sformer.convert().')
+
+
+def _named(cfg: Dict[str, Any], where: str, overlay: Dict[str, Any], cache_dir: Any, pretrained: bool) -> Pretrained:
+    """A folder or a repository that timm is about to load; timm has read its config, which is checked here."""
+    if where == 'local-dir':
+        folder = Path(cfg['file'])
+        config = read_config(folder)
+        if pretrained:
+            check_weights_file(folder, config)
+    else:
+        repo_id, revision = split_revision(cfg['hf_hub_id'])
+        folder = fetch(repo_id, revision, cache_dir, weights=pretrained, config_is_cached=True)
+        cfg = dict(cfg, hf_hub_id=f'{repo_id}@{folder.name}')
+        config = read_config(folder)
+    return Pretrained(cfg, overlay, conversion=conversion_of(config) if pretrained else None)
+
+
+def _converted(variant: str, hub_id: str, overlay: Dict[str, Any], cache_dir: Any, sfn: Any) -> Pretrained:
     """As `hf-hub:` does it: weights, neurons and preprocessing are those that the repository's config names."""
-    from timm.models._hub import load_model_config_from_hf
-
-    from .verification import fetch, read_config, split_revision
-    cache_dir, overlay = kwargs.get('cache_dir'), dict(kwargs.get('pretrained_cfg_overlay') or {})
     folder = fetch(*split_revision(hub_id), cache_dir=cache_dir)
     config = read_config(folder)
     if config['architecture'] != variant:
@@ -97,8 +159,9 @@ def _converted(
         raise SFormerError(f'pretrained_cfg_overlay sets {", ".join(directed)}, but the weights of an SFormer are '
                            f'its model.safetensors.')
     cfg, _, args = load_model_config_from_hf(f'{split_revision(hub_id)[0]}@{folder.name}', cache_dir)
-    overlay.pop('hf_hub_id', None)
-    return {**args, **kwargs, 'pretrained_cfg': cfg, 'pretrained_cfg_overlay': overlay}, None, config.get('sformer', {})
+    check_firing(hub_id, sfn, args.get('sfn', {}))
+    return Pretrained(cfg, {key: value for key, value in overlay.items() if key != 'hf_hub_id'}, args,
+                      conversion=conversion_of(config))
 
 
 def pinned(name: str, hub_id: str, cache_dir: Optional[str] = None) -> str:
@@ -109,16 +172,13 @@ def pinned(name: str, hub_id: str, cache_dir: Optional[str] = None) -> str:
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
-
-    from .verification import WEIGHTS_NAME, hub_errors, redact, split_revision
     repo_id, revision = split_revision(hub_id)
     with hub_errors(repo_id):
         try:
             path = hf_hub_download(repo_id, WEIGHTS_NAME, revision=revision, cache_dir=cache_dir, library_name='timm')
         except LocalEntryNotFoundError as e:
-            reason = (str(e).strip() or type(e).__name__).splitlines()[0].rstrip('.')
             raise SFormerError(
-                f'the weights of {name} are not in the cache and can not be downloaded: {redact(reason)}. Where '
+                f'the weights of {name} are not in the cache and cannot be downloaded: {redact(first_line(e))}. Where '
                 f'there is a connection, `hf download {repo_id} model.safetensors` puts them into the cache of the '
                 f'Hub client (HF_HOME).') from e
     return f'{repo_id}@{Path(path).parent.name}'
@@ -130,11 +190,11 @@ def neuron_state(
         hub_id: str,
         config: SFNConfig = SFNConfig(),
         cache_dir: Optional[str] = None,
-) -> Tuple[State, Record]:
+) -> Tuple[State, Conversion]:
     """Neurons of a zoo entry, from the cache or fitted to its source on generated images.
 
     Processes that ask for the same neurons at once fit them once: the first one holds a lock, the others wait for it
-    and then read what it wrote. A file under its final name is complete.
+    and then read what it wrote. A file under its final name is complete; one that was damaged is fitted again.
 
     Args:
         name: Entry of the zoo with its tag.
@@ -144,7 +204,7 @@ def neuron_state(
         cache_dir: Cache folder of the Hub's client, if not the default one.
 
     Raises:
-        SFormerError: If the source can't be loaded.
+        SFormerError: If the source cannot be loaded.
     """
     folder, key = cache_folder(cache_dir), cache_key(hub_id, config)
     path = folder / f'{name}-{key[:16]}.safetensors'
@@ -160,21 +220,9 @@ def neuron_state(
             _logger.info(f'{name}: neurons of {path}, which another process has just written')
             return cached
         _logger.warning(f'{name}: fitting neurons to {source} on {RECIPE["num_images"]} generated images, this once')
-        state, record = _fit(source, hub_id, config, cache_dir)
-        _write(path, key, state, record)
-        return state, record
-
-
-def _write(path: Path, key: str, state: State, record: Record) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    from .utils import write_aside
-    try:
-        with write_aside(path.parent) as aside:
-            save_file(state, aside / path.name, metadata=dict(format='pt', key=key, conversion=json.dumps(record)))
-    except (OSError, SafetensorError) as e:  # the neurons are at hand, so this is no reason to fail
-        _logger.warning(f'{path} can not be written ({e}): the next call will fit these neurons again')
+        state, conversion = _fit(source, hub_id, config, cache_dir)
+        _write(path, key, state, conversion)
+        return state, conversion
 
 
 def cache_folder(cache_dir: Optional[str] = None) -> Path:
@@ -185,27 +233,37 @@ def cache_folder(cache_dir: Optional[str] = None) -> Path:
 
 def cache_key(hub_id: str, config: SFNConfig) -> str:
     """Hash of what the neurons of a source depend on: its commit, the recipe, the version of this package."""
-    from importlib import metadata
     parts = dict(source=hub_id, version=metadata.version('sformer'), recipe=RECIPE, config=dataclasses.asdict(config))
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _read(path: Path, key: str) -> Optional[Tuple[State, Record]]:
-    from safetensors import SafetensorError, safe_open
+def _write(path: Path, key: str, state: State, conversion: Conversion) -> None:
+    about = dict(format='pt', key=key, sha256=state_hash(state), conversion=json.dumps(conversion.to_dict()))
+    try:
+        with write_aside(path.parent) as aside:
+            save_file(state, aside / path.name, metadata=about)
+    except (OSError, SafetensorError) as e:  # the neurons are at hand, so this is no reason to fail
+        _logger.warning(f'{path} cannot be written ({e}): the next call will fit these neurons again')
+
+
+def _read(path: Path, key: str) -> Optional[Tuple[State, Conversion]]:
     try:
         with safe_open(path, framework='pt') as f:
-            if (f.metadata() or {}).get('key') != key:
+            about = f.metadata() or {}
+            if about.get('key') != key:
                 return None
             state = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-            return state, json.loads(f.metadata()['conversion'])
-    except (OSError, SafetensorError):
+        if about.get('sha256') != state_hash(state):
+            raise SFormerError('its hash is another')
+        return state, Conversion.from_dict(json.loads(about['conversion']))
+    except FileNotFoundError:
+        return None
+    except (OSError, SafetensorError, SFormerError, ValueError, KeyError, TypeError, AttributeError) as e:
+        _logger.warning(f'{path} is damaged ({first_line(e)})')
         return None
 
 
-def _fit(source: str, hub_id: str, config: SFNConfig, cache_dir: Optional[str]) -> Tuple[State, Record]:
-    from .conversion import convert, create_source
-    from .layers import named_neurons
-    from .utils import state_hash
+def _fit(source: str, hub_id: str, config: SFNConfig, cache_dir: Optional[str]) -> Tuple[State, Conversion]:
     has_classes = timm.get_pretrained_cfg(source).num_classes > 0
     # whatever the caller has set for models of its own: neurons are the same on all machines
     default = torch.get_default_dtype()
@@ -215,16 +273,15 @@ def _fit(source: str, hub_id: str, config: SFNConfig, cache_dir: Optional[str]) 
         try:
             # a source without a classifier gets one of no meaning: the neurons before it serve whoever adds their own
             kwargs = {} if has_classes else dict(num_classes=1)
-            model = create_source(
-                source, cache_dir=cache_dir, pretrained_cfg_overlay=dict(hf_hub_id=hub_id), **kwargs)
-            model = convert(model, config=config, inplace=True, **RECIPE)
+            network = create_source(
+                source, cache_dir=cache_dir, pretrained_cfg_overlay=dict(hf_hub_id=hub_id), **kwargs).network
+            model = convert(network, config=config, inplace=True, **RECIPE)
         finally:
             torch.set_default_dtype(default)
     state = {f'{name}.{key}': buffer.detach().clone()
              for name, neuron in named_neurons(model) for key, buffer in neuron.named_buffers(recurse=False)}
-    record: Any = model.conversion
-    record['source_weights'] = hub_id
+    conversion = dataclasses.replace(model.conversion, source_weights=hub_id)
     if not has_classes:
         weights = {k: v for k, v in model.state_dict().items() if k not in state and not k.startswith('head.')}
-        record['source_sha256'] = state_hash(weights)
-    return state, record
+        conversion = dataclasses.replace(conversion, source_sha256=state_hash(weights))
+    return state, conversion

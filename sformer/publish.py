@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Union
 
 from .cards import Record, read_record, render_card, render_eval_results, render_plots
+from .checkpoints import file_hash
 from .errors import SFormerError, UncalibratedError
-from .hub import load_model, uncalibrated
-from .models import is_calibrated
-from .utils import file_hash
-from .verification import CONFIG_NAME, WEIGHTS_NAME, hub_errors, redact
+from .hub import hub_errors, redact
+from .layers import is_calibrated, uncalibrated
+from .model_config import CONFIG_NAME, WEIGHTS_NAME
+from .saving import load_model
 
 __all__ = ['Publication', 'prepare', 'publish', 'upload']
 

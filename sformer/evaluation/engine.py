@@ -12,14 +12,12 @@ import torch.nn as nn
 from timm.data import resolve_input_data_config
 
 from ..benchmarks import Benchmark, resolve_benchmark
-from ..calibration import bypass_neurons
+from ..checkpoints import state_hash
 from ..data import Batch, ImageData, Plan, lost_workers, open_images
 from ..distributed import Group
 from ..errors import SFormerError, UncalibratedError
-from ..hub import uncalibrated
-from ..layers import named_neurons
-from ..models import is_calibrated, source_of
-from ..utils import check_preprocessing, library_versions, state_hash
+from ..layers import is_calibrated, named_neurons, source_of, uncalibrated
+from ..utils import check_preprocessing, library_versions
 from .firing import FiringRates
 from .journal import Journal
 from .metrics import ChunkScore, PairScore, summarize, summarize_pair

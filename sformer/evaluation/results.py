@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, Union
 
+from ..checkpoints import locked, write_aside, write_json
 from ..errors import SFormerError
-from ..utils import locked, write_aside, write_json
-from ..verification import CONFIG_NAME, WEIGHTS_NAME
+from ..model_config import CONFIG_NAME, WEIGHTS_NAME
 
 __all__ = ['check_results_file', 'write_results']
 

@@ -1,12 +1,14 @@
-"""Spiking counterparts of timm layers, and the table that maps one to the other."""
-from . import attention, linear, mlp
-from .attention import SpikingAttention
+"""Spiking counterparts of layers, the table that maps one to the other, and the verb that applies it."""
+from .attention import SpikingAttention, SpikingAttentionMixin
 from .linear import SpikingConv2d, SpikingLinear, SpikingPatchEmbed
-from .mlp import SpikingMlp
-from .registry import FLOATING_LAYERS, SPIKING_LAYERS, named_neurons, spiking_
+from .mlp import SpikingGluMlp, SpikingSwiGLU
+from .products import AttentionProduct
+from .spiking import is_calibrated, named_neurons, revert_, shared_copy, source_of, source_view, spiking_, uncalibrated
+from .table import FLOATING_LAYERS, SPIKING_LAYERS, SpikingLayer, register_floating, register_spiking
 
 __all__ = [
-    'attention', 'linear', 'mlp',
-    'SpikingAttention', 'SpikingConv2d', 'SpikingLinear', 'SpikingMlp', 'SpikingPatchEmbed',
-    'FLOATING_LAYERS', 'SPIKING_LAYERS', 'named_neurons', 'spiking_',
+    'AttentionProduct', 'SpikingAttention', 'SpikingAttentionMixin', 'SpikingConv2d', 'SpikingGluMlp', 'SpikingLayer',
+    'SpikingLinear', 'SpikingPatchEmbed', 'SpikingSwiGLU',
+    'FLOATING_LAYERS', 'SPIKING_LAYERS', 'register_floating', 'register_spiking',
+    'spiking_', 'revert_', 'shared_copy', 'source_of', 'source_view', 'named_neurons', 'is_calibrated', 'uncalibrated',
 ]

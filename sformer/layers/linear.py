@@ -1,18 +1,20 @@
 """Layers with weights: their input is spikes, their output a current."""
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from timm.layers import PatchEmbed
 
-from ..neurons import DirectCoding, ScaleAndFire, SFNConfig
+from ..neurons import GradedCoding, ScaleAndFire, SFNConfig
+from . import products
+from .table import SpikingLayer, register_spiking
 
 __all__ = ['SpikingLinear', 'SpikingConv2d', 'SpikingPatchEmbed']
 
 
-class SpikingLinear(nn.Linear):
-    """Linear layer on spikes, a threshold per input channel.
+@register_spiking(nn.Linear)
+class SpikingLinear(SpikingLayer, nn.Linear):
+    """Linear layer on spikes, with a step per input channel.
 
-    A channel is a neuron, so its own threshold costs nothing: it folds into the column of weights that follows.
+    A channel is a neuron, so its own step costs nothing: it folds into the column of weights that follows.
 
     Args:
         in_features: Input channels.
@@ -23,6 +25,7 @@ class SpikingLinear(nn.Linear):
     Shape:
         Input (..., in_features), output (..., out_features).
     """
+    spiking_parts = ('neuron',)
 
     def __init__(
             self,
@@ -36,24 +39,22 @@ class SpikingLinear(nn.Linear):
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.add_neurons(config)
 
-    @torch.jit.ignore
     def add_neurons(self, config: SFNConfig) -> None:
         self.neuron = ScaleAndFire((self.in_features,), config, device=self.weight.device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(self.neuron(x), self.weight, self.bias)
+        return products.linear(self.neuron, x, self.weight, self.bias)
 
 
-class SpikingConv2d(nn.Conv2d):
-    """Convolution on spikes, one threshold for the tensor.
-
-    Built by `spiking_` from an `nn.Conv2d`, whose parameters it keeps.
+@register_spiking(nn.Conv2d)
+class SpikingConv2d(SpikingLayer, nn.Conv2d):
+    """Convolution on spikes, one step for the tensor; made by `spiking_` of an `nn.Conv2d`.
 
     Shape:
         Input (B, C, H, W), output as of `nn.Conv2d`.
     """
+    spiking_parts = ('neuron',)
 
-    @torch.jit.ignore
     def add_neurons(self, config: SFNConfig) -> None:
         self.neuron = ScaleAndFire((1,), config, device=self.weight.device)
 
@@ -61,10 +62,10 @@ class SpikingConv2d(nn.Conv2d):
         return self._conv_forward(self.neuron(x), self.weight, self.bias)
 
 
-class SpikingPatchEmbed(PatchEmbed):
-    """Patch embedding whose convolution reads directly coded 8-bit pixels."""
+@register_spiking(PatchEmbed)
+class SpikingPatchEmbed(SpikingLayer, PatchEmbed):
+    """Patch embedding whose convolution reads 8-bit pixels as graded spikes."""
 
-    @torch.jit.ignore
     def add_neurons(self, config: SFNConfig) -> None:
-        if not isinstance(getattr(self.proj, 'neuron', None), DirectCoding):
-            self.proj.neuron = DirectCoding(self.proj.in_channels, device=self.proj.weight.device)
+        if not isinstance(getattr(self.proj, 'neuron', None), GradedCoding):
+            self.proj.neuron = GradedCoding(self.proj.in_channels, device=self.proj.weight.device)

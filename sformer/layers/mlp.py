@@ -1,77 +1,45 @@
-"""MLPs: their linear layers spike, and so do both operands where two activations are multiplied."""
+"""Gated MLPs: their linear layers spike, and so do both operands where two activations are multiplied."""
 import torch
-import torch.nn as nn
-from timm.layers import GluMlp, Mlp, SwiGLU
+from timm.layers import GluMlp, SwiGLU
 
-from ..neurons import DEFAULT_RANGE, ScaleAndFire, SFNConfig
+from ..neurons import ScaleAndFire, SFNConfig
+from . import products
+from .table import SpikingLayer, register_spiking
 
-__all__ = ['SpikingMlp', 'SpikingGluMlp', 'SpikingSwiGLU']
+__all__ = ['SpikingGluMlp', 'SpikingSwiGLU']
 
 
-def _fit_negative_branch(neuron: ScaleAndFire, act: nn.Module) -> None:
-    """Let the negative branch cover just the negative range of an activation function, as GELU's of -0.17.
+class SpikingGateMixin(SpikingLayer):
+    """Gate (after its activation function) and value spike before their product, with a step per channel.
 
-    This is the default of an uncalibrated neuron, whose branch would be wasted otherwise.
+    Shape:
+        Input and output (B, L, C).
     """
-    if neuron.threshold.is_meta:
-        return
-    with torch.no_grad():
-        current = torch.linspace(-DEFAULT_RANGE, DEFAULT_RANGE, 801, dtype=torch.float32, device='cpu')
-        low = -act(current).min().clamp(max=-1e-3)
-    neuron.threshold[1] = low / neuron.levels[-1]
+    spiking_parts = ('gate_neuron', 'value_neuron')
 
-
-def _add_operand_neurons(mlp: nn.Module, config: SFNConfig) -> None:
-    """Add neurons for gate and value of a gated MLP, a threshold per channel."""
-    features, device = mlp.fc2.in_features, mlp.fc2.weight.device
-    mlp.gate_neuron = ScaleAndFire((features,), config, device=device)
-    mlp.value_neuron = ScaleAndFire((features,), config, device=device)
-    _fit_negative_branch(mlp.gate_neuron, mlp.act)
-
-
-class SpikingMlp(Mlp):
-    """MLP whose hidden activation is lopsided, as GELU's range of -0.17 ... +10 is; `fc1` and `fc2` spike."""
-
-    @torch.jit.ignore
     def add_neurons(self, config: SFNConfig) -> None:
-        if isinstance(self.norm, nn.Identity):
-            _fit_negative_branch(self.fc2.neuron, self.act)
+        shape, device = (self.fc2.in_features,), self.fc2.weight.device
+        self.gate_neuron = ScaleAndFire(shape, config, device=device)
+        self.value_neuron = ScaleAndFire(shape, config, device=device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, value = self.gate_and_value(x)
+        x = products.multiply(self.gate_neuron, self.act(gate), self.value_neuron, value)
+        return self.drop2(self.fc2(self.norm(self.drop1(x))))
 
 
-class SpikingGluMlp(GluMlp):
-    """Gated MLP with packed weights; gate (after its activation function) and value spike before their product."""
+@register_spiking(GluMlp)
+class SpikingGluMlp(SpikingGateMixin, GluMlp):
+    """Gated MLP with packed weights."""
 
-    @torch.jit.ignore
-    def add_neurons(self, config: SFNConfig) -> None:
-        _add_operand_neurons(self, config)
-
-    def forward(self, x):
-        x = self.fc1(x)
-        x1, x2 = x.chunk(2, dim=self.chunk_dim)
-        if self.gate_last:
-            x = self.value_neuron(x1) * self.gate_neuron(self.act(x2))
-        else:
-            x = self.gate_neuron(self.act(x1)) * self.value_neuron(x2)
-        x = self.drop1(x)
-        x = self.norm(x)
-        x = self.fc2(x)
-        x = self.drop2(x)
-        return x
+    def gate_and_value(self, x: torch.Tensor):
+        first, second = self.fc1(x).chunk(2, dim=self.chunk_dim)
+        return (second, first) if self.gate_last else (first, second)
 
 
-class SpikingSwiGLU(SwiGLU):
-    """Gated MLP with separate weights; gate (after its activation function) and value spike before their product."""
+@register_spiking(SwiGLU)
+class SpikingSwiGLU(SpikingGateMixin, SwiGLU):
+    """Gated MLP with separate weights."""
 
-    @torch.jit.ignore
-    def add_neurons(self, config: SFNConfig) -> None:
-        _add_operand_neurons(self, config)
-
-    def forward(self, x):
-        x_gate = self.fc1_g(x)
-        x = self.fc1_x(x)
-        x = self.gate_neuron(self.act(x_gate)) * self.value_neuron(x)
-        x = self.drop1(x)
-        x = self.norm(x)
-        x = self.fc2(x)
-        x = self.drop2(x)
-        return x
+    def gate_and_value(self, x: torch.Tensor):
+        return self.fc1_g(x), self.fc1_x(x)

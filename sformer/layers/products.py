@@ -1,0 +1,100 @@
+"""The products: the one place where spikes meet weights, and spikes meet spikes.
+
+Whatever else computes an SFormer (integers, bit planes, another library) replaces what is here.
+"""
+from typing import Optional
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers.attention import maybe_add_mask, resolve_self_attn_mask
+from timm.models._features_fx import register_notrace_function
+
+from ..neurons import Neuron, ScaleAndFire, SFNConfig
+
+__all__ = ['linear', 'multiply', 'softmax_numerators', 'AttentionProduct']
+
+
+def linear(neuron: Neuron, x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
+    """Product of the spikes on a current (..., C) with weights (D, C), plus a bias (D,): a current (..., D)."""
+    return F.linear(neuron(x), weight, bias)
+
+
+def multiply(a_neuron: Neuron, a: torch.Tensor, b_neuron: Neuron, b: torch.Tensor) -> torch.Tensor:
+    """Elementwise product of the spikes on two currents of one shape, as of a gate and a value."""
+    return a_neuron(a) * b_neuron(b)
+
+
+@torch.fx.wrap
+@register_notrace_function
+def softmax_numerators(
+        scores: torch.Tensor,
+        attn_mask: Optional[torch.Tensor] = None,
+        is_causal: bool = False,
+) -> torch.Tensor:
+    """Numerators exp(s - max s) of the softmax over the keys, in [0, 1], of scores (B, H, L, S); zero in a row that may
+    see no key, which so attends to nothing, as in torch's own attention."""
+    masked = is_causal or attn_mask is not None
+    if masked:
+        scores = maybe_add_mask(scores, resolve_self_attn_mask(scores.shape[-2], scores, attn_mask, is_causal))
+    numerators = (scores - scores.detach().amax(dim=-1, keepdim=True)).exp()
+    return numerators.nan_to_num() if masked else numerators
+
+
+class AttentionProduct(nn.Module):
+    """Scaled dot-product attention on spikes: QK^T and AV.
+
+    Softmax spikes are levels of the *numerators* exp(s - max s) in (0, 1], and each row of AV is divided by its own
+    spike sum. The strongest key of a row always fires at the top level, whether the row is flat or peaked, and rows
+    sum to one exactly; spikes of the normalised softmax would have to cover 0.01 and 1 with the same levels.
+
+    Keys are centred per channel before they fire: a constant added to all keys moves every score of a row alike, to
+    which softmax is blind.
+
+    Args:
+        num_heads: Heads H of queries, keys and values.
+        head_dim: Channels D of queries and keys per head.
+        v_head_dim: Channels of values per head, if they are others.
+        config: Neurons: of q a step per head, of k a step per head and a centre per channel, of v a step per channel,
+            of the softmax a step per head.
+        device: Device of the neurons.
+
+    Shape:
+        q (B, H, L, D), k (B, H, S, D), v (B, H, S, D'), output (B, H, L, D').
+    """
+
+    def __init__(
+            self,
+            num_heads: int,
+            head_dim: int,
+            v_head_dim: Optional[int] = None,
+            config: SFNConfig = SFNConfig(),
+            device=None,
+    ):
+        super().__init__()
+        head, channel = (num_heads, 1, 1), (num_heads, 1, head_dim)
+        self.q_neuron = ScaleAndFire(head, config, device=device)
+        self.k_neuron = ScaleAndFire(head, config, center_shape=channel, device=device)
+        self.v_neuron = ScaleAndFire((num_heads, 1, v_head_dim or head_dim), config, device=device)
+        self.attn_neuron = ScaleAndFire(head, config, signed=False, device=device)
+
+    def forward(
+            self,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            attn_mask: Optional[torch.Tensor] = None,
+            dropout_p: float = 0.,
+            is_causal: bool = False,
+            scale: Optional[float] = None,
+    ) -> torch.Tensor:
+        """Arguments are those of `F.scaled_dot_product_attention`."""
+        q, k, v = self.q_neuron(query), self.k_neuron(key), self.v_neuron(value)
+        scores = (q * (query.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-2, -1)
+        attn = self.attn_neuron(softmax_numerators(scores, attn_mask, is_causal))
+        total = attn.sum(dim=-1, keepdim=True)
+        if dropout_p:
+            attn = F.dropout(attn, dropout_p)
+        # exact, and in float16 a sum over many keys would overflow before it is divided
+        # (the strongest key fires its top level, near 1, so a sum is either that or zero)
+        return (attn @ (v / 32)) / (total / 32).clamp_min(1e-4)

@@ -1,0 +1,160 @@
+"""The verb that makes any torch module spike, and its inverse."""
+import contextlib
+import copy
+import itertools
+from typing import Callable, Iterator, List, Optional, Tuple
+
+import torch
+import torch.nn as nn
+
+from ..errors import UnsupportedLayerError
+from ..neurons import Neuron, SFNConfig
+from .linear import SpikingPatchEmbed
+from .products import AttentionProduct
+from .table import FLOATING_LAYERS, SPIKING_LAYERS, SpikingLayer
+
+__all__ = [
+    'spiking_', 'revert_', 'shared_copy', 'source_of', 'source_view', 'named_neurons', 'is_calibrated', 'uncalibrated',
+]
+
+
+def spiking_(
+        module: nn.Module,
+        config: SFNConfig = SFNConfig(),
+        filter_fn: Optional[Callable[[nn.Module, str], bool]] = None,
+) -> nn.Module:
+    """Replace every layer by its spiking counterpart, in place.
+
+    Parameters, their names and their values stay; each spiking layer gains the buffers of its neurons, with default
+    thresholds until they are calibrated. Layers that spike already are left alone, so a head that was reset can be
+    converted by a second call.
+
+    Args:
+        module: Any torch module.
+        config: Neurons.
+        filter_fn: Called with a layer and its name; where it returns False, the layer and all below stay as they are.
+
+    Returns:
+        The same module.
+
+    Raises:
+        UnsupportedLayerError: If a layer has no spiking counterpart or its forward was replaced; names the layers, and
+            the module is unchanged.
+    """
+    named = list(_filtered(module, filter_fn))
+    _check(named)
+    # layers without weights build their neurons where the others are
+    device = next((p.device for p in module.parameters()), None)
+    with contextlib.nullcontext() if device is None else torch.device(device):
+        for _, child in reversed(named):  # children first, a parent may replace their neurons
+            spiking = SPIKING_LAYERS.get(type(child))
+            if spiking is not None:
+                child.__dict__.pop('forward', None)
+                child.__class__ = spiking
+            if spiking is not None or isinstance(child, SpikingPatchEmbed):  # whose convolution timm may put in anew
+                child.add_neurons(config)
+                for name in child.spiking_parts:
+                    part = getattr(child, name)
+                    if isinstance(part, nn.Module):
+                        part.train(child.training)
+    return module
+
+
+def _filtered(
+        module: nn.Module,
+        filter_fn: Optional[Callable[[nn.Module, str], bool]],
+        name: str = '',
+) -> Iterator[Tuple[str, nn.Module]]:
+    """Modules with their names, parents first, without neurons and what is below a filtered one."""
+    if isinstance(module, (Neuron, AttentionProduct)) or (filter_fn is not None and not filter_fn(module, name)):
+        return
+    yield name, module
+    for child_name, child in module.named_children():
+        yield from _filtered(child, filter_fn, f'{name}.{child_name}' if name else child_name)
+
+
+def _check(named: List[Tuple[str, nn.Module]]) -> None:
+    """Raise UnsupportedLayerError if a layer would stay analog."""
+    sources = tuple(SPIKING_LAYERS)
+    unknown = []
+    for name, child in named:
+        kind = type(child)
+        if kind in SPIKING_LAYERS:
+            # hooks that were removed leave the layer's own forward behind
+            forward = child.__dict__.get('forward')
+            if forward is not None and getattr(forward, '__func__', None) is not kind.forward:
+                raise UnsupportedLayerError(
+                    f'the forward of {name or "(root)"} was replaced, by hooks of accelerate perhaps, so that it would '
+                    f'not spike. Remove them first (accelerate.hooks.remove_hook_from_submodules).')
+        elif kind not in FLOATING_LAYERS and kind not in SPIKING_LAYERS.values() and (
+                # whatever only calls its children may pass; calibration watches for products in its own forward
+                isinstance(child, sources) or next(child.children(), None) is None or has_tensors(child)):
+            unknown.append(f'{name or "(root)"} ({kind.__module__}.{kind.__qualname__})')
+    if unknown:
+        more = f' and {len(unknown) - 4} more' if len(unknown) > 4 else ''
+        raise UnsupportedLayerError(
+            f'no spiking counterpart for {", ".join(unknown[:4])}{more}. '
+            f'Register one with sformer.layers.register_spiking or, if it multiplies nothing, register_floating.')
+
+
+def has_tensors(module: nn.Module) -> bool:
+    """Whether a module has parameters or buffers of its own."""
+    return any(True for _ in itertools.chain(module.parameters(recurse=False), module.buffers(recurse=False)))
+
+
+def revert_(module: nn.Module) -> nn.Module:
+    """Turn a spiking module, or one that was left half converted, back into its source, in place."""
+    back = {spiking: source for source, spiking in SPIKING_LAYERS.items()}
+    for child in list(module.modules()):
+        if isinstance(child, SpikingLayer):
+            child.remove_neurons()
+            child.__class__ = back[type(child)]
+    return module
+
+
+def shared_copy(module: nn.Module) -> nn.Module:
+    """A copy of a module's structure that shares its parameters and buffers."""
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+
+
+def source_of(model: nn.Module) -> nn.Module:
+    """The source network of an SFormer, as a copy: the inverse of conversion.
+
+    Args:
+        model: Spiking model.
+
+    Returns:
+        A model of the class that it was converted from, with the same weights and no neurons.
+    """
+    return revert_(copy.deepcopy(model))
+
+
+def source_view(model: nn.Module) -> nn.Module:
+    """The source network of an SFormer as a view of its own, with the same parameters and no neurons.
+
+    The model itself goes on spiking, in this thread and in others. What moves or replaces its parameters later does not
+    reach the view.
+    """
+    return revert_(shared_copy(model))
+
+
+def named_neurons(module: nn.Module) -> Iterator[Tuple[str, Neuron]]:
+    """Neurons of a spiking module with their paths, in the order of the modules."""
+    for name, child in module.named_modules():
+        if isinstance(child, Neuron):
+            yield name, child
+
+
+def is_calibrated(module: nn.Module) -> bool:
+    """Whether every neuron of a spiking module has fitted thresholds, and there is at least one."""
+    neurons = [neuron for _, neuron in named_neurons(module)]
+    return bool(neurons) and all(not neuron.calibrated.is_meta and bool(neuron.calibrated) for neuron in neurons)
+
+
+def uncalibrated(module: nn.Module) -> str:
+    """Sentence that says which neurons of a module are uncalibrated."""
+    names = [name for name, neuron in named_neurons(module) if not neuron.calibrated]
+    if not names:
+        return 'the model has no spiking neurons'
+    return f'the model is uncalibrated ({len(names)} neurons have default thresholds, the first is {names[0]})'

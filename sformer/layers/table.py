@@ -1,0 +1,60 @@
+"""The table from a layer to its spiking counterpart. A layer that is in neither part of it does not convert."""
+from typing import Callable, Dict, Set, Tuple, Type, TypeVar
+
+import torch.nn as nn
+from timm import layers as tl
+from timm.models import beit, eva
+from timm.models import vision_transformer as vit
+
+from ..neurons import SFNConfig
+
+__all__ = ['SpikingLayer', 'SPIKING_LAYERS', 'FLOATING_LAYERS', 'register_spiking', 'register_floating']
+
+
+class SpikingLayer(nn.Module):
+    """What a spiking counterpart adds to the layer that it subclasses, whose parameters and attributes it keeps.
+
+    `spiking_` changes the class of a layer to that of its counterpart and calls `add_neurons`; `revert_` calls
+    `remove_neurons` and changes the class back.
+    """
+    spiking_parts: Tuple[str, ...] = ()  # attributes that the source does not have
+
+    def add_neurons(self, config: SFNConfig) -> None:
+        """Add the neurons of this layer, with default thresholds, on the device of its parameters."""
+
+    def remove_neurons(self) -> None:
+        for name in self.spiking_parts:
+            self.__dict__.pop(name, None)
+            self._modules.pop(name, None)
+
+
+# Exact types, not subclasses: a subclass may multiply in a forward of its own.
+SPIKING_LAYERS: Dict[Type[nn.Module], Type[nn.Module]] = {}
+
+# Layers that stay as they are: they act on currents once per image (norms, activation functions, residual sums,
+# LayerScale, rotary embedding, dropout) or only call their children.
+FLOATING_LAYERS: Set[Type[nn.Module]] = {
+    nn.Identity, nn.Dropout, nn.Sequential, nn.ModuleList,
+    nn.LayerNorm, tl.LayerNorm, tl.RmsNorm, tl.SimpleNorm, tl.LayerNormFp32, tl.RmsNormFp32, tl.SimpleNormFp32,
+    nn.GELU, nn.ReLU, nn.SiLU, nn.Sigmoid, nn.Tanh, tl.GELU, tl.GELUTanh, tl.QuickGELU, tl.Sigmoid, tl.Tanh,
+    tl.DropPath, tl.LayerScale, tl.PatchDropout, tl.PatchDropoutWithIndices, tl.Mlp,
+    tl.RotaryEmbedding, tl.RotaryEmbeddingCat, tl.RotaryEmbeddingMixed, tl.RotaryEmbeddingDinoV3,
+    tl.RotaryEmbeddingMRope,
+    vit.Block, vit.ResPostBlock, vit.ParallelThingsBlock,
+    eva.EvaBlock, eva.EvaBlockPostNorm, beit.Block, beit.RelativePositionBias,
+}
+
+Layer = TypeVar('Layer', bound=Type[nn.Module])
+
+
+def register_spiking(source: Type[nn.Module]) -> Callable[[Layer], Layer]:
+    """Register the decorated class, a `SpikingLayer` and a subclass of `source`, as its spiking counterpart."""
+    def register(spiking: Layer) -> Layer:
+        SPIKING_LAYERS[source] = spiking
+        return spiking
+    return register
+
+
+def register_floating(*layers: Type[nn.Module]) -> None:
+    """Register layers that act on currents, or only call their children, and stay as they are."""
+    FLOATING_LAYERS.update(layers)

@@ -1,0 +1,17 @@
+"""Spiking models, and the table of the zoo."""
+from .sformer import (
+    HEADS,
+    SPIKING_MODELS,
+    SFormer,
+    SFormerBeit,
+    SFormerDistilled,
+    SFormerEva,
+    SFormerMixin,
+    set_pixel_range_,
+    spiking_model_,
+)
+
+__all__ = [
+    'HEADS', 'SPIKING_MODELS', 'SFormer', 'SFormerBeit', 'SFormerDistilled', 'SFormerEva', 'SFormerMixin',
+    'set_pixel_range_', 'spiking_model_',
+]

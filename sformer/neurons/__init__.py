@@ -1,0 +1,26 @@
+"""Spiking neurons: the mathematics of thresholds, levels and steps, and how they are fitted to observed currents.
+
+No timm, no files: currents are tensors, and everything here works on any of them. A neuron type is a subclass of
+`Neuron` with `encode`, `statistics` and `fit`.
+"""
+from .base import Neuron, Spikes
+from .config import DEFAULT_RANGE, FIRE_FUNCTIONS, FitConfig, SFNConfig
+from .functional import (
+    MAX_LEVEL,
+    MAX_WIDE_LEVEL,
+    fire,
+    firing_boundaries,
+    integrate_and_fire,
+    level_values,
+    multi_threshold,
+    straight_through,
+)
+from .graded import GradedCoding
+from .scale_and_fire import ScaleAndFire
+from .statistics import CurrentStatistics
+
+__all__ = [
+    'MAX_LEVEL', 'MAX_WIDE_LEVEL', 'FIRE_FUNCTIONS', 'DEFAULT_RANGE', 'SFNConfig', 'FitConfig',
+    'integrate_and_fire', 'multi_threshold', 'level_values', 'firing_boundaries', 'fire', 'straight_through',
+    'Neuron', 'Spikes', 'ScaleAndFire', 'GradedCoding', 'CurrentStatistics',
+]

@@ -1,0 +1,113 @@
+"""What all neurons share: spikes, state that is validated when it is loaded, and whether it is calibrated."""
+from typing import Any, NamedTuple, Optional, Union
+
+import torch
+import torch.nn as nn
+
+from .config import FitConfig
+
+__all__ = ['Neuron', 'Spikes']
+
+
+class Spikes(NamedTuple):
+    """What a neuron fires: signed integers times a step.
+
+    Args:
+        levels: Integers, int8 (int16 where a site has wide levels), the shape of the input current.
+        step: float32, > 0, broadcasts against levels: a step per channel, head or tensor.
+        center: Constant that was taken off the current before it fired, broadcasts against levels; None where there is
+            none. It folds into the bias of the layer that follows.
+    """
+    levels: torch.Tensor
+    step: torch.Tensor
+    center: Optional[torch.Tensor] = None
+
+    def decode(self) -> torch.Tensor:
+        """The current that the spikes stand for, float32: `levels * step + center`."""
+        current = self.levels * self.step
+        return current if self.center is None else current + self.center
+
+
+class Neuron(nn.Module):
+    """A spiking neuron: current in, spikes out.
+
+    A type of neuron has `encode` (fire), `statistics` (what is to be observed of its input, None if nothing is) and
+    `fit` (set its thresholds by that). `forward` is the float form, `encode(x).decode()` in the dtype of x, with a
+    straight-through gradient.
+
+    Buffers stay float32 whatever dtype the model is moved to: a bfloat16 threshold of 1.9084 would be 1.90625.
+    """
+    calibrated: torch.Tensor
+
+    def __init__(self, device=None):
+        super().__init__()
+        self.register_buffer('calibrated', torch.zeros((), dtype=torch.bool, device=device))
+
+    def encode(self, x: torch.Tensor) -> Spikes:
+        """Spikes on a current (B, ...)."""
+        raise NotImplementedError
+
+    def statistics(self) -> Any:
+        """A new observer, whose `update(x)` takes the currents that enter this neuron; None if nothing is fitted."""
+        raise NotImplementedError
+
+    def fit(self, statistics: Any, config: FitConfig = FitConfig()) -> None:
+        """Set thresholds by what was observed, and mark the neuron as calibrated."""
+        raise NotImplementedError
+
+    def _apply(self, fn, recurse=True):
+        kept = {name: b for name, b in self.named_buffers(recurse=False) if b.is_floating_point()}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            moved = getattr(self, name)
+            if moved.dtype != buffer.dtype:
+                setattr(self, name, buffer.to(moved.device))
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        names = [name for name, _ in self.named_buffers(recurse=False)]
+        given = [name for name in names if prefix + name in state_dict]
+        if given and len(given) < len(names):
+            absent = ', '.join(prefix + name for name in names if name not in given)
+            errors.append(f'neuron state is incomplete: {absent} missing')
+        num_errors = len(errors)
+        for name in given:
+            problem = self._problem(name, state_dict[prefix + name])
+            if problem:
+                errors.append(f'{prefix}{name} {problem}')
+            else:  # with assign=True the state's own tensors become the buffers
+                state_dict[prefix + name] = state_dict[prefix + name].to(getattr(self, name).dtype)
+        if len(errors) > num_errors:
+            return  # refused: what was there stays
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+    def _problem(self, name: str, value: torch.Tensor) -> str:
+        """What is wrong with a value of a buffer; empty if nothing is."""
+        expected = getattr(self, name)
+        if value.shape != expected.shape:
+            return f'has shape {tuple(value.shape)}, this model needs {tuple(expected.shape)}'
+        if value.is_meta:
+            return ''
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            return 'is NaN or infinite'
+        if name == 'step' and not (value > 0).all():
+            return 'is not positive: a neuron with that step is dead'
+        return ''
+
+    def _set(self, name: str, value: Union[float, torch.Tensor]) -> None:
+        buffer = getattr(self, name)
+        value = torch.as_tensor(value, device=buffer.device).to(buffer.dtype)
+        problem = self._problem(name, value)
+        if problem:
+            raise ValueError(f'{name} {problem}')
+        buffer.copy_(value)
+
+    @staticmethod
+    def _range_repr(name: str, value: torch.Tensor) -> str:
+        if value.is_meta:
+            return f'{name}=meta'
+        low, high = value.min().item(), value.max().item()
+        return f'{name}={low:.4g}' if low == high else f'{name}={low:.4g}..{high:.4g}'
+
+    def _state_repr(self) -> str:
+        return '' if self.calibrated.is_meta or self.calibrated else ', uncalibrated'

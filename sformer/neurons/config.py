@@ -1,0 +1,85 @@
+"""How neurons fire, and how they are fitted: two frozen configs, each with one owner."""
+import dataclasses
+import math
+from typing import Any
+
+from .functional import MAX_LEVEL, MAX_WIDE_LEVEL, level_values
+
+__all__ = ['FIRE_FUNCTIONS', 'ESTIMATORS', 'DEFAULT_RANGE', 'SFNConfig', 'FitConfig']
+
+FIRE_FUNCTIONS = ('uniform', 'quadratic', 'power2', 'density')
+ESTIMATORS = ('mse', 'quantile', 'max')
+DEFAULT_RANGE = 4.  # uncalibrated neurons fire over +-4: four standard deviations of a LayerNorm output
+
+
+def _check(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
+def _check_number(name: str, value: Any, low: float, high: float) -> None:
+    _check(isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high,
+           f'{name} must be a number in [{low:g}, {high:g}], got {value!r}.')
+
+
+@dataclasses.dataclass(frozen=True)
+class SFNConfig:
+    """How the scale-and-fire neurons of a model fire. The neurons own it; a saved model has it in `model_args`.
+
+    Args:
+        levels: Number of thresholds N per branch, 1 to 127 (1 to 7 for `power2`).
+        fire: Fire function of signed currents, one of `uniform`, `quadratic`, `power2`, `density`.
+        attention_fire: Fire function of the softmax numerators, whose levels may have 14 bits. `quadratic` (levels i^2
+            up to N^2) follows their distribution closely enough that nothing has to be fitted there.
+        initial_potential: Membrane potential before the input, as a share of the distance to the next level, in
+            [0, 1): 1/2 rounds, 0 is the paper's floor.
+        dead_zone: No spike below this many thresholds; 0 leaves the first boundary where it is.
+        scale: The paper's scaling factor lambda, one number on top of every fitted threshold.
+
+    Raises:
+        ValueError: If a value is out of its range; the message names it.
+    """
+    levels: int = 32
+    fire: str = 'uniform'
+    attention_fire: str = 'quadratic'
+    initial_potential: float = 0.5
+    dead_zone: float = 0.
+    scale: float = 1.
+
+    def __post_init__(self):
+        _check(type(self.levels) is int and 1 <= self.levels <= MAX_LEVEL,
+               f'levels must be an integer from 1 to {MAX_LEVEL}, got {self.levels!r}.')
+        for name in ('fire', 'attention_fire'):
+            value = getattr(self, name)
+            _check(value in FIRE_FUNCTIONS, f'{name} must be one of {", ".join(FIRE_FUNCTIONS)}, got {value!r}.')
+            _check(value != 'power2' or self.levels <= 7,
+                   f'{name}=power2 has levels 1, 2, 4 ... 64, so at most 7 of them, got levels={self.levels}.')
+        _check_number('initial_potential', self.initial_potential, 0, math.nextafter(1, 0))
+        _check_number('dead_zone', self.dead_zone, 0, math.inf)
+        for name, limit in (('fire', MAX_LEVEL), ('attention_fire', MAX_WIDE_LEVEL)):
+            value = getattr(self, name)
+            top = limit if value == 'density' else level_values(value, self.levels, limit)[-1].item()
+            _check(self.dead_zone <= top,
+                   f'dead_zone must not exceed {top:g}, the top level of {name}={value} with {self.levels} levels, or '
+                   f'nothing would ever fire, got {self.dead_zone!r}.')
+        _check_number('scale', self.scale, 1e-3, 1e3)
+
+
+@dataclasses.dataclass(frozen=True)
+class FitConfig:
+    """How thresholds are fitted to observed currents. The record of a conversion owns it; a model does not need it.
+
+    Args:
+        estimator: `mse` (least squared error under the observed distribution), `quantile` (top-p, the paper's) or
+            `max`.
+        quantile: The p of `quantile`: the share of a branch's currents that its firing range covers.
+
+    Raises:
+        ValueError: If a value is out of its range; the message names it.
+    """
+    estimator: str = 'mse'
+    quantile: float = 0.999
+
+    def __post_init__(self):
+        _check(self.estimator in ESTIMATORS, f'estimator must be mse, quantile or max, got {self.estimator!r}.')
+        _check_number('quantile', self.quantile, math.ulp(0.), 1)

@@ -1,0 +1,173 @@
+"""Firing in closed form: integrate-and-fire, multi-threshold and scale-and-fire.
+
+Implements the neurons of `One-Timestep is Enough: Achieving High-performance ANN-to-SNN Conversion via
+Scale-and-Fire Neurons` - https://arxiv.org/abs/2510.23383
+"""
+from typing import Union
+
+import torch
+
+__all__ = [
+    'MAX_LEVEL', 'MAX_WIDE_LEVEL', 'integrate_and_fire', 'multi_threshold', 'level_values', 'firing_boundaries', 'fire',
+    'straight_through',
+]
+
+MAX_LEVEL = 127  # a level is one int8 on hardware
+MAX_WIDE_LEVEL = 128 * 127 + 127  # or, where a site says so, two int8 planes: k = 128 high + low
+
+# The largest float below 1/2. Added before truncation it rounds halves away from zero and nothing below them; 1/2 itself
+# would round the float just below 1/2 up to 1.
+_BELOW_HALF = 0.49999997
+
+
+def integrate_and_fire(
+        x: torch.Tensor,
+        threshold: Union[float, torch.Tensor],
+        initial_potential: Union[float, torch.Tensor] = 0.,
+) -> torch.Tensor:
+    """Integrate-and-fire over T timesteps with reset by subtraction.
+
+    `h(t) = v(t-1) + x(t)`, `s(t) = [h(t) >= threshold]`, `o(t) = threshold * s(t)`, `v(t) = h(t) - o(t)`.
+
+    Args:
+        x: Input current, (T, ...).
+        threshold: Firing threshold, broadcasts against x[0].
+        initial_potential: Membrane potential v(0), in the unit of the threshold.
+
+    Returns:
+        Mean output current over the T timesteps, (...).
+    """
+    v = torch.zeros_like(x[0]) + initial_potential
+    total = torch.zeros_like(x[0])
+    for current in x:
+        h = v + current
+        o = (h >= threshold) * threshold
+        total = total + o
+        v = h - o
+    return total / x.shape[0]
+
+
+def multi_threshold(
+        x: torch.Tensor,
+        threshold: Union[float, torch.Tensor],
+        levels: int,
+        initial_potential: Union[float, torch.Tensor] = 0.,
+) -> torch.Tensor:
+    """Multi-threshold neuron, one timestep: `o = threshold * clip(floor((v + x) / threshold), 0, levels)`.
+
+    Temporal-to-spatial equivalence (arXiv 2510.23383): where `0 <= x(t) <= threshold` and `0 <= v(0) < threshold`,
+    `integrate_and_fire(x, threshold, v)` over T steps equals
+    `multi_threshold(x.mean(0), threshold / T, levels=T, initial_potential=v / T)`. Outside of these conditions it
+    does not hold: a negative current cannot take back a spike that was already sent, a current above the threshold is
+    left in the membrane when time is up.
+
+    Args:
+        x: Input current, any shape.
+        threshold: Firing threshold, broadcasts against x.
+        levels: Number of thresholds N.
+        initial_potential: Membrane potential before the input.
+
+    Returns:
+        Output current, the shape of x.
+    """
+    return torch.floor((x + initial_potential) / threshold).clamp(0, levels) * threshold
+
+
+def level_values(fire_function: str, levels: int, top: int = MAX_LEVEL) -> torch.Tensor:
+    """Level values y_1 < ... < y_N of a closed-form fire function.
+
+    Args:
+        fire_function: `uniform` (y_i = i), `quadratic` (y_i = max(i, round(S i^2 / N^2)), S = min(N^2, top)) or
+            `power2` (y_i = 2^(i-1)). `density` has no closed form and starts out as `uniform`.
+        levels: Number of levels N.
+        top: Largest level that the site can carry.
+
+    Returns:
+        Integers in float32, (N,).
+    """
+    i = torch.arange(1, levels + 1, dtype=torch.float32, device='cpu')  # also inside of torch.device('meta')
+    if fire_function == 'quadratic':
+        return torch.maximum(i, torch.round(i * i * _slope(levels, top)))
+    if fire_function == 'power2':
+        return 2. ** (i - 1)
+    return i
+
+
+def _slope(levels: int, top: float) -> float:
+    """S / N^2 of quadratic levels."""
+    return min(levels * levels, top) / (levels * levels)
+
+
+def firing_boundaries(values: torch.Tensor, initial_potential: float = 0.5, dead_zone: float = 0.) -> torch.Tensor:
+    """Firing boundaries b_1 <= ... <= b_N in steps: a current of h steps reaches level #{j : h >= b_j}.
+
+    Args:
+        values: Level values y_1 ... y_N, (N,).
+        initial_potential: Membrane potential before the input, as a share of the distance to the next level:
+            `b_j = y_j - initial_potential * (y_j - y_{j-1})`. 0 is the paper's floor, 1/2 rounds to the nearest level.
+        dead_zone: No boundary lies below it.
+
+    Returns:
+        Boundaries in float32, (N,).
+    """
+    values = values.to(torch.float32)
+    gaps = values.diff(prepend=values.new_zeros(1))
+    return (values - initial_potential * gaps).clamp_min(dead_zone)
+
+
+def fire(
+        u: torch.Tensor,
+        fire_function: str,
+        values: torch.Tensor,
+        initial_potential: float = 0.5,
+        dead_zone: float = 0.,
+        top: int = MAX_LEVEL,
+) -> torch.Tensor:
+    """Level that a membrane potential reaches, on the branch of its sign: `k = sign(u) y_i`, `i = #{j : |u| >= b_j}`.
+
+    `uniform`, and `quadratic` with levels i^2 where it rounds, are closed forms (that of `quadratic` takes a square
+    root: a potential within an ulp of a boundary may fall on either side of it). All others are one look-up, without a
+    loop over thresholds.
+
+    Args:
+        u: Membrane potential in thresholds of its branch, any shape.
+        fire_function: Name of the fire function.
+        values: Level values y_1 ... y_N, (N,).
+        initial_potential: As of `firing_boundaries`.
+        dead_zone: No spike below this many thresholds.
+        top: As of `level_values`.
+
+    Returns:
+        Levels, integers in the dtype and shape of u; NaN where u is.
+    """
+    levels = values.shape[0]
+    if fire_function == 'uniform' and initial_potential == 0.5:
+        k = torch.add(u, u.sign(), alpha=_BELOW_HALF).trunc_().clamp_(-levels, levels)
+    elif fire_function == 'uniform':
+        k = u.sign() * u.abs().add_(initial_potential).floor_().clamp_(max=levels)
+    elif fire_function == 'quadratic' and initial_potential == 0.5 and levels * levels <= top:
+        # b_j = j^2 - j + 1/2 = (j - 1/2)^2 + 1/4
+        i = u.abs().sub_(0.25).clamp_(min=0).sqrt_().add_(0.5).floor_().clamp_(max=levels)
+        k = u.sign() * i * i
+    else:
+        magnitude = u.abs()
+        index = torch.bucketize(magnitude, firing_boundaries(values, initial_potential), right=True)
+        k = torch.cat([values.new_zeros(1), values]).to(u.dtype)[index]
+        k = u.sign() * torch.where(magnitude.isnan(), magnitude, k)
+    if dead_zone > 0:
+        k = k * (u.abs() >= dead_zone)
+    return k
+
+
+def straight_through(out: torch.Tensor, h: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor) -> torch.Tensor:
+    """Let the gradient of `out` pass to `h` where lower <= h <= upper, and nowhere else; the values of `out` stay.
+
+    Args:
+        out: Output current of a neuron, without a gradient.
+        h: Membrane potential that it fired on, the shape of `out`.
+        lower: Lower end of the firing range, broadcasts against h.
+        upper: Upper end of the firing range, broadcasts against h.
+    """
+    value = h.detach()  # compared in float32, as thresholds are
+    inside = torch.where((value >= lower) & (value <= upper), h, torch.zeros_like(h))
+    return out + (inside - inside.detach()).to(out.dtype)  # an exact zero

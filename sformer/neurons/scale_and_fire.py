@@ -1,0 +1,189 @@
+"""The scale-and-fire neuron."""
+from typing import Optional, Sequence
+
+import torch
+
+from .base import Neuron, Spikes
+from .config import DEFAULT_RANGE, FitConfig, SFNConfig
+from .functional import MAX_LEVEL, MAX_WIDE_LEVEL, fire, firing_boundaries, level_values, straight_through
+from .statistics import CurrentStatistics
+from .thresholds import exact_step, fit_density_levels, fit_steps
+
+__all__ = ['ScaleAndFire']
+
+
+class ScaleAndFire(Neuron):
+    """Scale-and-fire neuron (SFN), one timestep.
+
+    On the positive branch a membrane potential h fires the level `k = m y_i`, `i = #{j : h >= step * m * b_j}`, with
+    the multiplier m of that branch; a signed neuron does the same on -h with the multiplier of its negative branch. The
+    output is `step * k`, one step times one signed integer. `step * m` are the thresholds of the paper. Backward is
+    straight-through inside of the firing range, which ends half a threshold beyond the top level, and zero outside.
+
+    Source: arXiv 2510.23383, scale-and-fire neuron, extended by commensurate thresholds per branch.
+
+    Args:
+        shape: Shape of the step; broadcasts against the input current: (C,) for channels of (..., C), (H, 1, 1) for
+            heads of (B, H, L, D), (1,) for a tensor.
+        config: Number of levels, fire function, initial membrane potential and dead zone.
+        signed: Two branches of int8 levels by `config.fire`; or only the positive one, for softmax numerators, by
+            `config.attention_fire`, with levels of up to 14 bits.
+        center_shape: If given, a buffer `center` of this shape is subtracted from the input before it fires.
+        device: Device of the buffers; they are float32 on every device.
+
+    Shape:
+        Input and output (B, ...), where `shape` broadcasts.
+    """
+    step: torch.Tensor
+    multiplier: torch.Tensor
+    levels: torch.Tensor
+    center: Optional[torch.Tensor]
+
+    def __init__(
+            self,
+            shape: Sequence[int],
+            config: SFNConfig = SFNConfig(),
+            signed: bool = True,
+            center_shape: Optional[Sequence[int]] = None,
+            device=None,
+    ):
+        super().__init__(device=device)
+        self.config = config
+        self.signed = signed
+        self.top = MAX_LEVEL if signed else MAX_WIDE_LEVEL
+        values = level_values(self.fire_function, config.levels, self.top)
+        dd = dict(device=device, dtype=torch.float32)  # whatever the default dtype is
+        reach = DEFAULT_RANGE * config.scale if signed else 1.
+        step = _reaching(reach, values[-1])
+        self.register_buffer('step', torch.full(tuple(shape), step, **dd))
+        self.register_buffer(
+            'multiplier', torch.ones((2 if signed else 1, *shape), device=device, dtype=torch.uint8))
+        self.register_buffer('levels', values.to(torch.int16).to(device))
+        self.register_buffer('center', None if center_shape is None else torch.zeros(tuple(center_shape), **dd))
+
+    @property
+    def fire_function(self) -> str:
+        return self.config.fire if self.signed else self.config.attention_fire
+
+    @property
+    def threshold(self) -> torch.Tensor:
+        """Thresholds `step * m`, float32, (2, *shape): of the positive and the negative branch; (1, *shape) if
+        unsigned."""
+        return self.multiplier * self.step
+
+    def set_state(
+            self,
+            step: torch.Tensor,
+            multiplier: Optional[torch.Tensor] = None,
+            levels: Optional[torch.Tensor] = None,
+            center: Optional[torch.Tensor] = None,
+    ) -> None:
+        """Set fitted values and mark the neuron as calibrated.
+
+        Args:
+            step: (*shape), in the unit of the input current. Its lowest bits are dropped, so that all products with
+                levels are exact in float32.
+            multiplier: (2, *shape) or, for one branch, (1, *shape) integers >= 1; ones if None.
+            levels: New level values, (N,) integers. Only `density` may change them.
+            center: New centre, the shape of `center`.
+
+        Raises:
+            ValueError: If a value is not finite, not positive, of another shape, or levels do not fit into their bits.
+        """
+        if levels is not None:
+            self._set('levels', levels)
+        self._set('step', exact_step(step))
+        self._set('multiplier', torch.ones_like(self.multiplier) if multiplier is None else multiplier)
+        if center is not None:
+            self._set('center', center)
+        self.calibrated.fill_(True)
+
+    def encode(self, x: torch.Tensor) -> Spikes:
+        """Spikes on a current (B, ...): levels int8, or int16 of softmax numerators; step (*shape)."""
+        h = self._potential(x.detach())
+        k = self._fire(h, self._branch(h, self.threshold)) * self._branch(h, self.multiplier)
+        return Spikes(k.to(torch.int8 if self.signed else torch.int16), self.step, self.center)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self._potential(x)
+        value, threshold = h.detach(), self.threshold
+        branch = self._branch(value, threshold)
+        out = self._fire(value, branch).mul_(branch)  # exact, as steps are short: k * m * step
+        if self.center is not None:
+            out = out.add_(self.center)
+        out = out.to(x.dtype)
+        if torch.is_grad_enabled():
+            top = threshold * (self.levels[-1] + 0.5)
+            out = straight_through(out, h, -top[1] if self.signed else torch.zeros_like(top[0]), top[0])
+        return out
+
+    def _potential(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.center is None else x - self.center  # float32, as thresholds are
+
+    def _branch(self, h: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Values of the branch that a potential is on."""
+        return torch.where(h < 0, values[1], values[0]) if self.signed else values[0]
+
+    def _fire(self, h: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+        # thresholds are float32, so the division promotes and bfloat16 currents fire where float32 ones do
+        config = self.config
+        k = fire(h / threshold, self.fire_function, self.levels, config.initial_potential, config.dead_zone, self.top)
+        return k if self.signed else k.clamp_(min=0)
+
+    def statistics(self) -> Optional[CurrentStatistics]:
+        if not self.signed and self.fire_function != 'density':
+            return None  # the strongest key of a row is exactly 1, whatever the image
+        center = None if self.center is None else tuple(self.center.shape)
+        return CurrentStatistics(tuple(self.step.shape), self.signed, center)
+
+    def fit(self, statistics: Optional[CurrentStatistics], config: FitConfig = FitConfig()) -> None:
+        """Fit step, multipliers, levels (`density`) and centre to what was observed.
+
+        Args:
+            statistics: As `statistics()` made it and currents updated it; None where that is None.
+            config: Estimator and its parameters.
+        """
+        values = self.levels.to('cpu', torch.float32)
+        if self.fire_function == 'density':
+            values = fit_density_levels(statistics, self.config.levels, self.config.initial_potential, self.top)
+        if not self.signed:
+            self.set_state(torch.full(self.step.shape, _reaching(1., values[-1])), levels=values)
+            return
+        boundaries = firing_boundaries(values, self.config.initial_potential, self.config.dead_zone)
+        step, multiplier = fit_steps(statistics, values, boundaries, config)
+        self.set_state(step.view(self.step.shape) * self.config.scale, multiplier.view(self.multiplier.shape), values,
+                       statistics.center)
+
+    def _problem(self, name: str, value: torch.Tensor) -> str:
+        problem = super()._problem(name, value)
+        if problem or value.is_meta:
+            return problem
+        if name == 'levels':
+            v = value.to(torch.int64)
+            if (v < 1).any() or (v > self.top).any() or (v.diff() <= 0).any():
+                return f'must increase strictly from at least 1 to at most {self.top}, got {value.tolist()}'
+            expected = level_values(self.fire_function, self.config.levels, self.top).tolist()
+            if self.fire_function != 'density' and v.tolist() != expected:
+                return f'are not the levels of {self.fire_function} firing'
+        if name == 'multiplier':
+            top = self.top // (int(self.levels[-1]) if not self.levels.is_meta else 1)
+            if (value < 1).any() or (value > top).any():
+                return f'must lie in [1, {top}], or levels would not fit into their bits'
+        return ''
+
+    def extra_repr(self) -> str:
+        c = self.config
+        extra = [f'levels={c.levels}', self.fire_function, 'signed' if self.signed else 'unsigned']
+        if c.initial_potential != 0.5:
+            extra.append(f'initial_potential={c.initial_potential:g}')
+        if c.dead_zone:
+            extra.append(f'dead_zone={c.dead_zone:g}')
+        return ', '.join([*extra, self._range_repr('threshold', self.threshold)]) + self._state_repr()
+
+
+def _reaching(current: float, top: torch.Tensor) -> float:
+    """The largest exact step whose top level a current reaches."""
+    step = exact_step(current / top)
+    while step * top > current:
+        step = exact_step(step.nextafter(step.new_zeros(())))
+    return step.item()

@@ -1,0 +1,99 @@
+"""Streaming statistics of the current that enters a neuron.
+
+Per neuron one histogram with logarithmic bins is kept, so memory does not depend on the number of images and no range
+has to be known before. Every value counts: rare tokens are what thresholds have to reach.
+"""
+from typing import Optional, Tuple
+
+import torch
+
+from ..errors import SFormerError
+
+__all__ = ['CurrentStatistics', 'NUM_BINS', 'LOW', 'HIGH', 'SUB_BITS', 'bin_edges', 'check_finite']
+
+# Bins are the leading bits of the float itself: 2^SUB_BITS of them per octave, from 2^LOW to 2^HIGH.
+SUB_BITS = 3
+LOW, HIGH = -28, 20
+NUM_BINS = (HIGH - LOW) << SUB_BITS
+
+
+def bin_edges() -> torch.Tensor:
+    """Edges of the histogram bins, float64, (NUM_BINS + 1,); the first is 0: tiny currents are silence."""
+    base = (LOW + 127) << SUB_BITS
+    bits = (torch.arange(NUM_BINS + 1, dtype=torch.int32, device='cpu') + base) << (23 - SUB_BITS)
+    edges = bits.view(torch.float32).to(torch.float64)
+    edges[0] = 0
+    return edges
+
+
+class CurrentStatistics:
+    """Histograms of the current that enters one neuron.
+
+    Args:
+        shape: Shape of the neuron's step; its elements are the groups.
+        signed: Keep a histogram of the negative branch too.
+        center_shape: If given, `center` is the mean of the first batch over all but these dimensions, and the
+            histogram is of what is left after subtracting it.
+
+    Attributes:
+        counts: Histograms, int32, (2 or 1, groups, NUM_BINS). They are complete once a bin could overflow, after 2^31
+            currents per group.
+        peak: Largest current per branch and group, (2 or 1, groups).
+    """
+
+    def __init__(self, shape: Tuple[int, ...], signed: bool, center_shape: Optional[Tuple[int, ...]] = None):
+        self.shape = shape
+        self.branches = 2 if signed else 1
+        self.center_shape = center_shape
+        self.center: Optional[torch.Tensor] = None
+        groups = torch.Size(shape).numel()
+        # on the CPU, whatever the default device is
+        self.counts = torch.zeros(self.branches, groups, NUM_BINS, dtype=torch.int32, device='cpu')
+        self.peak = torch.zeros(self.branches, groups, device='cpu')
+        self.counted = 0  # currents per group
+        self.offset = (torch.arange(groups, dtype=torch.int32, device='cpu') * NUM_BINS).view(shape)
+
+    def update(self, x: torch.Tensor) -> None:
+        """Add a batch of currents (B, ...) that `shape` broadcasts against.
+
+        Raises:
+            SFormerError: If a current is NaN or infinite.
+        """
+        x = check_finite(x)
+        if self.center_shape is not None:
+            if self.center is None:
+                dims = [d for d in range(x.ndim) if self._padded(self.center_shape, x.ndim)[d] == 1]
+                self.center = x.mean(dim=dims, keepdim=True).reshape(self.center_shape)
+            x = x - self.center
+        groups = self._padded(self.shape, x.ndim)
+        rest = [d for d in range(x.ndim) if groups[d] == 1]
+        high, low = x.amax(dim=rest).reshape(-1), -x.amin(dim=rest).reshape(-1)
+        self.peak = torch.maximum(self.peak, torch.stack([high, low][:self.branches]))
+        self.counted += x.numel() // self.offset.numel()
+        if self.counted < 2 ** 31:
+            for part in x.split(max(1, len(x) * 2 ** 22 // x.numel())):  # bounds the memory of the indices
+                self._count(part)
+
+    def _count(self, x: torch.Tensor) -> None:
+        bits = x.contiguous().view(torch.int32)
+        base = (LOW + 127) << SUB_BITS
+        index = ((bits & 0x7fffffff) >> (23 - SUB_BITS)).sub_(base).clamp_(0, NUM_BINS - 1).add_(self.offset)
+        if self.branches == 2:
+            index = index.add_((bits < 0).to(torch.int32), alpha=self.offset.numel() * NUM_BINS)
+        self.counts += torch.bincount(index.flatten(), minlength=self.counts.numel()).view(self.counts.shape)
+
+    @staticmethod
+    def _padded(shape: Tuple[int, ...], ndim: int) -> Tuple[int, ...]:
+        return (1,) * (ndim - len(shape)) + tuple(shape)
+
+
+def check_finite(x: torch.Tensor) -> torch.Tensor:
+    """Currents as float32 on the CPU.
+
+    Raises:
+        SFormerError: If a current is NaN or infinite.
+    """
+    x = x.detach().to('cpu', torch.float32)  # first: a sum of float16 currents can be infinite
+    if not torch.isfinite(x.sum()):
+        raise SFormerError('NaN or infinite currents')
+    return x

@@ -1,0 +1,96 @@
+"""The record of a conversion: how a model came about, as it is saved beside its weights."""
+import dataclasses
+from typing import Any, Dict, Optional
+
+from .errors import SFormerError
+from .neurons import FitConfig
+
+__all__ = ['Conversion', 'CalibrationRecord', 'RECORD_VERSION']
+
+RECORD_VERSION = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationRecord:
+    """Images that thresholds were fitted on.
+
+    Args:
+        name: Name of the data set; None where the caller gave batches.
+        split: Split of it.
+        seed: Seed of the choice or the generation of images.
+        fingerprint: Hash of what identifies the images.
+        num_images: How many there were.
+        local_copy: Whether a copy of the data set of this name was read.
+    """
+    name: Optional[str] = None
+    split: Optional[str] = None
+    seed: Optional[int] = None
+    fingerprint: Optional[str] = None
+    num_images: int = 0
+    local_copy: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """Record of a conversion. How the neurons fire is not in here: the neurons say so, and `model_args` of a config.
+
+    Args:
+        source: timm architecture of the source.
+        source_tag: Tag of its pretrained weights.
+        source_sha256: State hash of the source.
+        source_weights: Where its published weights are from: `org/name@commit` or a URL; None for other weights.
+        global_pool: Pooling that the head was fitted to.
+        fit: How thresholds were fitted.
+        calibration: Images that they were fitted on.
+        versions: Versions of libraries.
+        command: Command line that converted, if one did.
+        changed: Whether the weights are not those of the source any more.
+        weights_sha256: SHA-256 of the file of weights.
+    """
+    source: str
+    source_tag: Optional[str] = None
+    source_sha256: Optional[str] = None
+    source_weights: Optional[str] = None
+    global_pool: Optional[str] = None
+    fit: FitConfig = FitConfig()
+    calibration: CalibrationRecord = CalibrationRecord()
+    versions: Dict[str, str] = dataclasses.field(default_factory=dict)
+    command: Optional[str] = None
+    changed: bool = False
+    weights_sha256: Optional[str] = None
+
+    def to_dict(self) -> Dict[str, Any]:
+        """The record as JSON data, with its version."""
+        return dict(version=RECORD_VERSION, **dataclasses.asdict(self))
+
+    @classmethod
+    def from_dict(cls, data: Dict[str, Any]) -> 'Conversion':
+        """The inverse of `to_dict`.
+
+        Raises:
+            SFormerError: If it is of another version, or not as it was written; names the field.
+        """
+        values = dict(data)
+        version = values.pop('version', 1)
+        if version != RECORD_VERSION:
+            raise SFormerError(f'the record of the conversion has version {version!r}, this sformer reads '
+                               f'{RECORD_VERSION}: convert the source again.')
+        try:
+            fit = FitConfig(**values.pop('fit', {}))
+            calibration = CalibrationRecord(**values.pop('calibration', {}))
+            record = cls(fit=fit, calibration=calibration, **values)
+        except (TypeError, ValueError) as e:
+            raise SFormerError(f'the record of the conversion is not as sformer wrote it: {e}') from None
+        for owner in (record, calibration):
+            for field in dataclasses.fields(owner):
+                value, text = getattr(owner, field.name), field.name in _TEXTS
+                if text and not isinstance(value, (str, type(None))):
+                    raise SFormerError(f'the record of the conversion is not as sformer wrote it: {field.name} is '
+                                       f'{value!r}.')
+        if not isinstance(record.versions, dict) or not isinstance(calibration.num_images, int):
+            raise SFormerError('the record of the conversion is not as sformer wrote it: versions or num_images.')
+        return record
+
+
+_TEXTS = {'source', 'source_tag', 'source_sha256', 'source_weights', 'global_pool', 'command', 'weights_sha256', 'name',
+          'split', 'fingerprint'}
