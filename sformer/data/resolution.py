@@ -17,7 +17,7 @@ from .columns import Columns, find_columns
 from .delivery import ImageData, Images, Stream
 from .folders import EVALUATION_SPLITS, class_folders, find_images, split_folders
 from .preprocessing import Preprocessor, check_data_config, one_line
-from .shards import check_shards, file_sample, find_damage, find_shards, parquet_rows
+from .shards import check_archive, check_shards, file_sample, find_damage, find_shards, parquet_rows
 from .sources import DeadLeaves, Digits, Files, Table, TableStream
 
 __all__ = ['open_images']
@@ -119,24 +119,26 @@ def open_images(
     size = check_data_config(configs[0])[0]
     request = _Request(name, split, size, num_images, seed, image_column, label_column, needs_labels, streaming)
     request.check()
-    found = _find(request)
-    source, split = found.source, found.split
-    title = f'{name!r}' + (f' (split {split!r})' if split else '')
-    preprocessor = Preprocessor(title, configs, isinstance(source, DeadLeaves), needs_labels)
+    return _image_data(request, _find(request), configs)
 
-    indices = _choose(title, source.num_images, num_images, seed, streaming)
+
+def _image_data(request: _Request, found: _Found, data_configs: Sequence[Dict[str, Any]]) -> ImageData:
+    name, source, split = request.name, found.source, found.split
+    title = f'{name!r}' + (f' (split {split!r})' if split else '')
+    indices = _choose(title, source.num_images, request)
+    chosen = None if indices is None else indices.tolist()
+    preprocessor = Preprocessor(title, data_configs, isinstance(source, DeadLeaves), request.needs_labels)
     dataset: Union[Images, Stream]
     if isinstance(source, TableStream):
-        if num_images not in (None, source.num_images):
-            source.take(num_images)
+        if request.num_images not in (None, source.num_images):
+            source.take(request.num_images)
         dataset = Stream(source, preprocessor)
     else:
         dataset = Images(source, indices, preprocessor)
-    chosen = None if indices is None else indices.tolist()
     return ImageData(
         name=name,
         split=split,
-        num_images=None if indices is None else len(indices),
+        num_images=None if chosen is None else len(chosen),
         fingerprint=_fingerprint(source.kind, split, source.identity(chosen), chosen),
         class_names=source.class_names,
         dataset=dataset,
@@ -148,23 +150,18 @@ def open_images(
     )
 
 
-def _choose(
-        title: str,
-        available: Optional[int],
-        num_images: Optional[int],
-        seed: int,
-        streaming: bool,
-) -> Optional[np.ndarray]:
+def _choose(title: str, available: Optional[int], request: _Request) -> Optional[np.ndarray]:
     """Indices of the images that are asked for; None if only the end of a stream will tell."""
+    num_images = request.num_images
     if available == 0:
         raise SFormerError(f'{title} has no images')
     if num_images is not None and available is not None and num_images > available:
         raise SFormerError(f'{num_images} images asked for, but {title} has only {available}')
-    if num_images is None or streaming or num_images == available:
+    if num_images is None or request.streaming or num_images == available:
         size = available if num_images is None else num_images
         return None if size is None else np.arange(size)
     # Sorted, because neighbours are fast to read.
-    return np.sort(np.random.default_rng(seed).choice(available, num_images, replace=False))
+    return np.sort(np.random.default_rng(request.seed).choice(available, num_images, replace=False))
 
 
 def _fingerprint(*parts: Any) -> str:
@@ -215,6 +212,9 @@ def _open_image_folder(request: _Request, folder: Path) -> _Found:
         passed_over = sorted(passed_over + [path for path in paths if classes[path] is None])  # beside the classes
         paths = sorted((path for path in paths if classes[path] is not None), key=classes.__getitem__)
         labels = [classes[path] for path in paths]
+        if classes and not paths:
+            beside = next(iter(classes))
+            raise SFormerError(f'no images in the class folders of {str(root)!r}, only beside them: {beside}')
     if not paths:
         raise SFormerError(f'no images or parquet files in folder {str(root)!r}')
     if request.needs_labels and not class_names:
@@ -231,6 +231,9 @@ def _open_shards(request: _Request, kind: str, splits: Dict[str, List[Path]]) ->
     try:
         check_shards(kind, files)
         num_rows = parquet_rows(files) if kind == 'parquet' else None
+        if kind == 'webdataset' and not request.streaming:  # a stream checks an archive when it has read it
+            for path in files:
+                check_archive(path)
         origin = [file_sample(path) for path in files]
         with _quiet_progress():
             # Always split 'train' to `datasets`, which does not take every file name prefix for a split. Its cache goes

@@ -9,7 +9,8 @@ from ..errors import SFormerError
 from .folders import SPLIT_FOLDERS, subfolders
 from .preprocessing import one_line
 
-__all__ = ['check_shards', 'content_problem', 'file_sample', 'find_damage', 'find_shards', 'parquet_rows']
+__all__ = ['check_archive', 'check_shards', 'content_problem', 'file_sample', 'find_damage', 'find_shards',
+           'parquet_rows']
 
 _LFS_POINTER = b'version https://git-lfs.github.com/spec/'
 _SAMPLE = 65536
@@ -92,11 +93,29 @@ def check_shards(kind: str, files: List[Path]) -> None:
             raise SFormerError(f'{path} has no end-of-archive mark: it was cut off, or never closed by its writer')
 
 
+def check_archive(path: Path) -> None:
+    """Check that an uncompressed archive goes on to its end: readers take a damaged header for the end.
+
+    Raises:
+        SFormerError: It does not.
+    """
+    with open(path, 'rb') as f:
+        if f.read(262)[257:] != b'ustar':
+            return
+        f.seek(0)
+        archive = tarfile.open(fileobj=f, mode='r:')
+        while archive.next():
+            archive.members = []  # type: ignore[attr-defined]  # else they pile up
+        f.seek(archive.offset)
+        if f.read(tarfile.BLOCKSIZE).strip(b'\0'):
+            raise SFormerError(f'{path} is damaged: no file begins at byte {archive.offset}, where one should')
+
+
 def parquet_rows(files: List[Path]) -> int:
     """Number of rows, by the footers of the files.
 
     Raises:
-        SFormerError: A footer is damaged; names the file.
+        SFormerError: A footer is damaged (names the file), or there is not one row.
     """
     import pyarrow.parquet
     num_rows = 0
@@ -105,6 +124,8 @@ def parquet_rows(files: List[Path]) -> int:
             num_rows += pyarrow.parquet.read_metadata(path).num_rows
         except Exception as e:
             raise SFormerError(f'{path} is damaged: {one_line(e)}') from e
+    if num_rows == 0:
+        raise SFormerError(f'no row in {files[0]}' + (f' and {len(files) - 1} more' if files[1:] else ''))
     return num_rows
 
 

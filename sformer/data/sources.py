@@ -21,7 +21,7 @@ from PIL import Image
 
 from .columns import Columns
 from .generator import dead_leaves_image
-from .shards import content_problem
+from .shards import check_archive, content_problem
 
 __all__ = ['DeadLeaves', 'Digits', 'Files', 'Table', 'TableStream']
 
@@ -141,7 +141,7 @@ class TableStream:
         columns: Which of its columns to use.
         origin: What identifies the rows.
         num_images: Number of rows, None where only the end will tell.
-        files: Their files, if they are local.
+        files: Their files, if they are local; archives are checked to have been read to their ends.
     """
     kind = Table.kind  # of the same local files, the fingerprint is that of the same images in memory
 
@@ -158,19 +158,30 @@ class TableStream:
         self.limit, self.num_shards = limit, 1
 
     def shard(self, index: int) -> Iterator[Dict[str, Any]]:
+        """The rows of a shard, not decoded.
+
+        Raises:
+            SFormerError: Its archive is damaged.
+        """
         table = self.table if self.limit is not None else self.table.shard(self.num_shards, index)
         # By `iter(batch_size)`, because `__iter__` divides the shards once more among the workers of a `DataLoader`,
         # and stops those that get none.
         batches = table.iter(batch_size=16)
         rows = (dict(zip(b, values, strict=True)) for b in batches for values in zip(*b.values(), strict=True))
-        return itertools.islice(rows, self.limit)
+        yield from itertools.islice(rows, self.limit)
+        file = self._file(index)
+        if self.limit is None and file is not None and file.suffix == '.tar':
+            check_archive(file)
+
+    def _file(self, index: int) -> Optional[Path]:
+        return self.files[index] if len(self.files) == self.num_shards else None
 
     def read(self, row: Dict[str, Any]) -> Row:
         return _read_row(row, self.columns)
 
     def describe_shard(self, index: int) -> str:
-        file = f' ({self.files[index]})' if len(self.files) == self.num_shards else ''
-        return f'shard {index}{file}'
+        file = self._file(index)
+        return f'shard {index}' + (f' ({file})' if file else '')
 
     def identity(self, indices: Optional[Sequence[int]]) -> Any:
         return self.origin, self.columns.image, self.columns.label

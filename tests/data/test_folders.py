@@ -58,6 +58,9 @@ def test_errors_of_image_folders(image_folder, tmp_path):
     empty = tmp_path / 'empty'
     empty.mkdir()
     assert error_of(str(empty)) == f'no images or parquet files in folder {str(empty)!r}'
+    (empty / 'annotations').mkdir()
+    (empty / 'a.png').write_bytes(encoded(0))
+    assert error_of(str(empty)) == f'no images in the class folders of {str(empty)!r}, only beside them: a.png'
 
 
 def test_whatever_pillow_opens_is_counted(tmp_path):

@@ -1,6 +1,8 @@
 """Parquet files and archives: whole, replaced, damaged."""
+import io
 import os
 import shutil
+import tarfile
 from pathlib import Path
 
 import datasets
@@ -94,6 +96,37 @@ def test_damage_inside_a_shard_names_the_file(write_parquet, streaming):
     path.write_bytes(content)
     with pytest.raises(SFormerError, match=r'^cannot read .*train-1\.parquet'):
         all_images(open_images(folder, data_config=RGB, streaming=streaming))
+
+
+@pytest.mark.parametrize('streaming', [False, True])
+def test_damage_inside_an_archive_names_the_file(tmp_path, streaming):
+    """`tarfile` takes a damaged header for the end."""
+    for shard in range(2):
+        with tarfile.open(tmp_path / f'train-{shard}.tar', 'w') as tar:
+            for i in range(4):
+                for suffix, data in (('png', encoded(i)), ('cls', b'1')):
+                    info = tarfile.TarInfo(f'{shard}{i}.{suffix}')
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    assert len(all_images(open_images(str(tmp_path), data_config=RGB, streaming=streaming))[0]) == 8
+    path = tmp_path / 'train-1.tar'
+    content = bytearray(path.read_bytes())
+    with tarfile.open(path) as tar:
+        offset = tar.getmembers()[2].offset
+    content[offset:offset + 100] = bytes([255]) * 100
+    path.write_bytes(content)
+    with pytest.raises(SFormerError, match=f'^cannot read .*train-1.tar is damaged: no file begins at byte {offset}'):
+        all_images(open_images(str(tmp_path), data_config=RGB, streaming=streaming))
+
+
+@pytest.mark.parametrize('streaming', [False, True])
+def test_files_without_rows(write_parquet, streaming):
+    folder = write_parquet('set/train-0.parquet')
+    path = Path(folder, 'train-0.parquet')
+    datasets.Dataset.from_parquet(str(path)).select([]).to_parquet(path.with_name('train-1.parquet'))
+    assert len(open_images(folder, data_config=RGB, streaming=streaming)) == 6, 'one of two is nothing strange'
+    path.unlink()
+    assert error_of(folder, streaming=streaming).endswith(f'no row in {path.with_name("train-1.parquet")}')
 
 
 def test_images_that_are_pointers_or_empty(write_parquet, tmp_path):
