@@ -18,6 +18,7 @@ import sformer
 from sformer import SFormerError, evaluate
 from sformer.benchmarks import Benchmark, RealLabels, resolve_benchmark
 from sformer.data import Plan, open_images
+from sformer.data.sources import Digits
 from sformer.distributed import Group
 from sformer.evaluation import Journal, check_results_file, engine, evaluate_all, write_results
 from sformer.evaluation.metrics import ChunkScore, summarize
@@ -332,23 +333,6 @@ def test_archive_that_was_cut_off(model, tmp_path, streaming):
         evaluate(model, str(tmp_path), streaming=streaming)
 
 
-@pytest.mark.parametrize('world, workers, at_most', [(1, 4, 1.2), (4, 1, 1.2), (8, 4, 2.5), (14, 1, 1.)])
-def test_readers_share_shards(digit_files, monkeypatch, world, workers, at_most):
-    """Fourteen shards, as ImageNet's validation images have them: not everybody reads everything."""
-    from sformer import data
-    config = dict(input_size=(1, 8, 8), mean=(.5,), std=(.5,), interpolation='bilinear', crop_pct=1.)
-    images = open_images(digit_files(14, 140), data_config=config, needs_labels=True, streaming=True)
-    read, chunks = [], []
-    monkeypatch.setattr(data._Stream, 'shard', lambda self, index: read.append(index) or iter(range(10)))
-    monkeypatch.setattr(data._Stream, 'batch', lambda self, chunk, *args, **kwargs: chunks.append(chunk))
-    for rank in range(world):
-        for worker in range(workers):
-            monkeypatch.setattr(data, 'get_worker_info', lambda w=worker: SimpleNamespace(id=w, num_workers=workers))
-            list(data._PlannedStream(images.dataset, Plan(1, 2, rank, world, workers)))
-    assert len(read) / 14 <= at_most
-    assert set(chunks) == {(shard, chunk) for shard in range(14) for chunk in range(5)} and len(chunks) == 140
-
-
 def test_stream_that_ends_early(model, digit_files, monkeypatch):
     """What the files say and what comes out of them has to agree."""
     import pyarrow.parquet as pq
@@ -537,29 +521,6 @@ def test_csv_keeps_rows_and_columns(model, tmp_path):
     assert math.isclose(float(rows[1]['param_count']), result['param_count'])
 
 
-@pytest.mark.parametrize('status, attempts, expected', [(503, 3, 'abc'), (429, 3, 'abc'), (404, 1, None)])
-def test_revision_of_a_dataset_on_a_busy_hub(monkeypatch, status, attempts, expected):
-    """All processes ask at once, and have to hear the same."""
-    import datasets
-    import huggingface_hub
-
-    from sformer import data
-    asked = []
-
-    class Api:
-        def dataset_info(self, name, timeout):
-            asked.append(name)
-            if len(asked) < 3:
-                error = OSError('busy')
-                error.response = SimpleNamespace(status_code=status)
-                raise error
-            return SimpleNamespace(sha='abc')
-    monkeypatch.setattr(datasets.config, 'HF_HUB_OFFLINE', False)
-    monkeypatch.setattr(huggingface_hub, 'HfApi', Api)
-    monkeypatch.setattr(data.time, 'sleep', lambda seconds: None)
-    assert (data._hub_revision('org/name'), len(asked)) == (expected, attempts)
-
-
 def test_csv_with_many_unreadable_images(tmp_path):
     path = tmp_path / 'r.csv'
     for _ in range(2):
@@ -589,8 +550,8 @@ def test_comparison_is_several_evaluations(model, source, monkeypatch):
     other.pretrained_cfg = dict(other.pretrained_cfg, mean=(0.4,), interpolation='nearest', crop_pct=0.9)
     alone = [evaluate(m, 'digits', num_images=100) for m in (model, coarse, other)]
     reads, calls = [], []
-    read = sformer.data._Digits.read
-    monkeypatch.setattr(sformer.data._Digits, 'read', lambda self, i: reads.append(i) or read(self, i))
+    read = Digits.read
+    monkeypatch.setattr(Digits, 'read', lambda self, i: reads.append(i) or read(self, i))
     call = engine._Network.__call__
     monkeypatch.setattr(
         engine._Network, '__call__', lambda self, *a, **k: calls.append(self.bypass) or call(self, *a, **k))

@@ -1,0 +1,10 @@
+"""Images to calibrate and evaluate with: generated ones, a folder, or a data set of the Hugging Face Hub.
+
+`open_images` turns a name into an `ImageData`, which delivers batches preprocessed as the model expects them.
+"""
+from .delivery import Batch, ImageData, Plan, lost_workers
+from .generator import dead_leaves
+from .preprocessing import UnreadableImageError
+from .resolution import open_images
+
+__all__ = ['Batch', 'ImageData', 'Plan', 'UnreadableImageError', 'dead_leaves', 'lost_workers', 'open_images']

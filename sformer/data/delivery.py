@@ -1,0 +1,332 @@
+"""Batches of images, for one process or for one of many, read by worker processes or not."""
+import contextlib
+import itertools
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Union
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+
+from ..errors import SFormerError
+from .preprocessing import Preprocessor, Read, UnreadableImageError, one_line
+from .sources import TableStream
+
+__all__ = ['Batch', 'ImageData', 'Images', 'Plan', 'Stream', 'lost_workers', 'readers_of_shard']
+
+
+@dataclass
+class Batch:
+    """Some images of one chunk.
+
+    Args:
+        chunk: Shard, and number of the chunk in its shard. Data that are not streamed are one shard, 0.
+        start: Position of the first image in the shard.
+        num: Images that were read, delivered or not.
+        images: Normalised float32 images (B, C, H, W), one tensor per preprocessing; none if B is 0.
+        labels: Accepted classes (B, L), int64; -1 fills up.
+        skipped: Images without a label in this benchmark.
+        bad: Names of unreadable images and what is wrong with them.
+        ends_chunk: Whether this is the last batch of its chunk.
+        ends_shard: Whether this is the last batch of its shard.
+        decode_seconds: Time of the process that read and decoded the images.
+        preprocess_seconds: Time of that process for resizing, cropping and normalising.
+    """
+    chunk: Tuple[int, int]
+    start: int
+    num: int
+    images: List[torch.Tensor]
+    labels: torch.Tensor
+    skipped: int = 0
+    bad: List[str] = field(default_factory=list)
+    ends_chunk: bool = False
+    ends_shard: bool = False
+    decode_seconds: float = 0.
+    preprocess_seconds: float = 0.
+
+    def pin_memory(self) -> 'Batch':
+        self.images = [x.pin_memory() for x in self.images]
+        return self
+
+
+@dataclass
+class Plan:
+    """Who evaluates what. Data are divided into chunks of fixed images in fixed batches, whoever takes them, so a
+    result does not depend on the number of processes, and finished chunks need not be evaluated again.
+
+    Args:
+        batch_size: Images per batch.
+        chunk_size: Images per chunk, a multiple of `batch_size`; the last chunk of a shard may be smaller.
+        rank: This process.
+        world_size: Number of processes.
+        workers: Processes per process that read and decode, 0 for none.
+        done: Finished chunks, as (shard, chunk).
+        finished: Shards whose last chunk, and all before, are finished.
+    """
+    batch_size: int
+    chunk_size: int
+    rank: int = 0
+    world_size: int = 1
+    workers: int = 0
+    done: Set[Tuple[int, int]] = field(default_factory=set)
+    finished: Set[int] = field(default_factory=set)
+
+
+@dataclass
+class ImageData:
+    """A resolved set of images: iterable as often as needed, and sized unless it is streamed from who knows where.
+
+    Args:
+        name: What the user typed.
+        split: Split in use, None where the data has none.
+        num_images: Images delivered per pass; None where only the end of the stream will tell.
+        fingerprint: Hash of what identifies the delivered images, for results files. It does not depend on where local
+            data lies; of folders and parquet files it hashes names, sizes and samples, not every byte.
+        class_names: Class names by label, None where unknown.
+        dataset: What is delivered: the chosen images of a source, or a stream.
+        revision: Commit of a data set on the Hub.
+        num_shards: Shards of a stream, else 1.
+        image_column: Column of the images, None where there are no columns.
+        label_column: Column of the labels, None where there are none.
+        passed_over: Paths, relative to a folder of images, of what is in it and is no image with a label: other files,
+            hidden ones, images beside class folders; sorted.
+    """
+    name: str
+    split: Optional[str]
+    num_images: Optional[int]
+    fingerprint: Optional[str]
+    class_names: Optional[List[str]]
+    dataset: Union['Images', 'Stream'] = field(repr=False, compare=False)
+    revision: Optional[str] = None
+    num_shards: int = 1
+    image_column: Optional[str] = None
+    label_column: Optional[str] = None
+    passed_over: List[str] = field(default_factory=list, repr=False)
+
+    def __len__(self) -> int:
+        if self.num_images is None:
+            raise TypeError(f'{self.name!r} is streamed and does not say how many images it has')
+        return self.num_images
+
+    @property
+    def streamed(self) -> bool:
+        return isinstance(self.dataset, Stream)
+
+    def label_with(self, labels: Callable[[int, Optional[str]], Sequence[int]]) -> None:
+        """Have batches deliver other labels than those of the data.
+
+        Args:
+            labels: From the label of an image and its key (its file name, where it has one) to the classes that count
+                as right; none to skip the image.
+        """
+        self.dataset.preprocessor.labels = labels
+
+    def batches(
+            self,
+            batch_size: int,
+            workers: int = 0,
+    ) -> Iterator[Tuple[torch.Tensor, Optional[torch.Tensor]]]:
+        """Deliver all images once, in order. At most a few batches per worker are in memory.
+
+        Args:
+            batch_size: Images per batch; the last batch (of each shard of a stream) may be smaller.
+            workers: Worker processes, 0 to read in this one. A stream, whose order several would change, has one.
+
+        Yields:
+            Normalised float32 images (B, C, H, W), and int64 labels (B,) or None.
+
+        Raises:
+            SFormerError: An image cannot be read, or has no label although labels are needed; a worker died.
+        """
+        plan = Plan(batch_size, batch_size, workers=min(workers, 1) if self.streamed else workers)
+        for batch in self.planned(plan):
+            if batch.bad:
+                raise UnreadableImageError(batch.bad[0])
+            if batch.images:
+                yield batch.images[0], batch.labels[:, 0] if self.dataset.source.labelled else None
+
+    def planned(self, plan: Plan, timeout: float = 0., pin_memory: bool = False) -> Iterator[Batch]:
+        """Deliver the chunks of one rank that are not done, each image once.
+
+        Args:
+            plan: Who takes what.
+            timeout: Seconds after which a worker that delivers nothing is given up; 0 waits for ever.
+            pin_memory: Whether to deliver in page-locked memory.
+
+        Raises:
+            SFormerError: A worker died or hangs; an image has no label.
+        """
+        if isinstance(self.dataset, Stream):
+            sampler, workers = None, plan.workers
+        else:
+            sampler = _pieces(len(self), plan)
+            workers = min(plan.workers, len(sampler))  # more would only cost memory
+        loader = DataLoader(
+            self.dataset.planned(plan),
+            sampler=sampler,
+            batch_size=None,
+            num_workers=workers,
+            timeout=timeout if workers else 0,
+            pin_memory=pin_memory,
+            generator=torch.Generator().manual_seed(0),  # else the loader advances the user's global generator
+        )
+        with lost_workers():
+            for batch in loader:
+                if isinstance(batch, SFormerError):
+                    raise batch
+                yield batch
+
+
+Piece = Dict[str, Any]  # a batch to be: chunk, start, stop, ends_chunk, ends_shard
+
+
+def _pieces(num_images: int, plan: Plan) -> List[Piece]:
+    """The batches of a rank that are not done."""
+    num_chunks = -(-num_images // plan.chunk_size)
+    todo = [c for c in range(num_chunks) if (0, c) not in plan.done]
+    pieces = []
+    for c in todo[plan.rank::plan.world_size]:
+        end = min(num_images, (c + 1) * plan.chunk_size)
+        for start in range(c * plan.chunk_size, end, plan.batch_size):
+            stop = min(end, start + plan.batch_size)
+            pieces.append(dict(
+                chunk=(0, c), start=start, stop=stop, ends_chunk=stop == end, ends_shard=stop == num_images))
+    return pieces
+
+
+class Images(Dataset):
+    """The chosen images of a source by whole batches, so that one worker makes one batch."""
+
+    def __init__(self, source, indices: np.ndarray, preprocessor: Preprocessor):
+        self.source, self.indices, self.preprocessor = source, indices, preprocessor
+
+    def planned(self, plan: Plan) -> 'Images':
+        return self  # the sampler knows the plan
+
+    def __getitem__(self, piece: Piece) -> Union[Batch, SFormerError]:
+        ends = dict(piece)
+        chosen = self.indices[ends['start']:ends.pop('stop')].tolist()
+        reads = [(partial(self.source.read, i), self.source.describe(i)) for i in chosen]
+        return _make_batch(self.preprocessor, reads, **ends)
+
+
+class Stream(IterableDataset):
+    """The chunks of a stream that are for one rank and one worker of it.
+
+    A reader takes whole shards and reads nothing else. Shards that are left over when all readers have the same number
+    are read by several, each of which decodes chunks of its own. So every chunk has exactly one reader:
+    `datasets.split_dataset_by_node` would do the same, but with batches, and so last bits of logits, that depend on
+    the number of processes.
+    """
+
+    def __init__(self, source: TableStream, preprocessor: Preprocessor, plan: Optional[Plan] = None):
+        self.source, self.preprocessor, self.plan = source, preprocessor, plan
+
+    def planned(self, plan: Plan) -> 'Stream':
+        return Stream(self.source, self.preprocessor, plan)
+
+    def __iter__(self) -> Iterator[Union[Batch, SFormerError]]:
+        plan, num_shards = self.plan, self.source.num_shards
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        reader = plan.rank * workers + worker
+        for shard in range(num_shards):
+            team = readers_of_shard(shard, num_shards, plan.world_size * workers)
+            if shard in plan.finished or reader not in team:
+                continue
+            try:
+                yield from self._batches(shard, team.index(reader), len(team))
+            except Exception as e:  # the network, or a damaged file
+                what = self.source.describe_shard(shard)
+                yield SFormerError(f'cannot read {what} of {self.preprocessor.title}: {one_line(e)}')
+                return
+
+    def _batches(self, shard: int, place: int, team_size: int) -> Iterator[Union[Batch, SFormerError]]:
+        """Batches of a reader's chunks of a shard; reads one row ahead to know which one is the last."""
+        plan = self.plan
+
+        def place_of(item: Tuple[int, Dict[str, Any]]) -> Tuple[int, int]:
+            chunk, position = divmod(item[0], plan.chunk_size)
+            return chunk, position // plan.batch_size
+
+        def make(chunk: int, rows: List[Tuple[int, Dict[str, Any]]], last: bool) -> Union[Batch, SFormerError]:
+            reads = [(partial(self.source.read, row), f'image {i} of shard {shard}') for i, row in rows]
+            ends_chunk = last or (rows[-1][0] + 1) % plan.chunk_size == 0
+            return _make_batch(
+                self.preprocessor, reads, (shard, chunk), rows[0][0], ends_chunk=ends_chunk, ends_shard=last)
+
+        waiting = None
+        for (chunk, _), rows in itertools.groupby(enumerate(self.source.shard(shard)), key=place_of):
+            if waiting:
+                yield make(*waiting, last=False)
+            mine = chunk % team_size == place and (shard, chunk) not in plan.done
+            waiting = (chunk, list(rows)) if mine else None
+        if waiting:
+            yield make(*waiting, last=True)
+
+
+def readers_of_shard(shard: int, num_shards: int, num_readers: int) -> List[int]:
+    """Who reads a shard: one reader, or those who share one of the shards that are left over. The i-th of them takes
+    chunks i, i + n, i + 2n, ... of it."""
+    shared = num_shards % num_readers
+    if shard < num_shards - shared:
+        return [shard % num_readers]
+    return list(range(shard - num_shards + shared, num_readers, shared))
+
+
+def _make_batch(
+        preprocessor: Preprocessor,
+        reads: Sequence[Tuple[Read, str]],
+        chunk: Tuple[int, int],
+        start: int,
+        **ends: bool,
+) -> Union[Batch, SFormerError]:
+    """Read images; returns a `Batch`, or an error that is not about one image."""
+    times = [0., 0.]
+    tensors: List[List[torch.Tensor]] = []
+    labels: List[List[int]] = []
+    bad, skipped = [], 0
+    for read, what in reads:
+        sample = preprocessor.prepare(read, what, times)
+        if isinstance(sample, UnreadableImageError):
+            bad.append(str(sample))
+        elif isinstance(sample, SFormerError):
+            return sample
+        elif sample is None:
+            skipped += 1
+        else:
+            tensors.append(sample[0])
+            labels.append(list(sample[1] or [-1]))
+    width = max(map(len, labels), default=1)
+    filled = [y + [-1] * (width - len(y)) for y in labels]
+    return Batch(
+        chunk=chunk,
+        start=start,
+        num=len(reads),
+        images=[torch.stack(x) for x in zip(*tensors, strict=True)],
+        labels=torch.tensor(filled, dtype=torch.int64).reshape(len(labels), width),
+        skipped=skipped,
+        bad=bad,
+        decode_seconds=times[0],
+        preprocess_seconds=times[1],
+        **ends,
+    )
+
+
+@contextlib.contextmanager
+def lost_workers() -> Iterator[None]:
+    """Say in one line that a loader worker is lost. torch's signal handler raises wherever the main thread is; where
+    that is about to receive a batch, the connection breaks first.
+
+    Raises:
+        SFormerError: In the place of the `DataLoader`'s own error.
+    """
+    try:
+        yield
+    except (ConnectionError, EOFError) as e:
+        raise SFormerError(f'a process that loads images died or hangs: {one_line(e)}') from e
+    except RuntimeError as e:
+        if 'DataLoader' not in str(e):
+            raise
+        raise SFormerError(f'a process that loads images died or hangs: {one_line(e)}') from e

@@ -1,0 +1,137 @@
+"""From a PIL image to the tensors that models expect."""
+import time
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from torchvision import transforms
+
+from ..errors import SFormerError
+
+__all__ = ['Preprocessor', 'UnreadableImageError', 'check_data_config', 'eight_bits', 'one_line']
+
+_MODES = {1: 'L', 3: 'RGB'}  # PIL mode by number of channels
+_BITS_PER_SAMPLE = 258  # TIFF tag
+
+Sample = Tuple[List[torch.Tensor], Optional[Sequence[int]]]  # one tensor per preprocessing, and accepted classes
+Read = Callable[[], Tuple[Image.Image, Optional[int], Optional[str]]]  # an image, its label and its key
+
+
+class UnreadableImageError(SFormerError):
+    """An image that is damaged, or no image at all."""
+
+
+class Preprocessor:
+    """From what a source reads to tensors and labels.
+
+    Errors are returned, not raised: a `DataLoader` worker would wrap them in its traceback.
+
+    Args:
+        title: What the images are called in errors.
+        data_configs: Preprocessings, as `timm.data.resolve_data_config` returns them.
+        generated: Whether images are of the size of the model, with nothing to resize or crop.
+        needs_labels: Whether an image without a label is an error.
+    """
+
+    def __init__(self, title: str, data_configs: Sequence[Dict[str, Any]], generated: bool, needs_labels: bool):
+        self.title = title
+        self.modes = [_MODES[check_data_config(config)[0][0]] for config in data_configs]
+        self.transforms = [_create_transform(config, generated) for config in data_configs]
+        self.needs_labels = needs_labels
+        self.labels: Optional[Callable[[int, Optional[str]], Sequence[int]]] = None  # see ImageData.label_with
+
+    def prepare(self, read: Read, what: str, times: List[float]) -> Union[Sample, SFormerError, None]:
+        """Read one image.
+
+        Args:
+            read: Returns image, label and key.
+            what: What the image is called in errors.
+            times: Seconds of decoding and of preprocessing, which grow.
+
+        Returns:
+            Its tensors (C, H, W) and accepted classes, None to skip it, or an error: an `UnreadableImageError` if it is
+            about this image alone.
+        """
+        start = time.perf_counter()
+        try:
+            image, label, key = read()
+            if self.needs_labels and (label is None or label < 0):
+                return SFormerError(f'{what} of {self.title} has no label ({label})')
+            accepted = None if label is None else [label] if self.labels is None else self.labels(label, key)
+            if accepted is not None and len(accepted) == 0:
+                return None
+            # Loads the pixels. EXIF orientation is left alone, as in timm's evaluation.
+            image = eight_bits(image)
+            images = [image.convert(mode) for mode in self.modes]
+        except SFormerError as e:
+            return e
+        except Exception as e:  # damaged files raise about anything: OSError, SyntaxError, struct.error, ...
+            reason = 'not an image' if isinstance(e, UnidentifiedImageError) else one_line(e)
+            return UnreadableImageError(f'cannot read {what} of {self.title}: {reason}')
+        decoded = time.perf_counter()
+        tensors = [transform(image) for transform, image in zip(self.transforms, images, strict=True)]
+        times[0] += decoded - start
+        times[1] += time.perf_counter() - decoded
+        return tensors, accepted
+
+
+def check_data_config(data_config: Dict[str, Any]) -> Tuple[Tuple[int, int, int], Sequence[float], Sequence[float]]:
+    """Check size, mean and std of a preprocessing, and return them.
+
+    Raises:
+        SFormerError: The size is not of a grey or RGB image, or mean or std are of another number of channels.
+    """
+    size = tuple(data_config['input_size'])
+    if len(size) != 3 or size[0] not in _MODES:
+        raise SFormerError(f'input size {size} is not of an image: (1, H, W) is grey, (3, H, W) is RGB')
+    mean = data_config.get('mean', IMAGENET_DEFAULT_MEAN)
+    std = data_config.get('std', IMAGENET_DEFAULT_STD)
+    for key, value in (('mean', mean), ('std', std)):
+        # Three means would silently broadcast a grey image to three channels.
+        if len(value) != size[0]:
+            raise SFormerError(
+                f'the {key} of the preprocessing has {len(value)} entries {tuple(value)}, '
+                f'but the model takes {size[0]} channel(s): give {size[0]}')
+    return size, mean, std
+
+
+def _create_transform(data_config: Dict[str, Any], generated: bool) -> Callable[[Image.Image], torch.Tensor]:
+    _, mean, std = check_data_config(data_config)
+    if not generated:
+        return create_transform(**data_config, is_training=False)
+    return transforms.Compose([transforms.ToTensor(), transforms.Normalize(mean, std)])
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """Scale the levels of a 16-bit image to 0 to 255 (mode L); `Image.convert` would clip them. Other images pass.
+
+    Raises:
+        ValueError: The pixels are 32-bit integers or floats, and the file does not say which of them is white.
+    """
+    if image.mode not in ('I', 'F') and not image.mode.startswith('I;'):
+        return image
+    white = _white(image)
+    if white is None:
+        raise ValueError(f'pixels of mode {image.mode!r} have no known range: save them with 8 or 16 bits')
+    levels = np.asarray(image, dtype=np.float64) * (255 / white)
+    return Image.fromarray(np.clip(np.rint(levels), 0, 255).astype(np.uint8))
+
+
+def _white(image: Image.Image) -> Optional[int]:
+    """The highest level of an integer image of more than 8 bits; None where it is not known."""
+    if image.mode == 'I' and image.format in ('PNG', 'PPM'):  # 16 bits, widened by Pillow
+        return 65535
+    if not image.mode.startswith('I;16'):
+        return None
+    bits = getattr(image, 'tag_v2', {}).get(_BITS_PER_SAMPLE, 16)
+    return 2 ** (bits if isinstance(bits, int) else bits[0]) - 1
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line; its class name where it says nothing."""
+    # `datasets` wraps what went wrong in errors that do not say it.
+    if error.__cause__ is not None and type(error).__name__.startswith('DatasetGeneration'):
+        error = error.__cause__
+    return ' '.join(str(error).split()) or type(error).__name__
