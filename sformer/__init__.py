@@ -7,7 +7,7 @@ from importlib import metadata as _metadata
 from .calibration import bypass_neurons
 from .conversion import convert
 from .errors import SFormerError, UncalibratedError, UnsupportedLayerError
-from .evaluation import evaluate, firing_rates
+from .evaluation import EvaluationConfig, activity, evaluate, evaluate_all
 from .hub import load_model, save_model
 from .layers import named_neurons, spiking_
 from .models import SFormer, is_calibrated, source_of
@@ -15,7 +15,8 @@ from .neurons import SFNConfig
 
 __version__ = _metadata.version('sformer')
 __all__ = [
-    'convert', 'evaluate', 'save_model', 'load_model', 'firing_rates', 'is_calibrated', 'source_of',
+    'convert', 'evaluate', 'evaluate_all', 'EvaluationConfig', 'activity', 'save_model', 'load_model', 'is_calibrated',
+    'source_of',
     'SFNConfig', 'SFormer', 'spiking_', 'named_neurons', 'bypass_neurons',
     'SFormerError', 'UncalibratedError', 'UnsupportedLayerError',
 ]

@@ -40,7 +40,7 @@ from .verification import check_pretrained
 
 __all__ = [
     'SFormer', 'SFormerBeit', 'SFormerDistilled', 'SFormerEva', 'SFormerMixin',
-    'spiking_model_', 'source_of', 'revert_', 'is_calibrated', 'architecture_of',
+    'spiking_model_', 'source_of', 'view_of', 'source_view', 'revert_', 'is_calibrated', 'architecture_of',
 ]
 
 
@@ -178,6 +178,19 @@ def source_of(model: nn.Module) -> nn.Module:
         A model of the timm class that it was converted from, with the same weights and no neurons.
     """
     return revert_(copy.deepcopy(model))
+
+
+def view_of(model: nn.Module) -> nn.Module:
+    """A copy of the structure of a model that shares its parameters and buffers.
+
+    Its mode, hooks and layers are its own: what is done to them does not reach the model, which may be in use.
+    """
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
+def source_view(model: nn.Module) -> nn.Module:
+    """The source network inside of an SFormer, as a view: the same parameters and no neurons."""
+    return revert_(view_of(model))
 
 
 def revert_(model: nn.Module) -> nn.Module:
