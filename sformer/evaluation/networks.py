@@ -68,7 +68,9 @@ class Subject:
 
 
 def check_model(model: nn.Module) -> None:
-    """Raise SFormerError where evaluation would mean nothing: default thresholds, no classes."""
+    """Raise SFormerError where evaluation would mean nothing: default thresholds, no classes; or could not be done."""
+    if hasattr(model, '_orig_mod'):
+        raise SFormerError('the model is compiled: hand over the one that it was made of, with torchcompile=True.')
     if _is_spiking(model) and not is_calibrated(model):
         raise UncalibratedError(f'{uncalibrated(model)}; its accuracy would mean nothing. Use sformer.convert().')
     if not getattr(model, 'num_classes', 1):

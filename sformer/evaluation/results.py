@@ -162,7 +162,7 @@ def _row(result: Dict[str, Any]) -> Dict[str, Any]:
     """Cells of a result: a column per code of spikes, and nothing of single sites."""
     row = {key: _cell(value) for key, value in result.items() if key not in ('activity_per_site', 'spikes_per_neuron')}
     spikes = result.get('spikes_per_neuron') or {}
-    return row | {f'spikes_per_neuron_{code}': figure for code, figure in spikes.items()}
+    return row | {f'spikes_{code}': figure for code, figure in spikes.items()}
 
 
 def _cell(value: Any) -> Any:

@@ -67,10 +67,11 @@ def test_two_evaluations_of_one_model_at_once(model, training):
     """With a mode that the evaluations have to leave alone, and spikes that are counted for each of them."""
     busy = copy.deepcopy(model).train(training)
     busy.head_drop.p = 0.9  # shows in the accuracy if it acts
-    expected = steady(evaluate(model, 'digits', 'test', batch_size=20))
+    options = dict(num_images=240, batch_size=20)
+    expected = steady(evaluate(model, 'digits', **options))
     with ThreadPoolExecutor(2) as pool:
-        results = [*pool.map(lambda _: steady(evaluate(busy, 'digits', 'test', batch_size=20)), range(4))]
-    assert results == [expected] * 4
+        results = [*pool.map(lambda _: steady(evaluate(busy, 'digits', **options)), range(2))]
+    assert results == [expected] * 2
     assert busy.training == training
 
 
@@ -105,6 +106,11 @@ def test_uncalibrated_is_refused(model):
     one.head.neuron.calibrated.fill_(False)
     with pytest.raises(UncalibratedError, match=r'1 neurons .* head\.neuron'):
         evaluate(one, 'digits')
+
+
+def test_compiled_model_is_refused(model):
+    with pytest.raises(SFormerError, match='the model is compiled.* torchcompile=True'):
+        evaluate(torch.compile(model, backend='eager'), 'digits')
 
 
 def test_model_without_a_classifier(model):

@@ -3,10 +3,12 @@ import copy
 import multiprocessing
 
 import pytest
+import timm
 import torch
+from conftest import NANO
 from evaluation_tools import steady
 
-from sformer import SFormerError, evaluate
+from sformer import SFormerError, convert, evaluate
 from sformer.layers import named_neurons
 
 
@@ -99,25 +101,28 @@ def test_workers(coarse, result):
         assert steady(other, 'workers') == steady(result, 'workers')
 
 
-def test_compiled_networks(coarse, source, monkeypatch):
+@pytest.mark.parametrize('backend', ['eager', pytest.param('inductor', marks=pytest.mark.slow)])
+def test_compiled_networks(images, monkeypatch, backend):
     """The model and its source are compiled, and count what they count otherwise."""
+    torch.manual_seed(0)
+    network = convert(timm.create_model('vit_tiny_patch16_224', **dict(NANO, depth=1)), [images])
     compiled, compile = [], torch.compile
 
     def look(model):
-        network, calls = compile(model), []
+        fast, calls = compile(model, backend=backend), []
         compiled.append((model, calls))
-        return lambda x: calls.append(len(x)) or network(x)
+        return lambda x: calls.append(len(x)) or fast(x)
     monkeypatch.setattr(torch, 'compile', look)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     options = dict(num_images=96, batch_size=32, activity_images=32)
-    result = evaluate(coarse, 'digits', torchcompile=True, **options)
+    result = evaluate(network, 'digits', torchcompile=True, **options)
     assert torch._dynamo.utils.counters['stats']['unique_graphs'] >= 2
     (model, of_model), (its_source, of_source) = compiled
     assert of_model == [32, 32], 'spikes are counted on the first batch, by hooks'
     assert of_source == [32, 32, 32] and not list(named_neurons(its_source))
-    eager = evaluate(coarse, 'digits', **options)
+    eager = evaluate(network, 'digits', **options)
     assert result['torchcompile'] and not eager['torchcompile'] and len(compiled) == 2
-    for key in ('top1', 'source_top1', 'agreement', 'activity'):
-        assert result[key] == eager[key], key
-    assert result['nll'] == pytest.approx(eager['nll'], rel=1e-3)
+    assert result['activity'] == eager['activity']
+    for key in ('nll', 'source_nll', 'relative_logit_error'):
+        assert result[key] == pytest.approx(eager[key], rel=1e-2), key

@@ -10,14 +10,9 @@ import timm
 from evaluation_tools import png
 
 from sformer import SFormerError, evaluate, save_model
-from sformer.cli import evaluate_models
+from sformer.cli import main
 from sformer.evaluation import check_replaceable, check_results_file, write_results
 from sformer.utils import state_hash
-
-OPTIONS = dict(
-    split=None, num_images=None, batch_size=64, workers=0, seed=0, image_column=None, label_column=None, streaming=None,
-    benchmark=None, img_size=None, crop_pct=None, interpolation=None, amp=None, channels_last=False,
-    torchcompile=False, retry=False, max_bad=0)
 
 
 def test_csv_keeps_rows_and_columns(model, tmp_path):
@@ -70,7 +65,7 @@ def test_csv_has_a_column_per_code_of_spikes(model, tmp_path):
     write_results(path, [evaluated], 'csv')
     row, = csv.DictReader(open(path, newline=''))
     for code, figure in evaluated['spikes_per_neuron'].items():
-        assert float(row[f'spikes_per_neuron_{code}']) == figure
+        assert float(row[f'spikes_{code}']) == figure
     assert float(row['activity']) == evaluated['activity'] and not {'activity_per_site', 'spikes_per_neuron'} & {*row}
 
 
@@ -142,17 +137,20 @@ def test_results_of_other_models_are_not_lost(model, coarse, tmp_path):
     check_replaceable(path, [model, coarse], 'digits')
 
 
-def test_command_line_and_results_of_other_models(model, coarse, tmp_path):
+def test_command_line_and_results_of_other_models(model, coarse, tmp_path, capsys):
     """Refused before any image is read; the same model, or a run that is resumed, may replace its results."""
+    path = tmp_path / 'r.json'
     folders = [str(save_model(m, tmp_path / name)) for m, name in ((model, 'a'), (coarse, 'b'))]
 
     def run(folder, *options):
-        evaluate_models([folder], 'digits', dict(OPTIONS, num_images=16), False, tmp_path / 'r.json', None,
-                        '--resume' in options, 'cpu', None, 600.)
-        return json.loads((tmp_path / 'r.json').read_text())['weights_sha256']
-    first = run(folders[0])
-    assert run(folders[0]) == first == state_hash(model.state_dict())
-    with pytest.raises(SFormerError, match='has a result of .*a with other weights'):
-        run(folders[1])
-    assert json.loads((tmp_path / 'r.json').read_text())['weights_sha256'] == first
-    assert run(folders[1], '--resume') != first
+        with pytest.raises(SystemExit) as done:
+            main(['evaluate', folder, '--dataset', 'digits', '--num-images', '16', '--results-file', str(path),
+                  *options])
+        return done.value.code, json.loads(path.read_text())['weights_sha256']
+    hashes = [state_hash(m.state_dict()) for m in (model, coarse)]
+    assert run(folders[0]) == run(folders[0]) == (0, hashes[0])
+    capsys.readouterr()
+    assert run(folders[1]) == (1, hashes[0])
+    line, = capsys.readouterr().err.splitlines()
+    assert 'r.json has a result of ' in line and 'other weights' in line
+    assert run(folders[1], '--resume') == (0, hashes[1])
