@@ -8,6 +8,7 @@
 Writes sformer/weights/NAME.safetensors and, beside it, the record of training and conversion. A better source takes the
 place of an older one with these two commands; scripts/make_cards.py measures it.
 """
+import dataclasses
 import json
 from pathlib import Path
 from typing import Annotated, Optional
@@ -38,25 +39,25 @@ def main(
     recipe = training['recipe']
     name, dataset = ENTRIES[recipe['name']], DATASETS[recipe['data']]
     cfg = timm.get_pretrained_cfg(name)
-    source = create_source(recipe['model'], checkpoint, **recipe['model_args'])
+    source = create_source(recipe['model'], checkpoint, **recipe['model_args']).network
     set_data_config_(source, mean=cfg.mean, std=cfg.std, crop_pct=cfg.crop_pct, interpolation=cfg.interpolation)
     if recipe['bf16']:  # float16 has three more bits than the weights were trained to have
         with torch.no_grad():
             for parameter in source.parameters():
                 parameter.copy_(parameter.half())
     model = sformer.convert(source, data or dataset, split='train')
-    used = model.conversion['calibration']
-    used.update(name=dataset, local_copy=bool(data))
+    used = dataclasses.replace(model.conversion.calibration, name=dataset, local_copy=bool(data))
+    conversion = dataclasses.replace(model.conversion, calibration=used)
     state = model.state_dict()
     if recipe['bf16']:
         state.update({key: parameter.detach().half() for key, parameter in model.named_parameters()})
-    record = dict(conversion=model.conversion, training=training)
+    record = dict(sfn=dataclasses.asdict(model.sfn_config), conversion=conversion.to_dict(), training=training)
     with write_aside(Path(sformer.__file__).parent / 'weights') as aside:
         weights = aside / f'{name}.safetensors'
         save_file(state, weights, metadata={'format': 'pt'})
         record['weights_sha256'], weights_size = file_hash(weights), weights.stat().st_size
         (aside / f'{name}.json').write_text(json.dumps(record, indent=2) + '\n')
-    print(f'{name}: {used["num_images"]} images of {dataset}, weights of {(weights_size / 1e6):.1f} MB')
+    print(f'{name}: {used.num_images} images of {dataset}, weights of {(weights_size / 1e6):.1f} MB')
 
 
 if __name__ == '__main__':

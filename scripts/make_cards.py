@@ -18,7 +18,7 @@ import typer
 import sformer
 from sformer.cards import Record, shell, write_card
 from sformer.errors import SFormerError
-from sformer.evaluation import evaluate_all
+from sformer.evaluation import EvaluationConfig, evaluate_all
 from sformer.layers import source_of
 from sformer.neurons import SFNConfig
 from sformer.checkpoints import state_hash, write_json
@@ -51,11 +51,11 @@ def measure(name: str, data: Optional[str] = None, note: Optional[str] = None) -
         source, data or used['name'], SFNConfig(**dict(recipe, levels=n)), split=used['split'],
         num_images=used['num_images'], seed=used['seed']) for n in levels if n != recipe['levels']}
     models[recipe['levels']] = model
-    results = {
-        n: {key: value for key, value in result.items() if 'second' not in key}
-        for n, result in zip(models, evaluate_all([*models.values()], data or used['name'], 'test'), strict=True)}
+    measured = evaluate_all([*models.values()], EvaluationConfig(dataset=data or used['name'], split='test'))
+    results = {n: {key: value for key, value in result.items() if 'second' not in key}
+               for n, result in zip(models, measured, strict=True)}
     result = results[recipe['levels']]
-    keys = ('dataset', 'dataset_revision', 'split', 'num_images', 'top1', 'source_top1', 'agreement', 'firing_rate',
+    keys = ('dataset', 'dataset_revision', 'split', 'num_images', 'top1', 'source_top1', 'agreement', 'activity',
             'weights_sha256')
     copy = ['--data', f'{used["name"]}={data}'] if data else []
     command = shell('python', 'scripts/make_cards.py', name, *copy)

@@ -26,8 +26,8 @@ import typer
 import sformer
 from sformer.cards import recorded_results
 from sformer.sources import create_source, set_data_config_
-from sformer.distributed import Group
 from sformer.errors import SFormerError
+from sformer.evaluation.distributed import Group
 from sformer.models.zoo import ZOO
 from sformer.neurons import SFNConfig
 from sformer.publish import check_repo_id, prepare, publish
@@ -160,7 +160,7 @@ def produce(
             if levels != entry.config.levels:
                 config = dataclasses.replace(entry.config, levels=levels)
                 other = measure(dataclasses.replace(entry, config=config), folder / 'levels' / str(levels))
-            keys = ('dataset', 'split', 'num_images', 'top1', 'source_top1', 'firing_rate', 'weights_sha256')
+            keys = ('dataset', 'split', 'num_images', 'top1', 'source_top1', 'activity', 'weights_sha256')
             points.append(dict(levels=levels, **{key: other[key] for key in keys if key in other}))
         if result.get('curve') != points:
             on_main(group, write_json, folder / 'eval.json', dict(result, curve=points, curve_command=command()))

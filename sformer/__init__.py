@@ -4,11 +4,11 @@ Importing the package registers the `sformer_*` models with timm.
 """
 from importlib import metadata as _metadata
 
-from . import entrypoints as _entrypoints  # registers with timm
+from . import entrypoints as _entrypoints  # noqa: F401  registers with timm
 from .calibration import calibrate_
 from .conversion import convert
 from .errors import SFormerError, UncalibratedError, UnsupportedLayerError
-from .evaluation import evaluate
+from .evaluation import EvaluationConfig, activity, evaluate, evaluate_all
 from .layers import is_calibrated, named_neurons, source_of, source_view, spiking_
 from .models import SFormer
 from .neurons import FitConfig, SFNConfig
@@ -16,7 +16,8 @@ from .saving import load_model, save_model
 
 __version__ = _metadata.version('sformer')
 __all__ = [
-    'convert', 'evaluate', 'save_model', 'load_model', 'is_calibrated', 'source_of', 'source_view',
-    'SFNConfig', 'FitConfig', 'SFormer', 'spiking_', 'calibrate_', 'named_neurons',
+    'convert', 'evaluate', 'evaluate_all', 'activity', 'save_model', 'load_model', 'spiking_', 'calibrate_',
+    'is_calibrated', 'named_neurons', 'source_of', 'source_view',
+    'SFNConfig', 'FitConfig', 'EvaluationConfig', 'SFormer',
     'SFormerError', 'UncalibratedError', 'UnsupportedLayerError',
 ]

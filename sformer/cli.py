@@ -244,8 +244,15 @@ def evaluate_models(
     """Evaluate models and write their results; returns them on the main process, and nothing on the others."""
     if device is not None and device.startswith('meta'):
         raise SFormerError('--device meta has no values to evaluate with; cpu and cuda do.')
-    from .distributed import Group, RankError
-    from .evaluation import Journal, check_results_file, evaluate_all, write_results
+    from .evaluation import (
+        EvaluationConfig,
+        Journal,
+        check_replaceable,
+        check_results_file,
+        evaluate_all,
+        write_results,
+    )
+    from .evaluation.distributed import Group, RankError
     from .saving import open_model
     try:
         with Group(device, num_processes, timeout).guard() as group:
@@ -255,11 +262,12 @@ def evaluate_models(
             known = dataset_by_name(dataset)
             options = dict(options, **{k: v for k, v in known.items() if options.get(k) is None and k != 'dataset'})
             options['streaming'] = bool(options['streaming'])
+            config = EvaluationConfig(dataset=known['dataset'], device=group.device, timeout=timeout, **options)
             journal = Journal(f'{results_file}.progress', resume) if results_file else None
             models = [open_model(name) for name in names]
-            results = evaluate_all(
-                models, known['dataset'], sources=source, device=group.device, timeout=timeout, group=group,
-                journal=journal, **options)
+            if format == 'json' and results_file and not resume:
+                check_replaceable(results_file, models, known['dataset'])
+            results = evaluate_all(models, config, sources=source, group=group, journal=journal)
             results = [dict(model=name, architecture=result.pop('model'), **result, command=command_line())
                        for name, result in zip(names, results, strict=True)]
             if journal is not None and results_file:
@@ -275,7 +283,7 @@ def evaluate_models(
 
 def dataset_by_name(name: str) -> Dict[str, Any]:
     """What a well-known name of a dataset stands for, unless there is a folder of this name."""
-    from .benchmarks import DATASETS
+    from .evaluation.benchmarks import DATASETS
     return DATASETS[name] if name in DATASETS and not Path(name).is_dir() else dict(dataset=name)
 
 
@@ -290,8 +298,8 @@ def summary(result: Dict[str, Any]) -> List[str]:
                   f'  drop {result["source_top1"] - result["top1"]:+.2f} points   '
                   f'agreement {result["agreement"]:.2f} %   '
                   f'relative logit error {result["relative_logit_error"]:.4f}']
-    if result.get('firing_rate') is not None:
-        lines.append(f'  firing rate {result["firing_rate"]:.3f}')
+    if result.get('activity') is not None:
+        lines.append(f'  firing rate {result["activity"]:.3f}')
     for key, what in (('skipped_images', 'without a label'), ('bad_images', 'unreadable')):
         number = len(result[key]) if key == 'bad_images' else result[key]
         lines += [f'  left out: {number} images {what}'] if number else []
@@ -392,7 +400,7 @@ def compare(
         table.add_row(
             result['model'], cell(result['top1'], 2), cell(result['top5'], 2), cell(result['nll'], 4),
             cell(result['ece'], 2), cell(result.get('source_top1'), 2), cell(result.get('agreement'), 2),
-            cell(result.get('relative_logit_error'), 4), cell(result.get('firing_rate'), 3),
+            cell(result.get('relative_logit_error'), 4), cell(result.get('activity'), 3),
             cell(result['images_per_second'], 1))
     console = Console()
     console.print(table) if console.is_terminal else Console(width=160).print(table)

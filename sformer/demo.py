@@ -52,7 +52,7 @@ def run(output: Path) -> None:
     for levels in LEVELS:
         r = results[levels]
         table.add_row(f'SFormer, N = {levels}', f'{r["top1"]:.2f} %', f'{r["agreement"]:.2f} %',
-                      f'{r["firing_rate"]:.3f}', f'{r["conversion_seconds"]:.2f}', f'{r["seconds"]:.2f}')
+                      f'{r["activity"]:.3f}', f'{r["conversion_seconds"]:.2f}', f'{r["seconds"]:.2f}')
     console.print(table)
 
     model = results[LEVELS[-1]]['network']
@@ -68,7 +68,7 @@ def run(output: Path) -> None:
     with write_aside(output) as aside:
         accuracy = {levels: results[levels]['top1'] for levels in CURVE}
         plot_accuracy(accuracy, reference['top1'], aside / 'accuracy.png')
-        plot_firing_rates(results[LEVELS[-1]]['firing_rates'], LEVELS[-1], aside / 'firing_rates.png')
+        plot_firing_rates(results[LEVELS[-1]]['activity_per_site'], LEVELS[-1], aside / 'firing_rates.png')
     console.print(f'Pictures: {output / "accuracy.png"}, {output / "firing_rates.png"} '
                   f'({time.perf_counter() - start:.0f} s in all)', soft_wrap=True)
 

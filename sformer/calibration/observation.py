@@ -31,8 +31,8 @@ def calibrate_(
 
     Args:
         module: Any module that `spiking_` converted.
-        batches: What the module reads. Tensors (B, ...) are observed in batches of `OBSERVED_BATCH`; anything else as it
-            comes.
+        batches: What the module reads. Tensors (B, ...) are observed in batches of `OBSERVED_BATCH`; anything else as
+            it comes.
         fit: How thresholds are fitted.
         forward_fn: Called with the source network and a batch; `network(batch)` if None.
 
@@ -159,7 +159,7 @@ class _ProductWatch(torch.utils._python_dispatch.TorchDispatchMode):
             if type(module) not in known:
                 kind = type(module)
                 raise UnsupportedLayerError(
-                    f'{name or "(root)"} ({kind.__module__}.{kind.__qualname__}) multiplies currents in its own forward '
-                    f'({func.overloadpacket.__name__}), which has no spiking counterpart. Register one with '
+                    f'{name or "(root)"} ({kind.__module__}.{kind.__qualname__}) multiplies currents in its own '
+                    f'forward ({func.overloadpacket.__name__}), which has no spiking counterpart. Register one with '
                     f'sformer.layers.register_spiking.')
         return func(*args, **(kwargs or {}))

@@ -14,12 +14,12 @@ import time
 from pathlib import Path
 from typing import IO, Any, Dict, List, Optional, Union
 
-from ..distributed import Group
 from ..errors import SFormerError
+from .distributed import Group
 
 __all__ = ['Journal']
 
-# What tells runs apart; one that differs in anything else is the same run with other options, which can not go on.
+# What tells runs apart; one that differs in anything else is the same run with other options, which cannot go on.
 IDENTITY = {'models', 'sources', 'dataset', 'split', 'benchmark'}
 
 
@@ -32,7 +32,7 @@ class Journal:
     """
 
     def __init__(self, path: Union[str, Path], resume: bool = False):
-        self.root = self.path = Path(path)
+        self.root = self.path = Path(path).expanduser()
         self.resume = resume
         self._file: Optional[IO[str]] = None
         self._synced = 0.
@@ -41,7 +41,7 @@ class Journal:
         """Begin to record; returns the records of earlier runs, one per chunk.
 
         Args:
-            key: What results depend on. Records of a run with another key are refused.
+            key: What results depend on, as plain data. Records of a run with another key are refused.
             group: Processes that record.
 
         Raises:
@@ -61,7 +61,7 @@ class Journal:
             name = f'{group.rank:05d}-{time.time_ns()}-{os.getpid()}.jsonl'
             self._file = open(self.path / name, 'w', encoding='utf-8')
         except OSError as e:
-            raise SFormerError(f'{self.path} can not be written: {e.strerror}.') from e
+            raise SFormerError(f'{self.path} cannot be written: {e.strerror}.') from e
         self._append(key)
         return [records[chunk] for chunk in sorted(records)]
 
@@ -95,7 +95,7 @@ class Journal:
                 os.fsync(self._file.fileno())
                 self._synced = time.monotonic()
         except OSError as e:
-            raise SFormerError(f'{self.path} can not be written: {e.strerror}.') from e
+            raise SFormerError(f'{self.path} cannot be written: {e.strerror}.') from e
 
     def close(self) -> None:
         if self._file is not None:

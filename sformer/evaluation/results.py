@@ -5,13 +5,15 @@ import io
 import json
 import os
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any, Dict, Iterable, List, Optional, Tuple, Union
 
-from ..checkpoints import locked, write_aside, write_json
+import torch.nn as nn
+
+from ..checkpoints import locked, state_hash, write_aside, write_json
 from ..errors import SFormerError
 from ..model_config import CONFIG_NAME, WEIGHTS_NAME
 
-__all__ = ['check_results_file', 'write_results']
+__all__ = ['check_replaceable', 'check_results_file', 'write_results']
 
 FORMATS = ('json', 'csv')
 TIMM_COLUMNS = (
@@ -22,7 +24,7 @@ def check_results_file(path: Union[str, Path], format: Optional[str] = None) -> 
     """Make sure that results can be written, before there are any.
 
     Args:
-        path: Results file; there may be one already.
+        path: Results file; there may be one already. Of a link, the file that it leads to.
         format: `json` or `csv`; None goes by the file's suffix, and is `json` without one.
 
     Returns:
@@ -30,9 +32,9 @@ def check_results_file(path: Union[str, Path], format: Optional[str] = None) -> 
 
     Raises:
         SFormerError: If the format is unknown, or a file that is there is not one of results.
-        OSError: If the file can't be written.
+        OSError: If the file cannot be written.
     """
-    path = Path(path)
+    path = _target(path)
     format = format or path.suffix.lstrip('.').lower() or 'json'
     if format not in FORMATS:
         raise SFormerError(f'results are written as {" or ".join(FORMATS)}, not as {format!r} (--results-format).')
@@ -49,21 +51,53 @@ def check_results_file(path: Union[str, Path], format: Optional[str] = None) -> 
         raise PermissionError(13, 'is not writable', str(path))
     if format == 'csv':
         _read_csv(path)
-    elif not _holds_results(path):
+    elif _read_json(path) is None:
         raise SFormerError(f'{path} is there and holds no results, which would take its place. Name another file.')
     return format
 
 
-def _holds_results(path: Path) -> bool:
-    """Whether a JSON file may be replaced by results: it is missing, empty, or was written here."""
+def check_replaceable(path: Union[str, Path], models: Iterable[nn.Module], dataset: str) -> None:
+    """Make sure that JSON results which are there are replaced by ones of the same models and images.
+
+    Args:
+        path: JSON results file; there may be one already.
+        models: What is going to be evaluated.
+        dataset: Name of the data set.
+
+    Raises:
+        SFormerError: If the file has results of other weights or of another data set.
+    """
+    path = _target(path)
+    results = _read_json(path)
+    if not results:
+        return
+    hashes = {state_hash(model.state_dict()) for model in models}
+    for result in results:
+        if result.get('weights_sha256') not in hashes or result.get('dataset') != dataset:
+            what = 'other weights' if result.get('dataset') == dataset else f'another data set, {result.get("dataset")}'
+            raise SFormerError(f'{path} has a result of {result["model"]} with {what}, which would be lost. '
+                               f'Name another file, or remove it.')
+
+
+def _target(path: Union[str, Path]) -> Path:
+    """The file that is written: where a link leads, so that the link stays; `~` stands for the home folder."""
+    try:
+        path = Path(path).expanduser()
+    except RuntimeError as e:
+        raise SFormerError(f'{path} cannot be found: {e}') from e
+    return path.resolve() if path.is_symlink() else path
+
+
+def _read_json(path: Path) -> Optional[List[Dict[str, Any]]]:
+    """Results in a JSON file; none if it is missing or empty, None if it holds something else."""
     if not path.exists() or path.stat().st_size == 0:
-        return True
+        return []
     try:
         found = json.loads(path.read_text(encoding='utf-8'))
     except ValueError:
-        return False
+        return None
     results = found if isinstance(found, list) else [found]
-    return all(isinstance(result, dict) and {'model', 'top1'} <= {*result} for result in results)
+    return results if all(isinstance(r, dict) and {'model', 'top1'} <= {*r} for r in results) else None
 
 
 class _ProbeError(Exception):
@@ -73,13 +107,14 @@ class _ProbeError(Exception):
 def write_results(path: Union[str, Path], results: List[Dict[str, Any]], format: str = 'json') -> None:
     """Write results: a JSON object (a list if there are several), or rows that are appended to a CSV file.
 
-    Rows and columns of a CSV file that is there are kept. Files are written aside and renamed.
+    Rows and columns of a CSV file that is there are kept. Files are written aside and renamed; of a link, the file
+    that it leads to. Bytes of file names that are not UTF-8 are written as escapes.
 
     Raises:
         SFormerError: If a CSV file that is there is not one of results.
-        OSError: If the file can't be written.
+        OSError: If the file cannot be written.
     """
-    path = Path(path)
+    path = _target(path)
     try:
         _write(path, results, format)
     except OSError as e:
@@ -90,7 +125,7 @@ def _write(path: Path, results: List[Dict[str, Any]], format: str) -> None:
     if format == 'json':
         write_json(path, results[0] if len(results) == 1 else results)
         return
-    rows = [{key: _cell(value) for key, value in result.items() if key != 'firing_rates'} for result in results]
+    rows = [_row(result) for result in results]
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.with_name(f'.{path.name}.lock')):  # others may append at the same time
         columns, old = _read_csv(path)
@@ -101,7 +136,7 @@ def _write(path: Path, results: List[Dict[str, Any]], format: str) -> None:
         writer.writeheader()
         writer.writerows([*old, *rows])
         with write_aside(path.parent) as aside:
-            (aside / path.name).write_text(text.getvalue(), encoding='utf-8')
+            (aside / path.name).write_text(text.getvalue(), encoding='utf-8', errors='backslashreplace')
 
 
 def _read_csv(path: Path) -> Tuple[List[str], List[Dict[str, str]]]:
@@ -121,6 +156,13 @@ def _read_csv(path: Path) -> Tuple[List[str], List[Dict[str, str]]]:
     if any(None in row or None in row.values() for row in rows):
         raise SFormerError(f'{path} has rows with more or fewer fields than its first line. Name another file.')
     return columns, rows
+
+
+def _row(result: Dict[str, Any]) -> Dict[str, Any]:
+    """Cells of a result: a column per code of spikes, and nothing of single sites."""
+    row = {key: _cell(value) for key, value in result.items() if key not in ('activity_per_site', 'spikes_per_neuron')}
+    spikes = result.get('spikes_per_neuron') or {}
+    return row | {f'spikes_{code}': figure for code, figure in spikes.items()}
 
 
 def _cell(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """Attention layers of timm in which every product is between spikes.
 
-Their forwards are timm's own. With `fused_attn` they all leave QK^T and AV to `F.scaled_dot_product_attention`; inside of
-a spiking layer that call goes to its `AttentionProduct`. Rotary embeddings, norms and softmax act on currents.
+Their forwards are timm's own. With `fused_attn` they all leave QK^T and AV to `F.scaled_dot_product_attention`; inside
+of a spiking layer that call goes to its `AttentionProduct`. Rotary embeddings, norms and softmax act on currents.
 """
 from typing import Any, Optional
 

@@ -15,8 +15,8 @@ __all__ = [
 MAX_LEVEL = 127  # a level is one int8 on hardware
 MAX_WIDE_LEVEL = 128 * 127 + 127  # or, where a site says so, two int8 planes: k = 128 high + low
 
-# The largest float below 1/2. Added before truncation it rounds halves away from zero and nothing below them; 1/2 itself
-# would round the float just below 1/2 up to 1.
+# The largest float below 1/2. Added before truncation it rounds halves away from zero and nothing below them; 1/2
+# itself would round the float just below 1/2 up to 1.
 _BELOW_HALF = 0.49999997
 
 

@@ -10,13 +10,15 @@ The lists of classes and the ReaL labels are those that timm ships.
 """
 import re
 from dataclasses import dataclass
+from importlib.resources import files
 from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import torch.nn as nn
+from timm.data import ImageNetInfo, RealLabelsImagenet, infer_imagenet_subset
 
-from .errors import SFormerError
+from ..errors import SFormerError
 
-__all__ = ['BENCHMARKS', 'DATASETS', 'Benchmark', 'resolve_benchmark']
+__all__ = ['BENCHMARKS', 'DATASETS', 'Benchmark', 'check_benchmark', 'resolve_benchmark']
 
 BENCHMARKS = ('imagenet-1k', 'imagenet-real', 'imagenet-v2', 'imagenet-a', 'imagenet-r')
 
@@ -38,7 +40,6 @@ class RealLabels:
     """ReaL labels of the ImageNet validation images, by the number in their file names."""
 
     def __init__(self):
-        from timm.data import RealLabelsImagenet
         self.labels: Dict[str, List[int]] = RealLabelsImagenet(range(50_000)).real_labels
 
     def __call__(self, label: Optional[int], key: Optional[str]) -> Sequence[int]:
@@ -69,6 +70,12 @@ class Benchmark:
         return RealLabels() if self.name == 'imagenet-real' else None
 
 
+def check_benchmark(name: Optional[str]) -> None:
+    """Raise SFormerError unless there is a benchmark of this name, or none is named."""
+    if name is not None and name not in BENCHMARKS:
+        raise SFormerError(f'no benchmark {name!r}, but: {", ".join(BENCHMARKS)}.')
+
+
 def resolve_benchmark(
         name: Optional[str],
         model: nn.Module,
@@ -89,8 +96,6 @@ def resolve_benchmark(
         SFormerError: If the label sets do not match.
     """
     num_classes: int = getattr(model, 'num_classes', None) or len(class_names or [])
-    if name is not None and name not in BENCHMARKS:
-        raise SFormerError(f'no benchmark {name!r}, but: {", ".join(BENCHMARKS)}.')
     if name is None and class_names is not None and len(class_names) == 200:
         name = next((b for b in ('imagenet-a', 'imagenet-r') if sorted(class_names) == _synsets(b)), None)
     if name in ('imagenet-a', 'imagenet-r'):
@@ -116,7 +121,7 @@ def resolve_benchmark(
     if len(class_names) > num_classes:
         raise SFormerError(
             f'{dataset} has label {len(class_names) - 1}, the model has {num_classes} classes: '
-            f'this is not the dataset that it was trained for.')
+            f'this is not the data set that it was trained for.')
     if len(class_names) < num_classes:
         raise SFormerError(
             f'{dataset} has {len(class_names)} classes ({", ".join(class_names[:3])} ...), the model has '
@@ -139,13 +144,11 @@ def _subset(name: str, model: nn.Module, dataset: str, class_names: Optional[Lis
 
 def _synsets(name: str) -> List[str]:
     """Sorted WordNet ids of ImageNet-A or -R."""
-    from importlib.resources import files
     return (files('timm.data') / '_info' / f'{name.replace("-", "_")}_synsets.txt').read_text().split()
 
 
 def model_class_names(model: nn.Module) -> Optional[List[str]]:
     """Names of a model's classes: those in its config, or the WordNet ids of ImageNet classifiers; None if unknown."""
-    from timm.data import ImageNetInfo, infer_imagenet_subset
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     names = cfg.get('label_names')
     if names is not None and len(names) == model.num_classes:

@@ -9,16 +9,18 @@ from pathlib import Path
 import pytest
 
 from sformer import SFormerError
-from sformer.distributed import Group, RankError, asked_world_size
+from sformer.evaluation import distributed
+from sformer.evaluation.distributed import Group, RankError, asked_world_size
 
-SCRIPTS = str(Path(__file__).parents[1] / 'scripts')
+SCRIPTS = str(Path(__file__).parents[2] / 'scripts')
 sys.path.insert(0, SCRIPTS)  # processes that are forked look there, too
 import check_evaluation as check  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch):
-    for key in ('WORLD_SIZE', 'RANK', 'MASTER_ADDR', 'MASTER_PORT', 'ACCELERATE_MIXED_PRECISION'):
+    for key in ('WORLD_SIZE', 'RANK', 'MASTER_ADDR', 'MASTER_PORT', 'ACCELERATE_MIXED_PRECISION', 'SLURM_NTASKS',
+                'SLURM_PROCID'):
         monkeypatch.delenv(key, raising=False)
 
 
@@ -136,7 +138,7 @@ def test_command_line(tmp_path):
             (['--results-file', '/proc/x/r.csv'], '/proc/x'),
             (['--amp', 'int3'], 'int3'),
             (['--benchmark', 'imagenet-x'], "no benchmark 'imagenet-x'"),
-            (['--device', 'quantum'], "device 'quantum' can not be used"),
+            (['--device', 'quantum'], "device 'quantum' cannot be used"),
             (['--label-column', 'nope'], "has no column 'nope', but: image, label")):
         code, out, err = run('evaluate', check.NANO, *options)
         assert code in (1, 2) and out == '' and message in err and len(err.splitlines()) == 1, (options, err)
@@ -183,10 +185,25 @@ def test_accelerate_launch_that_starts_one_process_for_two(monkeypatch):
         asked_world_size()
 
 
+def test_slurm_without_a_launcher(monkeypatch, capsys):
+    """`srun -n 4 sformer ...` starts four processes that do the same work."""
+    monkeypatch.setattr(distributed, '_warn', distributed._warn.__wrapped__)  # once per process
+    monkeypatch.setenv('SLURM_NTASKS', '4')
+    assert asked_world_size() == 1
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith('sformer: warning: SLURM_NTASKS is 4') and 'torchrun' in line
+    for variables in (dict(SLURM_PROCID='3'), dict(WORLD_SIZE='4'), dict(SLURM_NTASKS='1')):
+        with monkeypatch.context() as patch:
+            for key, value in variables.items():
+                patch.setenv(key, value)
+            asked_world_size()
+    assert capsys.readouterr().err == ''
+
+
 def test_devices():
     assert Group('cpu').device.type == 'cpu'
     for device in ('quantum', 'cuda:77'):
-        with pytest.raises(SFormerError, match=f'device .{device}. can not be used'):
+        with pytest.raises(SFormerError, match=f'device .{device}. cannot be used'):
             Group(device)
 
 
@@ -211,6 +228,6 @@ def test_process_that_was_stopped_for_a_while(monkeypatch):
     watch.start()
     time.sleep(0.3)
     assert not ended
-    monkeypatch.setattr('sformer.distributed._GRACE', -0.5)  # it never answers
+    monkeypatch.setattr('sformer.evaluation.distributed._GRACE', -0.5)  # it never answers
     watch.join(5)
     assert ended and not watch.is_alive()

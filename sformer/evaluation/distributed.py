@@ -7,6 +7,7 @@ that somebody else never reaches.
 """
 import contextlib
 import datetime
+import functools
 import os
 import signal
 import sys
@@ -16,7 +17,7 @@ from typing import Any, Iterator, List, Optional, Union
 
 import torch
 
-from .errors import SFormerError
+from ..errors import SFormerError
 
 __all__ = ['Group', 'RankError', 'asked_world_size']
 
@@ -54,7 +55,18 @@ def asked_world_size() -> int:
         raise SFormerError(
             'accelerate launch was asked for several processes and started only this one, as it does on CPUs: use '
             'torchrun --nproc-per-node N -m sformer ... instead.')
+    tasks = os.environ.get('SLURM_NTASKS', '')
+    # a script of sbatch has the variable, too, so it may be that nothing is wrong
+    if size is None and tasks.isdigit() and int(tasks) > 1 and os.environ.get('SLURM_PROCID', '0') == '0':
+        _warn(f'SLURM_NTASKS is {tasks}, but nothing says that processes belong together (RANK, WORLD_SIZE): if srun '
+              f'started this one {tasks} times, all do the same work. Have srun start torchrun, once per node.')
     return size or 1
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    """Print a warning, once per process."""
+    print(f'sformer: warning: {message}', file=sys.stderr)
 
 
 class Group:
@@ -106,7 +118,7 @@ class Group:
             torch.empty(0, device=found)
             return found
         except (RuntimeError, AssertionError) as e:
-            raise SFormerError(f'device {str(device)!r} can not be used: {str(e).splitlines()[0]}') from e
+            raise SFormerError(f'device {str(device)!r} cannot be used: {str(e).splitlines()[0]}') from e
 
     def _join(self, device: Union[str, torch.device, None], size: int) -> None:
         import torch.distributed as dist

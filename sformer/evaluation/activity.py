@@ -1,0 +1,99 @@
+"""Activity, the share of neurons that send a spike, and spikes per neuron by the coding of a level."""
+import contextlib
+from typing import Dict, Iterator, Optional
+
+import torch
+import torch.nn as nn
+
+from ..layers import named_neurons, shared_copy
+from ..neurons import Neuron, ScaleAndFire
+
+__all__ = ['Activity', 'activity']
+
+_COUNTS = ('total', 'fired', 'unary', 'binary')
+
+
+class Activity:
+    """Running counts of spikes per neuron site, in integers.
+
+    Pixels are graded spikes and always fire, so the patch embedding is left out.
+
+    Args:
+        counts: Per site `total` neurons, those that `fired` a level k other than 0, and the spikes that send their
+            levels in `unary` code, |k|, and in `binary` code, the number of set bits of |k|.
+    """
+
+    def __init__(self, counts: Optional[Dict[str, Dict[str, int]]] = None) -> None:
+        self.counts: Dict[str, Dict[str, int]] = {name: dict(site) for name, site in (counts or {}).items()}
+
+    @contextlib.contextmanager
+    def observe(self, model: nn.Module) -> Iterator[None]:
+        """Count the spikes of all forward passes inside of the context, whoever calls the model."""
+        def hook(name: str):
+            def count(neuron: Neuron, args: tuple) -> None:
+                self._add(name, _count(_levels(neuron, args[0])))
+            return count
+
+        handles = [neuron.register_forward_pre_hook(hook(name))
+                   for name, neuron in named_neurons(model) if isinstance(neuron, ScaleAndFire)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def add(self, other: 'Activity') -> None:
+        """Add the counts of other images."""
+        for name, site in other.counts.items():
+            self._add(name, site)
+
+    def _add(self, name: str, site: Dict[str, int]) -> None:
+        counts = self.counts.setdefault(name, dict.fromkeys(_COUNTS, 0))
+        for key in _COUNTS:
+            counts[key] += site[key]
+
+    def per_site(self) -> Dict[str, float]:
+        """Activity per site, in [0, 1]."""
+        return {name: site['fired'] / site['total'] for name, site in self.counts.items()}
+
+    def mean(self) -> Optional[float]:
+        """Activity of all neurons of the model taken together, in [0, 1]; None if none was counted."""
+        return self._per_neuron('fired')
+
+    def spikes_per_neuron(self) -> Optional[Dict[str, float]]:
+        """Mean number of spikes per neuron of the model in `unary`, `binary` and `graded` code; None if none was
+        counted. In graded code one spike carries k, so its figure is the activity."""
+        figures = {code: self._per_neuron(key) for code, key in
+                   (('unary', 'unary'), ('binary', 'binary'), ('graded', 'fired'))}
+        return {code: figure for code, figure in figures.items() if figure is not None} or None
+
+    def _per_neuron(self, key: str) -> Optional[float]:
+        total = sum(site['total'] for site in self.counts.values())
+        return sum(site[key] for site in self.counts.values()) / total if total else None
+
+
+def _levels(neuron: Neuron, x: torch.Tensor) -> torch.Tensor:
+    """Signed integer levels that a neuron fires on a current, int8 or int16, the shape of x."""
+    return neuron.encode(x).levels
+
+
+def _count(levels: torch.Tensor) -> Dict[str, int]:
+    """Counts of one site, by a histogram of |k|: nothing is rounded."""
+    histogram = torch.bincount(levels.flatten().to(torch.int32).abs()).tolist()
+    return dict(
+        total=levels.numel(), fired=sum(histogram[1:]), unary=sum(k * n for k, n in enumerate(histogram)),
+        binary=sum(k.bit_count() * n for k, n in enumerate(histogram)))
+
+
+@torch.inference_mode()
+def activity(model: nn.Module, images: torch.Tensor) -> Dict[str, float]:
+    """Activity per site of an SFormer: the share of its neurons that send a spike, in [0, 1].
+
+    Args:
+        model: SFormer. It may be in use by another thread meanwhile.
+        images: Normalised images (B, C, H, W).
+    """
+    counts, model = Activity(), shared_copy(model)
+    with counts.observe(model):
+        model(images)
+    return counts.per_site()

@@ -1,0 +1,249 @@
+"""The evaluation loop: chunks of images through networks, to one record of counts per chunk."""
+import contextlib
+import sys
+import time
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+
+import torch
+
+from ..data import Batch, ImageData, Plan, lost_workers
+from ..errors import SFormerError
+from .activity import Activity
+from .config import AMP_DTYPES, EvaluationConfig
+from .distributed import Group
+from .journal import Journal
+from .metrics import ChunkScore, PairScore
+from .networks import Network, Subject, device_of
+
+__all__ = ['Loop']
+
+Record = Dict[str, Any]
+
+
+class Loop:
+    """One process's share of an evaluation.
+
+    Args:
+        images: Labelled images.
+        plan: Which of them this process takes.
+        networks: What runs on each batch.
+        subjects: Whose logits are scored.
+        config: Precision, memory and errors.
+        group: Processes of this run.
+        journal: Where to record finished chunks.
+    """
+
+    def __init__(self, images: ImageData, plan: Plan, networks: Sequence[Network], subjects: Sequence[Subject],
+                 config: EvaluationConfig, group: Group, journal: Optional[Journal] = None):
+        self.images, self.plan, self.group, self.config = images, plan, group, config
+        self.networks, self.subjects, self.journal = networks, subjects, journal
+        # of a stream, nobody knows which images come first: the first ones of each shard
+        self.activity_images = -(-config.activity_images // images.num_shards)
+        self.batch_size = plan.batch_size
+        self.device = device_of(networks[0].model)
+        self.wall = self.wait = 0.
+        self.done = 0
+
+    def already(self, records: List[Record]) -> None:
+        """Take over what earlier runs counted."""
+        self.done = sum(r['num'] for r in records)
+        if records and self.group.is_main:
+            print(f'resuming after {self.done} of {self.images.num_images or "?"} images', file=sys.stderr)
+            self.group.add('images', self.done)
+            self.group.add('hits', sum(r['networks'][0]['top1'] for r in records))
+            self.group.add('bad', sum(len(r['bad']) for r in records))
+
+    def run(self) -> List[Record]:
+        """Records of the chunks of this process.
+
+        Raises:
+            SFormerError: If images cannot be read or do not fit into memory, or logits or labels are out of range.
+        """
+        begin = time.perf_counter()
+        records: List[Record] = []
+        chunks: Dict[Tuple[int, int], _Chunk] = {}  # workers deliver chunks in turns
+        with _bar(self.group, self.images.num_images, self.done) as bar, lost_workers():
+            for batch in self._batches():
+                self.group.tick()
+                chunk = chunks.setdefault(batch.chunk, _Chunk(batch.chunk, len(self.networks), self.subjects))
+                self._check_bad(batch)
+                if len(batch.labels):
+                    self._forward(batch, chunk)
+                chunk.add(batch)
+                bar(batch.num, chunk.last_hits)
+                if batch.ends_chunk:
+                    record = dict(chunks.pop(batch.chunk).record(), world_size=self.group.world_size)
+                    records.append(record)
+                    if self.journal is not None:
+                        self.journal.add(record)
+        if chunks:
+            raise SFormerError(f'{self.images.name}: chunks {sorted(chunks)} were not read to their end.')
+        self.wall = time.perf_counter() - begin
+        return records
+
+    def _batches(self) -> Iterator[Batch]:
+        batches = self.images.planned(self.plan, self.config.timeout, pin_memory=self.device.type == 'cuda')
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.wait += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
+
+    def _check_bad(self, batch: Batch) -> None:
+        limit = self.config.max_bad
+        if batch.bad and self.group.add('bad', len(batch.bad)) > limit:
+            raise SFormerError(f'{batch.bad[-1]}' + (f' (--max-bad {limit} is exceeded)' if limit else ''))
+
+    def _forward(self, batch: Batch, chunk: '_Chunk') -> None:
+        """Networks on a batch, once each; then what each subject makes of their logits."""
+        counting = batch.start < self.activity_images
+        inputs: Dict[Any, torch.Tensor] = {}
+        logits = []
+        for i, network in enumerate(self.networks):
+            dtype = next((p.dtype for p in network.model.parameters()), torch.float32)
+            key = network.transform, dtype
+            if key not in inputs:
+                inputs[key] = batch.images[network.transform].to(self.device, dtype, non_blocking=True)
+            start = time.perf_counter()
+            logits.append(self._logits(network, inputs[key], chunk.activity.get(i) if counting else None))
+            chunk.seconds[i] += time.perf_counter() - start
+        if counting:
+            chunk.activity_images += len(batch.labels)
+        for i, subject in enumerate(self.subjects):
+            labels = self._labels(subject, batch.labels, logits[subject.network])
+            mine = self._compared(subject, logits[subject.network], batch)
+            chunk.scores[subject.network].setdefault(i, ChunkScore()).add(mine, labels)
+            if subject.source is not None:
+                expected = self._compared(subject, logits[subject.source], batch)
+                chunk.scores[subject.source].setdefault(i, ChunkScore()).add(expected, labels)
+                chunk.pairs[i].add(mine, expected)
+
+    def _logits(self, network: Network, x: torch.Tensor, activity: Optional[Activity]) -> torch.Tensor:
+        """float32 logits (B, C) on the CPU; halves batches that do not fit into memory, if it may. Counts spikes."""
+        amp = self.config.amp
+        while True:
+            attempt = Activity()  # layers before the one that did not fit are not to be counted twice
+            try:
+                with torch.autocast(self.device.type, AMP_DTYPES[amp]) if amp else contextlib.nullcontext(), \
+                        attempt.observe(network.model) if activity is not None else contextlib.nullcontext():
+                    out = [network(part, eager=activity is not None) for part in x.split(self.batch_size)]
+                if activity is not None:
+                    activity.add(attempt)
+                return torch.cat([o.float().cpu() for o in out])
+            except RuntimeError as e:
+                from accelerate.utils.memory import should_reduce_batch_size
+                if not should_reduce_batch_size(e):
+                    raise
+                size = min(self.batch_size, len(x))
+                if not self.config.retry or size == 1:
+                    hint = 'even one image does not fit' if size == 1 else 'choose a smaller --batch-size, or --retry'
+                    raise SFormerError(f'out of memory with batches of {size}: {hint}.') from e
+            self.batch_size = size // 2
+            print(f'out of memory: batches of {self.batch_size} from now on', file=sys.stderr)
+            if self.device.type != 'cpu':
+                torch.accelerator.empty_cache()
+
+    def _labels(self, subject: Subject, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        name, label_map = self.images.name, subject.benchmark.label_map
+        classes = logits.shape[1] if label_map is None else len(label_map)
+        if labels.max() >= classes:
+            raise SFormerError(
+                f'{name} has label {int(labels.max())}, the model has {classes} classes: '
+                f'this is not the data set that it was trained for.')
+        return labels if label_map is None else torch.tensor(label_map)[labels]
+
+    def _compared(self, subject: Subject, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        if not torch.isfinite(logits).all():
+            shard = f' of shard {batch.chunk[0]}' if self.images.num_shards > 1 else ''
+            raise SFormerError(
+                f'NaN or infinite logits on images {batch.start} to {batch.start + batch.num - 1}{shard} of '
+                f'{self.images.name}.')
+        classes = subject.benchmark.classes
+        return logits if classes is None else logits[:, classes]
+
+
+class _Chunk:
+    """Counts of a chunk that is under way."""
+
+    def __init__(self, chunk: Tuple[int, int], num_networks: int, subjects: Sequence[Subject]):
+        self.chunk, self.subjects = chunk, subjects
+        # a source that subjects share may be scored on the classes of each
+        self.scores: List[Dict[int, ChunkScore]] = [{} for _ in range(num_networks)]
+        self.pairs = [PairScore() for _ in subjects]
+        self.activity = {s.network: Activity() for s in subjects if s.spiking}
+        self.seconds = [0.] * num_networks
+        self.num = self.count = self.skipped = self.activity_images = 0
+        self.bad: List[str] = []
+        self.ends_shard = False
+        self.decode = self.preprocess = 0.
+        self.last_hits = 0
+        self._hits = 0
+
+    def add(self, batch: Batch) -> None:
+        """Count what was delivered; the scores of the batch have been added."""
+        self.num += batch.num
+        self.count += len(batch.labels)
+        self.skipped += batch.skipped
+        self.bad += batch.bad
+        self.ends_shard |= batch.ends_shard
+        self.decode += batch.decode_seconds
+        self.preprocess += batch.preprocess_seconds
+        hits = self.scores[0][0].top1 if self.scores[0] else 0
+        self.last_hits, self._hits = hits - self._hits, hits
+
+    def record(self) -> Record:
+        """All counts, for JSON; lists have one entry per subject."""
+        empty = ChunkScore()
+        activity = [self.activity[s.network].counts if s.spiking else None for s in self.subjects]
+        return dict(
+            chunk=list(self.chunk), num=self.num, count=self.count, skipped=self.skipped, bad=self.bad,
+            ends_shard=self.ends_shard,
+            networks=[self.scores[s.network].get(i, empty).record() for i, s in enumerate(self.subjects)],
+            sources=[None if s.source is None else self.scores[s.source].get(i, empty).record()
+                     for i, s in enumerate(self.subjects)],
+            pairs=[None if s.source is None else p.record() for s, p in zip(self.subjects, self.pairs, strict=True)],
+            activity=activity if any(activity) else None, activity_images=self.activity_images,
+            seconds=[self.seconds[s.network] for s in self.subjects],
+            source_seconds=[None if s.source is None else self.seconds[s.source] for s in self.subjects],
+            decode=self.decode, preprocess=self.preprocess)
+
+
+@contextlib.contextmanager
+def _bar(group: Group, total: Optional[int], done: int) -> Iterator[Callable[[int, int], None]]:
+    """A function that takes images and hits of this process, and shows rate and accuracy of all processes on the
+    main one's terminal, if it has one."""
+    counts = [0, 0]
+    told = [time.monotonic()]
+
+    def tell() -> Tuple[int, int]:
+        seen, hits = group.add('images', counts[0]), group.add('hits', counts[1])
+        counts[:], told[0] = [0, 0], time.monotonic()
+        return seen, hits
+
+    if not (group.is_main and sys.stderr.isatty()):
+        def step(num: int, hits: int) -> None:
+            counts[0] += num
+            counts[1] += hits
+            if group.world_size > 1 and time.monotonic() - told[0] > 0.5:
+                tell()
+        yield step
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    columns = (TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TextColumn('{task.fields[rate]}'),
+               TextColumn('{task.fields[accuracy]}'), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task('Evaluating', total=total, completed=done, rate='', accuracy='')
+        begin = time.monotonic()
+
+        def step(num: int, hits: int) -> None:
+            counts[0] += num
+            counts[1] += hits
+            if time.monotonic() - told[0] > 0.1:
+                seen, right = tell()
+                progress.update(
+                    task, completed=seen, rate=f'{(seen - done) / (time.monotonic() - begin):.1f} images/s',
+                    accuracy=f'top-1 {100 * right / seen:.2f} %')
+        yield step

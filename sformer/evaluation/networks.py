@@ -1,0 +1,201 @@
+"""What an evaluation runs: models and their sources, prepared for it, and each network only once.
+
+Networks are views of the models that the caller has: they share parameters and buffers, but mode, hooks and layers are
+their own, so a model may be in use by another thread, or be evaluated twice at once.
+"""
+import copy
+import json
+from dataclasses import dataclass
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
+
+import torch
+import torch.nn as nn
+from timm.data import resolve_input_data_config
+
+from ..checkpoints import state_hash
+from ..errors import SFormerError, UncalibratedError
+from ..layers import is_calibrated, named_neurons, shared_copy, source_view, uncalibrated
+from .benchmarks import Benchmark
+from .config import EvaluationConfig
+
+__all__ = ['Network', 'Subject', 'build_networks', 'check_model', 'data_config_of', 'device_of', 'identity', 'prepare']
+
+
+# what timm notes on a model and no forward reads
+_NOTES = {'pretrained_cfg', 'default_cfg', 'pretrained_model_args'}
+
+
+@dataclass
+class Network:
+    """Something that maps images to logits. Several subjects may share one.
+
+    Args:
+        model: The network, a view.
+        transform: Index of its preprocessing.
+        compiled: The same, compiled; None if it was not asked for.
+    """
+    model: nn.Module
+    transform: int
+    compiled: Optional[Callable[[torch.Tensor], torch.Tensor]] = None
+
+    def __call__(self, x: torch.Tensor, eager: bool = False) -> torch.Tensor:
+        """Logits (B, C) of images (B, C, H, W); `eager` runs hooks, which compiled networks do not."""
+        return self.model(x) if eager or self.compiled is None else self.compiled(x)
+
+
+@dataclass
+class Subject:
+    """A model whose result is wanted.
+
+    Args:
+        model: The model, a view.
+        network: Index of its network.
+        source: Index of its source's network, None without one.
+        benchmark: How it is scored.
+        spiking: Whether it has neurons.
+        index: Its place among the models.
+        data_config: Its preprocessing, as timm resolves it.
+    """
+    model: nn.Module
+    network: int
+    source: Optional[int]
+    benchmark: Benchmark
+    spiking: bool
+    index: int
+    data_config: Dict[str, Any]
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise SFormerError where evaluation would mean nothing: default thresholds, no classes; or could not be done."""
+    if hasattr(model, '_orig_mod'):
+        raise SFormerError('the model is compiled: hand over the one that it was made of, with torchcompile=True.')
+    if _is_spiking(model) and not is_calibrated(model):
+        raise UncalibratedError(f'{uncalibrated(model)}; its accuracy would mean nothing. Use sformer.convert().')
+    if not getattr(model, 'num_classes', 1):
+        raise SFormerError('the model has no classes to predict (num_classes=0).')
+
+
+def identity(model: nn.Module) -> Dict[str, Any]:
+    """What tells a network from others, as plain data: its weights, its architecture and the arguments of that."""
+    arguments = getattr(model, '_model_args', None)
+    return dict(
+        weights_sha256=state_hash(model.state_dict()), architecture=_architecture(model),
+        arguments=arguments if _is_plain(arguments) else None)
+
+
+@torch.inference_mode(False)  # parameters that are made in inference mode could not be trained afterwards
+def prepare(model: nn.Module, config: EvaluationConfig, device: Optional[torch.device]) -> nn.Module:
+    """A view of a model in eval mode, on a device; a copy where the model has to change for the evaluation.
+
+    Raises:
+        SFormerError: If the model cannot take images of `config.img_size`.
+    """
+    copied = config.img_size is not None or config.channels_last
+    if copied:
+        model = copy.deepcopy(model)
+    if config.img_size is not None:
+        try:
+            model.set_input_size(img_size=(config.img_size, config.img_size))
+        except (AttributeError, AssertionError, ValueError, RuntimeError) as e:
+            raise SFormerError(f'the model cannot take images of {config.img_size} pixels: {e}') from e
+    if device is not None:
+        model = model.to(device)
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    return (model if copied else shared_copy(model)).eval()
+
+
+def data_config_of(model: nn.Module, config: EvaluationConfig) -> Dict[str, Any]:
+    """Preprocessing of a model as timm resolves it, with the overrides of the config.
+
+    Raises:
+        SFormerError: If it does not fit the model.
+    """
+    try:
+        return resolve_input_data_config(
+            model, args=dict(img_size=config.img_size, crop_pct=config.crop_pct, interpolation=config.interpolation))
+    except (ValueError, AssertionError) as e:
+        raise SFormerError(f'the preprocessing does not fit the model: {e}') from e
+
+
+def build_networks(
+        models: Sequence[nn.Module],
+        sources: Sequence[Union[bool, nn.Module]],
+        configs: Sequence[Dict[str, Any]],
+        benchmarks: Sequence[Benchmark],
+        torchcompile: bool,
+) -> Tuple[List[Subject], List[Network]]:
+    """Networks of all models and their sources; models with the same source share it.
+
+    Args:
+        models: Prepared models.
+        sources: Per model a prepared source, True for the one inside of an SFormer, False for none.
+        configs: Preprocessing per model.
+        benchmarks: How each model is scored.
+        torchcompile: Whether to compile networks.
+    """
+    networks: List[Network] = []
+    subjects: List[Subject] = []
+    known: Dict[Any, int] = {}
+    distinct = distinct_configs(configs)
+
+    def add(model: nn.Module, transform: int) -> int:
+        networks.append(Network(model, transform, torch.compile(model) if torchcompile else None))
+        return len(networks) - 1
+
+    for model, source, config, benchmark in zip(models, sources, configs, benchmarks, strict=True):
+        transform = distinct.index(config)
+        index, reference = add(model, transform), None
+        if isinstance(source, nn.Module):
+            reference = add(source, transform)
+        elif source and _is_spiking(model):
+            source = source_view(model)
+            key = _source_key(source) if len(models) > 1 else None
+            reference = None if key is None else known.get((key, transform))
+            if reference is None:
+                reference = add(source, transform)
+                known[key, transform] = reference
+        subjects.append(Subject(model, index, reference, benchmark, _is_spiking(model), len(subjects), config))
+    return subjects, networks
+
+
+def distinct_configs(configs: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """Each preprocessing once, in the order of its first model."""
+    return [config for i, config in enumerate(configs) if config not in configs[:i]]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device('cpu'))
+
+
+def _source_key(source: nn.Module) -> Optional[Tuple[str, tuple]]:
+    """What two sources have to share to be one: tensors, architecture, arguments, and in each layer its type and plain
+    attributes, such as `num_heads`. None if something else may tell them apart: then nothing is shared."""
+    architecture, arguments = _architecture(source), getattr(source, '_model_args', None)
+    if architecture is None or not _is_plain(arguments):
+        return None
+    layers, types = {}, []
+    for name, module in source.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks or 'forward' in vars(module):
+            return None
+        layers[name] = {key: value for key, value in vars(module).items() if key not in _NOTES and _is_plain(value)}
+        types.append(type(module))
+    tensors = dict([*source.named_parameters(), *source.named_buffers()])  # those that are not saved, too
+    return json.dumps([state_hash(tensors), architecture, arguments, layers], sort_keys=True), tuple(types)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether JSON can hold a value."""
+    try:
+        json.dumps(value, sort_keys=True)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _architecture(model: nn.Module) -> Optional[str]:
+    return (getattr(model, 'pretrained_cfg', None) or {}).get('architecture')
+
+
+def _is_spiking(model: nn.Module) -> bool:
+    return any(True for _ in named_neurons(model))

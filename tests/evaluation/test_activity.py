@@ -1,0 +1,106 @@
+"""Activity and spikes per neuron, against spikes that are counted one by one."""
+import numpy as np
+import pytest
+import torch
+
+from sformer import SFNConfig, activity, convert, evaluate
+from sformer.evaluation import Activity
+from sformer.evaluation.activity import _count
+from sformer.layers import named_neurons
+from sformer.neurons import DirectCoding
+
+
+def count_by_hand(model, images):
+    """Per site neurons, neurons that fire, unary and binary spikes, from the levels that the neurons say they fire."""
+    counts = {}
+
+    def hook(name):
+        def count(neuron, args):
+            levels = np.abs(neuron.spikes(args[0]).flatten().numpy().astype(int))
+            bits = np.unpackbits(levels.astype(np.uint8))
+            found = levels.size, int((levels > 0).sum()), int(levels.sum()), int(bits.sum())
+            counts[name] = [a + b for a, b in zip(counts.get(name, (0, 0, 0, 0)), found, strict=True)]
+        return count
+    handles = [n.register_forward_pre_hook(hook(name)) for name, n in named_neurons(model)
+               if not isinstance(n, DirectCoding)]
+    with torch.no_grad():
+        model(images)
+    for handle in handles:
+        handle.remove()
+    return counts
+
+
+def mean(counts, figure):
+    return sum(c[figure] for c in counts.values()) / sum(c[0] for c in counts.values())
+
+
+def test_activity_of_an_evaluation(coarse, digits, result):
+    counts = count_by_hand(coarse, digits[0])
+    assert result['activity_images'] == 540
+    assert result['activity_per_site'].keys() == counts.keys(), 'pixels are coded directly and do not count'
+    for name, value in result['activity_per_site'].items():
+        assert value == pytest.approx(counts[name][1] / counts[name][0], abs=1e-4), name
+    assert result['activity'] == pytest.approx(mean(counts, 1), abs=1e-4)
+    assert 0.1 < result['activity'] < 0.9
+
+
+def test_spikes_per_neuron(model, digits):
+    counts = count_by_hand(model, digits[0][:64])
+    spikes = evaluate(model, 'digits', 'test', source=False, activity_images=64)['spikes_per_neuron']
+    assert spikes == dict(unary=mean(counts, 2), binary=mean(counts, 3), graded=mean(counts, 1)), 'integers are exact'
+    assert spikes['unary'] > 2 * spikes['binary'] > 2 * spikes['graded'] > 1
+
+
+@pytest.mark.parametrize('dtype', [torch.int8, torch.int16])
+def test_every_level_is_counted_exactly(dtype):
+    limit = torch.iinfo(dtype).max
+    levels = torch.arange(-limit, limit + 1).to(dtype)
+    expected = [abs(k) for k in range(-limit, limit + 1)]
+    assert _count(levels) == dict(
+        total=2 * limit + 1, fired=2 * limit, unary=sum(expected), binary=sum(bin(k).count('1') for k in expected))
+
+
+def test_counts_add_up(model, images):
+    """Parts of a batch are the whole, and what was counted can be taken up again."""
+    whole, parts = Activity(), Activity()
+    with torch.inference_mode():
+        with whole.observe(model):
+            model(images)
+        for part in images.split(20):
+            again = Activity(parts.counts)
+            with again.observe(model):
+                model(part)
+            parts = again
+    assert {name: site['total'] for name, site in parts.counts.items()} == {
+        name: site['total'] for name, site in whole.counts.items()}
+    assert parts.mean() == pytest.approx(whole.mean(), rel=1e-3)
+
+
+def test_activity_of_a_batch(coarse, images):
+    counts = count_by_hand(coarse, images)
+    assert activity(coarse, images) == {name: c[1] / c[0] for name, c in counts.items()}
+
+
+def test_activity_leaves_no_hooks(model, images):
+    counts = Activity()
+    assert counts.mean() is None and counts.spikes_per_neuron() is None
+    with pytest.raises(AssertionError), counts.observe(model):
+        model(images[:, :, :3])
+    with pytest.raises(AssertionError):
+        activity(model, images[:, :, :3])
+    assert not any(n._forward_pre_hooks or n._forward_hooks for _, n in named_neurons(model))
+
+
+def test_fewer_levels_and_dead_zones_fire_less(source, images):
+    results = [evaluate(convert(source, [images], SFNConfig(**kwargs)), 'digits', source=False)
+               for kwargs in (dict(levels=32), dict(levels=32, dead_zone=3.), dict(levels=2))]
+    rates = [r['activity'] for r in results]
+    assert rates[0] > rates[1] > 0 and rates[0] > rates[2] > 0
+
+
+def test_spikes_are_counted_on_as_many_images_as_said(coarse, digits):
+    result = evaluate(coarse, 'digits', 'test', batch_size=50, activity_images=120)
+    assert result['activity_images'] == 150, 'whole batches'
+    assert result['activity'] == pytest.approx(mean(count_by_hand(coarse, digits[0][:150]), 1), abs=1e-4)
+    nothing = evaluate(coarse, 'digits', 'test', activity_images=0)
+    assert nothing['activity'] is None and nothing['spikes_per_neuron'] is None and nothing['activity_images'] == 0

@@ -1,0 +1,46 @@
+"""What is counted, against counts by hand; sums that depend on neither order nor chunks."""
+import numpy as np
+import pytest
+import torch
+
+from sformer import evaluate
+from sformer.evaluation.metrics import ChunkScore, summarize
+
+
+def test_likelihood_and_calibration_error_by_hand(model, digits):
+    images, labels = digits
+    result = evaluate(model, 'digits', 'test')
+    with torch.inference_mode():
+        p = model(images).double().softmax(1).numpy()
+    y = labels.numpy()
+    assert result['nll'] == pytest.approx(-np.log(p[np.arange(540), y]).mean(), abs=1e-5)
+    confidence, right = p.max(1), p.argmax(1) == y
+    error = 0
+    for i in range(15):
+        inside = (confidence > i / 15) & (confidence <= (i + 1) / 15)
+        if inside.any():
+            error += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
+    assert result['ece'] == pytest.approx(100 * error, abs=1e-3) and result['ece'] > 1
+    assert result['source_nll'] != result['nll'] and result['source_ece'] != result['ece']
+
+
+def test_certain_and_uncertain_predictions_have_a_bin():
+    score = ChunkScore()
+    score.add(torch.tensor([[100., 0.], [0., 0.], [0., 100.]]), torch.tensor([[0], [0], [0]]))
+    bins = score.record()['bins']
+    assert bins[-1][:2] == [2, 1] and bins[7][:2] == [1, 1] and sum(b[0] for b in bins) == 3
+    assert summarize([score.record()], 3)['ece'] == pytest.approx(100 * (1 + 0.5) / 3, abs=1e-3)
+
+
+def test_sums_do_not_depend_on_order_or_chunks():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(64, 10) * 10, torch.randint(0, 10, (64, 1))
+
+    def total(order, size):
+        records = []
+        for part in torch.as_tensor(order).split(size):
+            score = ChunkScore()
+            score.add(logits[part], labels[part])
+            records.append(score.record())
+        return summarize(records, 64)
+    assert total(range(64), 64) == total(range(63, -1, -1), 7)

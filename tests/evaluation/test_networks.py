@@ -1,0 +1,173 @@
+"""Networks: views of models and their sources, shared where they are the same, prepared alike."""
+import copy
+from collections import Counter
+
+import pytest
+import timm
+import torch
+from conftest import NANO
+from evaluation_tools import steady
+from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
+
+import sformer
+from sformer import EvaluationConfig, SFormer, SFormerError, bypass_neurons, convert, evaluate, evaluate_all
+from sformer.layers import named_neurons
+from sformer.layers import source_view
+from sformer.models import shared_copy
+from sformer.checkpoints import state_hash
+
+
+def test_bypassed_neurons_are_the_source(model, source, images):
+    with torch.no_grad():
+        with bypass_neurons(model):
+            torch.testing.assert_close(model(images), source(images), atol=1e-4, rtol=1e-4)
+        assert not torch.equal(model(images), source(images))
+
+
+def test_source_comparison_is_an_evaluation_of_the_source(coarse, result):
+    alone = evaluate(sformer.source_of(coarse), 'digits', 'test')
+    assert alone['top1'] == result['source_top1'] and alone['top5'] == result['source_top5']
+    assert not {'source_top1', 'activity', 'spikes_per_neuron'} & alone.keys()
+    explicit = evaluate(coarse, 'digits', 'test', source=sformer.source_of(coarse))
+    for key in ('top1', 'source_top1', 'source_top5', 'agreement', 'relative_logit_error', 'source_nll'):
+        assert explicit[key] == result[key], 'the network that is inside'
+
+
+def test_agreement_with_another_network(source, coarse):
+    """The source may be any network, and then the agreement is with that one."""
+    class Constant(torch.nn.Module):
+        def forward(self, x):
+            return torch.nn.functional.one_hot(torch.full((len(x),), 3), 10).float()
+    r = evaluate(coarse, 'digits', 'test', source=Constant())
+    assert r['source_top1'] == pytest.approx(100 * 55 / 540, abs=0.5)
+    assert 5 < r['agreement'] < 15
+
+
+def test_source_of_its_own_is_prepared_like_the_model(model, source):
+    result = evaluate(model, 'digits', num_images=64, source=source, img_size=12)
+    assert result['img_size'] == 12 and result['agreement'] > 80
+
+
+def test_model_is_left_as_it_was(model):
+    training = copy.deepcopy(model).train()
+    training.head_drop.p = 0.9  # shows in the accuracy if it acts
+    before = state_hash(training.state_dict())
+    result = evaluate(training, 'digits', num_images=32)
+    assert training.training and state_hash(training.state_dict()) == before
+    assert not any('forward' in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in training.modules())
+    assert result['top1'] == evaluate(model, 'digits', num_images=32)['top1'], 'evaluated in training mode'
+
+
+def test_overrides(model):
+    result = evaluate(model, 'digits', num_images=32, img_size=12, crop_pct=0.9, interpolation='bicubic')
+    assert (result['img_size'], result['crop_pct'], result['interpolation']) == (12, 0.9, 'bicubic')
+    usual = evaluate(model, 'digits', num_images=32)
+    assert (usual['img_size'], usual['crop_pct'], usual['interpolation']) == (8, 1.0, 'bilinear')
+    assert usual['weights_sha256'] == result['weights_sha256'] and usual['nll'] != result['nll']
+    assert model.patch_embed.img_size == (8, 8), 'the model itself is left alone'
+    for wrong in (dict(img_size=9, crop_pct=2.), dict(interpolation='cubist'), dict(amp='int3'), dict(batch_size=0)):
+        with pytest.raises(SFormerError):
+            evaluate(model, 'digits', num_images=8, **wrong)
+
+
+def test_comparison_is_several_evaluations(model, coarse, source, digit_files, monkeypatch):
+    """With another preprocessing for one of them, and one pass over the images for all."""
+    other = copy.deepcopy(source)
+    other.pretrained_cfg = dict(other.pretrained_cfg, mean=(0.4,), interpolation='nearest', crop_pct=0.9)
+    folder = digit_files(1, 100)
+    alone = [evaluate(m, folder) for m in (model, coarse, other)]
+    reads, read = [], Image.open
+    monkeypatch.setattr(Image, 'open', lambda *args, **kwargs: reads.append(args) or read(*args, **kwargs))
+    calls = count_forwards(monkeypatch)
+    together = evaluate_all([model, coarse, other], EvaluationConfig(dataset=folder))
+    assert [steady(r) for r in together] == [steady(r) for r in alone]
+    assert len(reads) == 100
+    assert calls == {SFormer: 4, VisionTransformer: 4}, 'the source of both, once per batch'
+    assert len({r['nll'] for r in together}) == 3
+
+
+def count_forwards(monkeypatch):
+    """Forward passes by class."""
+    calls, forward = Counter(), VisionTransformer.forward
+    monkeypatch.setattr(
+        VisionTransformer, 'forward', lambda self, *args: calls.update([type(self)]) or forward(self, *args))
+    return calls
+
+
+def sharpened(model):
+    other = copy.deepcopy(model)
+    for block in other.blocks:
+        block.attn.fused_attn = False  # which takes no scale
+        block.attn.scale *= 4
+    return other
+
+
+def hooked(model):
+    other = copy.deepcopy(model)
+    other.register_forward_hook(lambda module, args, out: -out)
+    return other
+
+
+def rebuilt(model):
+    other = copy.deepcopy(model)
+    for block in other.blocks:
+        block.mlp.act = torch.nn.ReLU()
+    return other
+
+
+@pytest.mark.parametrize('change', [sharpened, hooked, rebuilt])
+def test_equal_weights_do_not_make_equal_sources(model, images, change, monkeypatch):
+    other = change(model)
+    alone = [evaluate(m, 'digits', num_images=64) for m in (model, other)]
+    assert alone[0]['source_nll'] != alone[1]['source_nll'], 'or sharing would not show'
+    calls = count_forwards(monkeypatch)
+    together = evaluate_all([model, other, copy.deepcopy(model)], EvaluationConfig(dataset='digits', num_images=64))
+    assert [steady(r) for r in together] == [steady(r) for r in (*alone, alone[0])]
+    assert calls[VisionTransformer] == 2, 'a copy shares its source'
+
+
+def test_sources_of_other_heads(source, images):
+    """Two networks that were built with the same weights and another number of heads."""
+    models = []
+    for heads in (4, 2):
+        other = timm.create_model('vit_tiny_patch16_224', **dict(NANO, num_heads=heads)).eval()
+        other.load_state_dict(source.state_dict())
+        other.pretrained_cfg = dict(source.pretrained_cfg)
+        models.append(convert(other, [images]))
+    together = evaluate_all(models, EvaluationConfig(dataset='digits', num_images=64))
+    alone = [evaluate(m, 'digits', num_images=64) for m in models]
+    assert alone[0]['source_top1'] != alone[1]['source_top1']
+    assert [r['source_top1'] for r in together] == [r['source_top1'] for r in alone]
+
+
+def test_views_share_tensors_and_nothing_else(model, source, images):
+    for view, original in ((shared_copy(model), model), (source_view(model), source)):
+        names = [name for name, _ in view.named_parameters()]
+        assert names == [name for name, _ in original.named_parameters()]
+        own = dict(model.named_parameters())
+        assert all(parameter is own[name] for name, parameter in view.named_parameters())
+        with torch.inference_mode():
+            torch.testing.assert_close(view(images), original(images), atol=1e-5, rtol=1e-5)
+        view.train()
+        view.head.register_forward_hook(lambda *args: None)
+    assert not model.training and not model.head._forward_hooks
+    assert type(source_view(model)) is VisionTransformer and list(named_neurons(model))
+
+
+def test_module_that_timm_does_not_know(model, coarse):
+    """Has no architecture to tell its source by, so each has one of its own."""
+    class Wrapper(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+            self.num_classes = 10
+            self.pretrained_cfg = dict(inner.pretrained_cfg, architecture=None, input_size=(1, 8, 8))
+
+        def forward(self, x):
+            return self.inner(x)
+    config = EvaluationConfig(dataset='digits', num_images=64)
+    wrapped = evaluate_all([Wrapper(model), Wrapper(coarse)], config)
+    plain = evaluate_all([model, coarse], config)
+    but = 'model', 'weights_sha256', 'activity_per_site'
+    assert [steady(r, *but) for r in wrapped] == [steady(r, *but) for r in plain]
