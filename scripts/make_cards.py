@@ -16,11 +16,12 @@ import timm
 import typer
 
 import sformer
-from sformer.cards import Record, shell, write_card
 from sformer.errors import SFormerError
 from sformer.evaluation import evaluate_all
 from sformer.models import source_of
 from sformer.neurons import SFNConfig
+from sformer.publishing.cards import shell, write_card
+from sformer.publishing.record import Record, neuron_configs, renamed
 from sformer.utils import state_hash, write_json
 
 MODEL_CARDS = Path(__file__).parents[1] / 'model_cards'
@@ -52,17 +53,18 @@ def measure(name: str, data: Optional[str] = None, note: Optional[str] = None) -
         num_images=used['num_images'], seed=used['seed']) for n in levels if n != recipe['levels']}
     models[recipe['levels']] = model
     results = {
-        n: {key: value for key, value in result.items() if 'second' not in key}
+        n: {key: value for key, value in renamed(result).items() if 'second' not in key}
         for n, result in zip(models, evaluate_all([*models.values()], data or used['name'], 'test'), strict=True)}
     result = results[recipe['levels']]
-    keys = ('dataset', 'dataset_revision', 'split', 'num_images', 'top1', 'source_top1', 'agreement', 'firing_rate',
+    keys = ('dataset', 'dataset_revision', 'split', 'num_images', 'top1', 'source_top1', 'agreement', 'activity',
             'weights_sha256')
+    sfn, fit = neuron_configs(dict(sformer=shipped['conversion']))
     copy = ['--data', f'{used["name"]}={data}'] if data else []
     command = shell('python', 'scripts/make_cards.py', name, *copy)
     return Record(
         name=name, load_name=name, architecture=result['model'], weights_sha256=state_hash(model.state_dict()),
         input_size=list(cfg['input_size']), num_classes=cfg['num_classes'], conversion=shipped['conversion'],
-        training=shipped.get('training'), license=cfg['license'],
+        sfn=sfn, fit=fit, training=shipped.get('training'), license=cfg['license'],
         evaluations={'eval.json': dict(result, model=name, command=command)},
         curve=[dict(levels=n, **{key: results[n][key] for key in keys}) for n in levels],
         curve_command=command, dataset_ids={data: used['name']} if data else {}, note=note)

@@ -24,13 +24,13 @@ import torch
 import typer
 
 import sformer
-from sformer.cards import recorded_results
 from sformer.conversion import create_source, set_data_config_
 from sformer.distributed import Group
 from sformer.errors import SFormerError
 from sformer.models import ZOO
 from sformer.neurons import SFNConfig
-from sformer.publish import check_repo_id, prepare, publish
+from sformer.publishing.publish import check_repo_id, prepare, publish
+from sformer.publishing.record import recorded_results, renamed
 from sformer.utils import state_hash, write_json
 
 IMAGENET = 'ILSVRC/imagenet-1k'
@@ -124,7 +124,7 @@ def evaluate(entry: Entry, folder: Path, dataset: str, group: Group, **options: 
                 if result['dataset'] == dataset and entry.eval_split in (None, result.get('split'))]
     if all(share(group, bool(recorded))):
         return recorded[0]
-    result = sformer.evaluate(model.to(group.device), dataset, entry.eval_split, **options)
+    result = renamed(sformer.evaluate(model.to(group.device), dataset, entry.eval_split, **options))
     return dict(model=entry.name, architecture=result.pop('model'), **result, command=command())
 
 
@@ -160,7 +160,7 @@ def produce(
             if levels != entry.config.levels:
                 config = dataclasses.replace(entry.config, levels=levels)
                 other = measure(dataclasses.replace(entry, config=config), folder / 'levels' / str(levels))
-            keys = ('dataset', 'split', 'num_images', 'top1', 'source_top1', 'firing_rate', 'weights_sha256')
+            keys = ('dataset', 'split', 'num_images', 'top1', 'source_top1', 'activity', 'weights_sha256')
             points.append(dict(levels=levels, **{key: other[key] for key in keys if key in other}))
         if result.get('curve') != points:
             on_main(group, write_json, folder / 'eval.json', dict(result, curve=points, curve_command=command()))
