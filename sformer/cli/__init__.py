@@ -49,9 +49,8 @@ def main(argv: Optional[List[str]] = None) -> None:
     """Entry point: mistakes of the user end in one line on stderr and a non-zero exit code."""
     for name in ('huggingface_hub', 'datasets'):  # retries, failed reads; the error that ends them is ours
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    for stream in (sys.stdout, sys.stderr):  # a name that a terminal cannot show is no reason to fail
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors='backslashreplace')
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that a terminal cannot show is no reason to fail
+        sys.stdout.reconfigure(errors='backslashreplace')
     args = spread([expand_home(arg) for arg in (sys.argv[1:] if argv is None else argv)])
     if '' in args:
         fail('an argument is empty; is a variable of the shell unset?', 2)

@@ -34,8 +34,9 @@ def compare(
         print_csv(CSV_COLUMNS, [with_spikes(result) for result in results])
     else:
         first = results[0]
-        title = f'{first["num_images"]} images of {first["dataset"]}' + (f' ({first["split"]})' if first['split'] else '')
-        print_table(title, ('model', *(head for head, _, _ in COLUMNS)), [
+        split = f' ({first["split"]})' if first['split'] else ''
+        heads = ('model', *(head for head, _, _ in COLUMNS))
+        print_table(f'{first["num_images"]} images of {first["dataset"]}{split}', heads, [
             (result['model'], *(cell(result.get(key), digits) for _, key, digits in COLUMNS)) for result in results])
     if options.results_file:
         print(f'results in {options.results_file}', file=sys.stderr if format == Format.csv else sys.stdout)

@@ -97,7 +97,7 @@ class EvaluationOptions:
             raise SFormerError(f'--amp-dtype is {" or ".join(AMP_DTYPES[:3:2])}, not {self.amp_dtype!r}.')
         if self.device is not None and self.device.startswith('meta'):
             raise SFormerError('--device meta has no values to evaluate with; cpu and cuda do.')
-        if not 1 <= self.timeout <= MAX_TIMEOUT:  # NaN, which is in no range and passes each limit
+        if not 1 <= self.timeout <= MAX_TIMEOUT:  # NaN, which typer may let pass
             raise SFormerError(f'--timeout is a number of seconds, not {self.timeout}.')
 
 

@@ -302,7 +302,7 @@ def write_card(record: Record, directory: Union[str, Path], overwrite: bool = Fa
         foreign += [directory / f for f in plots if (directory / f).exists() and not is_own_plot(directory / f)]
         if foreign:
             raise SFormerError(
-                f'{foreign[0]} was edited, or is none that sformer card wrote; --overwrite (overwrite=True) replaces it.')
+                f'{foreign[0]} was edited, or is not of sformer card; --overwrite (overwrite=True) replaces it.')
     with write_aside(directory) as aside:
         (aside / path.name).write_text(text, encoding='utf-8')
         for file, (_, png) in plots.items():
