@@ -19,8 +19,8 @@ import typer
 from safetensors.torch import save_file
 
 import sformer
-from sformer.sources import create_source, set_data_config_
 from sformer.checkpoints import file_hash, write_aside
+from sformer.sources import create_source, set_data_config_
 
 # recipe of train_source.py -> entry of the zoo
 ENTRIES = {

@@ -16,12 +16,13 @@ import timm
 import typer
 
 import sformer
-from sformer.cards import Record, shell, write_card
+from sformer.checkpoints import state_hash, write_json
 from sformer.errors import SFormerError
 from sformer.evaluation import EvaluationConfig, evaluate_all
 from sformer.layers import source_of
 from sformer.neurons import SFNConfig
-from sformer.checkpoints import state_hash, write_json
+from sformer.publishing.cards import shell, write_card
+from sformer.publishing.record import Record
 
 MODEL_CARDS = Path(__file__).parents[1] / 'model_cards'
 WEIGHTS = Path(sformer.__file__).parent / 'weights'
@@ -43,18 +44,19 @@ def measure(name: str, data: Optional[str] = None, note: Optional[str] = None) -
         note: What the card has to say about it.
     """
     shipped = json.loads((WEIGHTS / f'{name}.json').read_text())
-    recipe, used = shipped['conversion']['recipe'], shipped['conversion']['calibration']
+    sfn, used = shipped['sfn'], shipped['conversion']['calibration']
     model = timm.create_model(name, pretrained=True).eval()
     cfg, source = model.pretrained_cfg, source_of(model)
     levels = CURVE if sum(p.numel() for p in model.parameters()) < 1e6 else COARSE_CURVE
     models = {n: sformer.convert(
-        source, data or used['name'], SFNConfig(**dict(recipe, levels=n)), split=used['split'],
-        num_images=used['num_images'], seed=used['seed']) for n in levels if n != recipe['levels']}
-    models[recipe['levels']] = model
+        source, data or used['name'], SFNConfig(**dict(sfn, levels=n)), split=used['split'],
+        num_images=used['num_images'], seed=used['seed']) for n in levels if n != sfn['levels']}
+    models[sfn['levels']] = model
     measured = evaluate_all([*models.values()], EvaluationConfig(dataset=data or used['name'], split='test'))
-    results = {n: {key: value for key, value in result.items() if 'second' not in key}
-               for n, result in zip(models, measured, strict=True)}
-    result = results[recipe['levels']]
+    results = {
+        n: {key: value for key, value in result.items() if 'second' not in key}
+        for n, result in zip(models, measured, strict=True)}
+    result = results[sfn['levels']]
     keys = ('dataset', 'dataset_revision', 'split', 'num_images', 'top1', 'source_top1', 'agreement', 'activity',
             'weights_sha256')
     copy = ['--data', f'{used["name"]}={data}'] if data else []
@@ -62,7 +64,7 @@ def measure(name: str, data: Optional[str] = None, note: Optional[str] = None) -
     return Record(
         name=name, load_name=name, architecture=result['model'], weights_sha256=state_hash(model.state_dict()),
         input_size=list(cfg['input_size']), num_classes=cfg['num_classes'], conversion=shipped['conversion'],
-        training=shipped.get('training'), license=cfg['license'],
+        sfn=sfn, fit=shipped['conversion']['fit'], training=shipped.get('training'), license=cfg['license'],
         evaluations={'eval.json': dict(result, model=name, command=command)},
         curve=[dict(levels=n, **{key: results[n][key] for key in keys}) for n in levels],
         curve_command=command, dataset_ids={data: used['name']} if data else {}, note=note)

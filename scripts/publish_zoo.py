@@ -22,16 +22,16 @@ from typing import Annotated, Any, Callable, Dict, Iterator, List, Optional, Seq
 import timm
 import torch
 import typer
+from sformer.distributed import Group
 
 import sformer
-from sformer.cards import recorded_results
-from sformer.sources import create_source, set_data_config_
+from sformer.checkpoints import state_hash, write_json
 from sformer.errors import SFormerError
-from sformer.evaluation.distributed import Group
 from sformer.models.zoo import ZOO
 from sformer.neurons import SFNConfig
-from sformer.publish import check_repo_id, prepare, publish
-from sformer.checkpoints import state_hash, write_json
+from sformer.publishing.publish import check_repo_id, prepare, publish
+from sformer.publishing.record import recorded_results
+from sformer.sources import create_source, set_data_config_
 
 IMAGENET = 'ILSVRC/imagenet-1k'
 
@@ -86,18 +86,20 @@ def zoo() -> List[Entry]:
 def convert(entry: Entry, folder: Path) -> None:
     """Convert the source of an entry, unless its folder holds exactly that."""
     try:
-        done = sformer.load_model(folder).conversion
-        if (done.get('recipe'), done.get('calibration', {}).get('num_images'), done.get('zoo_entry')) == (
-                dataclasses.asdict(entry.config), entry.num_images, _identity(entry)):
+        done = sformer.load_model(folder)
+        record = done.conversion
+        if record and (done.sfn_config, record.calibration.num_images, record.zoo_entry) == (
+                entry.config, entry.num_images, _identity(entry)):
             return
     except SFormerError:
         pass  # not there, or not whole
     source = create_source(entry.source, entry.checkpoint, **entry.model_kwargs)
-    set_data_config_(source, **entry.data_config)
+    set_data_config_(source.network, **entry.data_config)
     with all_cores():
         model = sformer.convert(
-            source, entry.calibration, entry.config, split=entry.split, num_images=entry.num_images, inplace=True)
-    model.conversion.update(zoo_entry=_identity(entry), command=command())
+            source, entry.calibration, entry.config, split=entry.split, num_images=entry.num_images, inplace=True,
+            command=command())
+    model.conversion = dataclasses.replace(model.conversion, zoo_entry=_identity(entry))
     sformer.save_model(model, folder, overwrite=True)
 
 

@@ -1,8 +1,8 @@
 """The demo: a trained ViT becomes an SFormer, is evaluated, saved, reloaded, and drawn."""
-import re
+import contextlib
 import time
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, Iterator
 
 import timm
 import torch
@@ -16,22 +16,61 @@ from .data import open_images
 from .errors import SFormerError
 from .evaluation import evaluate
 from .layers import source_of
+from .model_config import CONFIG_NAME, WEIGHTS_NAME, read_config
 from .neurons import SFNConfig
+from .publishing.plots import is_own_plot, plot_accuracy, plot_activity
 from .saving import save_model
 
-__all__ = ['run', 'plot_accuracy', 'plot_firing_rates']
+__all__ = ['run']
 
 LEVELS = (4, 8, 32)
 CURVE = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+COMMAND = 'sformer demo'  # what the model of the demo records, whatever its folder
+MODEL, ACCURACY, ACTIVITY = 'sformer_nano', 'accuracy.png', 'activity.png'
 
 
 def run(output: Path) -> None:
     """Convert the digits ViT that ships with the package and show what comes out.
 
     Args:
-        output: Folder for the SFormer (`sformer_nano/`) and the pictures.
+        output: Folder for the SFormer (`sformer_nano/`) and the pictures; what the demo put there before is replaced.
+
+    Raises:
+        SFormerError: If there is something else by these names.
     """
     output = Path(output)
+    _check_foreign(output)
+    with single_thread():
+        _run(output)
+
+
+def _check_foreign(output: Path) -> None:
+    """Raise SFormerError if the demo would replace what it did not write."""
+    for name in (ACCURACY, ACTIVITY):
+        if (output / name).exists() and not is_own_plot(output / name):
+            raise SFormerError(f'{output / name} is none of the demo\'s pictures; choose another folder with -o.')
+    folder = output / MODEL
+    if any((folder / name).exists() for name in (CONFIG_NAME, WEIGHTS_NAME)):
+        try:
+            command = read_config(folder).get('sformer', {}).get('command')
+        except SFormerError:
+            command = None
+        if command != COMMAND:
+            raise SFormerError(f'{folder} holds a model that is not the demo\'s; choose another folder with -o.')
+
+
+@contextlib.contextmanager
+def single_thread() -> Iterator[None]:
+    """One thread for networks this small: several wait for one another, on a busy machine for minutes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(output: Path) -> None:
     console = Console()
     start = time.perf_counter()
     source = source_of(timm.create_model('sformer_nano.digits', pretrained=True)).eval()
@@ -39,15 +78,15 @@ def run(output: Path) -> None:
     console.print(f'Source: a ViT with {parameters:,} parameters, trained on 1,257 handwritten digits; '
                   f'evaluated on 540 others.')
 
-    results = {}
+    results: Dict[int, Dict[str, Any]] = {}
     for levels in sorted({*CURVE, *LEVELS}):
         begin = time.perf_counter()
-        model = convert(source, 'digits', SFNConfig(levels=levels), split='train')
+        model = convert(source, 'digits', SFNConfig(levels=levels), split='train', command=COMMAND)
         seconds = time.perf_counter() - begin
         results[levels] = dict(evaluate(model, 'digits', 'test'), conversion_seconds=seconds, network=model)
     reference = evaluate(source, 'digits', 'test')
 
-    table = Table('network', 'top-1', 'agreement', 'firing rate', 'convert \\[s]', 'test \\[s]')
+    table = Table('network', 'top-1', 'agreement', 'activity', 'convert \\[s]', 'test \\[s]')
     table.add_row('source ViT', f'{reference["top1"]:.2f} %', '', '', '', f'{reference["seconds"]:.2f}')
     for levels in LEVELS:
         r = results[levels]
@@ -56,69 +95,19 @@ def run(output: Path) -> None:
     console.print(table)
 
     model = results[LEVELS[-1]]['network']
-    folder = save_model(model, output / 'sformer_nano', overwrite=True)
+    folder = save_model(model, output / MODEL, overwrite=True)
     reloaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     data_config = resolve_input_data_config(model)
     images, _ = next(iter(open_images('digits', 'test', data_config=data_config).batches(64)))
     with torch.inference_mode():
         if not torch.equal(model(images), reloaded(images)):
             raise SFormerError('the reloaded SFormer gives other logits than the one that was saved.')
-    console.print(f'Saved to {folder}, reloaded through timm: the same logits, bit for bit.', soft_wrap=True)
+    console.print(f'Saved to {folder}, reloaded through timm: the same logits, bit for bit.', soft_wrap=True,
+                  markup=False)
 
     with write_aside(output) as aside:
         accuracy = {levels: results[levels]['top1'] for levels in CURVE}
-        plot_accuracy(accuracy, reference['top1'], aside / 'accuracy.png')
-        plot_firing_rates(results[LEVELS[-1]]['activity_per_site'], LEVELS[-1], aside / 'firing_rates.png')
-    console.print(f'Pictures: {output / "accuracy.png"}, {output / "firing_rates.png"} '
-                  f'({time.perf_counter() - start:.0f} s in all)', soft_wrap=True)
-
-
-def plot_accuracy(accuracy: Dict[int, float], source: float, path: Path) -> None:
-    """Draw top-1 accuracy against the number of levels N.
-
-    Args:
-        accuracy: Top-1 in percent per N.
-        source: Top-1 of the source in percent.
-        path: PNG file.
-    """
-    from matplotlib.figure import Figure  # the object interface needs no display and no global state
-    figure = Figure(figsize=(6, 4), layout='constrained')
-    axes = figure.add_subplot(
-        xscale='log', xlabel='levels N per branch', ylabel='top-1 [%]', title='Accuracy of the single-timestep SFormer')
-    axes.axhline(source, color='grey', linestyle='--', label=f'source ViT, {source:.1f} %')
-    axes.plot(list(accuracy), list(accuracy.values()), marker='o', label='SFormer')
-    axes.set_xticks(list(accuracy), [str(n) for n in accuracy])
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend(loc='lower right')
-    figure.savefig(path, dpi=150)
-
-
-def plot_firing_rates(rates: Dict[str, float], levels: int, path: Path) -> None:
-    """Draw firing rates as a map of sites and blocks.
-
-    Args:
-        rates: Firing rate per neuron path, as of `evaluate`.
-        levels: Number of levels N, for the title.
-        path: PNG file.
-    """
-    from matplotlib.figure import Figure
-    cells: Dict[str, Dict[str, float]] = {}
-    for name, rate in rates.items():
-        block = re.match(r'blocks\.(\d+)\.(.*)', name)
-        column, site = (block[1], block[2]) if block else ('head', name)
-        cells.setdefault(site.replace('.neuron', '').replace('_neuron', ''), {})[column] = rate
-    columns: List[Any] = list(dict.fromkeys(column for row in cells.values() for column in row))
-    figure = Figure(figsize=(1.6 + 0.75 * len(columns), 1.2 + 0.42 * len(cells)), layout='constrained')
-    axes = figure.add_subplot(title=f'Firing rate, N = {levels}', xlabel='block')
-    grid = [[row.get(column, float('nan')) for column in columns] for row in cells.values()]
-    image = axes.imshow(grid, vmin=0, vmax=1, cmap='viridis', aspect='auto')
-    for y, row in enumerate(grid):
-        for x, rate in enumerate(row):
-            if rate == rate:
-                axes.text(x, y, f'{rate:.2f}', ha='center', va='center', fontsize=8,
-                          color='black' if rate > 0.6 else 'white')
-    axes.set_xticks(range(len(columns)), columns)
-    axes.set_yticks(range(len(cells)), list(cells))
-    figure.colorbar(image, label='share of neurons that fire')
-    figure.savefig(path, dpi=150)
+        (aside / ACCURACY).write_bytes(plot_accuracy(accuracy, reference['top1']))
+        (aside / ACTIVITY).write_bytes(plot_activity(results[LEVELS[-1]]['activity_per_site'], LEVELS[-1]))
+    console.print(f'Pictures: {output / ACCURACY}, {output / ACTIVITY} '
+                  f'({time.perf_counter() - start:.0f} s in all)', soft_wrap=True, markup=False)

@@ -46,6 +46,7 @@ class Conversion:
         command: Command line that converted, if one did.
         changed: Whether the weights are not those of the source any more.
         weights_sha256: SHA-256 of the file of weights.
+        zoo_entry: Line of a table of conversions that this one is of, as `scripts/publish_zoo.py` has one.
     """
     source: str
     source_tag: Optional[str] = None
@@ -58,6 +59,7 @@ class Conversion:
     command: Optional[str] = None
     changed: bool = False
     weights_sha256: Optional[str] = None
+    zoo_entry: Optional[str] = None
 
     def to_dict(self) -> Dict[str, Any]:
         """The record as JSON data, with its version."""
@@ -92,5 +94,5 @@ class Conversion:
         return record
 
 
-_TEXTS = {'source', 'source_tag', 'source_sha256', 'source_weights', 'global_pool', 'command', 'weights_sha256', 'name',
-          'split', 'fingerprint'}
+_TEXTS = {'source', 'source_tag', 'source_sha256', 'source_weights', 'global_pool', 'command', 'weights_sha256',
+          'zoo_entry', 'name', 'split', 'fingerprint'}

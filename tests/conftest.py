@@ -8,8 +8,10 @@ import torch
 from timm.data import resolve_input_data_config
 
 import sformer
-from sformer.conversion import set_data_config_
 from sformer.data import open_images
+from sformer.sources import set_data_config_
+
+pytest_plugins = ['hub_fixtures']
 
 # the architecture of sformer_nano, spelled for its source
 NANO = dict(img_size=8, patch_size=2, in_chans=1, embed_dim=64, depth=4, num_heads=4, num_classes=10)

@@ -16,11 +16,11 @@ from timm.data import resolve_input_data_config
 
 import sformer
 from sformer import SFNConfig, SFormer, SFormerError, UnsupportedLayerError, convert, is_calibrated
-from sformer.conversion import create_source, load_source_weights_, set_data_config_
+from sformer.checkpoints import load_source_weights_, state_hash
 from sformer.data import open_images
 from sformer.layers import named_neurons
 from sformer.neurons import DirectCoding, ScaleAndFire
-from sformer.utils import state_hash
+from sformer.sources import create_source, set_data_config_
 
 NAME = 'vit_tiny_patch16_224'
 

@@ -12,14 +12,7 @@ from timm.models.vision_transformer import Block, ParallelThingsBlock, ResPostBl
 import sformer
 from sformer import SFNConfig, UnsupportedLayerError, bypass_neurons, named_neurons, source_of, spiking_
 from sformer.calibration import fit_thresholds_, observe
-from sformer.layers import (
-    SPIKING_LAYERS,
-    SpikingAttention,
-    SpikingConv2d,
-    SpikingLinear,
-    SpikingMlp,
-    SpikingPatchEmbed,
-)
+from sformer.layers import SPIKING_LAYERS, SpikingAttention, SpikingConv2d, SpikingLinear, SpikingMlp, SpikingPatchEmbed
 from sformer.neurons import DirectCoding, Neuron, ScaleAndFire
 
 VARIANTS = {

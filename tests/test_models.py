@@ -13,11 +13,10 @@ from timm.models.vision_transformer import VisionTransformer
 
 import sformer
 from sformer import SFNConfig, SFormer, SFormerError, UnsupportedLayerError, bypass_neurons, is_calibrated
-from sformer.layers import FLOATING_LAYERS, SPIKING_LAYERS, named_neurons
+from sformer.layers import FLOATING_LAYERS, SPIKING_LAYERS, named_neurons, source_of
 from sformer.layers.linear import SpikingLinear
-from sformer.models import SOURCES, ZOO, source_of
+from sformer.models.zoo import SOURCES, ZOO, source_name
 from sformer.neurons import DirectCoding, Neuron
-from sformer.zoo import source_name
 
 MICRO = dict(img_size=16, patch_size=4, embed_dim=48, depth=4, num_heads=3, num_classes=5)
 

@@ -20,8 +20,8 @@ from timm.models.vision_transformer import VisionTransformer
 
 import sformer
 from sformer import SFNConfig, SFormer, SFormerError, UncalibratedError, convert, is_calibrated, load_model, save_model
-from sformer.hub import open_model
-from sformer.utils import file_hash, write_json
+from sformer.checkpoints import file_hash, write_json
+from sformer.saving import open_model
 
 FILES = {'model.safetensors', 'config.json'}
 

@@ -16,11 +16,11 @@ from torch.overrides import TorchFunctionMode
 
 import sformer
 from sformer import SFNConfig, SFormerError, bypass_neurons, is_calibrated, named_neurons, pretrained, source_of
-from sformer.conversion import create_source
 from sformer.layers import SPIKING_LAYERS
-from sformer.models import SMALL, SOURCES, ZOO, architecture_of, spiking_model_
+from sformer.models import spiking_model_
+from sformer.models.zoo import SMALL, SOURCES, ZOO, architecture_of, source_name
 from sformer.neurons import Neuron
-from sformer.zoo import source_name
+from sformer.sources import create_source
 
 MODULES = ('vision_transformer', 'deit', 'beit', 'eva')
 SIZE = dict(img_size=32, patch_size=16, depth=2, num_classes=5, embed_dim=64)

@@ -12,10 +12,8 @@ from timm.models.vision_transformer import VisionTransformer
 
 import sformer
 from sformer import EvaluationConfig, SFormer, SFormerError, bypass_neurons, convert, evaluate, evaluate_all
-from sformer.layers import named_neurons
-from sformer.layers import source_view
-from sformer.models import shared_copy
 from sformer.checkpoints import state_hash
+from sformer.layers import named_neurons, shared_copy, source_view
 
 
 def test_bypassed_neurons_are_the_source(model, source, images):

@@ -7,13 +7,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Union
 
-from .cards import Record, read_record, render_card, render_eval_results, render_plots
-from .checkpoints import file_hash
-from .errors import SFormerError, UncalibratedError
-from .hub import hub_errors, redact
-from .layers import is_calibrated, uncalibrated
-from .model_config import CONFIG_NAME, WEIGHTS_NAME
-from .saving import load_model
+from ..checkpoints import file_hash
+from ..errors import SFormerError, UncalibratedError
+from ..hub import hub_errors, redact
+from ..layers import is_calibrated, uncalibrated
+from ..model_config import CONFIG_NAME, WEIGHTS_NAME
+from ..saving import load_model
+from .cards import render_card, render_eval_results
+from .plots import render_plots
+from .record import Record, read_record
 
 __all__ = ['Publication', 'prepare', 'publish', 'upload']
 
@@ -76,12 +78,13 @@ def prepare(
         folder: Folder of an SFormer with the results files of its evaluations (`sformer evaluate --results-file`).
         repo_id: `org/name`.
         force: Publish a model that is uncalibrated or was not evaluated; its card says so.
-        license: License of the source weights, where the conversion could not know it.
+        license: Licence of the source weights, where the conversion could not know it.
         base_model: Hub id of the source weights, where the conversion could not know it.
-        dataset_ids: Hub id by the name of a dataset in results, for local copies.
+        dataset_ids: Hub id by the name of a data set in results, for local copies.
 
     Raises:
-        SFormerError: If the name is not allowed, the model is damaged or was not evaluated.
+        SFormerError: If the name is not allowed, the model is damaged or was not evaluated, or its records cannot be
+            true.
         UncalibratedError: If thresholds were never fitted.
     """
     check_repo_id(repo_id)
@@ -170,7 +173,7 @@ def upload(
         api.create_repo(repo_id, private=private or None, exist_ok=True)
         info = api.model_info(repo_id)
         if private and not info.private:
-            raise SFormerError(f'{repo_id} is there and public; --private can not hide it. Nothing was published.')
+            raise SFormerError(f'{repo_id} is there and public; --private cannot hide it. Nothing was published.')
         if create_pr:
             proposed = _proposed(api, publication)
             if proposed:

@@ -1,26 +1,23 @@
 """Model cards: what was recorded about a model, and nothing else, as a page and as metadata for the Hub."""
-import io
-import json
+import hashlib
 import re
 import shlex
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, Union
 
-import torch.nn as nn
+from ..checkpoints import write_aside
+from ..errors import SFormerError
+from ..model_config import WEIGHTS_NAME
+from .plots import is_own_plot, render_plots
+from .record import Record
 
-from .checkpoints import state_hash
-from .errors import SFormerError
-from .layers import is_calibrated
-from .model_config import CONFIG_NAME, WEIGHTS_NAME, read_config
-
-__all__ = ['Record', 'read_record', 'recorded_results', 'render_card', 'render_eval_results', 'render_plots']
+__all__ = ['render_card', 'render_eval_results', 'write_card']
 
 TEMPLATE = Path(__file__).parent / 'templates' / 'model_card.md'
 
 DATASETS = {'digits': 'Digits (scikit-learn)', 'dead-leaves': 'dead leaves (generated images)'}
 
-# identifiers that the Hub takes as a license; others go by `other` with a name and a link
+# identifiers that the Hub takes as a licence; others go by `other` with a name and a link
 LICENSES = (
     'apache-2.0', 'mit', 'bsd-2-clause', 'bsd-3-clause', 'bsd-3-clause-clear', 'cc0-1.0', 'cc-by-2.0', 'cc-by-4.0',
     'cc-by-sa-4.0', 'cc-by-nc-4.0', 'cc-by-nc-sa-4.0', 'cc-by-nc-nd-4.0', 'gpl-3.0', 'lgpl-3.0', 'agpl-3.0', 'mpl-2.0',
@@ -36,146 +33,28 @@ SIDES = (
 SINGLE = (
     ('agreement with the source [%]', 'agreement', '.2f'),
     ('relative logit error', 'relative_logit_error', '.4f'),
-    ('firing rate', 'firing_rate', '.3f'),
+    ('activity, the share of neurons that fire', 'activity', '.3f'),
+    ('spikes per neuron, unary coding', 'spikes_per_neuron.unary', '.3f'),
+    ('spikes per neuron, binary coding', 'spikes_per_neuron.binary', '.3f'),
+    ('spikes per neuron, graded coding', 'spikes_per_neuron.graded', '.3f'),
     ('parameters [million]', 'param_count', '.2f'),
 )
+NEURONS = dict(
+    levels='levels N per branch', fire='fire function', attention_fire='fire function of the softmax',
+    initial_potential='initial membrane potential [steps]', dead_zone='dead zone [steps]', scale='scaling factor',
+    estimator='threshold estimator')
 SETTINGS = (
     ('benchmark', 'benchmark'), ('image size', 'img_size'), ('crop', 'crop_pct'), ('interpolation', 'interpolation'),
     ('mixed precision', 'amp'), ('device', 'device'), ('processes', 'world_size'), ('images per batch', 'batch_size'),
-    ('images left out', 'skipped_images'), ('spikes counted on images', 'firing_images'),
+    ('images left out', 'skipped_images'), ('spikes counted on images', 'activity_images'),
 )
-
-
-@dataclass
-class Record:
-    """All that a card may say.
-
-    Args:
-        name: Name of the model.
-        load_name: What `timm.create_model` loads it by.
-        architecture: Entrypoint.
-        weights_sha256: `sformer.utils.state_hash` of the weights that everything here belongs to.
-        input_size: (C, H, W).
-        num_classes: Number of classes.
-        calibrated: Whether thresholds were fitted.
-        conversion: Record that `sformer.convert` made.
-        training: Record of the source's training, where this project trained it.
-        evaluations: Results of `sformer.evaluate`, by file name.
-        curve: Results of conversions with other N, in ascending order; each has `levels` and what `evaluate` returns.
-        curve_command: What measured the curve.
-        license: License of the source weights.
-        base_model: Hub id of the source weights.
-        dataset_ids: Hub id by the name that a dataset has in results.
-        note: What else has to be known about how it was measured.
-    """
-    name: str
-    load_name: str
-    architecture: str
-    weights_sha256: str
-    input_size: List[int]
-    num_classes: int
-    calibrated: bool = True
-    conversion: Dict[str, Any] = field(default_factory=dict)
-    training: Optional[Dict[str, Any]] = None
-    evaluations: Dict[str, Dict[str, Any]] = field(default_factory=dict)
-    curve: List[Dict[str, Any]] = field(default_factory=list)
-    curve_command: Optional[str] = None
-    license: Optional[str] = None
-    base_model: Optional[str] = None
-    dataset_ids: Dict[str, str] = field(default_factory=dict)
-    note: Optional[str] = None
-
-    @property
-    def changed(self) -> bool:
-        """Whether the weights are not those of the source any more."""
-        return bool(self.conversion.get('changed'))
-
-
-# What was recorded ----------------------------------------------------------------------------------------------------
-
-
-def recorded_results(folder: Path, weights_sha256: str) -> Tuple[Dict[str, Dict[str, Any]], List[str]]:
-    """Results files in a folder, as `sformer evaluate --results-file` writes them.
-
-    Args:
-        folder: Folder with JSON files.
-        weights_sha256: Hash of the weights that results must be of.
-
-    Returns:
-        Results of these weights by file name (one per file: of several models, that of these weights), and the names
-        of files that have results of other weights only.
-    """
-    results: Dict[str, Dict[str, Any]] = {}
-    others = []
-    for path in sorted(Path(folder).glob('*.json')):
-        try:
-            found = json.loads(path.read_text(encoding='utf-8'))
-        except (OSError, ValueError):
-            continue
-        needed = {'weights_sha256', 'dataset', 'top1'}
-        found = [r for r in (found if isinstance(found, list) else [found]) if isinstance(r, dict) and needed <= {*r}]
-        if path.name == CONFIG_NAME or not found:
-            continue
-        own = next((r for r in found if r['weights_sha256'] == weights_sha256), None)
-        if own is None:
-            others.append(path.name)
-        elif not isinstance(own['dataset'], str) or not isinstance(own['top1'], (int, float)):
-            raise SFormerError(f'{path} is not as sformer evaluate wrote it.')
-        else:
-            results[path.name] = own
-    return results, others
-
-
-def read_record(
-        folder: Path,
-        model: nn.Module,
-        *,
-        name: Optional[str] = None,
-        repo_id: Optional[str] = None,
-        license: Optional[str] = None,
-        base_model: Optional[str] = None,
-        dataset_ids: Optional[Dict[str, str]] = None,
-) -> Tuple[Record, List[str]]:
-    """Gather what a folder records about the model in it.
-
-    Args:
-        folder: Folder of an SFormer, with the results files of its evaluations.
-        model: The model in it.
-        name: Name of the model; that of the repository or of the folder if None.
-        repo_id: Repository that it will be in.
-        license: License of the source weights, where the conversion could not know it.
-        base_model: Hub id of the source weights, where the conversion could not know it.
-        dataset_ids: Hub id by the name of a dataset in results, for local copies.
-
-    Returns:
-        The record, and the names of files with results of other weights.
-    """
-    folder = Path(folder)
-    config = read_config(folder)
-    cfg, conversion = config.get('pretrained_cfg', {}), config.get('sformer', {})
-    weights_sha256 = state_hash(model.state_dict())
-    results, others = recorded_results(folder, weights_sha256)
-    published = conversion.get('source_weights')
-    if published and base_model is None and '://' not in published:
-        base_model = published.partition('@')[0]
-    curves = [r for r in results.values() if r.get('curve')]
-    return Record(
-        name=name or (repo_id or '').rpartition('/')[2] or folder.resolve().name,
-        load_name=f'hf-hub:{repo_id}' if repo_id else f'local-dir:{folder}',
-        architecture=config['architecture'], weights_sha256=weights_sha256,
-        input_size=list(cfg.get('input_size', (3, 224, 224))), num_classes=config.get('num_classes', model.num_classes),
-        calibrated=is_calibrated(model), conversion=conversion, evaluations=results,
-        curve=curves[0]['curve'] if curves else [], curve_command=curves[0].get('curve_command') if curves else None,
-        license=license or (cfg.get('license') if published else None), base_model=base_model,
-        dataset_ids=dict(dataset_ids or {}),
-    ), others
 
 
 # What is said of it ---------------------------------------------------------------------------------------------------
 
 
 def _dataset_id(record: Record, used: Dict[str, Any], key: str = 'dataset') -> Optional[str]:
-    """Hub id of the dataset of a result; None for those that are not on the Hub."""
+    """Hub id of the data set of a result; None for those that are not on the Hub."""
     name = used.get(key)
     if name in record.dataset_ids:
         return record.dataset_ids[name]
@@ -213,7 +92,7 @@ def _calibration(record: Record) -> str:
 
 
 def _recipe(record: Record) -> List[Tuple[str, Any]]:
-    c, recipe = record.conversion, record.conversion.get('recipe') or {}
+    c = record.conversion
     rows: List[Tuple[str, Any]] = [
         ('architecture', f'`{record.architecture}`'), ('input', ' x '.join(map(str, record.input_size))),
         ('classes', record.num_classes)]
@@ -222,19 +101,14 @@ def _recipe(record: Record) -> List[Tuple[str, Any]]:
     if record.base_model:
         rows.append(('source weights', f'[{record.base_model}](https://huggingface.co/{record.base_model})'))
     if record.license:
-        rows.append(('license of the source weights', record.license))
+        rows.append(('licence of the source weights', record.license))
     if c.get('source_sha256'):
         rows.append(('state hash of the source', f'`{c["source_sha256"]}`'))
     rows.append(('state hash of this model', f'`{record.weights_sha256}`'))
     if c.get('weights_sha256'):
         rows.append((f'SHA-256 of `{WEIGHTS_NAME}`', f'`{c["weights_sha256"]}`'))
-    labels = dict(
-        levels='levels N per branch', fire='fire function', attention_fire='fire function of the softmax',
-        firing='firing', dead_zone='dead zone [steps]', scale='scaling factor', estimator='threshold estimator')
-    rows += [(label, recipe[key]) for key, label in labels.items() if key in recipe]
-    if recipe.get('estimator') == 'quantile':
-        rows.append(('quantile', recipe['quantile']))
-    rows += [(key.replace('_', ' '), value) for key, value in recipe.items() if key not in labels and key != 'quantile']
+    fit = {k: v for k, v in record.fit.items() if k != 'quantile' or record.fit.get('estimator') == 'quantile'}
+    rows += [(NEURONS.get(key, key.replace('_', ' ')), value) for key, value in {**record.sfn, **fit}.items()]
     if c.get('calibration'):
         rows.append(('calibration', _calibration(record)))
     if c.get('versions'):
@@ -262,7 +136,9 @@ def _result(record: Record, result: Dict[str, Any]) -> Dict[str, Any]:
     sides = any(source in result for _, _, source, _ in SIDES)
 
     def cell(key, spec):
-        return format(result[key], spec) if isinstance(result.get(key), (int, float)) else ''
+        name, _, part = key.partition('.')
+        value = (result.get(name) or {}).get(part) if part else result.get(name)
+        return '' if value is None else format(value, spec)
 
     rows = []
     for label, key, source, spec in SIDES:
@@ -290,7 +166,7 @@ def _curve(record: Record) -> Optional[Dict[str, Any]]:
 
 
 def _comparable(record: Record) -> List[Dict[str, Any]]:
-    """Results that an index may list by dataset and split: with its own labels, and of each the one on most images."""
+    """Results that an index may list by data set and split: with its own labels, and of each the one on most images."""
     found: Dict[Any, Dict[str, Any]] = {}
     for result in record.evaluations.values():
         key = result['dataset'], result.get('split')
@@ -327,7 +203,7 @@ def _metadata(record: Record) -> Any:
     results = _eval_results(record)
     known = record.license is None or record.license in LICENSES
     if not known and not record.base_model:
-        raise SFormerError(f'license {record.license!r} is none of the identifiers that the Hub knows; '
+        raise SFormerError(f'licence {record.license!r} is none of the identifiers that the Hub knows; '
                            f'name the model that has it (--base-model), for a link to its terms.')
     try:
         for repo_id in (*([record.base_model] if record.base_model else ()), *datasets):
@@ -382,7 +258,7 @@ def _cells(rows: Iterable[Sequence[Any]]) -> List[List[str]]:
 
 
 def render_eval_results(record: Record) -> Optional[str]:
-    """Evaluation results in the Hub's `.eval_results/*.yaml` format; None if no result is on a dataset of the Hub."""
+    """Evaluation results in the Hub's `.eval_results/*.yaml` format; None if no result is on a data set of the Hub."""
     from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
     from huggingface_hub.utils import yaml_dump
     entries = []
@@ -397,59 +273,55 @@ def render_eval_results(record: Record) -> Optional[str]:
     return yaml_dump(eval_result_entries_to_yaml(entries), sort_keys=False) if entries else None
 
 
-def render_plots(record: Record) -> Dict[str, Tuple[str, bytes]]:
-    """Plots of what was measured.
-
-    Returns:
-        File name -> title and PNG. The PNG carries its numbers as the text chunk `sformer`, and nothing that changes
-        from one drawing to the next.
-    """
-    from .demo import plot_accuracy, plot_firing_rates
-    plots: Dict[str, Tuple[str, bytes]] = {}
-    result = next((r for r in record.evaluations.values() if r.get('firing_rates')), None)
-    levels = (record.conversion.get('recipe') or {}).get('levels')
-    if result and levels:
-        rates = result['firing_rates']
-        plots['firing_rates.png'] = 'Firing rates', _png(
-            lambda file: plot_firing_rates(rates, levels, file), dict(levels=levels, firing_rates=rates))
-    if record.curve and 'source_top1' in record.curve[0]:
-        top1 = {r['levels']: r['top1'] for r in record.curve}
-        source = record.curve[0]['source_top1']
-        plots['accuracy.png'] = 'Accuracy against N', _png(
-            lambda file: plot_accuracy(top1, source, file), dict(top1=top1, source_top1=source))
-    return plots
-
-
-def _png(draw: Any, values: Dict[str, Any]) -> bytes:
-    from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
-    drawn, out, text = io.BytesIO(), io.BytesIO(), PngInfo()
-    draw(drawn)
-    text.add_text('sformer', json.dumps(values, sort_keys=True))
-    with Image.open(drawn) as image:
-        image.convert('RGB').save(out, 'PNG', pnginfo=text)
-    return out.getvalue()
-
-
 def card_name(record: Record) -> str:
     return re.sub(r'[^\w.-]+', '_', record.name) or 'model'
 
 
-def write_card(record: Record, directory: Union[str, Path]) -> Path:
-    """Write a card and its plots to a folder: `NAME.md`, `NAME.firing_rates.png` ...
+def write_card(record: Record, directory: Union[str, Path], overwrite: bool = False) -> Path:
+    """Write a card and its plots to a folder: `NAME.md`, `NAME.activity.png` ...
+
+    The last line of a card is a comment with the hash of what precedes it, so that edits are noticed.
+
+    Args:
+        record: What was recorded.
+        directory: Folder; made if it is missing.
+        overwrite: Replace files of these names that were edited, or written by somebody else.
 
     Returns:
         Path of the card.
+
+    Raises:
+        SFormerError: If a file would be lost that was not written here, or was edited afterwards.
     """
-    from .checkpoints import write_aside
-    name = card_name(record)
-    plots = render_plots(record)
-    card = render_card(record, {title: f'{name}.{file}' for file, (title, _) in plots.items()})
-    with write_aside(Path(directory)) as aside:
-        (aside / f'{name}.md').write_text(f'{card}\n', encoding='utf-8')
+    directory, name = Path(directory), card_name(record)
+    plots = {f'{name}.{file}': plot for file, plot in render_plots(record).items()}
+    text = _sealed(f'{render_card(record, {title: file for file, (title, _) in plots.items()})}\n')
+    path = directory / f'{name}.md'
+    if not overwrite:
+        foreign = [path] if path.exists() and not _is_own_card(path) else []
+        foreign += [directory / f for f in plots if (directory / f).exists() and not is_own_plot(directory / f)]
+        if foreign:
+            raise SFormerError(
+                f'{foreign[0]} was edited, or is not of sformer card; --overwrite (overwrite=True) replaces it.')
+    with write_aside(directory) as aside:
+        (aside / path.name).write_text(text, encoding='utf-8')
         for file, (_, png) in plots.items():
-            (aside / f'{name}.{file}').write_bytes(png)
-    return Path(directory) / f'{name}.md'
+            (aside / file).write_bytes(png)
+    return path
+
+
+def _sealed(text: str) -> str:
+    return f'{text}<!-- sformer card, SHA-256 {hashlib.sha256(text.encode()).hexdigest()} -->\n'
+
+
+def _is_own_card(path: Path) -> bool:
+    """Whether a card is as it was written here, by whatever version."""
+    try:
+        text = path.read_bytes().decode()
+    except (OSError, UnicodeDecodeError):
+        return False
+    lines = text.splitlines(keepends=True)
+    return bool(lines) and _sealed(''.join(lines[:-1])) == text
 
 
 def shell(*words: Any) -> str:

@@ -1,0 +1,108 @@
+"""Arguments as users type them: several values per option, `~`, key=value pairs."""
+import ast
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+from ..errors import SFormerError
+from .errors import fail
+
+__all__ = ['spread', 'expand_home', 'parse_kwargs', 'parse_dataset_ids', 'command_line', 'check_source', 'check_folder']
+
+# options that take several values up to the next option, as in timm's own scripts
+MULTI_VALUE = ('--model-kwargs', '--mean', '--std')
+AMP_DTYPES = ('bfloat16', 'bf16', 'float16', 'fp16', 'half')
+
+
+def spread(args: List[str]) -> List[str]:
+    """`--std a b c` -> `--std a --std b --std c`; `--amp bf16` -> `--amp --amp-dtype bf16`."""
+    out: List[str] = []
+    option: Optional[str] = None
+    counts: Dict[str, int] = {}
+    for arg in args:
+        if arg in MULTI_VALUE:
+            option = arg
+            counts.setdefault(arg, 0)
+        elif arg in AMP_DTYPES and out[-1:] == ['--amp']:
+            out += ['--amp-dtype', arg]
+        elif arg.startswith('-') and not _is_number(arg):
+            option = None
+            out.append(arg)
+        elif option:
+            if option == '--model-kwargs' and '=' not in arg:
+                fail(f'--model-kwargs takes key=value pairs, got {arg!r}; the name of a model goes before this '
+                     f'option.', 2)
+            out += [option, arg]
+            counts[option] += 1
+        else:
+            out.append(arg)
+    for option, count in counts.items():
+        if not count:
+            fail(f'{option} has no values; is a variable of the shell unset?', 2)
+    return out
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def expand_home(arg: str) -> str:
+    """`~/x`, `--option=~/x` and `local-dir:~/x` with the home folder, where the shell left it to us."""
+    start, path = re.fullmatch(r'((?:--[\w-]+=)?(?:local-dir:)?)(.*)', arg, re.DOTALL).groups()  # type: ignore[union-attr]
+    return start + os.path.expanduser(path)
+
+
+def parse_kwargs(pairs: Optional[List[str]]) -> Dict[str, Any]:
+    """`['img_size=32', 'global_pool=avg']` -> `{'img_size': 32, 'global_pool': 'avg'}`.
+
+    timm's `ParseKwargs` reads values the same way, but takes none with another `=` in it, and any key.
+
+    Raises:
+        SFormerError: If a pair is none, or its key is not an argument of the network.
+    """
+    from ..model_config import factory_arguments
+    kwargs = {}
+    for pair in pairs or []:
+        key, equals, value = pair.partition('=')
+        if not equals or not key.isidentifier():
+            raise SFormerError(f'--model-kwargs takes key=value pairs, got {pair!r}.')
+        if key in factory_arguments() | {'name', 'checkpoint', 'allow_pickle', 'device', 'dtype'}:
+            raise SFormerError(f'--model-kwargs is for arguments of the network, which {key} is not.')
+        try:
+            kwargs[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            kwargs[key] = value
+    return kwargs
+
+
+def parse_dataset_ids(pairs: Optional[List[str]]) -> Dict[str, str]:
+    """`['data/cifar10=uoft-cs/cifar10']` -> `{'data/cifar10': 'uoft-cs/cifar10'}`."""
+    ids = dict(pair.rpartition('=')[::2] for pair in pairs or [])
+    if not all(ids) or not all(ids.values()):
+        raise SFormerError(f'--dataset-id takes NAME=org/dataset, got {", ".join(map(repr, pairs or []))}.')
+    return ids
+
+
+def command_line() -> str:
+    """This command, as a record of it."""
+    return shlex.join(['sformer', *sys.argv[1:]])
+
+
+def check_source(name: str) -> None:
+    """Raise SFormerError if the name of a source is one of the Hub's without the prefix that says so."""
+    if re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*(@.+)?', name) and not Path(name).exists():
+        raise SFormerError(f'timm has no model {name!r}. A model on the Hub is hf-hub:{name}.')
+
+
+def check_folder(path: Path) -> None:
+    """Raise SFormerError if a folder to write to is a link, or below one, that leads nowhere."""
+    for folder in (path, *path.parents):
+        if folder.is_symlink() and not folder.exists():
+            raise SFormerError(f'{folder} is a link to {os.readlink(folder)}, which does not exist.')

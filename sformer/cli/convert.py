@@ -1,0 +1,81 @@
+"""`sformer convert`."""
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, List, Optional, Tuple
+
+import typer
+
+from ..errors import SFormerError
+from .arguments import check_folder, check_source, command_line, parse_kwargs
+from .options import MAX_BATCH_SIZE, MAX_IMAGES, MAX_SEED, Dataset, unfolded
+
+__all__ = ['convert']
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeuronOptions:
+    """How neurons fire and how their thresholds are fitted."""
+    levels: Annotated[int, typer.Option(help='Thresholds N per branch, 1 to 127')] = 32
+    fire: Annotated[str, typer.Option(help='uniform, quadratic, power2 or density')] = 'uniform'
+    attention_fire: Annotated[str, typer.Option(help='Fire function of the softmax')] = 'quadratic'
+    initial_potential: Annotated[float, typer.Option(
+        help='Membrane potential before the input, as a share of the distance to the next level: 0.5 rounds, 0 is the '
+             'paper\'s floor')] = 0.5
+    dead_zone: Annotated[float, typer.Option(help='No spike below this many thresholds')] = 0.
+    scale: Annotated[float, typer.Option(help='Scaling factor lambda on top of all thresholds')] = 1.
+    estimator: Annotated[str, typer.Option(help='Threshold estimator: mse, quantile or max')] = 'mse'
+    quantile: Annotated[float, typer.Option(help='Share of currents that the quantile estimator covers')] = 0.999
+
+    def configs(self) -> Tuple[Any, Any]:
+        """How neurons fire and how they are fitted, as `sformer.convert` takes both.
+
+        Raises:
+            SFormerError: If a value is out of its range.
+        """
+        from ..neurons import FitConfig, SFNConfig
+        values = dataclasses.asdict(self)
+        fit = {field.name: values.pop(field.name) for field in dataclasses.fields(FitConfig)}
+        try:
+            return SFNConfig(**values), FitConfig(**fit)
+        except ValueError as e:
+            raise SFormerError(str(e)) from None
+
+
+@unfolded
+def convert(
+        source: Annotated[str, typer.Argument(help='timm model to convert')],
+        output: Annotated[Path, typer.Option('--output', '-o', help='Folder for the SFormer')],
+        neurons: NeuronOptions,
+        checkpoint: Annotated[Optional[Path], typer.Option(
+            help='Weights of the source (safetensors); its published ones if not given')] = None,
+        model_kwargs: Annotated[Optional[List[str]], typer.Option(help='key=value ... for timm.create_model')] = None,
+        calibration: Annotated[str, typer.Option(help=f'dead-leaves (generated images), {Dataset}')] = 'dead-leaves',
+        split: Annotated[Optional[str], typer.Option(help='Split of the calibration data set')] = None,
+        num_images: Annotated[int, typer.Option(min=1, max=MAX_IMAGES, help='Number of calibration images')] = 256,
+        seed: Annotated[int, typer.Option(max=MAX_SEED, help='Seed of the choice of calibration images')] = 0,
+        batch_size: Annotated[int, typer.Option(min=1, max=MAX_BATCH_SIZE, help='Images per batch')] = 32,
+        mean: Annotated[Optional[List[float]], typer.Option(help='Mean of the normalisation, one per channel')] = None,
+        std: Annotated[Optional[List[float]], typer.Option(help='Std of the normalisation, one per channel')] = None,
+        crop_pct: Annotated[Optional[float], typer.Option(help='Centre crop')] = None,
+        interpolation: Annotated[Optional[str], typer.Option(help='Resize method: bicubic, bilinear ...')] = None,
+        allow_pickle: Annotated[bool, typer.Option('--allow-pickle', help='Load a pickled checkpoint')] = False,
+        overwrite: Annotated[bool, typer.Option('--overwrite', help='Replace a model that is there')] = False,
+) -> None:
+    """Convert a trained timm model into an SFormer, without training."""
+    check_source(source)
+    check_folder(output)
+    from ..conversion import convert as convert_model
+    from ..saving import check_output, save_model
+    from ..sources import create_source, set_data_config_
+    config, fit = neurons.configs()
+    check_output(output, overwrite)
+    trained = create_source(source, checkpoint, allow_pickle, **parse_kwargs(model_kwargs))
+    set_data_config_(trained.network, mean=mean, std=std, crop_pct=crop_pct, interpolation=interpolation)
+    model = convert_model(
+        trained, calibration, config, fit, split=split, num_images=num_images, batch_size=batch_size, seed=seed,
+        inplace=True, command=command_line())
+    save_model(model, output, overwrite)
+    used = model.conversion.calibration
+    print(f'{source} -> {model.pretrained_cfg["architecture"]}: N = {neurons.levels}, calibrated on '
+          f'{used.num_images} {used.name} images, saved to {output}')

@@ -1,0 +1,124 @@
+"""`sformer evaluate`, and the evaluation that `sformer compare` shares with it."""
+from pathlib import Path
+from typing import Annotated, Any, Dict, List
+
+import typer
+
+from ..errors import SFormerError
+from .arguments import command_line
+from .errors import RunInterruptedError
+from .options import EvaluationOptions, unfolded
+
+__all__ = ['evaluate', 'run_evaluation']
+
+
+@unfolded
+def evaluate(
+        model: Annotated[str, typer.Argument(help='Folder of an SFormer, hf-hub:ID, or name of a timm model')],
+        options: EvaluationOptions,
+) -> None:
+    """Evaluate an SFormer side by side with its source network; under torchrun, on many processes."""
+    results = run_evaluation([model], options)
+    for line in [line for result in results for line in summary(result)]:
+        print(line)
+    if results and options.results_file:
+        print(f'results in {options.results_file}')
+
+
+def run_evaluation(names: List[str], options: EvaluationOptions) -> List[Dict[str, Any]]:
+    """Evaluate models and write their results; returns them on the main process, and nothing on the others.
+
+    The command line calls `sformer.evaluation` here and nowhere else.
+
+    Raises:
+        SFormerError: If a model or the data set cannot be used.
+        RunInterruptedError: If Ctrl-C ended it and finished chunks are on disk.
+    """
+    from ..evaluation import (
+        EvaluationConfig,
+        Journal,
+        check_replaceable,
+        check_results_file,
+        evaluate_all,
+        write_results,
+    )
+    from ..evaluation.benchmarks import DATASETS
+    from ..evaluation.distributed import Group, RankError
+    from ..saving import open_model
+    file = options.results_file
+    journal = Journal(f'{file}.progress', options.resume) if file else None
+    try:
+        with Group(options.device, options.num_processes, options.timeout).guard() as group:
+            if options.resume and not file:
+                raise SFormerError('--resume goes by the --results-file of the run to continue: name it.')
+            format = check_results_file(file, options.results_format) if file and group.is_main else ''
+            config = EvaluationConfig(**settings(options, DATASETS), device=group.device)
+            models = [open_model(name) for name in names]
+            if file and format == 'json' and not options.resume:
+                check_replaceable(file, models, config.dataset)
+            results = evaluate_all(models, config, sources=options.source, group=group, journal=journal)
+            results = [
+                dict(model=name, architecture=result.pop('model'), **result, command=command_line())
+                for name, result in zip(names, results, strict=True)]
+            if journal is not None and file:
+                if group.is_main:
+                    write_results(file, results, format)
+                group.wait('written')
+                if group.local_rank == 0:
+                    journal.remove()
+            return results if group.is_main else []
+    except RankError:
+        raise typer.Exit(1) from None  # the rank that failed has said so
+    except KeyboardInterrupt:
+        if journal is not None and any(journal.path.glob('*.jsonl')):
+            raise RunInterruptedError('interrupted. The same command with --resume continues.') from None
+        raise
+
+
+def settings(options: EvaluationOptions, datasets: Dict[str, Dict[str, Any]]) -> Dict[str, Any]:
+    """Fields of an evaluation's config, with what a well-known name of a data set stands for.
+
+    Args:
+        options: What the user wants.
+        datasets: What names stand for, unless there is a folder of this name.
+    """
+    same = ('split', 'num_images', 'batch_size', 'workers', 'seed', 'image_column', 'label_column', 'streaming',
+            'benchmark', 'img_size', 'crop_pct', 'interpolation', 'channels_last', 'torchcompile', 'retry', 'max_bad',
+            'timeout')
+    config = dict({name: getattr(options, name) for name in same}, amp=options.amp_dtype if options.amp else None)
+    known = {} if Path(options.dataset).is_dir() else datasets.get(options.dataset, {})
+    config.update({name: value for name, value in known.items() if config.get(name) is None})
+    return dict(config, dataset=known.get('dataset', options.dataset), streaming=bool(config['streaming']))
+
+
+def summary(result: Dict[str, Any]) -> List[str]:
+    """Lines that say what an evaluation found."""
+    lines = [f'{result["model"]} on {result["num_images"]} images of {result["dataset"]}'
+             + (f' ({result["split"]})' if result['split'] else ''),
+             f'  top-1 {result["top1"]:.2f} %   top-5 {result["top5"]:.2f} %{reliability(result)}']
+    if 'source_top1' in result:
+        lines += [f'  source: top-1 {result["source_top1"]:.2f} %   top-5 {result["source_top5"]:.2f} %'
+                  f'{reliability(result, "source_")}',
+                  f'  drop {result["source_top1"] - result["top1"]:+.2f} points   '
+                  f'agreement {result["agreement"]:.2f} %   '
+                  f'relative logit error {result["relative_logit_error"]:.4f}']
+    if result.get('activity') is not None:
+        spikes = ', '.join(f'{n:.3f} {coding}' for coding, n in (result.get('spikes_per_neuron') or {}).items())
+        lines.append(f'  activity {result["activity"]:.3f}' + (f'   spikes per neuron {spikes}' if spikes else ''))
+    for key, what in (('skipped_images', 'without a label'), ('bad_images', 'unreadable')):
+        number = len(result[key]) if key == 'bad_images' else result[key]
+        lines += [f'  left out: {number} images {what}'] if number else []
+    lines += [f'    {name}' for name in result['bad_images']]
+    loading = result['decode_seconds'] + result['preprocess_seconds']
+    computing = result['seconds'] + result.get('source_seconds', 0.)
+    return lines + [
+        f'  {result["seconds"]:.1f} s, {result["images_per_second"]:.1f} images/s'
+        + (f' on {result["world_size"]} processes' if result['world_size'] > 1 else ''),
+        f'  decoding and preprocessing {100 * loading / (loading + computing):.1f} % of the work '
+        f'({result["decode_seconds"]:.1f} s + {result["preprocess_seconds"]:.1f} s), '
+        f'waited for {result["wait_seconds"]:.1f} s of {result["wall_seconds"]:.1f} s']
+
+
+def reliability(result: Dict[str, Any], prefix: str = '') -> str:
+    nll = result[f'{prefix}nll']
+    return ('' if nll is None else f'   NLL {nll:.4f}') + f'   calibration error {result[f"{prefix}ece"]:.2f} %'

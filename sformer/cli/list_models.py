@@ -1,0 +1,29 @@
+"""`sformer list`."""
+from typing import Any, Dict, List
+
+from .options import Format, TableFormat
+from .tables import print_csv, print_table
+
+__all__ = ['list_models']
+
+CSV_COLUMNS = ('name', 'source', 'param_count', 'input_size', 'num_classes', 'license', 'weights', 'results')
+
+
+def list_models(format: TableFormat = Format.table) -> None:
+    """List the models that the package registers with timm, with their sources."""
+    from ..entrypoints import entries
+    found: List[Dict[str, Any]] = [
+        dict(entry, param_count=f'{entry["param_count"]:.1f}', input_size='x'.join(map(str, entry['input_size'])))
+        for entry in entries()]
+    if format == Format.csv:
+        print_csv(CSV_COLUMNS, found)
+        return
+    for weights in dict.fromkeys(entry['weights'] for entry in found):
+        rows = []
+        for entry in found:
+            if entry['weights'] == weights:
+                lines = [entry['name'], f'  {entry["source"]}', f'  top-1 [%]: {entry["results"]}']
+                rows.append(('\n'.join(lines if entry['results'] else lines[:2]), entry['param_count'],
+                             entry['input_size'], entry['license']))
+        print_table(f'Weights: {weights}', ('model and its source', 'param. [M]', 'input', 'licence'), rows)
+        print()

@@ -1,0 +1,117 @@
+"""Options that several commands share, each written once."""
+import dataclasses
+import functools
+import inspect
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, Callable, Dict, List, Optional
+
+import typer
+
+from ..errors import SFormerError
+from .arguments import AMP_DTYPES, parse_dataset_ids
+
+__all__ = ['unfolded', 'EvaluationOptions', 'RecordOptions', 'Format', 'TableFormat']
+
+Dataset = 'digits, a folder of parquet files, an image folder or a Hugging Face dataset id'
+
+
+def unfolded(command: Callable[..., None]) -> Callable[..., None]:
+    """Let each field of an argument that is a dataclass be an option of its own.
+
+    So commands share options by sharing the dataclass, whose fields are annotated as arguments of commands are.
+    """
+    parameters: List[inspect.Parameter] = []
+    groups: Dict[str, Any] = {}
+    for parameter in inspect.signature(command).parameters.values():
+        if dataclasses.is_dataclass(parameter.annotation):
+            groups[parameter.name] = parameter.annotation
+            parameters += [
+                inspect.Parameter(
+                    f.name, inspect.Parameter.KEYWORD_ONLY, annotation=f.type,
+                    default=inspect.Parameter.empty if f.default is dataclasses.MISSING else f.default)
+                for f in dataclasses.fields(parameter.annotation)]
+        else:
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        folded = {name: group(**{f.name: values.pop(f.name) for f in dataclasses.fields(group)})
+                  for name, group in groups.items()}
+        command(**values, **folded)
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return run
+
+
+class Format(str, Enum):
+    table = 'table'
+    csv = 'csv'
+
+
+TableFormat = Annotated[Format, typer.Option('--format', help='A table to read, or CSV with more columns')]
+
+# What is beyond these is no size at all, and would be no clear error later on
+MAX_IMAGES, MAX_BATCH_SIZE, MAX_IMG_SIZE, MAX_SEED, MAX_TIMEOUT = 10 ** 9, 2 ** 16, 2 ** 14, 2 ** 63 - 1, 10 ** 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """What `evaluate` and `compare` are told about data, networks and processes; names as in timm's scripts."""
+    dataset: Annotated[str, typer.Option(help=Dataset)]
+    split: Annotated[Optional[str], typer.Option(help='Split of the data set')] = None
+    num_images: Annotated[Optional[int], typer.Option(
+        min=1, max=MAX_IMAGES, help='Random subset of this size')] = None
+    batch_size: Annotated[int, typer.Option(min=1, max=MAX_BATCH_SIZE, help='Images per batch and process')] = 64
+    workers: Annotated[int, typer.Option(min=0, max=256, help='Processes that decode images')] = 0
+    seed: Annotated[int, typer.Option(max=MAX_SEED, help='Seed of the subset')] = 0
+    source: Annotated[bool, typer.Option(help='Evaluate source networks alongside')] = True
+    image_column: Annotated[Optional[str], typer.Option(help='Column of the images, if it is not found')] = None
+    label_column: Annotated[Optional[str], typer.Option(help='Column of the labels, if it is not found')] = None
+    results_file: Annotated[Optional[Path], typer.Option(help='JSON or CSV file for the results')] = None
+    results_format: Annotated[Optional[str], typer.Option(help='json or csv; goes by the suffix')] = None
+    streaming: Annotated[Optional[bool], typer.Option(help='Read shards as they are needed, no copy on disk')] = None
+    benchmark: Annotated[Optional[str], typer.Option(
+        help='imagenet-1k, imagenet-real, imagenet-v2, imagenet-a or imagenet-r')] = None
+    img_size: Annotated[Optional[int], typer.Option(
+        min=1, max=MAX_IMG_SIZE, help="Input size, if not the model's own")] = None
+    crop_pct: Annotated[Optional[float], typer.Option(help="Centre crop, if not the model's own")] = None
+    interpolation: Annotated[Optional[str], typer.Option(help='Resize method: bicubic, bilinear ...')] = None
+    amp: Annotated[bool, typer.Option('--amp', help='Mixed precision')] = False
+    amp_dtype: Annotated[str, typer.Option(help='bfloat16 or float16; "--amp bf16" says both')] = 'bfloat16'
+    channels_last: Annotated[bool, typer.Option(
+        '--channels-last', help='Use the channels-last memory format')] = False
+    torchcompile: Annotated[bool, typer.Option('--torchcompile', help='Compile the networks')] = False
+    resume: Annotated[bool, typer.Option(
+        '--resume', help='Continue a run that was ended, by its --results-file')] = False
+    retry: Annotated[bool, typer.Option('--retry', help='Halve batches that do not fit into memory')] = False
+    max_bad: Annotated[int, typer.Option(min=0, help='Unreadable images to leave out before it is an error')] = 0
+    device: Annotated[Optional[str], typer.Option(help='cpu, cuda, ...; an accelerator if there is one')] = None
+    num_processes: Annotated[Optional[int], typer.Option(
+        min=1, help='Processes that have to be running, over all nodes')] = None
+    timeout: Annotated[float, typer.Option(
+        min=1, max=MAX_TIMEOUT, help='Seconds until a silent process counts as lost')] = 600.
+
+    def __post_init__(self) -> None:
+        if self.amp_dtype not in AMP_DTYPES:
+            raise SFormerError(f'--amp-dtype is {" or ".join(AMP_DTYPES[:3:2])}, not {self.amp_dtype!r}.')
+        if self.device is not None and self.device.startswith('meta'):
+            raise SFormerError('--device meta has no values to evaluate with; cpu and cuda do.')
+        if not 1 <= self.timeout <= MAX_TIMEOUT:  # NaN, which typer may let pass
+            raise SFormerError(f'--timeout is a number of seconds, not {self.timeout}.')
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordOptions:
+    """What `publish` and `card` are told that no record says."""
+    license: Annotated[Optional[str], typer.Option(
+        help='Licence of the source weights, if the conversion has none')] = None
+    base_model: Annotated[Optional[str], typer.Option(
+        help='Hub id of the source weights, if the conversion has none')] = None
+    dataset_id: Annotated[Optional[List[str]], typer.Option(
+        help='NAME=org/dataset: Hub id of a local copy that results name')] = None
+
+    def keywords(self) -> Dict[str, Any]:
+        """As arguments of `sformer.publishing`."""
+        return dict(
+            license=self.license, base_model=self.base_model, dataset_ids=parse_dataset_ids(self.dataset_id))

@@ -1,0 +1,106 @@
+"""Plots of what was measured, as PNGs that carry their numbers."""
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any, Dict, List, Tuple
+
+from .record import Record
+
+__all__ = ['plot_accuracy', 'plot_activity', 'render_plots', 'is_own_plot']
+
+CHUNK = 'sformer'  # text chunk of a PNG that holds its numbers
+
+
+def plot_accuracy(accuracy: Dict[int, float], source: float) -> bytes:
+    """Draw top-1 accuracy against the number of levels N.
+
+    Args:
+        accuracy: Top-1 in percent per N.
+        source: Top-1 of the source in percent.
+
+    Returns:
+        PNG that carries its numbers as JSON in the text chunk `sformer`, and nothing that changes from one drawing to
+        the next.
+    """
+    from matplotlib.figure import Figure  # the object interface needs no display and no global state
+    figure = Figure(figsize=(6, 4), layout='constrained')
+    axes = figure.add_subplot(
+        xscale='log', xlabel='levels N per branch', ylabel='top-1 [%]', title='Accuracy of the single-timestep SFormer')
+    axes.axhline(source, color='grey', linestyle='--', label=f'source ViT, {source:.1f} %')
+    axes.plot(list(accuracy), list(accuracy.values()), marker='o', label='SFormer')
+    axes.set_xticks(list(accuracy), [str(n) for n in accuracy])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(loc='lower right')
+    return _png(figure, dict(top1=accuracy, source_top1=source))
+
+
+def plot_activity(activity: Dict[str, float], levels: int) -> bytes:
+    """Draw activity, the share of neurons that fire, as a map of sites and blocks.
+
+    Args:
+        activity: Share in [0, 1] per neuron path, `activity_per_site` of `sformer.evaluate`.
+        levels: Number of levels N, for the title.
+
+    Returns:
+        PNG as of `plot_accuracy`.
+    """
+    from matplotlib.figure import Figure
+    cells: Dict[str, Dict[str, float]] = {}
+    for name, share in activity.items():
+        block = re.match(r'blocks\.(\d+)\.(.*)', name)
+        column, site = (block[1], block[2]) if block else ('head', name)
+        cells.setdefault(site.replace('.neuron', '').replace('_neuron', ''), {})[column] = share
+    columns: List[Any] = list(dict.fromkeys(column for row in cells.values() for column in row))
+    figure = Figure(figsize=(1.6 + 0.75 * len(columns), 1.2 + 0.42 * len(cells)), layout='constrained')
+    axes = figure.add_subplot(title=f'Activity, N = {levels}', xlabel='block')
+    grid = [[row.get(column, float('nan')) for column in columns] for row in cells.values()]
+    image = axes.imshow(grid, vmin=0, vmax=1, cmap='viridis', aspect='auto')
+    for y, row in enumerate(grid):
+        for x, share in enumerate(row):
+            if share == share:
+                axes.text(x, y, f'{share:.2f}', ha='center', va='center', fontsize=8,
+                          color='black' if share > 0.6 else 'white')
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(cells)), list(cells))
+    figure.colorbar(image, label='share of neurons that fire')
+    return _png(figure, dict(levels=levels, activity_per_site=activity))
+
+
+def render_plots(record: Record) -> Dict[str, Tuple[str, bytes]]:
+    """Plots of what a record has numbers for.
+
+    Returns:
+        File name -> title and PNG.
+    """
+    plots: Dict[str, Tuple[str, bytes]] = {}
+    result = next((r for r in record.evaluations.values() if r.get('activity_per_site')), None)
+    levels = record.sfn.get('levels')
+    if result and levels:
+        plots['activity.png'] = 'Share of neurons that fire', plot_activity(result['activity_per_site'], levels)
+    if record.curve and 'source_top1' in record.curve[0]:
+        top1 = {r['levels']: r['top1'] for r in record.curve}
+        plots['accuracy.png'] = 'Accuracy against N', plot_accuracy(top1, record.curve[0]['source_top1'])
+    return plots
+
+
+def is_own_plot(path: Path) -> bool:
+    """Whether a file is a plot that this module drew."""
+    from PIL import Image, UnidentifiedImageError
+    try:
+        with Image.open(path, formats=['PNG']) as image:
+            return CHUNK in image.info
+    except (OSError, UnidentifiedImageError, SyntaxError):
+        return False
+
+
+def _png(figure: Any, values: Dict[str, Any]) -> bytes:
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+    drawn, out, text = io.BytesIO(), io.BytesIO(), PngInfo()
+    figure.savefig(drawn, dpi=150)
+    text.add_text(CHUNK, json.dumps(values, sort_keys=True))
+    with Image.open(drawn) as image:  # matplotlib's own chunks name its version
+        image.convert('RGB').save(out, 'PNG', pnginfo=text)
+    return out.getvalue()

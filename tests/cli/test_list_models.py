@@ -1,0 +1,42 @@
+"""`sformer list`."""
+import csv
+import io
+import re
+
+import pytest
+import timm
+
+from sformer import zoo
+
+
+@pytest.fixture(scope='module', autouse=True)
+def counted_once():
+    """Building every model takes seconds."""
+    found = list(zoo.entries())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(zoo, 'entries', lambda: iter(found))
+        yield
+
+
+def test_list(run_here, monkeypatch):
+    """Whole names at 80 columns, so that they can be searched for and copied."""
+    monkeypatch.setenv('COLUMNS', '80')
+    result = run_here('list')
+    assert result.code == 0 and max(map(len, result.out.splitlines())) <= 80
+    for name in timm.list_models('sformer*', include_tags=True, exclude_filters='sformer_custom*'):
+        assert re.search(rf'^{re.escape(name)} ', result.out, re.MULTILINE), name
+    lines = result.out.splitlines()
+    i = next(i for i, line in enumerate(lines) if line.startswith('sformer_base.augreg2_in21k_ft_in1k '))
+    assert lines[i].split()[1:] == ['86.6', '3x224x224', 'apache-2.0']
+    assert lines[i + 1].split() == ['vit_base_patch16_224.augreg2_in21k_ft_in1k']
+    assert re.search(r'sformer_nano\.digits .*\n.*\n +top-1 \[%\]: 99\.\d\d \(source', result.out)
+
+
+def test_list_as_csv(run_here):
+    result = run_here('list', '--format', 'csv')
+    assert result.code == 0
+    rows = {row['name']: row for row in csv.DictReader(io.StringIO(result.out))}
+    assert rows.keys() == {*timm.list_models('sformer*', include_tags=True, exclude_filters='sformer_custom*')}
+    row = rows['sformer_base.augreg2_in21k_ft_in1k']
+    assert row['source'] == 'vit_base_patch16_224.augreg2_in21k_ft_in1k' and row['weights'] == 'converted on first use'
+    assert (row['num_classes'], row['license']) == ('1000', 'apache-2.0')

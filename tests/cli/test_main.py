@@ -1,0 +1,78 @@
+"""What holds for all commands: help, versions, mistakes, output."""
+import os
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from cli_process import NAME, Result, assert_mistake
+
+import sformer
+
+# processes of their own have the package that is tested here
+ENVIRONMENT = dict(os.environ, PYTHONPATH=str(Path(sformer.__file__).parents[1]))
+
+
+def test_help(run):
+    for args in (['--help'], ['convert', '--help'], ['evaluate', '--help'], ['list', '--help'], ['demo', '--help']):
+        result = run(*args)
+        assert (result.code, result.err) == (0, '') and 'Usage: ' in result.out
+    assert '--attention-fire' in run('convert', '--help').out
+
+
+def test_versions(run):
+    result = run('--version')
+    assert (result.code, result.err) == (0, '')
+    assert result.out == ', '.join(f'{name} {metadata.version(name)}' for name in ('sformer', 'torch', 'timm')) + '\n'
+
+
+@pytest.mark.parametrize('args', [['--help'], ['--version'], ['convert', '--help'], ['compare', '--help'], ['convert']])
+def test_torch_is_not_loaded_for_nothing(args):
+    """It takes seconds."""
+    script = Path(sys.executable).with_name('sformer')
+    for start in [['-m', 'sformer']] + ([[str(script)]] if script.exists() else []):
+        done = subprocess.run(
+            [sys.executable, '-X', 'importtime', *start, *args], env=ENVIRONMENT, capture_output=True, text=True)
+        loaded = set(re.findall(r'^import time:.*\| +([\w.]+)$', done.stderr, re.MULTILINE))
+        assert 'typer' in loaded and not {'torch', 'timm', 'huggingface_hub', 'rich', 'numpy'} & loaded
+
+
+def test_importing_the_package_registers_its_models(tmp_path):
+    """Whatever the command line leaves out; even in a script that has its name."""
+    (tmp_path / 'sformer').write_text(
+        "import sformer, timm\nassert timm.is_model('sformer_nano') and sformer.convert and sformer.evaluate\n")
+    subprocess.run([sys.executable, str(tmp_path / 'sformer'), 'evaluate'], env=ENVIRONMENT, check=True)
+
+
+def test_names_that_the_terminal_cannot_show(model, tmp_path):
+    """And a command in a process of its own, in which nobody else has loaded the models."""
+    folder = sformer.save_model(model, tmp_path / 'модель')
+    done = subprocess.run(
+        [sys.executable, '-m', 'sformer', 'compare', folder.name, '--dataset', 'digits', '--num-images', '8'],
+        cwd=tmp_path, env=dict(ENVIRONMENT, PYTHONIOENCODING='ascii'), capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, '') and r'\u043c' in done.stdout and '8 images' in done.stdout
+
+
+def test_no_arguments_show_the_help(run):
+    result = run()
+    assert result.code == 2 and 'Traceback' not in result.err
+    assert 'Usage: ' in result.out + result.err and 'convert' in result.out + result.err
+
+
+def test_entry_points():
+    """`sformer` and `python -m sformer`, as installed."""
+    script = Path(sys.executable).with_name('sformer')
+    commands = [[sys.executable, '-m', 'sformer']] + ([[str(script)]] if script.exists() else [])
+    for start in commands:
+        done = subprocess.run(
+            [*start, 'convert', 'vit_tiny_patch16_22', '-o', 'x'], env=ENVIRONMENT, capture_output=True, text=True)
+        assert_mistake(Result(done.returncode, done.stdout, done.stderr), 'Did you mean vit_tiny_patch16_224', 1)
+
+
+@pytest.mark.parametrize('args, message', [
+    (['convert'], 'SOURCE|source'), (['convert', NAME], 'output'), (['evaluate'], 'MODEL|model'),
+    (['evaluate', 'x'], 'dataset'), (['transmogrify'], 'transmogrify'), (['--frob'], '--frob')])
+def test_usage(run, args, message):
+    assert_mistake(run(*args), message, 2)
