@@ -280,7 +280,8 @@ def _fit(source: str, hub_id: str, config: SFNConfig, cache_dir: Optional[str]) 
             torch.set_default_dtype(default)
     state = {f'{name}.{key}': buffer.detach().clone()
              for name, neuron in named_neurons(model) for key, buffer in neuron.named_buffers(recurse=False)}
-    conversion = dataclasses.replace(model.conversion, source_weights=hub_id)
+    converted: Any = model.conversion
+    conversion: Conversion = dataclasses.replace(converted, source_weights=hub_id)
     if not has_classes:
         weights = {k: v for k, v in model.state_dict().items() if k not in state and not k.startswith('head.')}
         conversion = dataclasses.replace(conversion, source_sha256=state_hash(weights))

@@ -4,7 +4,7 @@ The source is a view of the spiking module: the same parameters, with an observe
 module itself spikes on meanwhile, and has no state that says otherwise. Images are observed in batches of a fixed size,
 whatever the size they come in, so that thresholds do not depend on it.
 """
-from typing import Any, Callable, Dict, Iterable, Iterator, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -133,8 +133,8 @@ class _ProductWatch(torch.utils._python_dispatch.TorchDispatchMode):
     def __init__(self, module: nn.Module, enabled: bool):
         super().__init__()
         self.module, self.enabled = module, enabled
-        self.stack = []
-        self.handles = []
+        self.stack: List[Tuple[str, nn.Module]] = []
+        self.handles: List[Any] = []
 
     def __enter__(self):
         if not self.enabled:

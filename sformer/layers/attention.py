@@ -22,6 +22,8 @@ from .table import SpikingLayer, register_spiking
 
 __all__ = ['SpikingAttentionMixin', 'SpikingAttention']
 
+# mypy is told to ignore below that `fused_attn` is final in timm: the property answers before it
+
 
 class _ToProducts(TorchFunctionMode):
     """While the forward of an attention layer runs, hand its products of activations to the layer's neurons."""
@@ -58,8 +60,8 @@ class SpikingAttentionMixin(SpikingLayer):
 
     # Before the layer's own attributes, which stay for the source: the fused path is the one that makes the call, and
     # with separate biases `qkv` is called as a layer instead of having its weights read.
-    fused_attn = property(lambda self: True)
-    qkv_bias_separate = property(lambda self: True)
+    fused_attn: Any = property(lambda self: True)
+    qkv_bias_separate: Any = property(lambda self: True)
 
     def add_neurons(self, config: SFNConfig) -> None:
         head_dim = getattr(self, 'head_dim', None) or self.proj.in_features // self.num_heads
@@ -89,45 +91,45 @@ class _DifferentialMixin(SpikingAttentionMixin):
 
 
 @register_spiking(tl.Attention)
-class SpikingAttention(SpikingAttentionMixin, tl.Attention):
+class SpikingAttention(SpikingAttentionMixin, tl.Attention):  # type: ignore[misc]
     """Multi-head self-attention on spikes."""
 
 
 @register_spiking(tl.AttentionRope)
-class SpikingAttentionRope(SpikingAttentionMixin, tl.AttentionRope):
+class SpikingAttentionRope(SpikingAttentionMixin, tl.AttentionRope):  # type: ignore[misc]
     """Self-attention with rotary embedding on spikes."""
 
 
 @register_spiking(eva.EvaAttention)
-class SpikingEvaAttention(SpikingAttentionMixin, eva.EvaAttention):
+class SpikingEvaAttention(SpikingAttentionMixin, eva.EvaAttention):  # type: ignore[misc]
     """EVA's self-attention with rotary embedding on spikes."""
 
 
 @register_spiking(beit.Attention)
-class SpikingBeitAttention(SpikingAttentionMixin, beit.Attention):
+class SpikingBeitAttention(SpikingAttentionMixin, beit.Attention):  # type: ignore[misc]
     """BEiT's self-attention on spikes; the relative position bias is added to the scores, which are currents."""
 
 
 @register_spiking(tl.DiffAttention)
-class SpikingDiffAttention(_DifferentialMixin, tl.DiffAttention):
+class SpikingDiffAttention(_DifferentialMixin, tl.DiffAttention):  # type: ignore[misc]
     """Differential attention on spikes."""
 
 
 @register_spiking(vit.ParallelScalingBlock)
-class SpikingParallelScalingBlock(SpikingAttentionMixin, vit.ParallelScalingBlock):
+class SpikingParallelScalingBlock(SpikingAttentionMixin, vit.ParallelScalingBlock):  # type: ignore[misc]
     """Block with MLP and attention in parallel, fed by one projection, on spikes."""
 
 
 @register_spiking(vit.DiffParallelScalingBlock)
-class SpikingDiffParallelScalingBlock(_DifferentialMixin, vit.DiffParallelScalingBlock):
+class SpikingDiffParallelScalingBlock(_DifferentialMixin, vit.DiffParallelScalingBlock):  # type: ignore[misc]
     """Block with MLP and differential attention in parallel on spikes."""
 
 
 @register_spiking(tl.AttentionPoolLatent)
-class SpikingAttentionPoolLatent(SpikingAttentionMixin, tl.AttentionPoolLatent):
+class SpikingAttentionPoolLatent(SpikingAttentionMixin, tl.AttentionPoolLatent):  # type: ignore[misc]
     """Attention pooling with latent queries on spikes."""
 
 
 @register_spiking(tl.AttentionPoolPrr)
-class SpikingAttentionPoolPrr(SpikingAttentionMixin, tl.AttentionPoolPrr):
+class SpikingAttentionPoolPrr(SpikingAttentionMixin, tl.AttentionPoolPrr):  # type: ignore[misc]
     """Patch representation refinement, an attention pool without weights, on spikes."""

@@ -138,7 +138,7 @@ class SFormerBeit(SFormerMixin, beit.Beit):
 
 # timm model class -> spiking model class, and what timm does to a checkpoint of it before it is loaded: reads foreign
 # formats, resizes position embeddings
-SPIKING_MODELS: Dict[Type[nn.Module], Tuple[Type[SFormerMixin], Callable[[State, nn.Module], State]]] = {
+SPIKING_MODELS: Dict[Type[nn.Module], Tuple[Type[SFormerMixin], Callable[..., State]]] = {
     vision_transformer.VisionTransformer: (SFormer, vision_transformer.checkpoint_filter_fn),
     deit.VisionTransformerDistilled: (SFormerDistilled, vision_transformer.checkpoint_filter_fn),
     eva.Eva: (SFormerEva, eva.checkpoint_filter_fn),
