@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 
 from ..errors import SFormerError, UnsupportedLayerError
-from ..layers import FLOATING_LAYERS, SPIKING_LAYERS, AttentionProduct, named_neurons, shared_copy
+from ..layers import FLOATING_LAYERS, SPIKING_LAYERS, AttentionProduct, shared_copy
 from ..neurons import FitConfig, Neuron
 from ..neurons.statistics import check_finite
 
@@ -44,8 +44,12 @@ def calibrate_(
         UnsupportedLayerError: If a module multiplies currents in a forward of its own; names it.
     """
     statistics, count = observe(module, batches, forward_fn)
-    for name, neuron in named_neurons(module):
-        neuron.fit(statistics[name], fit)
+    with torch.device('cpu'):  # where statistics are, whatever the default device is
+        for name, child in module.named_modules():
+            if isinstance(child, AttentionProduct):
+                child.fit({key: statistics.pop(f'{name}.{key}') for key, _ in child.named_children()}, fit)
+            elif isinstance(child, Neuron) and name in statistics:
+                child.fit(statistics[name], fit)
     return count
 
 

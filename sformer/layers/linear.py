@@ -40,7 +40,7 @@ class SpikingLinear(SpikingLayer, nn.Linear):
         self.add_neurons(config)
 
     def add_neurons(self, config: SFNConfig) -> None:
-        self.neuron = ScaleAndFire((self.in_features,), config, device=self.weight.device)
+        self.neuron = ScaleAndFire((self.in_features,), config, token=True, device=self.weight.device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return products.linear(self.neuron, x, self.weight, self.bias)

@@ -19,8 +19,8 @@ class SpikingGateMixin(SpikingLayer):
 
     def add_neurons(self, config: SFNConfig) -> None:
         shape, device = (self.fc2.in_features,), self.fc2.weight.device
-        self.gate_neuron = ScaleAndFire(shape, config, device=device)
-        self.value_neuron = ScaleAndFire(shape, config, device=device)
+        self.gate_neuron = ScaleAndFire(shape, config, token=True, device=device)
+        self.value_neuron = ScaleAndFire(shape, config, token=True, device=device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, value = self.gate_and_value(x)

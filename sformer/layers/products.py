@@ -2,7 +2,7 @@
 
 Whatever else computes an SFormer (integers, bit planes, another library) replaces what is here.
 """
-from typing import Optional
+from typing import Any, Dict, Optional
 
 import torch
 import torch.nn as nn
@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from timm.layers.attention import maybe_add_mask, resolve_self_attn_mask
 from timm.models._features_fx import register_notrace_function
 
-from ..neurons import Neuron, ScaleAndFire, SFNConfig
+from ..neurons import FitConfig, Neuron, ScaleAndFire, SFNConfig
+from ..neurons.thresholds import MIN_STEP
 
 __all__ = ['linear', 'multiply', 'softmax_numerators', 'AttentionProduct']
 
@@ -55,8 +56,8 @@ class AttentionProduct(nn.Module):
         num_heads: Heads H of queries, keys and values.
         head_dim: Channels D of queries and keys per head.
         v_head_dim: Channels of values per head, if they are others.
-        config: Neurons: of q a step per head, of k a step per head and a centre per channel, of v a step per channel,
-            of the softmax a step per head.
+        config: Neurons: of q and k a step per head times a power of two per channel, which cancel in QK^T, and of k a
+            centre per channel; of v a step per channel, of the softmax a step per head.
         device: Device of the neurons.
 
     Shape:
@@ -73,10 +74,25 @@ class AttentionProduct(nn.Module):
     ):
         super().__init__()
         head, channel = (num_heads, 1, 1), (num_heads, 1, head_dim)
-        self.q_neuron = ScaleAndFire(head, config, device=device)
-        self.k_neuron = ScaleAndFire(head, config, center_shape=channel, device=device)
+        self.q_neuron = ScaleAndFire(channel, config, token=True, device=device)
+        self.k_neuron = ScaleAndFire(channel, config, center_shape=channel, token=True, device=device)
         self.v_neuron = ScaleAndFire((num_heads, 1, v_head_dim or head_dim), config, device=device)
         self.attn_neuron = ScaleAndFire(head, config, signed=False, device=device)
+
+    def fit(self, statistics: Dict[str, Any], config: FitConfig) -> None:
+        """Fit the neurons to what was observed at them, by name.
+
+        QK^T sums over channels, so the steps of a channel of q and of k have to have one product in all channels of a
+        head; what one of them gains, the other gives. Errors of a channel of q count by the power of that channel of k
+        and the other way round, so balanced powers are best.
+        """
+        q, k = statistics['q_neuron'], statistics['k_neuron']
+        octaves = (q.rms().clamp_min(MIN_STEP).log2() - k.rms().clamp_min(MIN_STEP).log2()).div(2)
+        octaves = (octaves - octaves.mean(-1, keepdim=True)).round().to(torch.int64)
+        self.q_neuron.fit(q, config, octaves)
+        self.k_neuron.fit(k, config, -octaves)
+        for name in ('v_neuron', 'attn_neuron'):
+            getattr(self, name).fit(statistics[name], config)
 
     def forward(
             self,

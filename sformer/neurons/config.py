@@ -35,6 +35,9 @@ class SFNConfig:
             [0, 1): 1/2 rounds, 0 is the paper's floor.
         dead_zone: No spike below this many thresholds; 0 leaves the first boundary where it is.
         scale: The paper's scaling factor lambda, one number on top of every fitted threshold.
+        token_scale: Let thresholds follow each token, where the factor is free after the product: inputs of linear
+            layers (a factor per token), queries and keys (per token and head). The largest potential of a token then
+            fires the top level, so that outlier tokens do not clip and the others do not pay for them.
 
     Raises:
         ValueError: If a value is out of its range; the message names it.
@@ -45,6 +48,7 @@ class SFNConfig:
     initial_potential: float = 0.5
     dead_zone: float = 0.
     scale: float = 1.
+    token_scale: bool = True
 
     def __post_init__(self):
         _check(type(self.levels) is int and 1 <= self.levels <= MAX_LEVEL,
@@ -63,6 +67,7 @@ class SFNConfig:
                    f'dead_zone must not exceed {top:g}, the top level of {name}={value} with {self.levels} levels, or '
                    f'nothing would ever fire, got {self.dead_zone!r}.')
         _check_number('scale', self.scale, 1e-3, 1e3)
+        _check(isinstance(self.token_scale, bool), f'token_scale must be True or False, got {self.token_scale!r}.')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -49,7 +49,7 @@ class GradedCoding(Neuron):
 
     def encode(self, x: torch.Tensor) -> Spikes:
         """Spikes on normalised pixels (B, C, H, W): levels p - 128, int8."""
-        return Spikes(self._levels(x.detach()).to(torch.int8), self.step, self.center)
+        return Spikes(self._levels(x.detach()).to(torch.int8), self.step, center=self.center)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = self._levels(x.detach()).mul_(self.step).add_(self.center).to(x.dtype)

@@ -1,5 +1,6 @@
 """The scale-and-fire neuron."""
-from typing import Optional, Sequence
+import math
+from typing import Optional, Sequence, Tuple
 
 import torch
 
@@ -10,6 +11,8 @@ from .statistics import CurrentStatistics
 from .thresholds import exact_step, fit_density_levels, fit_steps
 
 __all__ = ['ScaleAndFire']
+
+TINY = 1e-30  # a token without any current is silent at whatever threshold
 
 
 class ScaleAndFire(Neuron):
@@ -29,6 +32,8 @@ class ScaleAndFire(Neuron):
         signed: Two branches of int8 levels by `config.fire`; or only the positive one, for softmax numerators, by
             `config.attention_fire`, with levels of up to 14 bits.
         center_shape: If given, a buffer `center` of this shape is subtracted from the input before it fires.
+        token: Whether a factor per token, over the last dimension, is free after the product that follows; it is used
+            if `config.token_scale` says so.
         device: Device of the buffers; they are float32 on every device.
 
     Shape:
@@ -45,11 +50,14 @@ class ScaleAndFire(Neuron):
             config: SFNConfig = SFNConfig(),
             signed: bool = True,
             center_shape: Optional[Sequence[int]] = None,
+            token: bool = False,
             device=None,
     ):
         super().__init__(device=device)
         self.config = config
         self.signed = signed
+        self.token = token and config.token_scale
+        self.lopsided = False  # whether any multiplier is not 1; follows the buffer
         self.top = MAX_LEVEL if signed else MAX_WIDE_LEVEL
         values = level_values(self.fire_function, config.levels, self.top)
         dd = dict(device=device, dtype=torch.float32)  # whatever the default dtype is
@@ -94,41 +102,55 @@ class ScaleAndFire(Neuron):
             self._set('levels', levels)
         self._set('step', exact_step(step))
         self._set('multiplier', torch.ones_like(self.multiplier) if multiplier is None else multiplier)
+        self.lopsided = bool((self.multiplier != 1).any())
         if center is not None:
             self._set('center', center)
         self.calibrated.fill_(True)
 
     def encode(self, x: torch.Tensor) -> Spikes:
-        """Spikes on a current (B, ...): levels int8, or int16 of softmax numerators; step (*shape)."""
-        h = self._potential(x.detach())
-        k = self._fire(h, self._branch(h, self.threshold)) * self._branch(h, self.multiplier)
-        return Spikes(k.to(torch.int8 if self.signed else torch.int16), self.step, self.center)
+        """Spikes on a current (B, ...): levels int8, or int16 of softmax numerators; step (*shape); row (..., 1) where
+        thresholds follow the token."""
+        k, row, h = self._fire(x.detach(), self.threshold)
+        k = k * self._branch(h, self.multiplier)
+        return Spikes(k.to(torch.int8 if self.signed else torch.int16), self.step, row, self.center)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self._potential(x)
-        value, threshold = h.detach(), self.threshold
-        branch = self._branch(value, threshold)
-        out = self._fire(value, branch).mul_(branch)  # exact, as steps are short: k * m * step
+        threshold = self.threshold
+        k, row, h = self._fire(x.detach(), threshold)
+        out = k.mul_(self._branch(h, threshold))  # exact, as steps are short: k * m * step
+        if row is not None:
+            out = out.mul_(row)
         if self.center is not None:
             out = out.add_(self.center)
         out = out.to(x.dtype)
         if torch.is_grad_enabled():
             top = threshold * (self.levels[-1] + 0.5)
-            out = straight_through(out, h, -top[1] if self.signed else torch.zeros_like(top[0]), top[0])
+            top = top if row is None else top * row
+            out = straight_through(
+                out, self._potential(x), -top[-1] if self.signed else torch.zeros_like(top[0]), top[0])
         return out
 
     def _potential(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.center is None else x - self.center  # float32, as thresholds are
 
     def _branch(self, h: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Values of the branch that a potential is on."""
-        return torch.where(h < 0, values[1], values[0]) if self.signed else values[0]
+        """Values (2, *shape) of the branch that a potential is on, where the branches differ."""
+        return torch.where(h < 0, values[1], values[0]) if self.lopsided else values[0]
 
-    def _fire(self, h: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+    def _fire(
+            self,
+            x: torch.Tensor,
+            threshold: torch.Tensor,
+    ) -> Tuple[torch.Tensor, Optional[torch.Tensor], torch.Tensor]:
+        """Levels before they are multiplied, factor per token, and membrane potential."""
+        config, h = self.config, self._potential(x)
         # thresholds are float32, so the division promotes and bfloat16 currents fire where float32 ones do
-        config = self.config
-        k = fire(h / threshold, self.fire_function, self.levels, config.initial_potential, config.dead_zone, self.top)
-        return k if self.signed else k.clamp_(min=0)
+        u, row = h / self._branch(h, threshold), None
+        if self.token:
+            row = torch.linalg.vector_norm(u, math.inf, dim=-1, keepdim=True).clamp_min(TINY) / self.levels[-1]
+            u = u / row
+        k = fire(u, self.fire_function, self.levels, config.initial_potential, config.dead_zone, self.top)
+        return k if self.signed else k.clamp_(min=0), row, h
 
     def statistics(self) -> Optional[CurrentStatistics]:
         if not self.signed and self.fire_function != 'density':
@@ -136,12 +158,18 @@ class ScaleAndFire(Neuron):
         center = None if self.center is None else tuple(self.center.shape)
         return CurrentStatistics(tuple(self.step.shape), self.signed, center)
 
-    def fit(self, statistics: Optional[CurrentStatistics], config: FitConfig = FitConfig()) -> None:
+    def fit(
+            self,
+            statistics: Optional[CurrentStatistics],
+            config: FitConfig = FitConfig(),
+            octaves: Optional[torch.Tensor] = None,
+    ) -> None:
         """Fit step, multipliers, levels (`density`) and centre to what was observed.
 
         Args:
             statistics: As `statistics()` made it and currents updated it; None where that is None.
             config: Estimator and its parameters.
+            octaves: If given, groups along the last dimension share one step but for these powers of two, (*shape).
         """
         values = self.levels.to('cpu', torch.float32)
         if self.fire_function == 'density':
@@ -150,9 +178,17 @@ class ScaleAndFire(Neuron):
             self.set_state(torch.full(self.step.shape, _reaching(1., values[-1])), levels=values)
             return
         boundaries = firing_boundaries(values, self.config.initial_potential, self.config.dead_zone)
+        center, shape, relative = statistics.center, self.step.shape, torch.ones(())
+        if octaves is not None:
+            shape, relative = (*shape[:-1], 1), 2. ** octaves
+            statistics = statistics.pooled(octaves, shape)
         step, multiplier = fit_steps(statistics, values, boundaries, config)
-        self.set_state(step.view(self.step.shape) * self.config.scale, multiplier.view(self.multiplier.shape), values,
-                       statistics.center)
+        self.set_state(step.view(shape) * relative * self.config.scale,
+                       multiplier.view(-1, *shape).expand(self.multiplier.shape), values, center)
+
+    def _load_from_state_dict(self, *args):
+        super()._load_from_state_dict(*args)
+        self.lopsided = not self.multiplier.is_meta and bool((self.multiplier != 1).any())
 
     def _problem(self, name: str, value: torch.Tensor) -> str:
         problem = super()._problem(name, value)
@@ -174,6 +210,8 @@ class ScaleAndFire(Neuron):
     def extra_repr(self) -> str:
         c = self.config
         extra = [f'levels={c.levels}', self.fire_function, 'signed' if self.signed else 'unsigned']
+        if self.token:
+            extra.append('per token')
         if c.initial_potential != 0.5:
             extra.append(f'initial_potential={c.initial_potential:g}')
         if c.dead_zone:
