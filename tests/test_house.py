@@ -3,10 +3,14 @@
 `docs/extend.md` says the same in words.
 """
 import ast
+import re
+import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / 'sformer'
@@ -180,3 +184,23 @@ def test_what_is_long_has_a_reason():
 
 def test_reasons_are_not_left_behind():
     assert LONG.keys() - lengths().keys() == set()
+
+
+def test_everybody_runs_the_same_commands():
+    run = (ROOT / '.ci' / 'run').read_text(encoding='utf-8').splitlines()
+    jobs = yaml.safe_load((ROOT / '.github' / 'workflows' / 'ci.yml').read_text(encoding='utf-8'))['jobs']
+    steps = [step['run'] for job in jobs.values() for step in job['steps'] if 'run' in step]
+    ours = [part for line in run for part in line.split(' && ') if re.match(r'pip install|pytest|ruff|mypy', part)]
+    assert steps[-4:] == ours and len(steps) == 5  # first of all, a CPU build of torch
+    hooks = yaml.safe_load((ROOT / '.pre-commit-config.yaml').read_text(encoding='utf-8'))['repos'][0]['hooks']
+    assert [hook['entry'] for hook in hooks] == ['ruff check', 'mypy']
+
+
+def test_what_is_imported_is_declared():
+    """Of what is not, a change in another package's dependencies would be noticed by users."""
+    project = tomllib.loads((ROOT / 'pyproject.toml').read_text(encoding='utf-8'))['project']
+    declared = {re.match(r'[\w-]+', name)[0].replace('-', '_').lower() for name in project['dependencies']}
+    modules = {'scikit_learn': 'sklearn', 'pillow': 'PIL'}
+    known = {modules.get(name, name) for name in declared} | set(sys.stdlib_module_names) | {'sformer'}
+    used = {name.split('.')[0] for module, path in MODULES.items() for name, _, _ in imports(module, path)}
+    assert not used - known
