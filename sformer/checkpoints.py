@@ -23,7 +23,6 @@ __all__ = [
     'locked', 'first_line',
 ]
 
-
 def state_hash(state_dict: Dict[str, torch.Tensor]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of a state dict, independent of its order."""
     digest = hashlib.sha256()

@@ -38,7 +38,7 @@ DATA_ONLY = {'weights'}
 
 # Imported where they are used, since `import sformer` is to take as long as `import timm`.
 SLOW = {'accelerate', 'datasets', 'huggingface_hub', 'matplotlib', 'pyarrow', 'rich', 'sklearn'}
-NOT_EVERYWHERE = {'resource'}  # not on Windows
+NOT_EVERYWHERE = {'fcntl', 'resource'}  # not on Windows
 
 MAX_LINES, MAX_FUNCTION = 400, 60
 # what reads better in one piece -> why

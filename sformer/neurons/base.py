@@ -1,5 +1,4 @@
 """What all neurons share: spikes, state that is validated when it is loaded, and whether it is calibrated."""
-import math
 from typing import Any, NamedTuple, Optional, Union
 
 import torch
@@ -52,7 +51,7 @@ class Neuron(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = self.encode(x).decode().to(x.dtype)
         if torch.is_grad_enabled():  # who has a firing range lets the gradient end with it
-            everywhere = x.new_full((), math.inf, dtype=torch.float32)
+            everywhere = x.new_full((), float('inf'), dtype=torch.float32)
             out = straight_through(out, x, -everywhere, everywhere)
         return out
 
