@@ -22,11 +22,11 @@ from typing import Annotated, Any, Callable, Dict, Iterator, List, Optional, Seq
 import timm
 import torch
 import typer
-from sformer.distributed import Group
 
 import sformer
 from sformer.checkpoints import state_hash, write_json
 from sformer.errors import SFormerError
+from sformer.evaluation.distributed import Group
 from sformer.models.zoo import ZOO
 from sformer.neurons import SFNConfig
 from sformer.publishing.publish import check_repo_id, prepare, publish

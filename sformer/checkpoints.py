@@ -12,6 +12,9 @@ from typing import Any, Dict, Iterator, Union
 import timm
 import torch
 import torch.nn as nn
+from filelock import FileLock
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from .errors import SFormerError
 
@@ -91,8 +94,6 @@ def read_safetensors(path: Path) -> Dict[str, torch.Tensor]:
     Raises:
         SFormerError: If it is truncated or corrupted.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
     try:
         return load_file(path)
     except (SafetensorError, ValueError, OSError) as e:
@@ -163,7 +164,6 @@ def _replace_all(new: Path, old: Path, directory: Path) -> None:
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Keep other processes that ask for the same lock file from working at the same time, where the file system can."""
-    from filelock import FileLock
     lock = FileLock(path, mode=0o666)
     try:
         lock.acquire()

@@ -70,7 +70,7 @@ def convert(
         raise TypeError(f'{", ".join(source_kwargs)}: only for a source that is given by name.')
     if not isinstance(source, Source):
         source = Source(source)
-    model = source.network if inplace else copy.deepcopy(source.network)
+    model: Any = source.network if inplace else copy.deepcopy(source.network)
     if any(True for _ in named_neurons(model)):
         model = revert_(model)  # converting again starts from the source that is inside
     check_weights(model)
@@ -98,7 +98,7 @@ def _record_of(model: nn.Module, weights: Optional[str], fit: FitConfig, command
         global_pool=getattr(model, 'global_pool', None), fit=fit, versions=library_versions(), command=command)
 
 
-def _name_architecture(model: nn.Module) -> None:
+def _name_architecture(model: Any) -> None:
     """Point a model's config at the `sformer_*` entrypoint that rebuilds it; away from the source's weights."""
     cfg = dict(getattr(model, 'pretrained_cfg', None) or {})
     if not cfg:

@@ -34,7 +34,7 @@ def _create_sformer(variant: str, source: str, pretrained: bool = False, **kwarg
         variant, source, default_cfgs[variant].cfgs, pretrained=pretrained, cfg=kwargs.pop('pretrained_cfg', None),
         overlay=kwargs.pop('pretrained_cfg_overlay', None), cache_dir=kwargs.get('cache_dir'), sfn=kwargs.get('sfn'))
     args = {'source': source, **found.model_args, **kwargs}
-    model = build_model_with_cfg(
+    model: Any = build_model_with_cfg(
         _build,
         variant,
         pretrained,
@@ -52,7 +52,7 @@ def _create_sformer(variant: str, source: str, pretrained: bool = False, **kwarg
     return model
 
 
-def _reset_head_of_other_features(model: nn.Module) -> None:
+def _reset_head_of_other_features(model: Any) -> None:
     """Mark the neurons of a head as uncalibrated where they were fitted to other features than it reads now."""
     pool = getattr(model, 'global_pool', None)
     if model.conversion is not None and pool is not None and model.conversion.global_pool not in (None, pool):
@@ -73,7 +73,8 @@ def _cfg(source: Optional[str] = None, **kwargs) -> Dict[str, Any]:
         keep = (
             'input_size', 'crop_pct', 'interpolation', 'mean', 'std', 'num_classes', 'crop_mode', 'classifier',
             'license', 'hf_hub_id', 'label_names', 'label_descriptions', 'min_input_size')
-        cfg.update({k: v for k, v in get_pretrained_cfg(source).to_dict().items() if k in keep and v is not None})
+        published: Any = get_pretrained_cfg(source)
+        cfg.update({k: v for k, v in published.to_dict().items() if k in keep and v is not None})
         if '.' not in source:
             cfg.pop('hf_hub_id', None)
     cfg.update(kwargs)
@@ -123,15 +124,16 @@ def entries() -> Iterator[Dict[str, Any]]:
     names = [name for name in timm.list_models('sformer*', include_tags=True) if name.split('.')[0] in SOURCES]
     for name in progress(names, 'Counting parameters', len(names)):
         architecture = name.split('.')[0]
-        cfg = timm.get_pretrained_cfg(name)
+        known: Any = timm.get_pretrained_cfg(name)
         if architecture not in params:
             with torch.device('meta'):
                 model = timm.create_model(architecture)
             params[architecture] = sum(p.numel() for p in model.parameters()) / 1e6
-        weights = 'in the package' if cfg.file else 'converted on first use' if cfg.hf_hub_id else 'none, for tests'
+        weights = 'in the package' if known.file else 'converted on first use' if known.hf_hub_id else 'none, for tests'
         yield dict(
-            name=name, source=source_name(name), param_count=params[architecture], input_size=cfg.input_size,
-            num_classes=cfg.num_classes, license=cfg.license or '', weights=weights, results=_measured(cfg.file))
+            name=name, source=source_name(name), param_count=params[architecture], input_size=known.input_size,
+            num_classes=known.num_classes, license=known.license or '', weights=weights,
+            results=_measured(known.file))
 
 
 def _measured(weights: Any) -> str:

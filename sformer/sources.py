@@ -68,7 +68,7 @@ def create_source(
     if checkpoint is not None:
         load_source_weights_(model, checkpoint, allow_pickle)
         return Source(model.eval())
-    cfg = model.pretrained_cfg
+    cfg: Any = model.pretrained_cfg
     own = kwargs.get('checkpoint_path') or cfg.get('file') or cfg.get('state_dict')
     described = not own and model.num_classes == cfg.get('num_classes')  # else not those that the config describes
     return Source(model.eval(), (cfg.get('hf_hub_id') or cfg.get('url') or None) if described else None)
@@ -86,6 +86,7 @@ def set_data_config_(model: nn.Module, **values: Any) -> None:
         if value is not None and len(value) != in_chans:
             raise SFormerError(f'{key} needs {in_chans} values for {in_chans} channels, got {len(value)}.')
     check_preprocessing(values)
-    model.pretrained_cfg.update(values)
+    cfg: Any = model.pretrained_cfg
+    cfg.update(values)
     if any(True for _ in named_neurons(model)):
-        set_pixel_range_(model, model.pretrained_cfg['mean'], model.pretrained_cfg['std'])
+        set_pixel_range_(model, cfg['mean'], cfg['std'])

@@ -5,6 +5,8 @@ from importlib import metadata
 from typing import Any, Dict, Iterable, Iterator, Optional
 
 import torch
+from timm.data.transforms import str_to_interp_mode
+from tqdm import tqdm
 
 from .errors import SFormerError
 
@@ -19,7 +21,6 @@ def progress(items: Iterable, description: str, total: Optional[int] = None) -> 
         description: What is going on.
         total: Number of images or items, if known.
     """
-    from tqdm import tqdm
     with tqdm(desc=description, total=total, disable=None, leave=False) as bar:
         for item in items:
             yield item
@@ -44,8 +45,6 @@ def check_preprocessing(values: Dict[str, Any]) -> None:
     Raises:
         SFormerError: If a value is of the wrong kind or out of any sensible range; names it.
     """
-    from timm.data.transforms import str_to_interp_mode
-
     def is_number(value: Any) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
 

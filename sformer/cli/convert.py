@@ -72,7 +72,7 @@ def convert(
     check_output(output, overwrite)
     trained = create_source(source, checkpoint, allow_pickle, **parse_kwargs(model_kwargs))
     set_data_config_(trained.network, mean=mean, std=std, crop_pct=crop_pct, interpolation=interpolation)
-    model = convert_model(
+    model: Any = convert_model(
         trained, calibration, config, fit, split=split, num_images=num_images, batch_size=batch_size, seed=seed,
         inplace=True, command=command_line())
     save_model(model, output, overwrite)

@@ -228,6 +228,7 @@ class Stream(IterableDataset):
 
     def __iter__(self) -> Iterator[Union[Batch, SFormerError]]:
         plan, num_shards = self.plan, self.source.num_shards
+        assert plan is not None  # `planned` gave it
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         reader = plan.rank * workers + worker
@@ -245,6 +246,7 @@ class Stream(IterableDataset):
     def _batches(self, shard: int, place: int, team_size: int) -> Iterator[Union[Batch, SFormerError]]:
         """Batches of a reader's chunks of a shard; reads one row ahead to know which one is the last."""
         plan = self.plan
+        assert plan is not None
 
         def place_of(item: Tuple[int, Dict[str, Any]]) -> Tuple[int, int]:
             chunk, position = divmod(item[0], plan.chunk_size)

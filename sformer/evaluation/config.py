@@ -91,5 +91,5 @@ class EvaluationConfig:
 
 
 def _check_integer(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or not least <= value < 2 ** 31:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or not least <= int(value) < 2 ** 31:
         raise SFormerError(f'{name} must be an integer of at least {least}, got {value!r}.')

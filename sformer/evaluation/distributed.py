@@ -16,6 +16,7 @@ import time
 from typing import Any, Iterator, List, Optional, Union
 
 import torch
+import torch.distributed as dist
 
 from ..errors import SFormerError
 
@@ -121,7 +122,6 @@ class Group:
             raise SFormerError(f'device {str(device)!r} cannot be used: {str(e).splitlines()[0]}') from e
 
     def _join(self, device: Union[str, torch.device, None], size: int) -> None:
-        import torch.distributed as dist
         from accelerate import PartialState
         os.environ.setdefault('MASTER_ADDR', '127.0.0.1')
         os.environ.setdefault('LOCAL_RANK', '0')
@@ -315,7 +315,6 @@ class Group:
         """Values of all ranks, by rank, on every rank."""
         if self._store is None:
             return [value]
-        import torch.distributed as dist
         self.wait(name)  # so that the collective is over at once, or fails
         values: List[Any] = [None] * self.world_size
         try:

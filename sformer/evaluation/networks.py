@@ -95,7 +95,8 @@ def prepare(model: nn.Module, config: EvaluationConfig, device: Optional[torch.d
         model = copy.deepcopy(model)
     if config.img_size is not None:
         try:
-            model.set_input_size(img_size=(config.img_size, config.img_size))
+            resizable: Any = model
+            resizable.set_input_size(img_size=(config.img_size, config.img_size))
         except (AttributeError, AssertionError, ValueError, RuntimeError) as e:
             raise SFormerError(f'the model cannot take images of {config.img_size} pixels: {e}') from e
     if device is not None:

@@ -46,7 +46,7 @@ def result_of(subject: Subject, images: ImageData, records: Sequence[Record]) ->
     """Result of one model: what was evaluated on what, its figures and those of its source, and seconds."""
     i, model, config = subject.index, subject.model, subject.data_config
     count = sum(r['count'] for r in records)
-    score = summarize([r['networks'][i] for r in records], count)
+    score: Dict[str, Any] = summarize([r['networks'][i] for r in records], count)
     result: Dict[str, Any] = dict(
         model=(getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or type(model).__name__,
         dataset=images.name, split=images.split, dataset_fingerprint=images.fingerprint,

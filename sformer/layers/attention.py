@@ -57,6 +57,10 @@ class SpikingAttentionMixin(SpikingLayer):
     """
     spiking_parts = ('products', 'gate_neuron', 'value_neuron')
     num_products = 1  # calls of the layer's forward
+    num_heads: int
+    proj: Any
+    gate_neuron: Any
+    value_neuron: Any
 
     # Before the layer's own attributes, which stay for the source: the fused path is the one that makes the call, and
     # with separate biases `qkv` is called as a layer instead of having its weights read.

@@ -1,4 +1,6 @@
 """Layers with weights: their input is spikes, their output a current."""
+from typing import Any
+
 import torch
 import torch.nn as nn
 from timm.layers import PatchEmbed
@@ -65,6 +67,7 @@ class SpikingConv2d(SpikingLayer, nn.Conv2d):
 @register_spiking(PatchEmbed)
 class SpikingPatchEmbed(SpikingLayer, PatchEmbed):
     """Patch embedding whose convolution reads 8-bit pixels as graded spikes."""
+    proj: Any
 
     def add_neurons(self, config: SFNConfig) -> None:
         if not isinstance(getattr(self.proj, 'neuron', None), GradedCoding):

@@ -1,4 +1,6 @@
 """Gated MLPs: their linear layers spike, and so do both operands where two activations are multiplied."""
+from typing import Any, Tuple
+
 import torch
 from timm.layers import GluMlp, SwiGLU
 
@@ -16,11 +18,20 @@ class SpikingGateMixin(SpikingLayer):
         Input and output (B, L, C).
     """
     spiking_parts = ('gate_neuron', 'value_neuron')
+    fc2: Any
+    act: Any
+    norm: Any
+    drop1: Any
+    drop2: Any
 
     def add_neurons(self, config: SFNConfig) -> None:
         shape, device = (self.fc2.in_features,), self.fc2.weight.device
         self.gate_neuron = ScaleAndFire(shape, config, token=True, device=device)
         self.value_neuron = ScaleAndFire(shape, config, token=True, device=device)
+
+    def gate_and_value(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Currents of the gate, before its activation function, and of the value."""
+        raise NotImplementedError
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, value = self.gate_and_value(x)
@@ -32,7 +43,7 @@ class SpikingGateMixin(SpikingLayer):
 class SpikingGluMlp(SpikingGateMixin, GluMlp):
     """Gated MLP with packed weights."""
 
-    def gate_and_value(self, x: torch.Tensor):
+    def gate_and_value(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         first, second = self.fc1(x).chunk(2, dim=self.chunk_dim)
         return (second, first) if self.gate_last else (first, second)
 
@@ -41,5 +52,5 @@ class SpikingGluMlp(SpikingGateMixin, GluMlp):
 class SpikingSwiGLU(SpikingGateMixin, SwiGLU):
     """Gated MLP with separate weights."""
 
-    def gate_and_value(self, x: torch.Tensor):
+    def gate_and_value(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         return self.fc1_g(x), self.fc1_x(x)

@@ -2,7 +2,7 @@
 import contextlib
 import copy
 import itertools
-from typing import Callable, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -46,6 +46,7 @@ def spiking_(
     # layers without weights build their neurons where the others are
     device = next((p.device for p in module.parameters()), None)
     with contextlib.nullcontext() if device is None else torch.device(device):
+        child: Any
         for _, child in reversed(named):  # children first, a parent may replace their neurons
             spiking = SPIKING_LAYERS.get(type(child))
             if spiking is not None:
@@ -104,7 +105,7 @@ def has_tensors(module: nn.Module) -> bool:
 
 def revert_(module: nn.Module) -> nn.Module:
     """Turn a spiking module, or one that was left half converted, back into its source, in place."""
-    back = {spiking: source for source, spiking in SPIKING_LAYERS.items()}
+    back: Dict[Any, Any] = {spiking: source for source, spiking in SPIKING_LAYERS.items()}
     for child in list(module.modules()):
         if isinstance(child, SpikingLayer):
             child.remove_neurons()

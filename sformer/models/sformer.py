@@ -54,6 +54,7 @@ class SFormerMixin(SpikingLayer):
     """
     spiking_parts = ('conversion',)
     conversion: Any = None
+    patch_embed: Any
 
     def __init__(self, *args, sfn: Union[SFNConfig, Dict[str, Any], None] = None, **kwargs):
         super().__init__(*args, **kwargs)
@@ -100,12 +101,12 @@ class SFormerMixin(SpikingLayer):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def reset_classifier(self, num_classes: int, *args, **kwargs) -> None:
-        old = {name: getattr(self, name, None) for name in HEADS}
+        old: Dict[str, Any] = {name: getattr(self, name, None) for name in HEADS}
         pool = self.global_pool
         super().reset_classifier(num_classes, *args, **kwargs)  # type: ignore[misc]
         spiking_(self, self.sfn_config)
         for name, head in old.items():
-            new = getattr(self, name, None)
+            new: Any = getattr(self, name, None)
             if hasattr(head, 'neuron') and hasattr(new, 'neuron') and self.global_pool == pool:
                 new.neuron = head.neuron  # thresholds belong to the features that it reads, and these stay
 

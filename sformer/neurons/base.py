@@ -5,6 +5,7 @@ import torch
 import torch.nn as nn
 
 from .config import FitConfig
+from .functional import straight_through
 
 __all__ = ['Neuron', 'Spikes']
 
@@ -38,7 +39,7 @@ class Neuron(nn.Module):
 
     A type of neuron has `encode` (fire), `statistics` (what is to be observed of its input, None if nothing is) and
     `fit` (set its thresholds by that). `forward` is the float form, `encode(x).decode()` in the dtype of x, with a
-    straight-through gradient.
+    straight-through gradient; a type may override it with something faster.
 
     Buffers stay float32 whatever dtype the model is moved to: a bfloat16 threshold of 1.9084 would be 1.90625.
     """
@@ -51,6 +52,13 @@ class Neuron(nn.Module):
     def encode(self, x: torch.Tensor) -> Spikes:
         """Spikes on a current (B, ...)."""
         raise NotImplementedError
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.encode(x).decode().to(x.dtype)
+        if torch.is_grad_enabled():  # who has a firing range lets the gradient end with it
+            everywhere = x.new_full((), float('inf'), dtype=torch.float32)
+            out = straight_through(out, x, -everywhere, everywhere)
+        return out
 
     def statistics(self) -> Any:
         """A new observer, whose `update(x)` takes the currents that enter this neuron; None if nothing is fitted."""

@@ -5,6 +5,9 @@ import re
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
+from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+
 from .record import Record
 
 __all__ = ['plot_accuracy', 'plot_activity', 'render_plots', 'is_own_plot']
@@ -87,7 +90,6 @@ def render_plots(record: Record) -> Dict[str, Tuple[str, bytes]]:
 
 def is_own_plot(path: Path) -> bool:
     """Whether a file is a plot that this module drew."""
-    from PIL import Image, UnidentifiedImageError
     try:
         with Image.open(path, formats=['PNG']) as image:
             return CHUNK in image.info
@@ -96,8 +98,6 @@ def is_own_plot(path: Path) -> bool:
 
 
 def _png(figure: Any, values: Dict[str, Any]) -> bytes:
-    from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
     drawn, out, text = io.BytesIO(), io.BytesIO(), PngInfo()
     figure.savefig(drawn, dpi=150)
     text.add_text(CHUNK, json.dumps(values, sort_keys=True))

@@ -1,0 +1,206 @@
+"""The house holds: imports run downwards, in no circle, and to the front; files and functions stay readable.
+
+`docs/extend.md` says the same in words.
+"""
+import ast
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / 'sformer'
+
+# From below to above: a part may import those of lines above its own, and itself; nothing of its own line or below.
+ORDER = (
+    ('errors',),
+    ('checkpoints', 'utils'),
+    ('neurons',),
+    ('layers',),
+    ('models',),
+    ('calibration', 'data', 'record', 'sources'),
+    ('conversion', 'model_config'),
+    ('hub',),
+    ('pretrained', 'saving'),
+    ('entrypoints',),
+    ('evaluation',),
+    ('publishing',),
+    ('demo',),
+    ('cli',),
+    ('__init__', '__main__'),
+)
+RANK = {part: i for i, parts in enumerate(ORDER) for part in parts}
+DATA_ONLY = {'weights'}
+
+# Imported where they are used, since `import sformer` is to take as long as `import timm`.
+SLOW = {'accelerate', 'datasets', 'huggingface_hub', 'matplotlib', 'pyarrow', 'rich', 'sklearn'}
+NOT_EVERYWHERE = {'fcntl', 'resource'}  # not on Windows
+
+MAX_LINES, MAX_FUNCTION = 400, 60
+# what reads better in one piece -> why
+LONG: dict[str, str] = {
+    'sformer/conversion.py: convert': 'half of it is the docstring of the function that users call most',
+}
+
+
+def name_of(path: Path) -> str:
+    """Name of the module in a file of the package; `sformer.__init__` is the package itself."""
+    parts = path.relative_to(ROOT).with_suffix('').parts
+    return '.'.join(parts[:-1] if parts[-1] == '__init__' and len(parts) > 2 else parts)
+
+
+MODULES = {name_of(path): path for path in sorted(PACKAGE.rglob('*.py'))}
+
+
+def part_of(module: str) -> str:
+    return module.split('.')[1]
+
+
+def resolve(module: str, path: Path, node: ast.Import | ast.ImportFrom) -> Iterator[str]:
+    """Absolute names of the modules that a statement imports."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+        return
+    base = node.module or ''
+    if node.level:
+        package = module.split('.') if path.name == '__init__.py' and path.parent != PACKAGE else module.split('.')[:-1]
+        above = package[:len(package) - node.level + 1]
+        base = '.'.join([*above, *([node.module] if node.module else [])])
+    for alias in node.names:
+        inner = f'{base}.{alias.name}'
+        yield inner if inner in MODULES else 'sformer.__init__' if base == 'sformer' else base
+
+
+def imports(module: str, path: Path) -> Iterator[tuple[str, bool, int]]:
+    """What a module imports: its name, whether inside of a function, and the line."""
+    def visit(node: ast.AST, inside: bool) -> Iterator[tuple[str, bool, int]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, (ast.Import, ast.ImportFrom)):
+                yield from ((name, inside, child.lineno) for name in resolve(module, path, child))
+            yield from visit(child, inside or isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)))
+    yield from visit(ast.parse(path.read_text(encoding='utf-8')), False)
+
+
+def circle(edges: dict[str, set[str]]) -> list[str]:
+    """Nodes of a circle of a graph; none if it has none."""
+    done: set[str] = set()
+
+    def search(node: str, path: list[str]) -> list[str]:
+        if node in path:
+            return [*path[path.index(node):], node]
+        if node in done:
+            return []
+        for after in sorted(edges.get(node, ())):
+            if found := search(after, [*path, node]):
+                return found
+        done.add(node)
+        return []
+    return next(filter(None, (search(node, []) for node in sorted(edges))), [])
+
+
+def test_a_circle_is_found():
+    assert circle({'a': {'b'}, 'b': {'c', 'd'}, 'c': set(), 'd': {'b'}}) == ['b', 'd', 'b']
+    assert not circle({'a': {'b', 'c'}, 'b': {'c'}})
+
+
+def test_every_part_has_its_place():
+    parts = {part_of(module) for module in MODULES} - DATA_ONLY
+    assert parts == set(RANK)
+
+
+def test_no_circle():
+    edges = {}
+    for module, path in MODULES.items():
+        targets = {name for name, inside, _ in imports(module, path) if not inside and name in MODULES}
+        # importing `a.b` runs `a` first, except for what is being run already
+        for target in list(targets):
+            above = ['.'.join(target.split('.')[:i]) for i in range(2, target.count('.') + 1)]
+            targets |= {package for package in above if not f'{module}.'.startswith(f'{package}.')}
+        edges[module] = targets
+    assert sum(map(len, edges.values())) > 100  # the graph is there
+    assert not circle(edges), ' -> '.join(circle(edges))
+
+
+@pytest.mark.parametrize('module', MODULES)
+def test_imports_run_downwards(module):
+    part = part_of(module)
+    wrong = [f'{module}:{line} imports {name}' for name, _, line in imports(module, MODULES[module])
+             if name in MODULES and part not in DATA_ONLY
+             and part_of(name) != part and RANK[part_of(name)] >= RANK[part]]
+    assert not wrong
+
+
+@pytest.mark.parametrize('module', MODULES)
+def test_only_what_is_slow_is_imported_inside_of_a_function(module):
+    allowed = SLOW | NOT_EVERYWHERE
+    if part_of(module) == 'cli':  # whose help does not wait for torch
+        allowed = allowed | {'sformer'}
+    wrong = [f'{module}:{line} imports {name}' for name, inside, line in imports(module, MODULES[module])
+             if inside and name.split('.')[0] not in allowed]
+    assert not wrong
+
+
+@pytest.mark.parametrize('module', MODULES)
+def test_what_is_slow_is_not_imported_with_the_package(module):
+    if part_of(module) in ('demo', 'cli'):  # which nothing imports but the command
+        return
+    wrong = [f'{module}:{line} imports {name}' for name, inside, line in imports(module, MODULES[module])
+             if not inside and name.split('.')[0] in SLOW]
+    assert not wrong
+
+
+@pytest.mark.parametrize('path', [path.relative_to(ROOT).as_posix() for path in (
+    *sorted((ROOT / 'scripts').glob('*.py')), *sorted((ROOT / 'tests').rglob('*.py')))])
+def test_scripts_and_tests_import_what_is_there(path):
+    tree = ast.parse((ROOT / path).read_text(encoding='utf-8'))
+    names = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+    names |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    known = {*MODULES, 'sformer'}
+    assert not {name for name in names if name.split('.')[0] == 'sformer'} - known
+
+
+def lengths() -> dict[str, int]:
+    """Lines of files, and of the functions in them, that are too long."""
+    found = {}
+    for path in (*MODULES.values(), *sorted((ROOT / 'scripts').glob('*.py'))):
+        name, text = path.relative_to(ROOT).as_posix(), path.read_text(encoding='utf-8')
+        if text.count('\n') > MAX_LINES:
+            found[name] = text.count('\n')
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                lines = node.end_lineno - node.lineno + 1
+                if lines > MAX_FUNCTION:
+                    found[f'{name}: {node.name}'] = lines
+    return found
+
+
+def test_what_is_long_has_a_reason():
+    assert lengths().keys() - LONG.keys() == set()
+
+
+def test_reasons_are_not_left_behind():
+    assert LONG.keys() - lengths().keys() == set()
+
+
+def test_everybody_runs_the_same_commands():
+    run = (ROOT / '.ci' / 'run').read_text(encoding='utf-8').splitlines()
+    jobs = yaml.safe_load((ROOT / '.github' / 'workflows' / 'ci.yml').read_text(encoding='utf-8'))['jobs']
+    steps = [step['run'] for job in jobs.values() for step in job['steps'] if 'run' in step]
+    ours = [part for line in run for part in line.split(' && ') if re.match(r'pip install|pytest|ruff|mypy', part)]
+    assert steps[-4:] == ours and len(steps) == 5  # first of all, a CPU build of torch
+    hooks = yaml.safe_load((ROOT / '.pre-commit-config.yaml').read_text(encoding='utf-8'))['repos'][0]['hooks']
+    assert [hook['entry'] for hook in hooks] == ['ruff check', 'mypy']
+
+
+def test_what_is_imported_is_declared():
+    """Of what is not, a change in another package's dependencies would be noticed by users."""
+    project = tomllib.loads((ROOT / 'pyproject.toml').read_text(encoding='utf-8'))['project']
+    declared = {re.match(r'[\w-]+', name)[0].replace('-', '_').lower() for name in project['dependencies']}
+    modules = {'scikit_learn': 'sklearn', 'pillow': 'PIL'}
+    known = {modules.get(name, name) for name in declared} | set(sys.stdlib_module_names) | {'sformer'}
+    used = {name.split('.')[0] for module, path in MODULES.items() for name, _, _ in imports(module, path)}
+    assert not used - known
