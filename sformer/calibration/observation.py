@@ -11,6 +11,7 @@ import torch.nn as nn
 
 from ..errors import SFormerError, UnsupportedLayerError
 from ..layers import FLOATING_LAYERS, SPIKING_LAYERS, AttentionProduct, named_neurons, shared_copy
+from ..layers.spiking import left_alone
 from ..neurons import FitConfig, Neuron
 from ..neurons.statistics import check_finite
 
@@ -156,7 +157,7 @@ class _ProductWatch(torch.utils._python_dispatch.TorchDispatchMode):
         if func.overloadpacket.__name__ in self.OPERATIONS and self.stack:
             name, module = self.stack[-1]
             known = (*SPIKING_LAYERS.values(), *FLOATING_LAYERS, AttentionProduct)
-            if type(module) not in known:
+            if type(module) not in known and not left_alone(module):
                 kind = type(module)
                 raise UnsupportedLayerError(
                     f'{name or "(root)"} ({kind.__module__}.{kind.__qualname__}) multiplies currents in its own '
