@@ -1,5 +1,5 @@
 """The scale-and-fire neuron."""
-from typing import Optional, Sequence
+from typing import Mapping, Optional, Sequence
 
 import torch
 
@@ -90,12 +90,11 @@ class ScaleAndFire(Neuron):
         Raises:
             ValueError: If a value is not finite, not positive, of another shape, or levels do not fit into their bits.
         """
-        if levels is not None:
-            self._set('levels', levels)
-        self._set('step', exact_step(step))
-        self._set('multiplier', torch.ones_like(self.multiplier) if multiplier is None else multiplier)
-        if center is not None:
-            self._set('center', center)
+        self._set(
+            step=exact_step(step),
+            multiplier=torch.ones_like(self.multiplier) if multiplier is None else multiplier,
+            levels=self.levels if levels is None else levels,
+            **({} if center is None else {'center': center}))
         self.calibrated.fill_(True)
 
     def encode(self, x: torch.Tensor) -> Spikes:
@@ -154,8 +153,8 @@ class ScaleAndFire(Neuron):
         self.set_state(step.view(self.step.shape) * self.config.scale, multiplier.view(self.multiplier.shape), values,
                        statistics.center)
 
-    def _problem(self, name: str, value: torch.Tensor) -> str:
-        problem = super()._problem(name, value)
+    def _problem(self, name: str, value: torch.Tensor, state: Mapping[str, torch.Tensor]) -> str:
+        problem = super()._problem(name, value, state)
         if problem or value.is_meta:
             return problem
         if name == 'levels':
@@ -166,7 +165,8 @@ class ScaleAndFire(Neuron):
             if self.fire_function != 'density' and v.tolist() != expected:
                 return f'are not the levels of {self.fire_function} firing'
         if name == 'multiplier':
-            top = self.top // (int(self.levels[-1]) if not self.levels.is_meta else 1)
+            levels = state.get('levels', self.levels)
+            top = self.top // max(1, int(levels.max())) if levels.numel() and not levels.is_meta else self.top
             if (value < 1).any() or (value > top).any():
                 return f'must lie in [1, {top}], or levels would not fit into their bits'
         return ''
