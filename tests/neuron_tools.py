@@ -6,8 +6,16 @@ import torch.nn.functional as F
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from sformer.neurons import FIRE_FUNCTIONS, MAX_LEVEL, MAX_WIDE_LEVEL, CurrentStatistics, SFNConfig, ScaleAndFire
-from sformer.neurons import fire, level_values
+from sformer.neurons import (
+    FIRE_FUNCTIONS,
+    MAX_LEVEL,
+    MAX_WIDE_LEVEL,
+    CurrentStatistics,
+    ScaleAndFire,
+    SFNConfig,
+    fire,
+    level_values,
+)
 
 prop = settings(max_examples=60, deadline=None)
 seeds = st.integers(0, 2 ** 31 - 1)
