@@ -38,7 +38,9 @@ class _ToProducts(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.scaled_dot_product_attention:
             self.met.append('attention')
-            return self.layer.products[self.met.count('attention') - 1](*args, **(kwargs or {}))
+            call = self.met.count('attention')
+            if call <= self.layer.num_products:  # one too many is refused when the forward is over
+                return self.layer.products[call - 1](*args, **(kwargs or {}))
         if self.layer.gate_neuron is not None:
             if func is torch.Tensor.sigmoid:
                 self.gate = func(*args, **(kwargs or {}))
