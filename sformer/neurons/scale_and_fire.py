@@ -58,7 +58,7 @@ class ScaleAndFire(Neuron):
         self.register_buffer('step', torch.full(tuple(shape), step, **dd))
         self.register_buffer(
             'multiplier', torch.ones((2 if signed else 1, *shape), device=device, dtype=torch.uint8))
-        self.register_buffer('levels', values.to(torch.int16).to(device))
+        self.register_buffer('levels', values.to(self.step.device, torch.int16))
         self.register_buffer('center', None if center_shape is None else torch.zeros(tuple(center_shape), **dd))
 
     @property
