@@ -4,6 +4,7 @@ The source is a view of the spiking module: the same parameters, with an observe
 module itself spikes on meanwhile, and has no state that says otherwise. Images are observed in batches of a fixed size,
 whatever the size they come in, so that thresholds do not depend on it.
 """
+import itertools
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import torch
@@ -11,6 +12,7 @@ import torch.nn as nn
 
 from ..errors import SFormerError, UnsupportedLayerError
 from ..layers import FLOATING_LAYERS, SPIKING_LAYERS, AttentionProduct, shared_copy
+from ..layers.spiking import left_alone
 from ..neurons import FitConfig, Neuron
 from ..neurons.statistics import check_finite
 
@@ -61,7 +63,9 @@ def observe(
 ) -> Tuple[Dict[str, Any], int]:
     """Statistics of the source's currents at every neuron, and the number of images; arguments as of `calibrate_`."""
     view, statistics = _observing_view(module)
-    parameter = next(module.parameters())
+    # of a layer without parameters, such as a pool: what its neurons have
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    parameter = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
     count = 0
     for batch in _rebatched(batches):
         if isinstance(batch, torch.Tensor):
@@ -160,7 +164,7 @@ class _ProductWatch(torch.utils._python_dispatch.TorchDispatchMode):
         if func.overloadpacket.__name__ in self.OPERATIONS and self.stack:
             name, module = self.stack[-1]
             known = (*SPIKING_LAYERS.values(), *FLOATING_LAYERS, AttentionProduct)
-            if type(module) not in known:
+            if type(module) not in known and not left_alone(module):
                 kind = type(module)
                 raise UnsupportedLayerError(
                     f'{name or "(root)"} ({kind.__module__}.{kind.__qualname__}) multiplies currents in its own '

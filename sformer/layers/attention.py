@@ -3,7 +3,8 @@
 Their forwards are timm's own. With `fused_attn` they all leave QK^T and AV to `F.scaled_dot_product_attention`; inside
 of a spiking layer that call goes to its `AttentionProduct`. Rotary embeddings, norms and softmax act on currents.
 """
-from typing import Any, Optional
+import operator
+from typing import Any, List, Optional
 
 import timm
 import torch
@@ -28,23 +29,24 @@ __all__ = ['SpikingAttentionMixin', 'SpikingAttention']
 class _ToProducts(TorchFunctionMode):
     """While the forward of an attention layer runs, hand its products of activations to the layer's neurons."""
 
-    def __init__(self, layer: 'SpikingAttentionMixin'):
+    def __init__(self, layer: 'SpikingAttentionMixin', met: List[str]):
         super().__init__()
         self.layer = layer
-        self.calls = 0
+        self.met = met  # names of the products that came by; the caller's own, as dynamo reads no attribute of a mode
         self.gate: Optional[torch.Tensor] = None
-        self.gated = False
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.scaled_dot_product_attention:
-            self.calls += 1
-            return self.layer.products[self.calls - 1](*args, **(kwargs or {}))
+            self.met.append('attention')
+            call = self.met.count('attention')
+            if call <= self.layer.num_products:  # one too many is refused when the forward is over
+                return self.layer.products[call - 1](*args, **(kwargs or {}))
         if self.layer.gate_neuron is not None:
             if func is torch.Tensor.sigmoid:
                 self.gate = func(*args, **(kwargs or {}))
                 return self.gate
-            if func is torch.Tensor.mul and args[1] is self.gate:
-                self.gated = True
+            if func in (torch.Tensor.mul, operator.mul) and args[1] is self.gate:  # the latter in a strict export
+                self.met.append('gate')
                 return products.multiply(self.layer.value_neuron, args[0], self.layer.gate_neuron, args[1])
         return func(*args, **(kwargs or {}))
 
@@ -79,12 +81,13 @@ class SpikingAttentionMixin(SpikingLayer):
             setattr(self, name, ScaleAndFire((self.proj.in_features,), config, device=device) if gated else None)
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        with _ToProducts(self) as mode:
+        met: List[str] = []
+        with _ToProducts(self, met):
             x = super().forward(*args, **kwargs)
-        if mode.calls != self.num_products or (self.gate_neuron is not None and not mode.gated):
+        if met != ['attention'] * self.num_products + ['gate'] * (self.gate_neuron is not None):
             raise UnsupportedLayerError(
                 f'a product of {type(self).__name__} was not met on its way through timm {timm.__version__}'
-                f'{", as symbolic tracing of a gated layer hides it: use torch.export" if mode.calls else ""}.')
+                f'{", as symbolic tracing of a gated layer hides it: use torch.export" if met else ""}.')
         return x
 
 

@@ -38,8 +38,10 @@ def softmax_numerators(
     masked = is_causal or attn_mask is not None
     if masked:
         scores = maybe_add_mask(scores, resolve_self_attn_mask(scores.shape[-2], scores, attn_mask, is_causal))
-    numerators = (scores - scores.detach().amax(dim=-1, keepdim=True)).exp()
-    return numerators.nan_to_num() if masked else numerators
+    strongest = scores.detach().amax(dim=-1, keepdim=True)
+    if masked:  # or a row that sees no key is the difference of two infinities, and so is its gradient
+        strongest = strongest.clamp_min(torch.finfo(strongest.dtype).min)
+    return (scores - strongest).exp()
 
 
 class AttentionProduct(nn.Module):

@@ -76,7 +76,6 @@ def _filtered(
 
 def _check(named: List[Tuple[str, nn.Module]]) -> None:
     """Raise UnsupportedLayerError if a layer would stay analog."""
-    sources = tuple(SPIKING_LAYERS)
     unknown = []
     for name, child in named:
         kind = type(child)
@@ -87,15 +86,31 @@ def _check(named: List[Tuple[str, nn.Module]]) -> None:
                 raise UnsupportedLayerError(
                     f'the forward of {name or "(root)"} was replaced, by hooks of accelerate perhaps, so that it would '
                     f'not spike. Remove them first (accelerate.hooks.remove_hook_from_submodules).')
-        elif kind not in FLOATING_LAYERS and kind not in SPIKING_LAYERS.values() and (
-                # whatever only calls its children may pass; calibration watches for products in its own forward
-                isinstance(child, sources) or next(child.children(), None) is None or has_tensors(child)):
+        elif _is_unknown(child):
             unknown.append(f'{name or "(root)"} ({kind.__module__}.{kind.__qualname__})')
     if unknown:
         more = f' and {len(unknown) - 4} more' if len(unknown) > 4 else ''
         raise UnsupportedLayerError(
             f'no spiking counterpart for {", ".join(unknown[:4])}{more}. '
             f'Register one with sformer.layers.register_spiking or, if it multiplies nothing, register_floating.')
+
+
+def _is_unknown(module: nn.Module) -> bool:
+    """Whether a layer that is no source has no place in the table either.
+
+    Whatever only calls its children may pass; calibration watches for products in its own forward.
+    """
+    kind = type(module)
+    return kind not in FLOATING_LAYERS and kind not in SPIKING_LAYERS.values() and (
+        isinstance(module, tuple(SPIKING_LAYERS)) or next(module.children(), None) is None or has_tensors(module))
+
+
+def left_alone(module: nn.Module) -> bool:
+    """Whether a module has layers that `spiking_` would have converted or refused, and none that spikes: so a filter
+    left it as it is."""
+    layers = list(module.modules())
+    return (not any(isinstance(layer, SpikingLayer) for layer in layers)
+            and any(type(layer) in SPIKING_LAYERS or _is_unknown(layer) for layer in layers))
 
 
 def has_tensors(module: nn.Module) -> bool:

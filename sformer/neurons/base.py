@@ -1,5 +1,5 @@
 """What all neurons share: spikes, state that is validated when it is loaded, and whether it is calibrated."""
-from typing import Any, NamedTuple, Optional, Union
+from typing import Any, Mapping, NamedTuple, Optional, Union
 
 import torch
 import torch.nn as nn
@@ -79,23 +79,23 @@ class Neuron(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         names = [name for name, _ in self.named_buffers(recurse=False)]
-        given = [name for name in names if prefix + name in state_dict]
+        given = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
         if given and len(given) < len(names):
             absent = ', '.join(prefix + name for name in names if name not in given)
             errors.append(f'neuron state is incomplete: {absent} missing')
         num_errors = len(errors)
-        for name in given:
-            problem = self._problem(name, state_dict[prefix + name])
+        for name, value in given.items():
+            problem = self._problem(name, value, given)
             if problem:
                 errors.append(f'{prefix}{name} {problem}')
             else:  # with assign=True the state's own tensors become the buffers
-                state_dict[prefix + name] = state_dict[prefix + name].to(getattr(self, name).dtype)
+                state_dict[prefix + name] = value.to(getattr(self, name).dtype)
         if len(errors) > num_errors:
             return  # refused: what was there stays
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
-    def _problem(self, name: str, value: torch.Tensor) -> str:
-        """What is wrong with a value of a buffer; empty if nothing is."""
+    def _problem(self, name: str, value: torch.Tensor, state: Mapping[str, torch.Tensor]) -> str:
+        """What is wrong with a value of a buffer, among the others that come with it; empty if nothing is."""
         expected = getattr(self, name)
         if value.shape != expected.shape:
             return f'has shape {tuple(value.shape)}, this model needs {tuple(expected.shape)}'
@@ -103,17 +103,21 @@ class Neuron(nn.Module):
             return ''
         if value.is_floating_point() and not torch.isfinite(value).all():
             return 'is NaN or infinite'
+        if value.is_floating_point() and not expected.is_floating_point() and (value != value.round()).any():
+            return 'is not an integer'
         if name == 'step' and not (value > 0).all():
             return 'is not positive: a neuron with that step is dead'
         return ''
 
-    def _set(self, name: str, value: Union[float, torch.Tensor]) -> None:
-        buffer = getattr(self, name)
-        value = torch.as_tensor(value, device=buffer.device).to(buffer.dtype)
-        problem = self._problem(name, value)
-        if problem:
-            raise ValueError(f'{name} {problem}')
-        buffer.copy_(value)
+    def _set(self, **state: Union[float, torch.Tensor]) -> None:
+        """Set buffers: all of them or, with a ValueError if one is refused, none."""
+        values = {name: torch.as_tensor(value, device=getattr(self, name).device) for name, value in state.items()}
+        for name, value in values.items():
+            problem = self._problem(name, value, values)
+            if problem:
+                raise ValueError(f'{name} {problem}')
+        for name, value in values.items():
+            getattr(self, name).copy_(value)
 
     @staticmethod
     def _range_repr(name: str, value: torch.Tensor) -> str:

@@ -170,4 +170,4 @@ def straight_through(out: torch.Tensor, h: torch.Tensor, lower: torch.Tensor, up
     """
     value = h.detach()  # compared in float32, as thresholds are
     inside = torch.where((value >= lower) & (value <= upper), h, torch.zeros_like(h))
-    return out + (inside - inside.detach()).to(out.dtype)  # an exact zero
+    return out - (inside.detach() - inside).to(out.dtype)  # an exact zero, which leaves even -0. as it is

@@ -43,8 +43,7 @@ class GradedCoding(Neuron):
             ValueError: If a range is empty or not finite.
         """
         step = (high - low) / 255
-        self._set('step', step.view(-1, 1, 1))
-        self._set('center', (low + 128 * step).view(-1, 1, 1))
+        self._set(step=step.view(-1, 1, 1), center=(low + 128 * step).view(-1, 1, 1))
         self.calibrated.fill_(True)
 
     def encode(self, x: torch.Tensor) -> Spikes:

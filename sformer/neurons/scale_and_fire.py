@@ -1,6 +1,6 @@
 """The scale-and-fire neuron."""
 import math
-from typing import Optional, Sequence, Tuple
+from typing import Mapping, Optional, Sequence, Tuple
 
 import torch
 
@@ -66,7 +66,7 @@ class ScaleAndFire(Neuron):
         self.register_buffer('step', torch.full(tuple(shape), step, **dd))
         self.register_buffer(
             'multiplier', torch.ones((2 if signed else 1, *shape), device=device, dtype=torch.uint8))
-        self.register_buffer('levels', values.to(torch.int16).to(device))
+        self.register_buffer('levels', values.to(self.step.device, torch.int16))
         self.register_buffer('center', None if center_shape is None else torch.zeros(tuple(center_shape), **dd))
 
     @property
@@ -98,13 +98,12 @@ class ScaleAndFire(Neuron):
         Raises:
             ValueError: If a value is not finite, not positive, of another shape, or levels do not fit into their bits.
         """
-        if levels is not None:
-            self._set('levels', levels)
-        self._set('step', exact_step(step))
-        self._set('multiplier', torch.ones_like(self.multiplier) if multiplier is None else multiplier)
+        self._set(
+            step=exact_step(step),
+            multiplier=torch.ones_like(self.multiplier) if multiplier is None else multiplier,
+            levels=self.levels if levels is None else levels,
+            **({} if center is None else {'center': center}))
         self.lopsided = bool((self.multiplier != 1).any())
-        if center is not None:
-            self._set('center', center)
         self.calibrated.fill_(True)
 
     def encode(self, x: torch.Tensor) -> Spikes:
@@ -190,8 +189,8 @@ class ScaleAndFire(Neuron):
         super()._load_from_state_dict(*args)
         self.lopsided = not self.multiplier.is_meta and bool((self.multiplier != 1).any())
 
-    def _problem(self, name: str, value: torch.Tensor) -> str:
-        problem = super()._problem(name, value)
+    def _problem(self, name: str, value: torch.Tensor, state: Mapping[str, torch.Tensor]) -> str:
+        problem = super()._problem(name, value, state)
         if problem or value.is_meta:
             return problem
         if name == 'levels':
@@ -202,7 +201,8 @@ class ScaleAndFire(Neuron):
             if self.fire_function != 'density' and v.tolist() != expected:
                 return f'are not the levels of {self.fire_function} firing'
         if name == 'multiplier':
-            top = self.top // (int(self.levels[-1]) if not self.levels.is_meta else 1)
+            levels = state.get('levels', self.levels)
+            top = self.top // max(1, int(levels.max())) if levels.numel() and not levels.is_meta else self.top
             if (value < 1).any() or (value > top).any():
                 return f'must lie in [1, {top}], or levels would not fit into their bits'
         return ''

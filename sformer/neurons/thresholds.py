@@ -14,7 +14,8 @@ __all__ = ['MIN_STEP', 'exact_step', 'fit_steps', 'fit_density_levels', 'error_i
 MIN_STEP = 2. ** LOW
 PER_OCTAVE = 32  # candidate thresholds per octave
 NUM_CANDIDATES = (HIGH - LOW) * PER_OCTAVE
-NUM_BETWEEN = 9  # candidate steps between what the two branches would like, per pair of multipliers
+# candidate steps between what the two branches would like: in all, and at least per pair of multipliers
+NUM_BETWEEN, MIN_BETWEEN = 65, 9
 
 
 def exact_step(step: torch.Tensor) -> torch.Tensor:
@@ -96,8 +97,8 @@ def fit_steps(
     """One step per group, and the multipliers of its two branches, whose thresholds are step times multiplier.
 
     `mse` takes the step and the pair of multipliers with the least squared error. `quantile` and `max` say how far each
-    branch has to reach: of the pairs that do it, the one with the least squared error is taken. A silent branch goes
-    along with the other, a silent group gets the median step of the site.
+    branch has to reach: the pair that does it and goes beyond it the least is taken. A silent branch goes along with
+    the other, a silent group gets the median step of the site.
 
     Args:
         statistics: Signed statistics of the site.
@@ -109,11 +110,11 @@ def fit_steps(
         Steps, float32, (groups,), and multipliers, uint8, (2, groups).
     """
     with torch.device('cpu'):  # where statistics are, whatever the default device is
-        errors = torch.stack([branch_error(counts, values, boundaries) for counts in statistics.counts])
         heard = statistics.counts[:, :, 1:].sum(-1) > 0  # (2, groups)
         pairs = torch.tensor(multiplier_pairs(MAX_LEVEL // int(values[-1])))  # (P, 2)
         shifts = pairs.to(torch.float64).log2()[:, :, None] * PER_OCTAVE
         if config.estimator == 'mse':
+            errors = torch.stack([branch_error(counts, values, boundaries) for counts in statistics.counts])
             wanted = errors.argmin(-1).to(torch.float64)
         else:
             tops = statistics.peak.to(torch.float64) if config.estimator == 'max' else \
@@ -123,13 +124,15 @@ def fit_steps(
         wish = torch.where(heard, wanted, wanted.flip(0)) - shifts
         low, high = wish.amin(1), wish.amax(1)
         if config.estimator == 'mse':
-            share = torch.linspace(0, 1, NUM_BETWEEN, dtype=torch.float64)[:, None]
+            between = max(MIN_BETWEEN, NUM_BETWEEN // len(pairs))
+            share = torch.linspace(0, 1, between, dtype=torch.float64)[:, None]
             position = (low[:, None] + share * (high - low)[:, None]).round()  # (P, K, groups)
+            index = (position[:, :, None] + shifts[:, None]).round().nan_to_num(0.).clamp(0, NUM_CANDIDATES - 1)
+            cost = sum(errors[b].gather(1, index[:, :, b].flatten(0, 1).long().T).T for b in (0, 1))
         else:
             position = high[:, None]
-        index = (position[:, :, None] + shifts[:, None]).round().nan_to_num(0.).clamp(0, NUM_CANDIDATES - 1)
-        total = sum(errors[b].gather(1, index[:, :, b].flatten(0, 1).long().T).T for b in (0, 1))
-        best = total.argmin(0)  # (groups,) among P * K
+            cost = high - low  # one branch reaches as far as it has to, the other this much further
+        best = cost.argmin(0)  # (groups,) among P * K
         step = 2. ** ((position.flatten(0, 1).gather(0, best[None])[0] + 1) / PER_OCTAVE + LOW) / values[-1].item()
         multiplier = pairs[best // position.shape[1]].T
         silent = ~heard.any(0)

@@ -1,0 +1,64 @@
+"""Configs of firing and of fitting: every value out of its range is named."""
+import dataclasses
+import math
+
+import pytest
+
+from sformer.neurons import MAX_LEVEL, FitConfig, SFNConfig
+
+
+@pytest.mark.parametrize('field, value', [
+    ('levels', 0), ('levels', 128), ('levels', -1), ('levels', 8.), ('levels', '8'), ('levels', None), ('levels', True),
+    ('fire', 'linear'), ('attention_fire', 'softmax'),
+    ('initial_potential', -0.1), ('initial_potential', 1.), ('initial_potential', math.nan),
+    ('dead_zone', -0.5), ('dead_zone', math.nan), ('dead_zone', math.inf),
+    ('scale', 0.), ('scale', -1.), ('scale', math.nan), ('scale', math.inf),
+])
+def test_config_names_the_field_that_is_wrong(field, value):
+    with pytest.raises(ValueError, match=rf'^{field}\b'):
+        SFNConfig(**{field: value})
+
+
+@pytest.mark.parametrize('field, value', [
+    ('estimator', 'kl'), ('estimator', None), ('quantile', 0.), ('quantile', 1.01), ('quantile', math.nan),
+    ('quantile', -1), ('quantile', '1'),
+])
+def test_fit_config_names_the_field_that_is_wrong(field, value):
+    with pytest.raises(ValueError, match=rf'^{field}\b'):
+        FitConfig(**{field: value})
+
+
+@pytest.mark.parametrize('field', ['initial_potential', 'dead_zone', 'scale'])
+@pytest.mark.parametrize('value', ['1', None, True])
+def test_config_refuses_what_is_no_number(field, value):
+    with pytest.raises(ValueError, match=f'{field} must be a number'):
+        SFNConfig(**{field: value})
+
+
+@pytest.mark.parametrize('field', ['fire', 'attention_fire'])
+def test_config_power2_has_seven_levels(field):
+    SFNConfig(levels=7, **{field: 'power2'})
+    with pytest.raises(ValueError, match=f'{field}=power2'):
+        SFNConfig(levels=8, **{field: 'power2'})
+
+
+@pytest.mark.parametrize('config, silent', [
+    (dict(levels=8), 8.1), (dict(levels=4, attention_fire='uniform'), 4.1), (dict(levels=4, fire='density'), 16.1),
+])
+def test_config_refuses_a_dead_zone_beyond_the_top_level(config, silent):
+    with pytest.raises(ValueError, match='dead_zone must not exceed .* nothing would ever fire'):
+        SFNConfig(**config, dead_zone=silent)
+    SFNConfig(**config, dead_zone=silent - 0.2)
+
+
+@pytest.mark.parametrize('config, field', [(SFNConfig(), 'levels'), (FitConfig(), 'estimator')])
+def test_configs_are_frozen(config, field):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(config, field, 3)
+    assert type(config)(**dataclasses.asdict(config)) == config
+
+
+def test_limits_are_valid():
+    for levels in (1, MAX_LEVEL):
+        SFNConfig(levels=levels, initial_potential=0., dead_zone=0.)
+    FitConfig('quantile', 1.)

@@ -1,0 +1,95 @@
+"""Graded-spike coding of pixels: lossless on 8-bit images, under any normalisation."""
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from neuron_tools import prop, rng, site
+
+from sformer.neurons import GradedCoding
+
+means = st.floats(0, 1)
+deviations = st.floats(0.05, 2)
+
+
+@prop
+@given(st.lists(st.tuples(means, deviations), min_size=1, max_size=4))
+def test_graded_coding_is_lossless_on_every_8_bit_value(channels):
+    mean_, std = (torch.tensor(v, dtype=torch.float64) for v in zip(*channels, strict=True))
+    coding = GradedCoding(len(channels))
+    coding.set_range((-mean_ / std).float(), ((1 - mean_) / std).float())
+    pixels = torch.arange(256, dtype=torch.float64).view(1, 1, 16, 16).expand(1, len(channels), 16, 16)
+    x = ((pixels / 255 - mean_[:, None, None]) / std[:, None, None]).float()
+    spikes = coding.encode(x)
+    assert spikes.levels.dtype == torch.int8 and torch.equal(spikes.levels.double() + 128, pixels)
+    torch.testing.assert_close(coding(x), x, rtol=1e-5, atol=1e-5)
+
+
+@prop
+@given(st.tuples(means, deviations), st.lists(st.floats(-2. ** 99, 2. ** 99, width=32), max_size=8))
+def test_output_is_the_decoded_spikes_bit_for_bit(normalisation, currents):
+    mean_, std = normalisation
+    coding = GradedCoding(1)
+    coding.set_range(torch.tensor([-mean_ / std]), torch.tensor([(1 - mean_) / std]))
+    ties = (torch.arange(-129, 130) + 0.5) * coding.step.flatten() + coding.center.flatten()
+    x = torch.cat([torch.tensor(currents + [0., -0., 1e-40]), ties, 3 * torch.randn(50, generator=rng(0))])
+    x = x.view(1, 1, 1, -1)
+    assert torch.equal(coding(x), coding.encode(x).decode())
+
+
+def test_graded_coding_saturates_at_its_range():
+    coding = GradedCoding(1)
+    coding.set_range(torch.tensor([-2.]), torch.tensor([3.]))
+    x = torch.tensor([-100., -2., 3., 100.]).view(1, 1, 1, 4).requires_grad_()
+    assert coding.encode(x).levels.flatten().tolist() == [-128, -128, 127, 127]
+    out = coding(x)
+    torch.testing.assert_close(out.flatten(), torch.tensor([-2., -2., 3., 3.]))
+    out.sum().backward()
+    assert x.grad.flatten().tolist()[::3] == [0, 0]
+    assert coding.calibrated
+
+
+def test_graded_coding_is_straight_through_inside_of_its_range():
+    coding = GradedCoding(3)
+    x = (torch.rand(2, 3, 4, 4, generator=rng(0)) * 1.9 - 0.95).requires_grad_()
+    upstream = torch.randn(x.shape, generator=rng(1))
+    out = coding(x)
+    out.backward(upstream)
+    assert torch.equal(x.grad, upstream)
+    with torch.no_grad():
+        assert torch.equal(coding(x), out)
+
+
+def test_every_pixel_value_has_a_gradient():
+    x = ((torch.arange(256) / 255 - 0.5) / 0.5).view(1, 1, 16, 16).requires_grad_()
+    GradedCoding(1)(x).sum().backward()
+    assert (x.grad == 1).all()
+
+
+def test_graded_coding_covers_unit_std_by_default():
+    pixels = torch.arange(256).view(1, 1, 16, 16)
+    assert torch.equal(GradedCoding(1).encode((pixels / 255 - 0.5) / 0.5).levels + 128., pixels.float())
+
+
+@pytest.mark.parametrize('low, high', [(1., 1.), (1., 0.), (math.nan, 1.), (0., math.inf)])
+def test_graded_coding_refuses_an_empty_range_and_changes_nothing(low, high):
+    coding = GradedCoding(1)
+    before = {k: v.clone() for k, v in coding.state_dict().items()}
+    with pytest.raises(ValueError, match='step|center'):
+        coding.set_range(torch.tensor([low]), torch.tensor([high]))
+    assert all(torch.equal(v, before[k]) for k, v in coding.state_dict().items())
+
+
+def test_images_of_another_normalisation_widen_the_range():
+    coding = GradedCoding(2)
+    x = torch.rand(4, 2, 8, 8, generator=rng(0)) * 6 - 3
+    coding.fit(site(x, (2, 1, 1)))
+    assert ((coding(x) - x).abs() <= 0.51 * coding.step).all() and coding.calibrated
+
+
+def test_dark_images_leave_the_code_lossless():
+    coding = GradedCoding(2)
+    before = coding.step.clone()
+    coding.fit(site(torch.rand(4, 2, 8, 8, generator=rng(0)) * 0.1, (2, 1, 1)))
+    torch.testing.assert_close(coding.step, before, rtol=1e-5, atol=0)
