@@ -1,11 +1,11 @@
 """How neurons fire, and how they are fitted: two frozen configs, each with one owner."""
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Dict, Type, TypeVar, Union
 
 from .functional import MAX_LEVEL, MAX_WIDE_LEVEL, level_values
 
-__all__ = ['FIRE_FUNCTIONS', 'ESTIMATORS', 'DEFAULT_RANGE', 'SFNConfig', 'FitConfig']
+__all__ = ['FIRE_FUNCTIONS', 'ESTIMATORS', 'DEFAULT_RANGE', 'SFNConfig', 'FitConfig', 'as_config']
 
 FIRE_FUNCTIONS = ('uniform', 'quadratic', 'power2', 'density')
 ESTIMATORS = ('mse', 'quantile', 'max')
@@ -83,3 +83,11 @@ class FitConfig:
     def __post_init__(self):
         _check(self.estimator in ESTIMATORS, f'estimator must be mse, quantile or max, got {self.estimator!r}.')
         _check_number('quantile', self.quantile, math.ulp(0.), 1)
+
+
+Config = TypeVar('Config', SFNConfig, FitConfig)
+
+
+def as_config(kind: Type[Config], value: Union[Config, Dict[str, Any], None]) -> Config:
+    """A config that is given as one, as its fields, or as None for the default one."""
+    return value if isinstance(value, kind) else kind(**(value or {}))  # type: ignore[arg-type]
