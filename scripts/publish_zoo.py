@@ -4,7 +4,7 @@
     python scripts/publish_zoo.py --namespace my-org --imagenet DIR --only 'sformer_tiny*' --curve 4 --curve 8 --dry-run
 
 The table is the zoo: `sformer_base.TAG` has the weights `TAG` of the timm model that it has the architecture of.
-Sources without a classifier can not be evaluated and are left out. Each entry has a folder below `--work`. What is
+Sources without a classifier cannot be evaluated and are left out. Each entry has a folder below `--work`. What is
 complete there is not done again, so a run that was interrupted is simply repeated. The main process converts and
 publishes; all processes evaluate.
 """
@@ -22,11 +22,11 @@ from typing import Annotated, Any, Callable, Dict, Iterator, List, Optional, Seq
 import timm
 import torch
 import typer
-from sformer.distributed import Group
 
 import sformer
 from sformer.checkpoints import state_hash, write_json
 from sformer.errors import SFormerError
+from sformer.evaluation.distributed import Group
 from sformer.models.zoo import ZOO
 from sformer.neurons import SFNConfig
 from sformer.publishing.publish import check_repo_id, prepare, publish

@@ -17,9 +17,9 @@ def _check(ok: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _check_number(name: str, value: Any, low: float, high: float) -> None:
+def _check_number(name: str, value: Any, low: float, high: float, interval: str = '') -> None:
     _check(isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high,
-           f'{name} must be a number in [{low:g}, {high:g}], got {value!r}.')
+           f'{name} must be a number in {interval or f"[{low:g}, {high:g}]"}, got {value!r}.')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class SFNConfig:
             _check(value in FIRE_FUNCTIONS, f'{name} must be one of {", ".join(FIRE_FUNCTIONS)}, got {value!r}.')
             _check(value != 'power2' or self.levels <= 7,
                    f'{name}=power2 has levels 1, 2, 4 ... 64, so at most 7 of them, got levels={self.levels}.')
-        _check_number('initial_potential', self.initial_potential, 0, math.nextafter(1, 0))
+        _check_number('initial_potential', self.initial_potential, 0, math.nextafter(1, 0), '[0, 1)')
         _check_number('dead_zone', self.dead_zone, 0, math.inf)
         for name, limit in (('fire', MAX_LEVEL), ('attention_fire', MAX_WIDE_LEVEL)):
             value = getattr(self, name)
@@ -82,7 +82,7 @@ class FitConfig:
 
     def __post_init__(self):
         _check(self.estimator in ESTIMATORS, f'estimator must be mse, quantile or max, got {self.estimator!r}.')
-        _check_number('quantile', self.quantile, math.ulp(0.), 1)
+        _check_number('quantile', self.quantile, math.ulp(0.), 1, '(0, 1]')
 
 
 Config = TypeVar('Config', SFNConfig, FitConfig)
