@@ -4,7 +4,7 @@
     python scripts/publish_zoo.py --namespace my-org --imagenet DIR --only 'sformer_tiny*' --curve 4 --curve 8 --dry-run
 
 The table is the zoo: `sformer_base.TAG` has the weights `TAG` of the timm model that it has the architecture of.
-Sources without a classifier can not be evaluated and are left out. Each entry has a folder below `--work`. What is
+Sources without a classifier cannot be evaluated and are left out. Each entry has a folder below `--work`. What is
 complete there is not done again, so a run that was interrupted is simply repeated. The main process converts and
 publishes; all processes evaluate.
 """

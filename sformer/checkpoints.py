@@ -4,10 +4,12 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import tempfile
+import time
 import warnings
 from pathlib import Path
-from typing import Any, Dict, Iterator, Union
+from typing import Any, Dict, Iterator, Optional, Union
 
 import timm
 import torch
@@ -15,13 +17,18 @@ import torch.nn as nn
 from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.models import clean_state_dict
 
 from .errors import SFormerError
 
 __all__ = [
     'state_hash', 'file_hash', 'read_safetensors', 'load_source_weights_', 'check_weights', 'write_aside', 'write_json',
-    'locked', 'first_line',
+    'restore', 'locked', 'first_line', 'content_problem',
 ]
+
+_LFS_POINTER = b'version https://git-lfs.github.com/spec/'
+_ASIDE = '.writing-'  # folders that `write_aside` writes to
+
 
 def state_hash(state_dict: Dict[str, torch.Tensor]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of a state dict, independent of its order."""
@@ -48,6 +55,7 @@ def load_source_weights_(model: nn.Module, path: Union[str, Path], allow_pickle:
     path = Path(path)
     if not path.is_file():
         raise SFormerError(f'no checkpoint at {path}.')
+    _check_content(path)
     if path.suffix == '.safetensors' or is_safetensors(path):
         state = read_safetensors(path)
     elif not allow_pickle:
@@ -60,8 +68,9 @@ def load_source_weights_(model: nn.Module, path: Union[str, Path], allow_pickle:
                 state = timm.models.load_state_dict(str(path), weights_only=True)
         except Exception as e:  # torch's own message ends in advice to unpickle without protection
             raise SFormerError(
-                f'{path} can not be unpickled safely: it is damaged, or holds more than tensors. Save the state dict '
+                f'{path} cannot be unpickled safely: it is damaged, or holds more than tensors. Save the state dict '
                 f'as safetensors.') from e
+    state = clean_state_dict(state)  # DataParallel and torch.compile put prefixes before names
     expected = model.state_dict()
     wrong = [f'{k} is missing' for k in expected if k not in state]
     wrong += [f'{k} is not part of the model' for k in state if k not in expected]
@@ -92,12 +101,29 @@ def read_safetensors(path: Path) -> Dict[str, torch.Tensor]:
     """Read a safetensors file.
 
     Raises:
-        SFormerError: If it is truncated or corrupted.
+        SFormerError: If it is truncated or corrupted, or a Git-LFS pointer.
     """
     try:
+        _check_content(path)
         return load_file(path)
     except (SafetensorError, ValueError, OSError) as e:
         raise SFormerError(f'{path} is truncated or corrupted: {first_line(e)}.') from e
+
+
+def content_problem(start: bytes) -> Optional[str]:
+    """What is wrong with a file, by its first bytes; None if nothing is known to be."""
+    if not start:
+        return 'empty'
+    if start.startswith(_LFS_POINTER):
+        return 'a Git-LFS pointer, not the file itself: git lfs pull'
+    return None
+
+
+def _check_content(path: Path) -> None:
+    with open(path, 'rb') as f:
+        start = f.read(len(_LFS_POINTER))
+    if start == _LFS_POINTER:  # an empty file is a truncated one
+        raise SFormerError(f'{path} is {content_problem(start)}')
 
 
 def check_weights(model: nn.Module, where: str = 'the source network') -> None:
@@ -114,7 +140,8 @@ def write_aside(directory: Path) -> Iterator[Path]:
     """A temporary folder beside the files of `directory`, which replace them when the block ends without an error.
 
     Whatever happens in the block or while they are replaced, the files that were there survive it, and folders that
-    were not there are gone again.
+    were not there are gone again. A process that is killed leaves its temporary folder behind, for `restore` and until
+    the next call removes it.
     """
     directory = Path(directory)
     created = [d for d in (directory, *directory.parents) if not d.exists()]
@@ -125,21 +152,65 @@ def write_aside(directory: Path) -> Iterator[Path]:
     if not os.access(directory, os.W_OK):
         raise PermissionError(errno.EACCES, 'is read-only for you', str(directory))
     try:
-        with tempfile.TemporaryDirectory(dir=directory, prefix='.writing-') as name:
-            new, old = Path(name, 'new'), Path(name, 'old')
-            new.mkdir()
-            old.mkdir()
-            yield new
-            for path in new.iterdir():
-                path.chmod(0o666 & ~_umask())  # safetensors writes files that only the owner can read
-                with open(path, 'rb') as f:
-                    os.fsync(f.fileno())
-            _replace_all(new, old, directory)
+        with _folder_lock(directory) as alone:
+            for leftover in directory.glob(f'{_ASIDE}*'):
+                with contextlib.suppress(OSError):
+                    if alone or time.time() - leftover.stat().st_mtime > 3600:
+                        shutil.rmtree(leftover)
+            with tempfile.TemporaryDirectory(dir=directory, prefix=_ASIDE) as name:
+                new, old = Path(name, 'new'), Path(name, 'old')
+                new.mkdir()
+                old.mkdir()
+                yield new
+                for path in new.iterdir():
+                    path.chmod(0o666 & ~_umask())  # safetensors writes files that only the owner can read
+                    with open(path, 'rb') as f:
+                        os.fsync(f.fileno())
+                _replace_all(new, old, directory)
     except BaseException:
         for d in created:
             with contextlib.suppress(OSError):
                 d.rmdir()
         raise
+
+
+def restore(path: Path, sha256: str) -> bool:
+    """Finish or undo what a process that was killed in `write_aside` began: if it left the file of this SHA-256 behind,
+    put that in its place.
+
+    Returns:
+        Whether the file is now the one of this SHA-256.
+    """
+    with _folder_lock(path.parent):  # whoever is writing just now may finish first
+        if path.is_file() and file_hash(path) == sha256:
+            return True
+        for leftover in path.parent.glob(f'{_ASIDE}*/*/{path.name}'):
+            with contextlib.suppress(OSError):
+                if file_hash(leftover) == sha256:
+                    os.replace(leftover, path)
+                    return True
+    return False
+
+
+@contextlib.contextmanager
+def _folder_lock(directory: Path) -> Iterator[bool]:
+    """Keep other processes from writing to a folder; False where the file system or the platform cannot.
+
+    The kernel holds the lock on the folder itself: it leaves no file, and ends with the process.
+    """
+    descriptor = None
+    try:
+        import fcntl
+        descriptor = os.open(directory, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        alone = True
+    except (ImportError, OSError):
+        alone = False
+    try:
+        yield alone
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def _replace_all(new: Path, old: Path, directory: Path) -> None:

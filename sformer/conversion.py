@@ -1,5 +1,6 @@
 """Conversion: source network -> spiking layers -> observation -> fitted neurons -> record."""
 import copy
+from pathlib import Path
 from typing import Any, Dict, Iterable, Optional, Tuple, Union
 
 import torch
@@ -13,21 +14,21 @@ from .errors import SFormerError
 from .layers import named_neurons, revert_
 from .models import spiking_model_
 from .models.zoo import CUSTOM, ENTRYPOINTS, architecture_of
-from .neurons import FitConfig, SFNConfig
+from .neurons import FitConfig, SFNConfig, as_config
 from .record import CalibrationRecord, Conversion
 from .sources import Source, create_source
 from .utils import library_versions, progress
 
 __all__ = ['convert']
 
-Images = Union[str, Iterable[torch.Tensor]]
+Images = Union[str, Path, Iterable[torch.Tensor]]
 
 
 def convert(
         source: Union[str, nn.Module, Source],
         calibration: Images = 'dead-leaves',
-        config: SFNConfig = SFNConfig(),
-        fit: FitConfig = FitConfig(),
+        config: Union[SFNConfig, Dict[str, Any], None] = None,
+        fit: Union[FitConfig, Dict[str, Any], None] = None,
         *,
         split: Optional[str] = None,
         num_images: int = 256,
@@ -46,8 +47,8 @@ def convert(
             its own source.
         calibration: `dead-leaves` (generated images), `digits`, a folder of parquet files, an image folder, a Hugging
             Face data set id, or an iterable of normalised image batches (B, C, H, W), all of which are used.
-        config: How neurons fire.
-        fit: How their thresholds are fitted.
+        config: How neurons fire, as a config or as its fields.
+        fit: How their thresholds are fitted, likewise.
         split: Split of the calibration data set.
         num_images: Number of calibration images drawn from a named source of images.
         batch_size: Images per batch that are read from a named source of images; thresholds do not depend on it.
@@ -63,6 +64,7 @@ def convert(
         SFormerError: If the source, the data set or a value is not usable.
         UnsupportedLayerError: If a layer of the source has no spiking counterpart.
     """
+    config, fit = as_config(SFNConfig, config), as_config(FitConfig, fit)
     if isinstance(source, str):
         source = create_source(source, **source_kwargs)
         inplace = True
@@ -127,9 +129,9 @@ def _calibration_batches(
 ) -> Tuple[Iterable[torch.Tensor], Dict[str, Any]]:
     """Batches to observe, and what the record says of them."""
     data_config = resolve_input_data_config(model)
-    if not isinstance(calibration, str):
+    if not isinstance(calibration, (str, Path)):
         return _checked(calibration, data_config['input_size']), {}
-    images = open_images(calibration, split, data_config=data_config, num_images=num_images, seed=seed)
+    images = open_images(str(calibration), split, data_config=data_config, num_images=num_images, seed=seed)
     batches = (batch for batch, _ in progress(images.batches(batch_size), 'Calibrating', images.num_images))
     return batches, dict(name=images.name, split=images.split, seed=seed, fingerprint=images.fingerprint)
 

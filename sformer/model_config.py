@@ -12,7 +12,7 @@ from typing import Any, Dict, Optional, Set
 import timm
 from timm.models import build_model_with_cfg
 
-from .checkpoints import file_hash, read_safetensors
+from .checkpoints import file_hash, read_safetensors, restore
 from .errors import SFormerError
 from .record import Conversion
 from .utils import check_preprocessing
@@ -89,13 +89,16 @@ def conversion_of(config: Dict[str, Any]) -> Optional[Conversion]:
 
 
 def check_weights_file(folder: Path, config: Dict[str, Any]) -> None:
-    """Raise SFormerError unless a folder holds safetensors weights, and those that its config records."""
+    """Raise SFormerError unless a folder holds safetensors weights, and those that its config records.
+
+    A save that was killed between its two files is finished here.
+    """
     path = folder / WEIGHTS_NAME
+    expected = config.get('sformer', {}).get('weights_sha256')
+    if expected is not None and ((path.is_file() and file_hash(path) == expected) or restore(path, expected)):
+        return
     if not path.is_file():
         raise SFormerError(f'{folder} holds no SFormer: there is no {WEIGHTS_NAME}.')
-    expected = config.get('sformer', {}).get('weights_sha256')
-    if expected is not None and file_hash(path) == expected:
-        return
     read_safetensors(path)  # a damaged file says so itself
     if expected is not None:
         raise SFormerError(f'{path} is not the file that {CONFIG_NAME} belongs to (SHA-256 differs).')

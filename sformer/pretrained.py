@@ -29,8 +29,7 @@ from .errors import SFormerError
 from .hub import fetch, hub_errors, redact, split_revision
 from .layers import named_neurons
 from .model_config import WEIGHTS_NAME, check_weights_file, conversion_of, read_config
-from .models.sformer import as_config
-from .neurons import SFNConfig
+from .neurons import SFNConfig, as_config
 from .record import Conversion
 from .sources import create_source
 
@@ -117,7 +116,7 @@ def find_pretrained(
         return _converted(variant, f'{namespace}/{name}', overlay, cache_dir, sfn)
     _logger.info(f'{name}: weights of its source, {resolved.hf_hub_id}')
     hub_id = pinned(name, resolved.hf_hub_id, cache_dir)
-    neurons, conversion = neuron_state(name, f'{source}.{resolved.tag}', hub_id, as_config(sfn), cache_dir)
+    neurons, conversion = neuron_state(name, f'{source}.{resolved.tag}', hub_id, as_config(SFNConfig, sfn), cache_dir)
     return Pretrained(cfg, dict(overlay, hf_hub_id=hub_id), neurons=neurons, conversion=conversion, fresh=True)
 
 
@@ -125,11 +124,12 @@ def check_firing(name: str, asked: Any, fitted: Dict[str, Any]) -> None:
     """Raise SFormerError if converted weights are to be loaded into other neurons than they were fitted to."""
     if asked is None:
         return
-    config = dataclasses.asdict(as_config(asked))
-    different = [key for key, value in dataclasses.asdict(as_config(fitted)).items() if config[key] != value]
+    config = dataclasses.asdict(as_config(SFNConfig, asked))
+    there = dataclasses.asdict(as_config(SFNConfig, fitted))
+    different = [key for key, value in there.items() if config[key] != value]
     if different:
         raise SFormerError(
-            f'{name} was converted with {", ".join(f"{key}={fitted.get(key)!r}" for key in different)}, so sfn= can '
+            f'{name} was converted with {", ".join(f"{key}={there[key]!r}" for key in different)}, so sfn= can '
             f'ask for nothing else. Its source can be converted with sformer.convert().')
 
 
@@ -208,18 +208,23 @@ def neuron_state(
     """
     folder, key = cache_folder(cache_dir), cache_key(hub_id, config)
     path = folder / f'{name}-{key[:16]}.safetensors'
-    cached = _read(path, key)
-    if cached is not None:
+    with contextlib.suppress(FileNotFoundError, SFormerError):
+        cached = _read(path, key)
         _logger.info(f'{name}: neurons of {path}')
         return cached
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
     with locked(path.with_suffix('.lock')):
-        cached = _read(path, key)
-        if cached is not None:
+        try:
+            cached = _read(path, key)
             _logger.info(f'{name}: neurons of {path}, which another process has just written')
             return cached
-        _logger.warning(f'{name}: fitting neurons to {source} on {RECIPE["num_images"]} generated images, this once')
+        except FileNotFoundError:
+            why = ''
+        except SFormerError as e:
+            why = f' again, as {e}'
+        _logger.warning(
+            f'{name}: fitting neurons to {source} on {RECIPE["num_images"]} generated images{why or ", this once"}')
         state, conversion = _fit(source, hub_id, config, cache_dir)
         _write(path, key, state, conversion)
         return state, conversion
@@ -246,21 +251,24 @@ def _write(path: Path, key: str, state: State, conversion: Conversion) -> None:
         _logger.warning(f'{path} cannot be written ({e}): the next call will fit these neurons again')
 
 
-def _read(path: Path, key: str) -> Optional[Tuple[State, Conversion]]:
+def _read(path: Path, key: str) -> Tuple[State, Conversion]:
+    """Neurons of a file in the cache.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        SFormerError: If it is not as it was written.
+    """
     try:
         with safe_open(path, framework='pt') as f:
             about = f.metadata() or {}
-            if about.get('key') != key:
-                return None
             state = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-        if about.get('sha256') != state_hash(state):
-            raise SFormerError('its hash is another')
+        if about.get('key') != key or about.get('sha256') != state_hash(state):
+            raise ValueError('its hash is another')
         return state, Conversion.from_dict(json.loads(about['conversion']))
     except FileNotFoundError:
-        return None
+        raise
     except (OSError, SafetensorError, SFormerError, ValueError, KeyError, TypeError, AttributeError) as e:
-        _logger.warning(f'{path} is damaged ({first_line(e)})')
-        return None
+        raise SFormerError(f'{path} is damaged ({first_line(e)})') from None
 
 
 def _fit(source: str, hub_id: str, config: SFNConfig, cache_dir: Optional[str]) -> Tuple[State, Conversion]:

@@ -1,6 +1,6 @@
 """The record of a conversion: how a model came about, as it is saved beside its weights."""
 import dataclasses
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Optional, Union, get_args, get_origin
 
 from .errors import SFormerError
 from .neurons import FitConfig
@@ -85,14 +85,17 @@ class Conversion:
             raise SFormerError(f'the record of the conversion is not as sformer wrote it: {e}') from None
         for owner in (record, calibration):
             for field in dataclasses.fields(owner):
-                value, text = getattr(owner, field.name), field.name in _TEXTS
-                if text and not isinstance(value, (str, type(None))):
+                value = getattr(owner, field.name)
+                if not _is_of(value, field.type):
                     raise SFormerError(f'the record of the conversion is not as sformer wrote it: {field.name} is '
                                        f'{value!r}.')
-        if not isinstance(record.versions, dict) or not isinstance(calibration.num_images, int):
-            raise SFormerError('the record of the conversion is not as sformer wrote it: versions or num_images.')
         return record
 
 
-_TEXTS = {'source', 'source_tag', 'source_sha256', 'source_weights', 'global_pool', 'command', 'weights_sha256',
-          'zoo_entry', 'name', 'split', 'fingerprint'}
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a value is of the type that a field is annotated with; a bool is no number."""
+    if get_origin(kind) is Union:
+        return any(_is_of(value, other) for other in get_args(kind))
+    if get_origin(kind) is dict:
+        return type(value) is dict and all(_is_of(v, get_args(kind)[1]) for v in value.values())
+    return type(value) is kind

@@ -1,8 +1,9 @@
 """SFormers as folders: safetensors weights and a timm config that records the conversion."""
 import dataclasses
+import json
 import os
 from pathlib import Path
-from typing import Dict, Optional, Union
+from typing import Dict, Optional, Tuple, Union
 
 import timm
 import torch
@@ -41,21 +42,26 @@ def save_model(model: nn.Module, directory: Union[str, Path], overwrite: bool = 
         SFormerError: If the folder holds a model, can't be written to, or the model can't be rebuilt from a config.
     """
     directory = Path(directory)
+    state = {k: v.detach() for k, v in model.state_dict().items()}
+    for name, tensor in state.items():
+        if tensor.is_meta:
+            raise SFormerError(f'{name} has no values: it is on the meta device, or offloaded.')
     if not is_calibrated(model):
         raise UncalibratedError(f'{uncalibrated(model)}; convert it with sformer.convert() before saving.')
     if not isinstance(model, SFormerMixin):
         raise SFormerError(f'no config can rebuild a {type(model).__name__}; save the whole SFormer.')
     if not (getattr(model, 'pretrained_cfg', None) or {}).get('architecture'):
         raise SFormerError('the source was not built by timm.create_model(), so no config can rebuild it.')
+    _check_untied(state)
     check_output(directory, overwrite)
-    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    state = {k: v.cpu().contiguous() for k, v in state.items()}
     try:
         with write_aside(directory) as aside:
             save_file(state, aside / WEIGHTS_NAME, metadata={'format': 'pt'})
             record = _record(model, state, file_hash(aside / WEIGHTS_NAME))
-            save_config_for_hf(model, str(aside / CONFIG_NAME), model_config=dict(sformer=record.to_dict()))
+            _save_config(model, aside / CONFIG_NAME, record)
             _check_rebuild(aside, state)
-    except (OSError, SafetensorError, ValueError) as e:
+    except (OSError, SafetensorError) as e:
         raise SFormerError(f'{directory} cannot be written: {first_line(e)}. What was there is unchanged.') from e
     return directory
 
@@ -67,6 +73,26 @@ def _record(model: SFormerMixin, state: Dict[str, torch.Tensor], weights_sha256:
     weights = {k: v for k, v in state.items() if not k.startswith(neurons)}
     changed = record.changed or record.source_sha256 not in (None, state_hash(weights))  # or of another dtype
     return dataclasses.replace(record, changed=changed, weights_sha256=weights_sha256)
+
+
+def _check_untied(state: Dict[str, torch.Tensor]) -> None:
+    """Raise SFormerError if two names share a tensor, which they would not do any more in what is loaded."""
+    names: Dict[Tuple[torch.device, int], str] = {}
+    for name, tensor in state.items():
+        first = names.setdefault((tensor.device, tensor.data_ptr()), name) if tensor.numel() else name
+        if first != name:
+            raise SFormerError(f'{name} and {first} share their values, so no config can rebuild this model: give each '
+                               f'a copy of its own.')
+
+
+def _save_config(model: SFormerMixin, path: Path, record: Conversion) -> None:
+    try:
+        save_config_for_hf(model, str(path), model_config=dict(sformer=record.to_dict()))
+    except ValueError as e:  # an argument that JSON does not know
+        raise SFormerError(f'no config can rebuild this model: {first_line(e)}.') from e
+    config = json.loads(path.read_text(encoding='utf-8'))
+    config['model_args'].pop('num_classes', None)  # stands at the root; transformers refuses a second one
+    path.write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
 
 
 def _check_rebuild(directory: Path, state: Dict[str, torch.Tensor]) -> None:

@@ -46,12 +46,12 @@ def command(args, folder, terminal=None, started=None):
     for fd, path in ((1, 'out'), (2, terminal or 'err')):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOCTTY), fd)
     if started:
-        observe = conversion.observe
+        calibrate = conversion.calibrate_
 
         def announced(*args, **kwargs):
             Path(started).touch()
-            return observe(*args, **kwargs)
-        conversion.observe = announced
+            return calibrate(*args, **kwargs)
+        conversion.calibrate_ = announced
     cli.main()
 
 

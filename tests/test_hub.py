@@ -160,18 +160,18 @@ def test_weights_in_a_folder_that_the_config_does_not_record(folder, other_folde
         timm.create_model(f'local-dir:{folder}', pretrained=True)
 
 
-def test_spoilt_thresholds(published, tmp_path):
+def test_spoilt_steps(published, tmp_path):
     """By a publisher who has the hash right."""
     for value in (0., float('nan'), -1.):
         state = load_file(next(iter([published_file(published, tmp_path)])))
-        state['blocks.1.mlp.fc1.neuron.threshold'].fill_(value)
+        state['blocks.1.mlp.fc1.neuron.step'].fill_(value)
         save_file(state, tmp_path / 'spoilt.safetensors')
         published.put(REPO, dict(published.files(REPO), **{
             'model.safetensors': (tmp_path / 'spoilt.safetensors').read_bytes()}))
         change_config(published, sformer=dict(weights_sha256=file_hash(tmp_path / 'spoilt.safetensors')))
-        with pytest.raises(SFormerError, match=r'blocks\.1\.mlp\.fc1\.neuron\.threshold is'):
+        with pytest.raises(SFormerError, match=r'blocks\.1\.mlp\.fc1\.neuron\.step is'):
             load_model(f'hf-hub:{REPO}')
-        with pytest.raises(RuntimeError, match=r'blocks\.1\.mlp\.fc1\.neuron\.threshold is'):
+        with pytest.raises(RuntimeError, match=r'blocks\.1\.mlp\.fc1\.neuron\.step is'):
             timm_load()
 
 
@@ -199,7 +199,7 @@ def small_disk(tmp_path):
     tool = shutil.which('mount')
     command = [tool, '-t', 'tmpfs', '-o', 'size=400k', 'tmpfs', str(mount)]
     if not tool or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip('a small file system can not be mounted here (root only)')
+        pytest.skip('a small file system cannot be mounted here (root only)')
     yield mount
     subprocess.run(['umount', str(mount)], check=True)
 
@@ -255,7 +255,7 @@ def test_pickle_by_the_name_of_weights(published, tmp_path, load):
     data = pickle.dumps(Bomb(tmp_path / 'boom'))
     published.put(REPO, dict(published.files(REPO), **{'model.safetensors': data}))
     change_config(published, sformer=dict(weights_sha256=hashlib.sha256(data).hexdigest()))
-    with pytest.raises(Exception, match='[Hh]eader|truncated or corrupted|can not be loaded'):
+    with pytest.raises(Exception, match='[Hh]eader|truncated or corrupted|cannot be loaded'):
         load()
     assert not (tmp_path / 'boom').exists()
 
@@ -283,7 +283,7 @@ def test_pickle_by_the_name_of_weights(published, tmp_path, load):
     (dict(pretrained_cfg=dict(interpolation='foo')), "unknown interpolation 'foo'"),
     (dict(pretrained_cfg=dict(std=[0])), 'std must lie in'),
     (dict(pretrained_cfg=dict(crop_pct='x')), "crop_pct must lie in .* got 'x'"),
-    (dict(sformer=dict(recipe=5)), 'sformer.recipe is 5'),
+    (dict(sformer=dict(version=1)), 'has version 1, this sformer reads 2'),
     (dict(model_args=dict(pruned=True)), 'model_args sets pruned'),
     (dict(model_args=dict(features_only=True)), 'model_args sets features_only'),
     (dict(architecture='sformer_custom', model_args=dict(source='hf-hub:their-org/x')), "source 'hf-hub:"),
@@ -316,7 +316,7 @@ def test_configs_that_direct_the_loader(published, changes, message):
 def test_configs_that_fit_nothing(published, run_here, changes):
     """One line that names the model; whatever timm makes of a string, it imports nothing."""
     change_config(published, **changes)
-    with pytest.raises(SFormerError, match=f'{REPO} can not be loaded|config.json') as caught:
+    with pytest.raises(SFormerError, match=f'{REPO} cannot be loaded|config.json') as caught:
         load_model(f'hf-hub:{REPO}')
     assert '\n' not in str(caught.value)
     assert run_here('evaluate', f'hf-hub:{REPO}', '--dataset', 'digits').code == 1

@@ -1,6 +1,6 @@
 """Command line: `sformer convert | evaluate | compare | list | demo | publish | card`.
 
-Commands import what they need when they run: torch takes seconds to load, and `sformer --help` does not need it.
+Commands import what is slow to load when they run.
 """
 import io
 import logging

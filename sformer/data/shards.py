@@ -5,14 +5,13 @@ import tarfile
 from pathlib import Path
 from typing import Dict, List, Optional, Tuple
 
+from ..checkpoints import content_problem
 from ..errors import SFormerError
 from .folders import SPLIT_FOLDERS, subfolders
 from .preprocessing import one_line
 
-__all__ = ['check_archive', 'check_shards', 'content_problem', 'file_sample', 'find_damage', 'find_shards',
-           'parquet_rows']
+__all__ = ['check_archive', 'check_shards', 'file_sample', 'find_damage', 'find_shards', 'parquet_rows']
 
-_LFS_POINTER = b'version https://git-lfs.github.com/spec/'
 _SAMPLE = 65536
 
 
@@ -59,15 +58,6 @@ def file_sample(path: Path) -> Tuple[str, int, str]:
         f.seek(max(0, size - _SAMPLE))
         ends += f.read()
     return path.name, size, hashlib.sha256(ends).hexdigest()
-
-
-def content_problem(start: bytes) -> Optional[str]:
-    """What is wrong with a file, by its first bytes; None if nothing is known to be."""
-    if not start:
-        return 'empty'
-    if start.startswith(_LFS_POINTER):
-        return 'a Git-LFS pointer, not the file itself: git lfs pull'
-    return None
 
 
 def check_shards(kind: str, files: List[Path]) -> None:

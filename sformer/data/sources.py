@@ -19,9 +19,10 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 import numpy as np
 from PIL import Image
 
+from ..checkpoints import content_problem
 from .columns import Columns
 from .generator import dead_leaves_image
-from .shards import check_archive, content_problem
+from .shards import check_archive
 
 __all__ = ['DeadLeaves', 'Digits', 'Files', 'Table', 'TableStream']
 

@@ -23,22 +23,17 @@ from ..layers import (
     register_spiking,
     spiking_,
 )
-from ..neurons import GradedCoding, ScaleAndFire, SFNConfig
+from ..neurons import GradedCoding, ScaleAndFire, SFNConfig, as_config
 from .zoo import CUSTOM, ENTRYPOINTS, SMALL, SOURCES
 
 __all__ = [
     'SFormer', 'SFormerBeit', 'SFormerDistilled', 'SFormerEva', 'SFormerMixin', 'SPIKING_MODELS', 'HEADS',
-    'spiking_model_', 'set_pixel_range_', 'as_config', 'checkpoint_filter_fn',
+    'spiking_model_', 'set_pixel_range_', 'checkpoint_filter_fn',
 ]
 
 HEADS = ('head', 'head_dist')  # what timm's reset_classifier() puts in anew
 
 State = Dict[str, torch.Tensor]
-
-
-def as_config(sfn: Union[SFNConfig, Dict[str, Any], None]) -> SFNConfig:
-    """Neurons given as a config, as its fields, or as None for the default ones."""
-    return sfn if isinstance(sfn, SFNConfig) else SFNConfig(**(sfn or {}))
 
 
 class SFormerMixin(SpikingLayer):
@@ -166,7 +161,7 @@ def spiking_model_(model: nn.Module, sfn: Union[SFNConfig, Dict[str, Any], None]
         raise UnsupportedLayerError(
             f'no spiking counterpart for a model of class {kind.__module__}.{kind.__qualname__}, only for {names}. '
             f'sformer.spiking_() and sformer.calibrate_() take any module whose layers have one.')
-    spiking_(model, as_config(sfn))
+    spiking_(model, as_config(SFNConfig, sfn))
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     set_pixel_range_(model, cfg.get('mean'), cfg.get('std'))
     return model

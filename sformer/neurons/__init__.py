@@ -4,7 +4,7 @@ No timm, no files: currents are tensors, and everything here works on any of the
 `Neuron` with `encode`, `statistics` and `fit`.
 """
 from .base import Neuron, Spikes
-from .config import DEFAULT_RANGE, FIRE_FUNCTIONS, FitConfig, SFNConfig
+from .config import DEFAULT_RANGE, FIRE_FUNCTIONS, FitConfig, SFNConfig, as_config
 from .functional import (
     MAX_LEVEL,
     MAX_WIDE_LEVEL,
@@ -20,7 +20,7 @@ from .scale_and_fire import ScaleAndFire
 from .statistics import CurrentStatistics
 
 __all__ = [
-    'MAX_LEVEL', 'MAX_WIDE_LEVEL', 'FIRE_FUNCTIONS', 'DEFAULT_RANGE', 'SFNConfig', 'FitConfig',
+    'MAX_LEVEL', 'MAX_WIDE_LEVEL', 'FIRE_FUNCTIONS', 'DEFAULT_RANGE', 'SFNConfig', 'FitConfig', 'as_config',
     'integrate_and_fire', 'multi_threshold', 'level_values', 'firing_boundaries', 'fire', 'straight_through',
     'Neuron', 'Spikes', 'ScaleAndFire', 'GradedCoding', 'CurrentStatistics',
 ]

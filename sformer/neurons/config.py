@@ -1,11 +1,11 @@
 """How neurons fire, and how they are fitted: two frozen configs, each with one owner."""
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Dict, Type, TypeVar, Union
 
 from .functional import MAX_LEVEL, MAX_WIDE_LEVEL, level_values
 
-__all__ = ['FIRE_FUNCTIONS', 'ESTIMATORS', 'DEFAULT_RANGE', 'SFNConfig', 'FitConfig']
+__all__ = ['FIRE_FUNCTIONS', 'ESTIMATORS', 'DEFAULT_RANGE', 'SFNConfig', 'FitConfig', 'as_config']
 
 FIRE_FUNCTIONS = ('uniform', 'quadratic', 'power2', 'density')
 ESTIMATORS = ('mse', 'quantile', 'max')
@@ -17,9 +17,9 @@ def _check(ok: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _check_number(name: str, value: Any, low: float, high: float) -> None:
+def _check_number(name: str, value: Any, low: float, high: float, interval: str = '') -> None:
     _check(isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high,
-           f'{name} must be a number in [{low:g}, {high:g}], got {value!r}.')
+           f'{name} must be a number in {interval or f"[{low:g}, {high:g}]"}, got {value!r}.')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ class SFNConfig:
             _check(value in FIRE_FUNCTIONS, f'{name} must be one of {", ".join(FIRE_FUNCTIONS)}, got {value!r}.')
             _check(value != 'power2' or self.levels <= 7,
                    f'{name}=power2 has levels 1, 2, 4 ... 64, so at most 7 of them, got levels={self.levels}.')
-        _check_number('initial_potential', self.initial_potential, 0, math.nextafter(1, 0))
+        _check_number('initial_potential', self.initial_potential, 0, math.nextafter(1, 0), '[0, 1)')
         _check_number('dead_zone', self.dead_zone, 0, math.inf)
         for name, limit in (('fire', MAX_LEVEL), ('attention_fire', MAX_WIDE_LEVEL)):
             value = getattr(self, name)
@@ -87,4 +87,12 @@ class FitConfig:
 
     def __post_init__(self):
         _check(self.estimator in ESTIMATORS, f'estimator must be mse, quantile or max, got {self.estimator!r}.')
-        _check_number('quantile', self.quantile, math.ulp(0.), 1)
+        _check_number('quantile', self.quantile, math.ulp(0.), 1, '(0, 1]')
+
+
+Config = TypeVar('Config', SFNConfig, FitConfig)
+
+
+def as_config(kind: Type[Config], value: Union[Config, Dict[str, Any], None]) -> Config:
+    """A config that is given as one, as its fields, or as None for the default one."""
+    return value if isinstance(value, kind) else kind(**(value or {}))  # type: ignore[arg-type]

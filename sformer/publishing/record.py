@@ -106,11 +106,6 @@ RESULT = {
     'spikes_per_neuron': _mapping(POSITIVE), 'versions': _mapping(TEXT), 'bad_images': TEXTS,
 }
 POINT = {**RESULT, 'levels': LEVELS}
-CONVERSION = {
-    **dict.fromkeys(('source', 'source_tag', 'source_sha256', 'source_weights', 'weights_sha256', 'command'), TEXT),
-    'versions': _mapping(TEXT),
-}
-CALIBRATION = {**dict.fromkeys(('name', 'split', 'fingerprint'), TEXT), 'num_images': COUNT}
 
 
 def _check(values: Any, checks: Mapping[str, Check], needed: Tuple[str, ...] = ()) -> None:
@@ -155,8 +150,7 @@ def _check_config(config: Dict[str, Any], path: Path, num_classes: int) -> None:
     try:
         _check(config, labels)
         _check(cfg, {**labels, 'license': TEXT})
-        _check(conversion, CONVERSION)
-        _check(conversion.get('calibration') or {}, CALIBRATION)
+        _check(conversion.get('calibration') or {}, dict(num_images=COUNT))
         _check(neuron_configs(config)[0], dict(levels=LEVELS))
     except ValueError as e:
         raise SFormerError(f'{path} cannot be published: {e}.') from None

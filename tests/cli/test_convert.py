@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import signal
+import termios
 import threading
 import time
 
@@ -44,15 +45,15 @@ def test_convert_and_evaluate(convert_digits, run, model, tmp_path):
 
 def test_convert_options_reach_the_neurons(convert_digits, tmp_path):
     result = convert_digits(
-        '--levels', 7, '--fire', 'power2', '--attention-fire', 'density', '--firing', 'floor', '--dead-zone', .5,
-        '--scale', 1.25, '--estimator', 'quantile', '--quantile', .99, '--num-images', 50, '--batch-size', 20,
-        '--seed', 3, '--split', 'test')
+        '--levels', 7, '--fire', 'power2', '--attention-fire', 'density', '--initial-potential', 0,
+        '--dead-zone', .5, '--scale', 1.25, '--estimator', 'quantile', '--quantile', .99, '--num-images', 50,
+        '--batch-size', 20, '--seed', 3, '--split', 'test')
     assert (result.code, result.err) == (0, '')
-    record = json.loads((tmp_path / 'out' / 'config.json').read_text())['sformer']
-    assert record['recipe'] == dict(
-        levels=7, fire='power2', attention_fire='density', firing='floor', dead_zone=.5, scale=1.25,
-        estimator='quantile', quantile=.99)
-    calibration = record['calibration']
+    config = json.loads((tmp_path / 'out' / 'config.json').read_text())
+    assert config['model_args']['sfn'] == dict(
+        levels=7, fire='power2', attention_fire='density', initial_potential=0, dead_zone=.5, scale=1.25)
+    assert config['sformer']['fit'] == dict(estimator='quantile', quantile=.99)
+    calibration = config['sformer']['calibration']
     assert (calibration['num_images'], calibration['seed'], calibration['split']) == (50, 3, 'test')
 
 
@@ -70,7 +71,7 @@ def test_allowed_pickle(convert_digits):
 def test_overwrite(convert_digits, tmp_path):
     assert convert_digits().code == 0
     assert convert_digits('--overwrite', '--levels', 8).code == 0
-    assert json.loads((tmp_path / 'out' / 'config.json').read_text())['sformer']['recipe']['levels'] == 8
+    assert json.loads((tmp_path / 'out' / 'config.json').read_text())['model_args']['sfn']['levels'] == 8
 
 
 def test_several_values_per_option(run, tmp_path):
@@ -83,13 +84,14 @@ def test_several_values_per_option(run, tmp_path):
     assert (result.code, result.err) == (0, '')
     config = json.loads((tmp_path / 'out' / 'config.json').read_text())
     assert config['pretrained_cfg']['mean'] == [.4, .5, .6] and config['pretrained_cfg']['std'] == [.1, .2, .3]
-    step = sformer.load_model(tmp_path / 'out').patch_embed.proj.neuron.threshold.flatten()
+    step = sformer.load_model(tmp_path / 'out').patch_embed.proj.neuron.step.flatten()
     torch.testing.assert_close(step, 1 / 255 / torch.tensor([.1, .2, .3]))
 
 
 def test_progress_bar_on_a_terminal_only(convert_digits):
     """A bar that animates where somebody watches; without a terminal not even its control characters."""
     main, side = pty.openpty()
+    termios.tcsetwinsize(side, (24, 80))  # a new one has no size
     seen = bytearray()
 
     def watch():  # while the command runs: it would wait for a terminal that nobody reads
@@ -120,9 +122,9 @@ def test_progress_bar_on_a_terminal_only(convert_digits):
     (['--fire', 'gauss'], "fire must be one of uniform, .*'gauss'"),
     (['--fire', 'power2'], 'power2 .* levels=32'),
     (['--attention-fire', 'gauss'], "attention_fire must be one of .*'gauss'"),
-    (['--firing', 'up'], "firing must be .*'up'"),
+    (['--initial-potential', '1'], r'initial_potential must be a number in \[0, 1\), got 1.0'),
     (['--estimator', 'mean'], "estimator must be .*'mean'"),
-    (['--quantile', '1.5'], 'quantile must lie .* 1.5'),
+    (['--quantile', '1.5'], r'quantile must be a number in \(0, 1\], got 1.5'),
     (['--scale', '0'], 'scale .* got 0'),
     (['--scale', 'nan'], 'scale .* got nan'),
     (['--scale', '1e300'], 'scale .* got 1e.300'),
@@ -130,8 +132,8 @@ def test_progress_bar_on_a_terminal_only(convert_digits):
     (['--std', '1e-40'], 'std must lie .* got 1e-40'),
     (['--crop-pct', '1e-9'], 'crop_pct must lie .* got 1e-09'),
     (['--mean'], '--mean has no values'),
-    (['--model-kwargs', 'num_heads=0'], 'can not be built with .*ZeroDivisionError'),
-    (['--model-kwargs', 'depth=-1'], 'is not a checkpoint of|can not be built'),
+    (['--model-kwargs', 'num_heads=0'], 'cannot be built with .*ZeroDivisionError'),
+    (['--model-kwargs', 'depth=-1'], 'is not a checkpoint of|cannot be built'),
     (['--model-kwargs', 'device=meta'], 'arguments of the network, which device is not'),
     (['--model-kwargs', 'checkpoint_path=x'], 'arguments of the network, which checkpoint_path is not'),
     (['--dead-zone', '-1'], 'dead_zone .* got -1'),
@@ -206,7 +208,7 @@ def test_bad_outputs(convert_digits, files, saved, tmp_path):
     assert all(p.read_bytes() == content for p, content in before)
     assert_mistake(convert_digits(output=files / 'file'), 'file is a file, not a folder')
     assert_mistake(convert_digits(output=files / 'file' / 'sub'), 'sub')
-    assert_mistake(convert_digits(output='/proc/sformer'), '/proc/sformer can not be written')
+    assert_mistake(convert_digits(output='/proc/sformer'), '/proc/sformer cannot be written')
     assert (files / 'file').read_text() == 'mine'
 
 
@@ -228,8 +230,8 @@ def test_existing_output_is_noticed_before_any_work(convert_digits, saved):
 def test_output_without_permission(convert_digits, tmp_path):
     closed = tmp_path / 'closed'
     closed.mkdir(0o555)
-    assert_mistake(convert_digits(output=closed), 'closed can not be written')
-    assert_mistake(convert_digits(output=closed / 'sub'), 'sub can not be written')
+    assert_mistake(convert_digits(output=closed), 'closed cannot be written')
+    assert_mistake(convert_digits(output=closed / 'sub'), 'sub cannot be written')
 
 
 def test_model_that_became_a_value(run, files, tmp_path):

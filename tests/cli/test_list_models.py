@@ -6,15 +6,15 @@ import re
 import pytest
 import timm
 
-from sformer import zoo
+from sformer import entrypoints
 
 
 @pytest.fixture(scope='module', autouse=True)
 def counted_once():
     """Building every model takes seconds."""
-    found = list(zoo.entries())
+    found = list(entrypoints.entries())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(zoo, 'entries', lambda: iter(found))
+        patch.setattr(entrypoints, 'entries', lambda: iter(found))
         yield
 
 

@@ -1,6 +1,5 @@
 """What holds for all commands: help, versions, mistakes, output."""
 import os
-import re
 import subprocess
 import sys
 from importlib import metadata
@@ -26,17 +25,6 @@ def test_versions(run):
     result = run('--version')
     assert (result.code, result.err) == (0, '')
     assert result.out == ', '.join(f'{name} {metadata.version(name)}' for name in ('sformer', 'torch', 'timm')) + '\n'
-
-
-@pytest.mark.parametrize('args', [['--help'], ['--version'], ['convert', '--help'], ['compare', '--help'], ['convert']])
-def test_torch_is_not_loaded_for_nothing(args):
-    """It takes seconds."""
-    script = Path(sys.executable).with_name('sformer')
-    for start in [['-m', 'sformer']] + ([[str(script)]] if script.exists() else []):
-        done = subprocess.run(
-            [sys.executable, '-X', 'importtime', *start, *args], env=ENVIRONMENT, capture_output=True, text=True)
-        loaded = set(re.findall(r'^import time:.*\| +([\w.]+)$', done.stderr, re.MULTILINE))
-        assert 'typer' in loaded and not {'torch', 'timm', 'huggingface_hub', 'rich', 'numpy'} & loaded
 
 
 def test_importing_the_package_registers_its_models(tmp_path):

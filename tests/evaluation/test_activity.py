@@ -7,7 +7,7 @@ from sformer import SFNConfig, activity, convert, evaluate
 from sformer.evaluation import Activity
 from sformer.evaluation.activity import _count
 from sformer.layers import named_neurons
-from sformer.neurons import DirectCoding
+from sformer.neurons import ScaleAndFire
 
 
 def count_by_hand(model, images):
@@ -16,13 +16,13 @@ def count_by_hand(model, images):
 
     def hook(name):
         def count(neuron, args):
-            levels = np.abs(neuron.spikes(args[0]).flatten().numpy().astype(int))
-            bits = np.unpackbits(levels.astype(np.uint8))
+            levels = np.abs(neuron.encode(args[0]).levels.flatten().numpy().astype(int))
+            bits = np.unpackbits(levels.astype(np.uint16).view(np.uint8))
             found = levels.size, int((levels > 0).sum()), int(levels.sum()), int(bits.sum())
             counts[name] = [a + b for a, b in zip(counts.get(name, (0, 0, 0, 0)), found, strict=True)]
         return count
     handles = [n.register_forward_pre_hook(hook(name)) for name, n in named_neurons(model)
-               if not isinstance(n, DirectCoding)]
+               if isinstance(n, ScaleAndFire)]
     with torch.no_grad():
         model(images)
     for handle in handles:

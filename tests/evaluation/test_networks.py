@@ -11,16 +11,9 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
 import sformer
-from sformer import EvaluationConfig, SFormer, SFormerError, bypass_neurons, convert, evaluate, evaluate_all
+from sformer import EvaluationConfig, SFormer, SFormerError, convert, evaluate, evaluate_all
 from sformer.checkpoints import state_hash
 from sformer.layers import named_neurons, shared_copy, source_view
-
-
-def test_bypassed_neurons_are_the_source(model, source, images):
-    with torch.no_grad():
-        with bypass_neurons(model):
-            torch.testing.assert_close(model(images), source(images), atol=1e-4, rtol=1e-4)
-        assert not torch.equal(model(images), source(images))
 
 
 def test_source_comparison_is_an_evaluation_of_the_source(coarse, result):
@@ -93,11 +86,10 @@ def count_forwards(monkeypatch):
     return calls
 
 
-def sharpened(model):
+def smoothed(model):
     other = copy.deepcopy(model)
     for block in other.blocks:
-        block.attn.fused_attn = False  # which takes no scale
-        block.attn.scale *= 4
+        block.norm1.eps = 1.
     return other
 
 
@@ -114,7 +106,7 @@ def rebuilt(model):
     return other
 
 
-@pytest.mark.parametrize('change', [sharpened, hooked, rebuilt])
+@pytest.mark.parametrize('change', [smoothed, hooked, rebuilt])
 def test_equal_weights_do_not_make_equal_sources(model, images, change, monkeypatch):
     other = change(model)
     alone = [evaluate(m, 'digits', num_images=64) for m in (model, other)]

@@ -27,7 +27,7 @@ def test_round_trip(hub, folder, model, images):
     loaded = load_model(f'hf-hub:{REPO}')
     assert_same(loaded, model, images)
     config = json.loads((folder / 'config.json').read_text())
-    assert loaded.conversion == config['sformer'] and loaded.conversion['source'] == 'vit_tiny_patch16_224'
+    assert loaded.conversion.to_dict() == config['sformer'] and loaded.conversion.source == 'vit_tiny_patch16_224'
     assert len(hub.repos[REPO].commits) == 2, 'the initial one and ours'
     assert snapshot(folder) == before
 

@@ -41,7 +41,7 @@ def test_table_of_the_zoo(zoo):
     assert len({e.name for e in entries}) == len(entries) >= 35
     for entry in entries:
         architecture, _, tag = entry.name.partition('.')
-        source, tags = sformer.models.ZOO[architecture]
+        source, tags = sformer.models.zoo.ZOO[architecture]
         assert entry.source == f'{source}.{tag}' and tag in tags.split()
         assert timm.get_pretrained_cfg(entry.source).num_classes > 0, 'nothing to evaluate'
     left_out = {name for name in timm.list_models('sformer*', pretrained=True)
