@@ -177,7 +177,8 @@ class ScaleAndFire(Neuron):
             self.set_state(torch.full(self.step.shape, _reaching(1., values[-1])), levels=values)
             return
         boundaries = firing_boundaries(values, self.config.initial_potential, self.config.dead_zone)
-        center, shape, relative = statistics.center, self.step.shape, torch.ones(())
+        center, relative = statistics.center, torch.ones(())
+        shape: Tuple[int, ...] = tuple(self.step.shape)
         if octaves is not None:
             shape, relative = (*shape[:-1], 1), 2. ** octaves
             statistics = statistics.pooled(octaves, shape)
