@@ -104,7 +104,7 @@ class CurrentStatistics:
         for counts, total in zip(self.counts, out.counts, strict=True):
             total.view(-1).index_add_(0, index, counts.flatten())
         peak = self.peak / 2. ** octaves.flatten()
-        out.peak = torch.stack([p.new_zeros(len(out.peak[0])).index_reduce_(0, target, p, 'amax') for p in peak])
+        out.peak = torch.stack([p.new_zeros(out.offset.numel()).scatter_reduce_(0, target, p, 'amax') for p in peak])
         return out
 
     @staticmethod
