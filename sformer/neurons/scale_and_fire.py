@@ -174,7 +174,7 @@ class ScaleAndFire(Neuron):
         if self.fire_function == 'density':
             values = fit_density_levels(statistics, self.config.levels, self.config.initial_potential, self.top)
         if not self.signed:
-            self.set_state(torch.full(self.step.shape, _reaching(1., values[-1])), levels=values)
+            self.set_state(torch.full_like(self.step, _reaching(1., values[-1])), levels=values)
             return
         boundaries = firing_boundaries(values, self.config.initial_potential, self.config.dead_zone)
         center, relative = statistics.center, torch.ones(())
