@@ -17,13 +17,16 @@ __all__ = ['convert']
 class NeuronOptions:
     """How neurons fire and how their thresholds are fitted."""
     levels: Annotated[int, typer.Option(help='Thresholds N per branch, 1 to 127')] = 32
-    fire: Annotated[str, typer.Option(help='uniform, quadratic, power2 or density')] = 'uniform'
-    attention_fire: Annotated[str, typer.Option(help='Fire function of the softmax')] = 'quadratic'
+    fire: Annotated[str, typer.Option(help='uniform, quadratic, quartic, power2 or density')] = 'uniform'
+    attention_fire: Annotated[str, typer.Option(
+        help='Fire function of the softmax: auto (by N), quadratic, quartic, ...')] = 'auto'
     initial_potential: Annotated[float, typer.Option(
         help='Membrane potential before the input, as a share of the distance to the next level: 0.5 rounds, 0 is the '
              'paper\'s floor')] = 0.5
     dead_zone: Annotated[float, typer.Option(help='No spike below this many thresholds')] = 0.
     scale: Annotated[float, typer.Option(help='Scaling factor lambda on top of all thresholds')] = 1.
+    token_scale: Annotated[bool, typer.Option(
+        help='Let thresholds follow each token where the factor is free after the product')] = True
     estimator: Annotated[str, typer.Option(help='Threshold estimator: mse, quantile or max')] = 'mse'
     quantile: Annotated[float, typer.Option(help='Share of currents that the quantile estimator covers')] = 0.999
 

@@ -7,7 +7,7 @@ from .functional import MAX_LEVEL, MAX_WIDE_LEVEL, level_values
 
 __all__ = ['FIRE_FUNCTIONS', 'ESTIMATORS', 'DEFAULT_RANGE', 'SFNConfig', 'FitConfig', 'as_config']
 
-FIRE_FUNCTIONS = ('uniform', 'quadratic', 'power2', 'density')
+FIRE_FUNCTIONS = ('uniform', 'quadratic', 'quartic', 'power2', 'density')
 ESTIMATORS = ('mse', 'quantile', 'max')
 DEFAULT_RANGE = 4.  # uncalibrated neurons fire over +-4: four standard deviations of a LayerNorm output
 
@@ -28,9 +28,10 @@ class SFNConfig:
 
     Args:
         levels: Number of thresholds N per branch, 1 to 127 (1 to 7 for `power2`).
-        fire: Fire function of signed currents, one of `uniform`, `quadratic`, `power2`, `density`.
-        attention_fire: Fire function of the softmax numerators, whose levels may have 14 bits. `quadratic` (levels i^2
-            up to N^2) follows their distribution closely enough that nothing has to be fitted there.
+        fire: Fire function of signed currents, one of `uniform`, `quadratic`, `quartic`, `power2`, `density`.
+        attention_fire: Fire function of the softmax numerators, whose levels may have 14 bits. `auto` is `quartic`
+            (levels i^4 up to N^4) with up to 11 levels and `quadratic` (i^2 up to N^2) with more; both follow the
+            distribution of numerators closely enough that nothing has to be fitted there.
         initial_potential: Membrane potential before the input, as a share of the distance to the next level, in
             [0, 1): 1/2 rounds, 0 is the paper's floor.
         dead_zone: No spike below this many thresholds; 0 leaves the first boundary where it is.
@@ -44,7 +45,7 @@ class SFNConfig:
     """
     levels: int = 32
     fire: str = 'uniform'
-    attention_fire: str = 'quadratic'
+    attention_fire: str = 'auto'
     initial_potential: float = 0.5
     dead_zone: float = 0.
     scale: float = 1.
@@ -55,19 +56,28 @@ class SFNConfig:
                f'levels must be an integer from 1 to {MAX_LEVEL}, got {self.levels!r}.')
         for name in ('fire', 'attention_fire'):
             value = getattr(self, name)
+            if name == 'attention_fire' and value == 'auto':
+                continue
             _check(value in FIRE_FUNCTIONS, f'{name} must be one of {", ".join(FIRE_FUNCTIONS)}, got {value!r}.')
             _check(value != 'power2' or self.levels <= 7,
                    f'{name}=power2 has levels 1, 2, 4 ... 64, so at most 7 of them, got levels={self.levels}.')
         _check_number('initial_potential', self.initial_potential, 0, math.nextafter(1, 0), '[0, 1)')
         _check_number('dead_zone', self.dead_zone, 0, math.inf)
         for name, limit in (('fire', MAX_LEVEL), ('attention_fire', MAX_WIDE_LEVEL)):
-            value = getattr(self, name)
+            value = self.softmax_fire if name == 'attention_fire' else self.fire
             top = limit if value == 'density' else level_values(value, self.levels, limit)[-1].item()
             _check(self.dead_zone <= top,
                    f'dead_zone must not exceed {top:g}, the top level of {name}={value} with {self.levels} levels, or '
                    f'nothing would ever fire, got {self.dead_zone!r}.')
         _check_number('scale', self.scale, 1e-3, 1e3)
         _check(isinstance(self.token_scale, bool), f'token_scale must be True or False, got {self.token_scale!r}.')
+
+    @property
+    def softmax_fire(self) -> str:
+        """Fire function of the softmax numerators, by name."""
+        if self.attention_fire != 'auto':
+            return self.attention_fire
+        return 'quartic' if self.levels ** 4 <= MAX_WIDE_LEVEL else 'quadratic'
 
 
 @dataclasses.dataclass(frozen=True)

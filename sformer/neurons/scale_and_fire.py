@@ -6,7 +6,7 @@ import torch
 
 from .base import Neuron, Spikes
 from .config import DEFAULT_RANGE, FitConfig, SFNConfig
-from .functional import MAX_LEVEL, MAX_WIDE_LEVEL, fire, firing_boundaries, level_values, straight_through
+from .functional import MAX_LEVEL, MAX_WIDE_LEVEL, fire, firing_boundaries, level_values, straight_through, token_reach
 from .statistics import CurrentStatistics
 from .thresholds import exact_step, fit_density_levels, fit_steps
 
@@ -71,7 +71,7 @@ class ScaleAndFire(Neuron):
 
     @property
     def fire_function(self) -> str:
-        return self.config.fire if self.signed else self.config.attention_fire
+        return self.config.fire if self.signed else self.config.softmax_fire
 
     @property
     def threshold(self) -> torch.Tensor:
@@ -146,7 +146,9 @@ class ScaleAndFire(Neuron):
         # thresholds are float32, so the division promotes and bfloat16 currents fire where float32 ones do
         u, row = h / self._branch(h, threshold), None
         if self.token:
-            row = torch.linalg.vector_norm(u, math.inf, dim=-1, keepdim=True).clamp_min(TINY) / self.levels[-1]
+            row = torch.linalg.vector_norm(u, math.inf, dim=-1, keepdim=True).clamp_min(TINY)
+            row = row * token_reach(self.fire_function, config.levels, u.shape[-1], config.initial_potential)
+            row = row / self.levels[-1]
             u = u / row
         k = fire(u, self.fire_function, self.levels, config.initial_potential, config.dead_zone, self.top)
         return k if self.signed else k.clamp_(min=0), row, h
