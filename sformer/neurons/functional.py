@@ -126,8 +126,8 @@ def fire(
     """Level that a membrane potential reaches, on the branch of its sign: `k = sign(u) y_i`, `i = #{j : |u| >= b_j}`.
 
     `uniform`, and `quadratic` with levels i^2 where it rounds, are closed forms (that of `quadratic` takes a square
-    root: a potential within an ulp of a boundary may fall on either side of it). All others are one look-up, without a
-    loop over thresholds.
+    root, that of `uniform` adds an initial potential: where these round, a potential within an ulp of a boundary may
+    fall on either side of it). All others are one look-up, without a loop over thresholds.
 
     Args:
         u: Membrane potential in thresholds of its branch, any shape.
