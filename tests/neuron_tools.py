@@ -19,7 +19,7 @@ from sformer.neurons import (
 
 prop = settings(max_examples=60, deadline=None)
 seeds = st.integers(0, 2 ** 31 - 1)
-potentials = st.sampled_from([0., 0.25, 0.5, 0.75])  # sums with these are exact, so comparisons are sharp
+potentials = st.sampled_from([0., 0.25, 0.5])  # sums with these are exact, so comparisons are sharp
 dead_zones = st.sampled_from([0., 0.25, 0.5, 1., 1.75, 3.3, 130.])
 
 

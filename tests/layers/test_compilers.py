@@ -55,6 +55,7 @@ def test_compiled_network(family, models):
     torch.testing.assert_close(out, model(images()), rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_compiled_network_trains(models):
     model = copy.deepcopy(models('vit')).train()
     compiled = torch.compile(copy.deepcopy(model), backend='aot_eager', fullgraph=True)

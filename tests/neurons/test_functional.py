@@ -202,8 +202,6 @@ def test_fire_equals_a_loop_within_rounding(case, initial_potential, dead_zone, 
     u = around(boundaries, seed)
     k = fire(u, name, values, initial_potential, dead_zone, top)
     below, above = (naive_fire(u.double() * (1 + e) + e * u.sign(), values, boundaries) for e in (-1e-6, 1e-6))
-    exact = naive_fire(u, values, boundaries)
-    below, above = (torch.where(u.abs() == torch.tensor(dead_zone), exact, v) for v in (below, above))
     low, high = torch.minimum(below, above), torch.maximum(below, above)
     assert ((low <= k) & (k <= high)).all()
     assert (low == high).float().mean() > 0.1  # most of the comparison is sharp
