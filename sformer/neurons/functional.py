@@ -125,15 +125,9 @@ def fire(
 ) -> torch.Tensor:
     """Level that a membrane potential reaches, on the branch of its sign: `k = sign(u) y_i`, `i = #{j : |u| >= b_j}`.
 
-<<<<<<< HEAD
     `uniform`, and `quadratic` and `quartic` with levels i^2 and i^4 where they round, are closed forms (the latter two
-    take square roots: a potential within an ulp of a boundary may fall on either side of it). All others are one
-    look-up, without a loop over thresholds.
-=======
-    `uniform`, and `quadratic` with levels i^2 where it rounds, are closed forms (that of `quadratic` takes a square
-    root, that of `uniform` adds an initial potential: where these round, a potential within an ulp of a boundary may
-    fall on either side of it). All others are one look-up, without a loop over thresholds.
->>>>>>> tcore
+    take square roots, that of `uniform` adds an initial potential: where these round, a potential within an ulp of a
+    boundary may fall on either side of it). All others are one look-up, without a loop over thresholds.
 
     Args:
         u: Membrane potential in thresholds of its branch, any shape.

@@ -33,7 +33,7 @@ class ScaleAndFire(Neuron):
             `config.attention_fire`, with levels of up to 14 bits.
         center_shape: If given, a buffer `center` of this shape is subtracted from the input before it fires.
         token: Whether a factor per token, over the last dimension, is free after the product that follows; it is used
-            if `config.token_scale` says so.
+            if `config.token_scale` says so. The last of `shape` is the number of potentials that share it.
         device: Device of the buffers; they are float32 on every device.
 
     Shape:
@@ -57,6 +57,8 @@ class ScaleAndFire(Neuron):
         self.config = config
         self.signed = signed
         self.token = token and config.token_scale
+        self.reach = token_reach(
+            self.fire_function, config.levels, shape[-1], config.initial_potential) if self.token else 1.
         self.lopsided = False  # whether any multiplier is not 1; follows the buffer
         self.top = MAX_LEVEL if signed else MAX_WIDE_LEVEL
         values = level_values(self.fire_function, config.levels, self.top)
@@ -124,9 +126,10 @@ class ScaleAndFire(Neuron):
         out = out.to(x.dtype)
         if torch.is_grad_enabled():
             top = threshold * (self.levels[-1] + 0.5)
-            top = top if row is None else top * row
-            out = straight_through(
-                out, self._potential(x), -top[-1] if self.signed else torch.zeros_like(top[0]), top[0])
+            upper, lower = top[0], -top[1] if self.signed else torch.zeros_like(top[0])
+            if row is not None:
+                upper, lower = upper * row, lower * row
+            out = straight_through(out, self._potential(x), lower, upper)
         return out
 
     def _potential(self, x: torch.Tensor) -> torch.Tensor:
@@ -147,8 +150,7 @@ class ScaleAndFire(Neuron):
         u, row = h / self._branch(h, threshold), None
         if self.token:
             row = torch.linalg.vector_norm(u, math.inf, dim=-1, keepdim=True).clamp_min(TINY)
-            row = row * token_reach(self.fire_function, config.levels, u.shape[-1], config.initial_potential)
-            row = row / self.levels[-1]
+            row = row * (self.reach / self.levels[-1])
             u = u / row
         k = fire(u, self.fire_function, self.levels, config.initial_potential, config.dead_zone, self.top)
         return k if self.signed else k.clamp_(min=0), row, h
