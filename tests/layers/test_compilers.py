@@ -38,7 +38,8 @@ def images():
     return pixels(2, seed=5)
 
 
-@pytest.mark.parametrize('family', ALL)
+@pytest.mark.parametrize('family', [
+    *NETWORKS, GATED[0], *(pytest.param(f, marks=pytest.mark.slow) for f in ALL if f not in (*NETWORKS, GATED[0]))])
 def test_graph_is_unbroken(family, models):
     model = models(family)
     with torch.no_grad():
@@ -75,6 +76,7 @@ def test_exported_network(family, strict, models):
         assert torch.equal(program.module()(images()), model(images()))
 
 
+@pytest.mark.slow
 def test_export_with_any_batch_size(models):
     model = models('vit')
     batch = torch.export.Dim('batch', min=1, max=64)
