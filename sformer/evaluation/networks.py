@@ -21,8 +21,8 @@ from .config import EvaluationConfig
 __all__ = ['Network', 'Subject', 'build_networks', 'check_model', 'data_config_of', 'device_of', 'identity', 'prepare']
 
 
-# what timm notes on a model and no forward reads
-_NOTES = {'pretrained_cfg', 'default_cfg', 'pretrained_model_args'}
+# what timm and torch note on a model and no forward reads
+_NOTES = {'pretrained_cfg', 'default_cfg', 'pretrained_model_args', '_is_torch_compile'}
 
 
 @dataclass
