@@ -1,0 +1,147 @@
+"""How far the tokens of an SFormer are from those of its source, for a network that was trained at scale.
+
+    python scripts/fidelity.py vit_small_saliency.safetensors 127 32 8 4 --images DIR -o fidelity.json
+    python scripts/fidelity.py vit_small_saliency.safetensors 32 --images DIR --calibration dead-leaves --sites
+
+`scripts/saliency_source.py` builds the source. Thresholds are fitted to some of the images, errors are measured on
+others: |source - sformer| / |source| over the final tokens, and over what every block gives. `--sites` says what each
+kind of site makes alone, with all others left floating.
+"""
+import ast
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import torch
+import torch.nn as nn
+import typer
+from saliency_source import MODEL, load_source, relative_error
+from timm.data import resolve_input_data_config
+
+import sformer
+from sformer.checkpoints import file_hash, state_hash, write_json
+from sformer.data import ImageData, open_images
+from sformer.layers import named_neurons, shared_copy
+from sformer.neurons import FitConfig, SFNConfig
+from sformer.utils import library_versions
+
+BATCH_SIZE = 16
+SITES_IMAGES = 16  # a dozen kinds of sites, each a network of its own
+
+
+def split_images(
+        network: nn.Module,
+        name: str,
+        split: Optional[str],
+        num_test: int,
+        num_images: int,
+        seed: int,
+) -> tuple[torch.Tensor, torch.Tensor, ImageData]:
+    """Images to test with, others to calibrate with, and what both were drawn from. The former do not depend on what
+    the latter are used for."""
+    images = open_images(name, split, data_config=resolve_input_data_config(network),
+                         num_images=num_test + num_images, seed=seed)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))  # the data may be sorted
+    pixels = torch.cat([batch for batch, _ in images.batches(BATCH_SIZE)])[order]
+    return pixels[:num_test], pixels[num_test:], images
+
+
+@torch.inference_mode()
+def outputs(network: Any, images: torch.Tensor) -> list[torch.Tensor]:
+    """What all blocks give, and the final tokens, (B, L, C) each."""
+    parts = []
+    for batch in images.split(BATCH_SIZE):
+        final, blocks = network.forward_intermediates(batch, output_fmt='NLC', return_prefix_tokens=True)
+        parts.append([*(torch.cat([prefix, patches], 1) for patches, prefix in blocks), final])
+    return [torch.cat(part) for part in zip(*parts, strict=True)]
+
+
+def kind_of(name: str) -> str:
+    """`blocks.3.mlp.fc2.neuron` -> `blocks.mlp.fc2.neuron`."""
+    return '.'.join(part for part in name.split('.') if not part.isdigit())
+
+
+def only(model: nn.Module, kind: str) -> nn.Module:
+    """A view of a model in which sites of one kind spike and currents pass all others."""
+    view = shared_copy(model).eval()
+    for name, _ in list(named_neurons(view)):
+        if kind_of(name) != kind:
+            parent, _, child = name.rpartition('.')
+            setattr(view.get_submodule(parent), child, nn.Identity())
+    return view
+
+
+def key_values(pairs: Optional[list[str]]) -> dict[str, Any]:
+    """`['levels=8', 'estimator=max']` -> `{'levels': 8, 'estimator': 'max'}`."""
+    values = {}
+    for pair in pairs or []:
+        key, _, value = pair.partition('=')
+        try:
+            values[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            values[key] = value
+    return values
+
+
+def measure(
+        model: nn.Module,
+        images: torch.Tensor,
+        expected: list[torch.Tensor],
+        sites: bool,
+) -> dict[str, Any]:
+    """Errors of one SFormer, printed as they come."""
+    actual = outputs(model, images)
+    errors = [relative_error(a, b) for a, b in zip(expected, actual, strict=True)]
+    num_prefix = model.num_prefix_tokens
+    patches = relative_error(expected[-1][:, num_prefix:], actual[-1][:, num_prefix:])
+    print(f'N = {model.sfn_config.levels}: tokens {errors[-1]:.4f}, patch tokens {patches:.4f}, '
+          f'blocks {" ".join(f"{e:.3f}" for e in errors[:-1])}', flush=True)
+    result: dict[str, Any] = dict(tokens=errors[-1], patch_tokens=patches, blocks=errors[:-1])
+    if sites:
+        result['sites'], few = {}, images[:SITES_IMAGES]
+        for kind in sorted({kind_of(name) for name, _ in named_neurons(model)}):
+            error = relative_error(expected[-1][:SITES_IMAGES], outputs(only(model, kind), few)[-1])
+            print(f'  only {kind:40} {error:.4f}', flush=True)
+            result['sites'][kind] = error
+    return result
+
+
+def main(
+        checkpoint: Annotated[Path, typer.Argument(help='Source that scripts/saliency_source.py built')],
+        images: Annotated[str, typer.Option(help='Images: a folder, parquet files, a data set of the Hub')],
+        levels: Annotated[Optional[list[int]], typer.Argument(help='Numbers of levels N  [default: 32]')] = None,
+        split: Annotated[Optional[str], typer.Option(help='Split of these images')] = None,
+        calibration: Annotated[
+            Optional[str], typer.Option(help='Other images to calibrate with, such as dead-leaves')] = None,
+        num_images: Annotated[int, typer.Option(help='Images to calibrate with')] = 128,
+        num_test: Annotated[int, typer.Option(help='Images to test with')] = 48,
+        seed: int = 0,
+        config: Annotated[Optional[list[str]], typer.Option(help='Field of SFNConfig, key=value')] = None,
+        fit: Annotated[Optional[list[str]], typer.Option(help='Field of FitConfig, key=value')] = None,
+        sites: Annotated[bool, typer.Option('--sites', help='What each kind of site makes alone')] = False,
+        output: Annotated[Optional[Path], typer.Option('-o', '--output', help='JSON')] = None,
+) -> None:
+    source = load_source(checkpoint)
+    test, others, data = split_images(source, images, split, num_test, num_images, seed)
+    expected = outputs(source, test)
+    record: dict[str, Any] = dict(
+        model=MODEL, checkpoint_sha256=file_hash(checkpoint), source_sha256=state_hash(source.state_dict()),
+        images=dict(name=data.name, split=data.split, revision=data.revision, fingerprint=data.fingerprint, seed=seed,
+                    num_test=num_test, sites=SITES_IMAGES),
+        versions=library_versions(), results=[])
+    for n in levels or [32]:
+        sfn, fitting = SFNConfig(levels=n, **key_values(config)), FitConfig(**key_values(fit))
+        batches = calibration or others.split(BATCH_SIZE)
+        model = sformer.convert(source, batches, sfn, fitting, num_images=num_images, seed=seed)
+        used = dataclasses.asdict(model.conversion.calibration)
+        if not calibration:
+            used.update(name=data.name, split=data.split, seed=seed, fingerprint=data.fingerprint)
+        record['results'].append(dict(
+            config=dataclasses.asdict(sfn), fit=dataclasses.asdict(fitting), calibration=used,
+            **measure(model, test, expected, sites)))
+        if output:
+            write_json(output, record)
+
+
+if __name__ == '__main__':
+    typer.run(main)
