@@ -114,7 +114,7 @@ def hooked(module):
 # products
 
 class Operand(NamedTuple):
-    """Spikes in an operand of a product: `tensor = levels * step + center`."""
+    """Spikes in an operand of a product: `tensor = levels * step + center`, with a step per token where there is one."""
     neuron: str
     tensor: torch.Tensor
     levels: torch.Tensor
@@ -165,7 +165,7 @@ class ProductWatch(TorchFunctionMode):
 
     def _fired(self, name, neuron, x, out):
         spikes = neuron.encode(x)
-        step = spikes.step.expand(out.shape)
+        step = (spikes.step if spikes.row is None else spikes.step * spikes.row).expand(out.shape)
         center = torch.zeros_like(step) if spikes.center is None else spikes.center.expand(out.shape)
         self._tag(Operand(name, out, spikes.levels, step, center))
         self.inside -= 1

@@ -58,6 +58,7 @@ class AttentionProduct(nn.Module):
         num_heads: Heads H of queries, keys and values.
         head_dim: Channels D of queries and keys per head.
         v_head_dim: Channels of values per head, if they are others.
+        group_size: Heads of queries that share a head of keys, which so fires once for all of them.
         config: Neurons: of q and k a step per head times a power of two per channel, which cancel in QK^T, and of k a
             centre per channel; of v a step per channel, of the softmax a step per head.
         device: Device of the neurons.
@@ -71,10 +72,12 @@ class AttentionProduct(nn.Module):
             num_heads: int,
             head_dim: int,
             v_head_dim: Optional[int] = None,
+            group_size: int = 1,
             config: SFNConfig = SFNConfig(),
             device=None,
     ):
         super().__init__()
+        self.group_size = group_size
         head, channel = (num_heads, 1, 1), (num_heads, 1, head_dim)
         self.q_neuron = ScaleAndFire(channel, config, token=True, device=device)
         self.k_neuron = ScaleAndFire(channel, config, center_shape=channel, token=True, device=device)
@@ -90,7 +93,8 @@ class AttentionProduct(nn.Module):
         """
         q, k = statistics['q_neuron'], statistics['k_neuron']
         octaves = (q.rms().clamp_min(MIN_STEP).log2() - k.rms().clamp_min(MIN_STEP).log2()).div(2)
-        octaves = (octaves - octaves.mean(-1, keepdim=True)).round().to(torch.int64)
+        octaves = octaves.unflatten(0, (-1, self.group_size)).mean(1, keepdim=True).expand(-1, self.group_size, -1, -1)
+        octaves = (octaves - octaves.mean(-1, keepdim=True)).round().to(torch.int64).flatten(0, 1)
         self.q_neuron.fit(q, config, octaves)
         self.k_neuron.fit(k, config, -octaves)
         for name in ('v_neuron', 'attn_neuron'):

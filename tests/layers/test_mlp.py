@@ -46,7 +46,7 @@ def test_both_operands_of_the_gate_are_spikes(kind):
         before = mlp(x)
         for name in ('gate_neuron', 'value_neuron'):
             other = copy.deepcopy(mlp)
-            getattr(other, name).step.mul_(200)  # nothing reaches its first boundary any more
+            getattr(other, name).register_forward_hook(lambda neuron, args, out: torch.zeros_like(out))
             assert relative_error(other(x), before) > 0.3, name
 
 

@@ -221,9 +221,9 @@ def test_granularity_of_steps():
     shapes = {name.removeprefix('blocks.0.'): tuple(n.step.shape) for name, n in named_neurons(model)}
     assert shapes['attn.qkv.neuron'] == shapes['attn.proj.neuron'] == shapes['mlp.fc1.neuron'] == (32,)
     assert shapes['mlp.fc2.neuron'] == (128,) and shapes['head.neuron'] == (32,)
-    for name in ('q', 'k', 'attn'):
-        assert shapes[f'attn.products.0.{name}_neuron'] == (2, 1, 1)
-    assert shapes['attn.products.0.v_neuron'] == (2, 1, 16)
+    assert shapes['attn.products.0.attn_neuron'] == (2, 1, 1)
+    for name in ('q', 'k', 'v'):
+        assert shapes[f'attn.products.0.{name}_neuron'] == (2, 1, 16)
     assert tuple(model.blocks[0].attn.products[0].k_neuron.center.shape) == (2, 1, 16)
     assert isinstance(model.patch_embed.proj.neuron, GradedCoding)
     unsigned = [name for name, n in named_neurons(model) if isinstance(n, ScaleAndFire) and not n.signed]

@@ -150,7 +150,7 @@ def test_a_replaced_forward_is_refused():
 def test_a_forward_that_was_put_back_spikes():
     layer = nn.Linear(4, 4)
     layer.forward = layer.forward  # what hooks that were removed leave behind
-    spiking_(layer)
+    spiking_(layer, SFNConfig(token_scale=False))
     layer.neuron.step.fill_(1e6)
     assert torch.equal(layer(torch.randn(2, 4)), layer.bias.expand(2, 4)), 'nothing reaches its threshold'
 

@@ -15,8 +15,9 @@ LOW_DTYPES = (torch.bfloat16, torch.float16)
 def test_spikes_decode_to_the_current_that_they_stand_for():
     levels, step = torch.tensor([[-2, 3]], dtype=torch.int8), torch.tensor([0.5, 2.])
     assert Spikes(levels, step).decode().tolist() == [[-1., 6.]]
-    decoded = Spikes(levels, step, torch.tensor([1., -1.])).decode()
+    decoded = Spikes(levels, step, center=torch.tensor([1., -1.])).decode()
     assert decoded.tolist() == [[0., 5.]] and decoded.dtype == torch.float32
+    assert Spikes(levels, step, torch.tensor([[2.]]), torch.tensor([1., -1.])).decode().tolist() == [[-1., 11.]]
 
 
 # dtypes

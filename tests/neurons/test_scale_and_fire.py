@@ -30,11 +30,11 @@ def levels_of(fire_function):
 def test_output_is_a_step_times_a_signed_integer(case):
     neuron, x = case
     expected, _ = naive_neuron(neuron, x)
-    levels, step, center = neuron.encode(x)
+    levels, step, row, center = neuron.encode(x)
     assert levels.dtype == (torch.int8 if neuron.signed else torch.int16)
     assert torch.equal(levels.double(), expected.double())
     assert levels.abs().max() <= (MAX_LEVEL if neuron.signed else MAX_WIDE_LEVEL)
-    assert step is neuron.step and center is neuron.center
+    assert step is neuron.step and row is None and center is neuron.center
     out = levels.double() * step.double()  # exact: 17 bits times 7; wide levels have 14
     out = out.float() if center is None else out.float() + center
     assert torch.equal(neuron(x), out)
@@ -191,7 +191,7 @@ def test_neurons_take_their_config():
     x = torch.tensor([1., 1.49, 1.5, 1.99, 2.]).view(-1, 1) * neuron.step
     assert neuron.encode(x).levels[:, 0].tolist() == [0, 0, 1, 1, 2]
     unsigned = ScaleAndFire((5,), config, signed=False)
-    assert unsigned.levels.tolist() == [1, 4, 9, 16, 25, 36] and unsigned.multiplier.shape == (1, 5)
+    assert unsigned.levels.tolist() == [1, 16, 81, 256, 625, 1296] and unsigned.multiplier.shape == (1, 5)
 
 
 @pytest.mark.parametrize('name, n', [(name, n) for name in FIRE_FUNCTIONS for n in levels_of(name)])
