@@ -114,7 +114,7 @@ def hooked(module):
 # products
 
 class Operand(NamedTuple):
-    """Spikes in an operand of a product: `tensor = levels * step + center`, with a step per token where there is one."""
+    """Spikes in an operand of a product: `tensor = levels * step + center`, the step with its factor per token."""
     neuron: str
     tensor: torch.Tensor
     levels: torch.Tensor

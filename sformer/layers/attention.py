@@ -72,9 +72,9 @@ class SpikingAttentionMixin(SpikingLayer):
     def add_neurons(self, config: SFNConfig) -> None:
         head_dim = getattr(self, 'head_dim', None) or self.proj.in_features // self.num_heads
         device = next((p.device for p in self.parameters()), None)
+        group_size = getattr(self, 'num_kv_groups', 1)
         self.products = nn.ModuleList(
-            AttentionProduct(
-                self.num_heads, head_dim, self.num_products * head_dim, getattr(self, 'num_kv_groups', 1), config, device)
+            AttentionProduct(self.num_heads, head_dim, self.num_products * head_dim, config, device, group_size)
             for _ in range(self.num_products))
         # where a sigmoid gate multiplies the output of attention, both spike, with a step per channel
         gated = getattr(self, 'gate', None) is not None

@@ -58,10 +58,10 @@ class AttentionProduct(nn.Module):
         num_heads: Heads H of queries, keys and values.
         head_dim: Channels D of queries and keys per head.
         v_head_dim: Channels of values per head, if they are others.
-        group_size: Heads of queries that share a head of keys, which so fires once for all of them.
         config: Neurons: of q and k a step per head times a power of two per channel, which cancel in QK^T, and of k a
             centre per channel; of v a step per channel, of the softmax a step per head.
         device: Device of the neurons.
+        group_size: Heads of queries that share a head of keys, which so fires once for all of them.
 
     Shape:
         q (B, H, L, D), k (B, H, S, D), v (B, H, S, D'), output (B, H, L, D').
@@ -72,9 +72,9 @@ class AttentionProduct(nn.Module):
             num_heads: int,
             head_dim: int,
             v_head_dim: Optional[int] = None,
-            group_size: int = 1,
             config: SFNConfig = SFNConfig(),
             device=None,
+            group_size: int = 1,
     ):
         super().__init__()
         self.group_size = group_size

@@ -43,7 +43,7 @@ def test_config_power2_has_seven_levels(field):
 
 
 @pytest.mark.parametrize('config, silent', [
-    (dict(levels=8), 8.1), (dict(levels=4, attention_fire='uniform'), 4.1), 
+    (dict(levels=8), 8.1), (dict(levels=4, attention_fire='uniform'), 4.1),
     (dict(levels=4, fire='density', attention_fire='quadratic'), 16.1), (dict(levels=4, fire='density'), 127.1),
 ])
 def test_config_refuses_a_dead_zone_beyond_the_top_level(config, silent):
