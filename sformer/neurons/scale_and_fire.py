@@ -59,7 +59,6 @@ class ScaleAndFire(Neuron):
         self.token = token and config.token_scale
         self.reach = token_reach(
             self.fire_function, config.levels, shape[-1], config.initial_potential) if self.token else 1.
-        self.lopsided = False  # whether any multiplier is not 1; follows the buffer
         self.top = MAX_LEVEL if signed else MAX_WIDE_LEVEL
         values = level_values(self.fire_function, config.levels, self.top)
         dd = dict(device=device, dtype=torch.float32)  # whatever the default dtype is
@@ -105,7 +104,6 @@ class ScaleAndFire(Neuron):
             multiplier=torch.ones_like(self.multiplier) if multiplier is None else multiplier,
             levels=self.levels if levels is None else levels,
             **({} if center is None else {'center': center}))
-        self.lopsided = bool((self.multiplier != 1).any())
         self.calibrated.fill_(True)
 
     def encode(self, x: torch.Tensor) -> Spikes:
@@ -136,8 +134,8 @@ class ScaleAndFire(Neuron):
         return x if self.center is None else x - self.center  # float32, as thresholds are
 
     def _branch(self, h: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Values (2, *shape) of the branch that a potential is on, where the branches differ."""
-        return torch.where(h < 0, values[1], values[0]) if self.lopsided else values[0]
+        """Values (2, *shape) of the branch that a potential is on."""
+        return torch.where(h < 0, values[1], values[0]) if self.signed else values[0]
 
     def _fire(
             self,
@@ -189,10 +187,6 @@ class ScaleAndFire(Neuron):
         step, multiplier = fit_steps(statistics, values, boundaries, config)
         self.set_state(step.view(shape) * relative * self.config.scale,
                        multiplier.view(-1, *shape).expand(self.multiplier.shape), values, center)
-
-    def _load_from_state_dict(self, *args):
-        super()._load_from_state_dict(*args)
-        self.lopsided = not self.multiplier.is_meta and bool((self.multiplier != 1).any())
 
     def _problem(self, name: str, value: torch.Tensor, state: Mapping[str, torch.Tensor]) -> str:
         problem = super()._problem(name, value, state)

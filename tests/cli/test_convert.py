@@ -51,7 +51,8 @@ def test_convert_options_reach_the_neurons(convert_digits, tmp_path):
     assert (result.code, result.err) == (0, '')
     config = json.loads((tmp_path / 'out' / 'config.json').read_text())
     assert config['model_args']['sfn'] == dict(
-        levels=7, fire='power2', attention_fire='density', initial_potential=0, dead_zone=.5, scale=1.25)
+        levels=7, fire='power2', attention_fire='density', initial_potential=0, dead_zone=.5, scale=1.25,
+        token_scale=True)
     assert config['sformer']['fit'] == dict(estimator='quantile', quantile=.99)
     calibration = config['sformer']['calibration']
     assert (calibration['num_images'], calibration['seed'], calibration['split']) == (50, 3, 'test')
