@@ -35,13 +35,19 @@ def embedded() -> List[str]:
     return sorted(path.stem for path in WEIGHTS.glob('*.safetensors'))
 
 
-def measure(name: str, data: Optional[str] = None, note: Optional[str] = None) -> Record:
+def measure(
+        name: str,
+        data: Optional[str] = None,
+        note: Optional[str] = None,
+        num_images: Optional[int] = None,
+) -> Record:
     """Evaluate a model on the test images of its dataset, and conversions of its source with other N.
 
     Args:
         name: Name of the model.
         data: Local copy of its dataset.
         note: What the card has to say about it.
+        num_images: Size of a random subset of the test images; all of them if None.
     """
     shipped = json.loads((WEIGHTS / f'{name}.json').read_text())
     sfn, used = shipped['sfn'], shipped['conversion']['calibration']
@@ -52,7 +58,8 @@ def measure(name: str, data: Optional[str] = None, note: Optional[str] = None) -
         source, data or used['name'], SFNConfig(**dict(sfn, levels=n)), split=used['split'],
         num_images=used['num_images'], seed=used['seed']) for n in levels if n != sfn['levels']}
     models[sfn['levels']] = model
-    measured = evaluate_all([*models.values()], EvaluationConfig(dataset=data or used['name'], split='test'))
+    measured = evaluate_all([*models.values()], EvaluationConfig(
+        dataset=data or used['name'], split='test', num_images=num_images))
     results = {
         n: {key: value for key, value in result.items() if 'second' not in key}
         for n, result in zip(models, measured, strict=True)}
@@ -60,7 +67,8 @@ def measure(name: str, data: Optional[str] = None, note: Optional[str] = None) -
     keys = ('dataset', 'dataset_revision', 'split', 'num_images', 'top1', 'source_top1', 'agreement', 'activity',
             'weights_sha256')
     copy = ['--data', f'{used["name"]}={data}'] if data else []
-    command = shell('python', 'scripts/make_cards.py', name, *copy)
+    part = ['--num-images', num_images] if num_images else []
+    command = shell('python', 'scripts/make_cards.py', name, *copy, *part)
     return Record(
         name=name, load_name=name, architecture=result['model'], weights_sha256=state_hash(model.state_dict()),
         input_size=list(cfg['input_size']), num_classes=cfg['num_classes'], conversion=shipped['conversion'],
@@ -83,6 +91,7 @@ def main(
         output: Annotated[Path, typer.Option('--output', '-o')] = MODEL_CARDS,
         data: Annotated[Optional[List[str]], typer.Option(help='DATASET=DIR: local copy of a dataset')] = None,
         note: Annotated[Optional[str], typer.Option(help='What cards have to say of that copy')] = None,
+        num_images: Annotated[Optional[int], typer.Option(help='Random subset of the test images')] = None,
         render_only: Annotated[bool, typer.Option('--render-only', help='Measure nothing')] = False,
 ) -> None:
     copies = dict(pair.split('=', 1) for pair in data or [])
@@ -93,7 +102,7 @@ def main(
         if not render_only:
             dataset = json.loads((WEIGHTS / f'{name}.json').read_text())['conversion']['calibration']['name']
             copy = copies.get(dataset)
-            write_json(path, dataclasses.asdict(measure(name, copy, note if copy else None)))
+            write_json(path, dataclasses.asdict(measure(name, copy, note if copy else None, num_images)))
         record = Record(**json.loads(path.read_text()))
         if output == MODEL_CARDS:
             note_result(record)
