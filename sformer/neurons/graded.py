@@ -47,7 +47,11 @@ class GradedCoding(Neuron):
         self.calibrated.fill_(True)
 
     def encode(self, x: torch.Tensor) -> Spikes:
-        """Spikes on normalised pixels (B, C, H, W): levels p - 128, int8."""
+        """Spikes on normalised pixels (B, C, H, W): levels p - 128, int8.
+
+        Raises:
+            RuntimeError: If the images have another number of channels.
+        """
         return Spikes(self._levels(x.detach()).to(torch.int8), self.step, center=self.center)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -57,7 +61,8 @@ class GradedCoding(Neuron):
         return out
 
     def _levels(self, x: torch.Tensor) -> torch.Tensor:
-        return ((x - self.center) / self.step).round_().clamp_(-128, 127)
+        center = self.center.expand_as(x)  # or images of one channel would become images of all
+        return ((x - center) / self.step).round_().clamp_(-128, 127)
 
     def statistics(self) -> CurrentStatistics:
         return CurrentStatistics(tuple(self.step.shape), signed=True)

@@ -139,3 +139,12 @@ def test_onnx_export(family, models, tmp_path):
     name = program.graph.input[0].name
     out, = ReferenceEvaluator(program).run(None, {name: images().numpy()})
     torch.testing.assert_close(torch.from_numpy(out), expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize('trace', [
+    lambda model: model, torch.fx.symbolic_trace,
+    lambda model: torch.compile(model, backend='eager', fullgraph=True),
+    lambda model: torch.export.export(model, (images(),)).module()], ids=['eager', 'fx', 'compile', 'export'])
+def test_grey_images_are_refused_as_by_the_source(trace, models):
+    with torch.no_grad(), pytest.raises((RuntimeError, AssertionError)):
+        trace(models('vit'))(images()[:, :1])

@@ -93,3 +93,11 @@ def test_dark_images_leave_the_code_lossless():
     before = coding.step.clone()
     coding.fit(site(torch.rand(4, 2, 8, 8, generator=rng(0)) * 0.1, (2, 1, 1)))
     torch.testing.assert_close(coding.step, before, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize('channels', [1, 2, 4])
+def test_images_of_other_channels_are_refused(channels):
+    coding, x = GradedCoding(3), torch.zeros(2, channels, 4, 4)
+    for code in (coding, coding.encode):
+        with pytest.raises(RuntimeError):
+            code(x)
