@@ -1,4 +1,7 @@
 """Graded-spike coding of pixels."""
+import contextlib
+import logging
+
 import torch
 
 from .base import Neuron, Spikes
@@ -7,6 +10,8 @@ from .functional import straight_through
 from .statistics import CurrentStatistics
 
 __all__ = ['GradedCoding']
+
+_logger = logging.getLogger(__name__)
 
 
 class GradedCoding(Neuron):
@@ -25,6 +30,7 @@ class GradedCoding(Neuron):
     """
     step: torch.Tensor
     center: torch.Tensor
+    watched = 16  # batches that are still looked at for pixels out of range, which another normalisation soon shows
 
     def __init__(self, in_chans: int, device=None):
         super().__init__(device=device)
@@ -55,6 +61,8 @@ class GradedCoding(Neuron):
         return Spikes(self._levels(x.detach()).to(torch.int8), self.step, center=self.center)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.compiler.is_compiling() and self.watched > 0 and type(x) is torch.Tensor:  # no proxy of a tracer
+            self._watch(x)
         out = self._levels(x.detach()).mul_(self.step).add_(self.center).to(x.dtype)
         if torch.is_grad_enabled():
             out = straight_through(out, x, self.center - 128.5 * self.step, self.center + 127.5 * self.step)
@@ -64,6 +72,22 @@ class GradedCoding(Neuron):
         center = self.center.expand_as(x)  # or images of one channel would become images of all
         return ((x - center) / self.step).round_().clamp_(-128, 127)
 
+    def _watch(self, x: torch.Tensor) -> None:
+        """Say so if pixels are out of range, once."""
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        self.watched -= 1
+        with contextlib.suppress(RuntimeError):  # of tensors without values, as those of vmap
+            level = (x.detach() - self.center.expand_as(x)) / self.step
+            if level.amin() < -129 or level.amax() > 128:
+                self.watched = 0
+                low, high = self.center - 128 * self.step, self.center + 127 * self.step
+                _logger.warning(
+                    f'images hold values from {x.min():.3g} to {x.max():.3g}, but pixels are coded from '
+                    f'{low.min():.3g} to {high.max():.3g}, as mean and std of pretrained_cfg say, and clipped. If that '
+                    f'is how the source was trained, set mean and std accordingly (sformer convert --mean --std) and '
+                    f'convert it again.')
+
     def statistics(self) -> CurrentStatistics:
         return CurrentStatistics(tuple(self.step.shape), signed=True)
 
@@ -72,8 +96,13 @@ class GradedCoding(Neuron):
         step = self.step.flatten().cpu()
         low = self.center.flatten().cpu() - 128 * step
         high = low + 255 * step
-        highest, lowest = statistics.peak[0], -statistics.peak[1]
+        highest, lowest = statistics.peak[0], 0 - statistics.peak[1]
         if (highest > high + step).any() or (lowest < low - step).any():
+            _logger.warning(
+                f'calibration images hold values from {lowest.min():.3g} to {highest.max():.3g}, but images that are '
+                f'normalised by mean and std of pretrained_cfg lie between {low.min():.3g} and {high.max():.3g}. '
+                f'Normalise them so or, if the source was trained otherwise, set mean and std accordingly; pixels are '
+                f'coded coarsely now, over both ranges.')
             low, high = torch.minimum(low, lowest), torch.maximum(high, highest)
         self.set_range(low, high)
 

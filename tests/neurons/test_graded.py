@@ -1,4 +1,5 @@
 """Graded-spike coding of pixels: lossless on 8-bit images, under any normalisation."""
+import copy
 import math
 
 import pytest
@@ -93,6 +94,46 @@ def test_dark_images_leave_the_code_lossless():
     before = coding.step.clone()
     coding.fit(site(torch.rand(4, 2, 8, 8, generator=rng(0)) * 0.1, (2, 1, 1)))
     torch.testing.assert_close(coding.step, before, rtol=1e-5, atol=0)
+
+
+def told(caplog):
+    return [record.getMessage() for record in caplog.records if record.name.startswith('sformer')]
+
+
+def test_images_of_another_normalisation_are_told_of_once(caplog):
+    coding = GradedCoding(3)
+    inside = torch.tensor([-1., 1.]).expand(2, 3, 4, 2)
+    coding(inside)
+    assert not told(caplog)
+    coding(inside * 2.5)
+    coding(inside * 3)
+    message, = told(caplog)
+    assert 'hold values from -2.5 to 2.5, but pixels are coded from -1 to 1' in message
+
+
+def test_watching_for_another_normalisation_gets_in_nobodys_way(caplog):
+    wide = 3 * torch.ones(2, 3, 4, 4)
+    coding = GradedCoding(3)
+    torch.fx.symbolic_trace(coding)
+    torch.vmap(coding)(wide[None])
+    torch.compile(coding, backend='eager', fullgraph=True)(wide)
+    torch.export.export(coding, (wide,))
+    coding(wide[:0])
+    copy.deepcopy(coding).to('meta')(wide.to('meta'))
+    assert not told(caplog)
+    for _ in range(20):  # and after some batches, it ends
+        coding(wide / 4)
+    coding(wide)
+    assert not told(caplog)
+
+
+def test_calibration_images_of_another_range_are_told_of(caplog):
+    coding = GradedCoding(2)
+    coding.fit(site(torch.tensor([-1., 1.]).expand(2, 2, 4, 2).clone(), (2, 1, 1)))
+    assert not told(caplog)
+    coding.fit(site(torch.tensor([0., 255.]).expand(2, 2, 4, 2).clone(), (2, 1, 1)))
+    message, = told(caplog)
+    assert 'hold values from 0 to 255' in message and 'between -1 and 1' in message
 
 
 @pytest.mark.parametrize('channels', [1, 2, 4])
