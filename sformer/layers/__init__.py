@@ -1,4 +1,5 @@
 """Spiking counterparts of layers, the table that maps one to the other, and the verb that applies it."""
+from . import adapters as _adapters  # noqa: F401  whoever adapts a spiking layer reads its spikes
 from .attention import SpikingAttention, SpikingAttentionMixin
 from .linear import SpikingConv2d, SpikingLinear, SpikingPatchEmbed
 from .mlp import SpikingGluMlp, SpikingSwiGLU

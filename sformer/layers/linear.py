@@ -1,11 +1,11 @@
 """Layers with weights: their input is spikes, their output a current."""
-from typing import Any
+from typing import Any, Optional
 
 import torch
 import torch.nn as nn
 from timm.layers import PatchEmbed
 
-from ..neurons import GradedCoding, ScaleAndFire, SFNConfig
+from ..neurons import GradedCoding, Neuron, ScaleAndFire, SFNConfig
 from . import products
 from .table import SpikingLayer, register_spiking
 
@@ -25,7 +25,7 @@ class SpikingLinear(SpikingLayer, nn.Linear):
         config: Neurons of the input.
 
     Shape:
-        Input (..., in_features), output (..., out_features).
+        Input (..., in_features), output (..., out_features). With `fired`, the input is what the neuron fired already.
     """
     spiking_parts = ('neuron',)
 
@@ -44,8 +44,8 @@ class SpikingLinear(SpikingLayer, nn.Linear):
     def add_neurons(self, config: SFNConfig) -> None:
         self.neuron = ScaleAndFire((self.in_features,), config, token=True, device=self.weight.device)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return products.linear(self.neuron, x, self.weight, self.bias)
+    def forward(self, x: torch.Tensor, fired: bool = False) -> torch.Tensor:
+        return products.linear(None if fired else self.neuron, x, self.weight, self.bias)
 
 
 @register_spiking(nn.Conv2d)
@@ -53,15 +53,23 @@ class SpikingConv2d(SpikingLayer, nn.Conv2d):
     """Convolution on spikes, one step for the tensor; made by `spiking_` of an `nn.Conv2d`.
 
     Shape:
-        Input (B, C, H, W), output as of `nn.Conv2d`.
+        Input (B, C, H, W), output as of `nn.Conv2d`. With `fired`, the input is what the neuron fired already.
     """
     spiking_parts = ('neuron',)
+    neuron: Optional[Neuron]
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.neuron = None  # as in the layers of this class that peft adds to one that fires
+
 
     def add_neurons(self, config: SFNConfig) -> None:
         self.neuron = ScaleAndFire((1,), config, device=self.weight.device)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._conv_forward(self.neuron(x), self.weight, self.bias)
+    def forward(self, x: torch.Tensor, fired: bool = False) -> torch.Tensor:
+        if self.neuron is not None and not fired:
+            x = self.neuron(x)
+        return self._conv_forward(x, self.weight, self.bias)
 
 
 @register_spiking(PatchEmbed)

@@ -16,9 +16,15 @@ from ..neurons.thresholds import MIN_STEP
 __all__ = ['linear', 'multiply', 'softmax_numerators', 'AttentionProduct']
 
 
-def linear(neuron: Neuron, x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
-    """Product of the spikes on a current (..., C) with weights (D, C), plus a bias (D,): a current (..., D)."""
-    return F.linear(neuron(x), weight, bias)
+def linear(
+        neuron: Optional[Neuron],
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: Optional[torch.Tensor],
+) -> torch.Tensor:
+    """Product of the spikes on a current (..., C) with weights (D, C), plus a bias (D,): a current (..., D). Without a
+    neuron, x is the decode of spikes."""
+    return F.linear(x if neuron is None else neuron(x), weight, bias)
 
 
 def multiply(a_neuron: Neuron, a: torch.Tensor, b_neuron: Neuron, b: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Graded-spike coding of pixels."""
 import contextlib
 import logging
+from typing import Tuple
 
 import torch
 
@@ -12,6 +13,8 @@ from .statistics import CurrentStatistics
 __all__ = ['GradedCoding']
 
 _logger = logging.getLogger(__name__)
+
+OVERSHOOT = 1 / 16  # of the range
 
 
 class GradedCoding(Neuron):
@@ -77,32 +80,44 @@ class GradedCoding(Neuron):
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             return
         self.watched -= 1
-        with contextlib.suppress(RuntimeError):  # of tensors without values, as those of vmap
-            level = (x.detach() - self.center.expand_as(x)) / self.step
-            if level.amin() < -129 or level.amax() > 128:
+        with contextlib.suppress(RuntimeError, IndexError):  # of tensors without values: of vmap, or empty
+            channels = x.detach().float().movedim(-3, 0).flatten(1)
+            seen = self._out_of_range(channels.amin(1), channels.amax(1))
+            if seen:
                 self.watched = 0
-                low, high = self.center - 128 * self.step, self.center + 127 * self.step
-                _logger.warning(
-                    f'images hold values from {x.min():.3g} to {x.max():.3g}, but pixels are coded from '
-                    f'{low.min():.3g} to {high.max():.3g}, as mean and std of pretrained_cfg say, and clipped. If that '
-                    f'is how the source was trained, set mean and std accordingly (sformer convert --mean --std) and '
-                    f'convert it again.')
+                _logger.warning(f'images have {seen}, and are clipped. If that is how the source was trained, set mean '
+                                f'and std accordingly (sformer convert --mean --std) and convert it again.')
+
+    def _range(self) -> Tuple[torch.Tensor, torch.Tensor]:
+        """What the lowest and the highest level stand for, (C,)."""
+        step = self.step.flatten()
+        low = self.center.flatten() - 128 * step
+        return low, low + 255 * step
+
+    def _out_of_range(self, lowest: torch.Tensor, highest: torch.Tensor) -> str:
+        """What to say of pixels with these extremes, (C,), by the channel that is worst; nothing if they are out of
+        range by no more than what resizing overshoots."""
+        low, high = (edge.to(lowest.device) for edge in self._range())
+        excess = torch.maximum(highest - high, low - lowest) / (high - low)
+        if not excess.max() > OVERSHOOT:
+            return ''
+        c = int(excess.argmax())
+        return (f'values from {lowest[c]:.3g} to {highest[c]:.3g} in channel {c}, where mean and std of pretrained_cfg '
+                f'allow {low[c]:.3g} to {high[c]:.3g}')
 
     def statistics(self) -> CurrentStatistics:
         return CurrentStatistics(tuple(self.step.shape), signed=True)
 
     def fit(self, statistics: CurrentStatistics, config: FitConfig = FitConfig()) -> None:
         """Keep the range that the model's normalisation implies; widen it where images of another one were seen."""
-        step = self.step.flatten().cpu()
-        low = self.center.flatten().cpu() - 128 * step
-        high = low + 255 * step
+        low, high = (edge.cpu() for edge in self._range())
         highest, lowest = statistics.peak[0], 0 - statistics.peak[1]
+        step = (high - low) / 255
         if (highest > high + step).any() or (lowest < low - step).any():
-            _logger.warning(
-                f'calibration images hold values from {lowest.min():.3g} to {highest.max():.3g}, but images that are '
-                f'normalised by mean and std of pretrained_cfg lie between {low.min():.3g} and {high.max():.3g}. '
-                f'Normalise them so or, if the source was trained otherwise, set mean and std accordingly; pixels are '
-                f'coded coarsely now, over both ranges.')
+            seen = self._out_of_range(lowest, highest)
+            if seen:
+                _logger.warning(f'calibration images have {seen}. Normalise them so or, if the source was trained '
+                                f'otherwise, set mean and std accordingly; pixels are coded coarsely now, over both.')
             low, high = torch.minimum(low, lowest), torch.maximum(high, highest)
         self.set_range(low, high)
 

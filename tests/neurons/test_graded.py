@@ -103,12 +103,12 @@ def told(caplog):
 def test_images_of_another_normalisation_are_told_of_once(caplog):
     coding = GradedCoding(3)
     inside = torch.tensor([-1., 1.]).expand(2, 3, 4, 2)
-    coding(inside)
+    coding(inside * 1.1)
     assert not told(caplog)
     coding(inside * 2.5)
     coding(inside * 3)
     message, = told(caplog)
-    assert 'hold values from -2.5 to 2.5, but pixels are coded from -1 to 1' in message
+    assert 'values from -2.5 to 2.5 in channel 0, where mean and std of pretrained_cfg allow -1 to 1' in message
 
 
 def test_watching_for_another_normalisation_gets_in_nobodys_way(caplog):
@@ -133,7 +133,7 @@ def test_calibration_images_of_another_range_are_told_of(caplog):
     assert not told(caplog)
     coding.fit(site(torch.tensor([0., 255.]).expand(2, 2, 4, 2).clone(), (2, 1, 1)))
     message, = told(caplog)
-    assert 'hold values from 0 to 255' in message and 'between -1 and 1' in message
+    assert 'values from 0 to 255 in channel 0, where mean and std of pretrained_cfg allow -1 to 1' in message
 
 
 @pytest.mark.parametrize('channels', [1, 2, 4])

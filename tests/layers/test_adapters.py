@@ -1,0 +1,107 @@
+"""peft's adapters on spiking layers: they read spikes, so merging them into the weights changes nothing."""
+import copy
+import io
+
+import pytest
+import torch
+from layer_tools import build, pixels, spiking
+from peft import LoKrConfig, LoraConfig, get_peft_model
+
+import sformer
+from sformer import named_neurons, source_view
+
+EVERYWHERE = ['qkv', 'proj', 'fc1', 'fc2']  # `proj` is the patch embedding's, too
+
+
+@pytest.fixture(scope='module')
+def small():
+    """In double precision, or rounding would push currents over the boundaries of levels. Not to be changed."""
+    with torch.random.fork_rng([]):
+        return spiking(build(), pixels()).double()
+
+
+def adapted(model, config):
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        return get_peft_model(copy.deepcopy(model), config).eval()
+
+
+def lora(targets, **kwargs):
+    return LoraConfig(target_modules=targets, init_lora_weights=False, **kwargs)  # so that they do something
+
+
+@pytest.mark.parametrize('config', [
+    lora(['qkv']), lora(EVERYWHERE), lora('all-linear'), lora(EVERYWHERE, use_dora=True),
+    LoKrConfig(target_modules=EVERYWHERE, init_weights=False)],
+    ids=['qkv', 'everywhere', 'all linear', 'DoRA', 'LoKr'])
+def test_merged_adapters_compute_the_same(config, small):
+    x, network = pixels(2, seed=5).double(), adapted(small, config)
+    with torch.no_grad():
+        out = network(x)
+        assert (out - small(x)).norm() > 0.01 * out.norm()
+        network.merge_adapter()
+        torch.testing.assert_close(network(x), out)
+        network.unmerge_adapter()
+        with network.disable_adapter():
+            torch.testing.assert_close(network(x), small(x))
+        merged = network.merge_and_unload()
+        torch.testing.assert_close(merged(x), out)
+    assert [type(m) for m in merged.modules()] == [type(m) for m in small.modules()]
+
+
+def test_merged_adapters_of_separate_projections_compute_the_same():
+    with torch.random.fork_rng([]):
+        source = spiking(build('eva02'), pixels()).double()
+    network, x = adapted(source, lora(['q_proj', 'k_proj', 'v_proj', 'fc1_g', 'fc2'])), pixels(2, seed=5).double()
+    with torch.no_grad():
+        out = network(x)
+        torch.testing.assert_close(network.merge_and_unload()(x), out)
+
+
+def test_adapters_read_what_the_neuron_fires_and_it_fires_once(small):
+    network, fired, read = adapted(small, lora(EVERYWHERE)), {}, {}
+    for name, module in network.named_modules():
+        if name.endswith('.base_layer'):
+            outs = fired.setdefault(name.removesuffix('.base_layer'), [])
+            module.neuron.register_forward_hook(lambda neuron, args, out, to=outs: to.append(out))
+        if name.endswith('.lora_A.default'):
+            inputs = read.setdefault(name.removesuffix('.lora_A.default'), [])
+            module.register_forward_hook(lambda layer, args, out, to=inputs: to.append(args[0]))
+    with torch.no_grad():
+        network(pixels(2, seed=5).double())
+    assert len(read) == 9 and fired.keys() == read.keys()
+    assert all(torch.equal(x, spikes) for (spikes,), (x,) in zip(fired.values(), read.values(), strict=True))
+
+
+def test_adapters_train(small):
+    network = adapted(small, LoraConfig(target_modules=EVERYWHERE)).train()
+    network(pixels(2, seed=5).double()).square().sum().backward()
+    trained = {name for name, p in network.named_parameters() if p.grad is not None and p.grad.any()}
+    assert len(trained) == 9 and all('lora_B' in name for name in trained)  # A learns as soon as B is not zero
+
+
+def test_copies_of_an_adapted_model_compute_the_same(small):
+    network, x = adapted(small, lora(EVERYWHERE)), pixels(2, seed=5).double()
+    file = io.BytesIO()
+    torch.save(network, file)
+    file.seek(0)
+    with torch.no_grad():
+        for other in (copy.deepcopy(network), torch.load(file, weights_only=False)):
+            assert torch.equal(other(x), network(x))
+
+
+def test_source_of_an_adapted_model_has_its_adapters(small):
+    network, x = adapted(small, lora(EVERYWHERE)), pixels(2, seed=5).double()
+    view = source_view(network)
+    assert not list(named_neurons(view))
+    merged = source_view(adapted(small, lora(EVERYWHERE)).merge_and_unload())
+    with torch.no_grad():
+        torch.testing.assert_close(view(x), merged(x))
+
+
+def test_fine_tuned_model_is_saved_merged(model, images, tmp_path):
+    tuned = adapted(model, lora(['qkv', 'proj'])).merge_and_unload()
+    loaded = sformer.load_model(sformer.save_model(tuned, tmp_path / 'tuned'))
+    with torch.no_grad():
+        assert torch.equal(loaded(images), tuned(images)) and not torch.equal(loaded(images), model(images))
+    assert loaded.conversion.changed
