@@ -1,6 +1,7 @@
 """Batches of images, for one process or for one of many, read by worker processes or not."""
 import contextlib
 import itertools
+import threading
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Union
@@ -167,12 +168,11 @@ class ImageData:
             sampler=sampler,
             batch_size=None,
             num_workers=workers,
-            timeout=timeout if workers else 0,
             pin_memory=pin_memory,
             generator=torch.Generator().manual_seed(0),  # else the loader advances the user's global generator
         )
         with lost_workers():
-            for batch in loader:
+            for batch in _watched(iter(loader), timeout):
                 if isinstance(batch, SFormerError):
                     raise batch
                 yield batch
@@ -302,18 +302,76 @@ def _make_batch(
             labels.append(list(sample[1] or [-1]))
     width = max(map(len, labels), default=1)
     filled = [y + [-1] * (width - len(y)) for y in labels]
+    images = [torch.stack(x) for x in zip(*tensors, strict=True)]
+    accepted = torch.tensor(filled, dtype=torch.int64).reshape(len(labels), width)
+    if get_worker_info() is not None:
+        try:
+            for tensor in (*images, accepted):
+                tensor.share_memory_()  # as is done later anyway, by a thread whose errors nobody hears
+        except RuntimeError as e:
+            return SFormerError(
+                f'a process that loads images has no room in shared memory (/dev/shm): {one_line(e)}. Choose a smaller '
+                f'--batch-size or fewer --workers, or have more of it (docker run --shm-size).')
     return Batch(
         chunk=chunk,
         start=start,
         num=len(reads),
-        images=[torch.stack(x) for x in zip(*tensors, strict=True)],
-        labels=torch.tensor(filled, dtype=torch.int64).reshape(len(labels), width),
+        images=images,
+        labels=accepted,
         skipped=skipped,
         bad=bad,
         decode_seconds=times[0],
         preprocess_seconds=times[1],
         **ends,
     )
+
+
+def _watched(batches: Any, timeout: float) -> Iterator[Any]:
+    """Deliver what the iterator of a `DataLoader` does; kill its workers if nothing comes for `timeout` seconds (0: for
+    ever).
+
+    The loader's own timeout does not help where a worker is stopped, or hangs in a call of the kernel: the loader waits
+    for the memory of a batch without one and, when it ends, for a process that takes no signal.
+    """
+    workers = getattr(batches, '_workers', [])
+    late = threading.Event()
+
+    def give_up() -> None:
+        late.set()
+        for worker in workers:
+            worker.kill()
+
+    try:
+        while True:
+            with _timer(timeout if workers else 0, give_up):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+    except (RuntimeError, OSError, EOFError) as e:
+        if late.is_set():
+            raise SFormerError(f'a process that loads images died or hangs: no batch came for {timeout:g} s') from e
+        raise
+    finally:
+        if workers:
+            batches._shutdown_workers()
+        for worker in workers:
+            worker.kill()
+
+
+@contextlib.contextmanager
+def _timer(seconds: float, call: Callable[[], None]) -> Iterator[None]:
+    """Call something if the block takes longer than so many seconds; 0 is never."""
+    if not seconds:
+        yield
+        return
+    timer = threading.Timer(seconds, call)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextlib.contextmanager

@@ -1,5 +1,8 @@
 """Batches: named errors, and who reads what."""
+import multiprocessing
 import os
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -7,7 +10,7 @@ import torch
 from image_helpers import GREY, RGB, all_images, encoded
 
 from sformer.data import open_images
-from sformer.data.delivery import readers_of_shard
+from sformer.data.delivery import Plan, readers_of_shard
 from sformer.errors import SFormerError
 
 
@@ -64,3 +67,32 @@ def test_stream_is_delivered_once_and_in_order(write_parquet):
         assert all_images(images, 4, workers)[1].tolist() == expected
     few = open_images(folder, data_config=RGB, streaming=True, num_images=6)
     assert (len(few), few.num_shards) == (6, 1) and all_images(few, 4)[1].tolist() == expected[:6]
+
+
+@pytest.mark.parametrize('ends', ['late', 'early'])
+def test_stopped_worker_is_given_up(ends):
+    """A process that takes no signal: neither the next batch nor the end waits for it."""
+    images = open_images('digits', data_config=GREY, num_images=1000)
+    batches = images.planned(Plan(1, 100, workers=2), timeout=1.)
+    next(batches)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    os.kill(workers[0].pid, signal.SIGSTOP)
+    begin = time.monotonic()
+    if ends == 'late':
+        with pytest.raises(SFormerError, match='a process that loads images died or hangs: no batch came for 1 s'):
+            list(batches)
+    batches.close()
+    for worker in workers:
+        worker.join(5)
+        assert not worker.is_alive()
+    assert time.monotonic() - begin < 25
+
+
+def test_full_shared_memory_is_named(monkeypatch):
+    def share_memory_(tensor):
+        raise RuntimeError('unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)')
+    monkeypatch.setattr(torch.Tensor, 'share_memory_', share_memory_)
+    images = open_images('digits', data_config=GREY, num_images=10)
+    with pytest.raises(SFormerError, match=r'no room in shared memory \(/dev/shm\).*--workers.*docker run --shm-size'):
+        all_images(images, 5, workers=1)
