@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any, Iterator, List, Optional, Union
 
 import torch
@@ -148,6 +149,7 @@ class Group:
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._heard = time.monotonic()  # when the store answered last
+        self._call('set', f'pid/{self.rank}', str(os.getpid()))
         for target in (self._watch, self._watch_store):
             threading.Thread(target=target, name='sformer-watch', daemon=True).start()
 
@@ -204,7 +206,8 @@ class Group:
                     if beat != seen[rank][0]:
                         seen[rank] = beat, now
                     elif now - seen[rank][1] > self.timeout and not self._call('check', [f'left/{rank}']):
-                        self._end(f'rank {rank} of {self.world_size} gave no sign of life for {self.timeout:g} s', True)
+                        self._end(
+                            f'rank {rank} of {self.world_size} gave no sign of life for {self.timeout:g} s', True, rank)
                         return
             except RuntimeError as e:  # the store is gone, and with it the rank or the agent that served it
                 self._end(f'rank {self.rank} lost the connection to the others: {str(e).splitlines()[0]}', True)
@@ -223,15 +226,26 @@ class Group:
                       f'{self.timeout:g} s', file=sys.stderr, flush=True)
                 os._exit(1)
 
-    def _end(self, message: str, tell: bool = False) -> None:
+    def _end(self, message: str, tell: bool = False, lost: Optional[int] = None) -> None:
         """End this rank: by an error in the main thread or, where that is blocked, at once."""
         self._mine = tell and self._announce(message)
         self.error = message
+        if lost is not None:
+            self._kill(lost)
         if self._stop.wait(_GRACE):
             return
         if self._mine:
             print(f'sformer: error: {message}', file=sys.stderr, flush=True)
         os._exit(1)
+
+    def _kill(self, rank: int) -> None:
+        """Kill a lost rank if it is of the launcher that started this one, which else waits half a minute for it."""
+        with contextlib.suppress(RuntimeError, OSError, ValueError):
+            if self._call('check', [f'pid/{rank}']):
+                pid = int(self._call('get', f'pid/{rank}'))
+                stat = Path(f'/proc/{pid}/stat').read_text(encoding='utf-8', errors='replace')
+                if int(stat.rpartition(')')[2].split()[1]) == os.getppid():
+                    os.kill(pid, signal.SIGKILL)
 
     def _announce(self, message: str) -> bool:
         """Tell all ranks of an error; returns whether this rank is the first to tell, and so the one that prints."""
@@ -250,7 +264,8 @@ class Group:
             yield self
             return
         try:
-            yield self
+            with self._told_by_launcher():
+                yield self
             self._leave(self.timeout)
         except RankError:
             self._leave(_GRACE)
@@ -263,6 +278,27 @@ class Group:
             if isinstance(e, (SFormerError, OSError)) and not first:
                 raise RankError(str(e)) from e
             raise
+
+    @contextlib.contextmanager
+    def _told_by_launcher(self) -> Iterator[None]:
+        """Let SIGTERM, by which launchers end the other ranks when one was killed, be an error like others."""
+        def end(*args: Any) -> None:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # this rank ends now, and has something to say
+            self._check()
+            raise SFormerError(f'rank {self.rank} of {self.world_size} was told to end (SIGTERM): another rank was '
+                               f'killed, or the whole run was.')
+
+        if threading.current_thread() is not threading.main_thread() or \
+                signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+            yield
+            return
+        signal.signal(signal.SIGTERM, end)
+        try:
+            yield
+        except BaseException:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as this is being said
+            raise
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def _leave(self, patience: float) -> None:
         """Leave the run. Rank 0 may serve the store, so it leaves last, but does not wait for ever."""

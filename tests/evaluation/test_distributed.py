@@ -83,6 +83,8 @@ def test_lost_rank_ends_all(tmp_path, lost, how):
         begin = time.monotonic()
         other.join(60)
         assert other.exitcode == 1 and time.monotonic() - begin < 20
+        processes[lost].join(5)
+        assert processes[lost].exitcode == -signal.SIGKILL, 'the launcher would wait for it'
     finally:
         for process in processes:
             process.kill()
@@ -90,6 +92,24 @@ def test_lost_rank_ends_all(tmp_path, lost, how):
     assert len(lines) == 1, errors(tmp_path)
     assert f'rank {lost} of 2 gave no sign of life' in lines[0] or 'lost the connection' in lines[0]
     assert not (tmp_path / 'r.json').exists()
+
+
+def test_rank_that_its_launcher_ends_says_so(tmp_path):
+    """As torchrun does within a tenth of a second when another rank was killed."""
+    folder = check.write_digits(tmp_path, 3000, 1)
+    processes = check.start(['evaluate', check.NANO, '--dataset', folder, '--batch-size', 4,
+                             '--results-file', tmp_path / 'r.json'], 2, tmp_path)
+    try:
+        wait_until(lambda: recorded(tmp_path, 0), processes)
+        os.kill(processes[1].pid, signal.SIGKILL)
+        os.kill(processes[0].pid, signal.SIGTERM)
+        assert check.finish(processes, 30) == [1, -signal.SIGKILL]
+    finally:
+        for process in processes:
+            process.kill()
+    line, = errors(tmp_path)
+    assert line.startswith('sformer: error: rank 0 of 2 was told to end (SIGTERM): another rank was killed')
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 @pytest.mark.slow
