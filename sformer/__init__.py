@@ -4,6 +4,7 @@ Importing the package registers the `sformer_*` models with timm.
 """
 from importlib import metadata as _metadata
 
+from . import _interrupt  # noqa: F401  before anything that is slow
 from . import entrypoints as _entrypoints  # noqa: F401  registers with timm
 from .calibration import calibrate_
 from .conversion import convert

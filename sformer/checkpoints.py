@@ -33,10 +33,20 @@ _ASIDE = '.writing-'  # folders that `write_aside` writes to
 def state_hash(state_dict: Dict[str, torch.Tensor]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of a state dict, independent of its order."""
     digest = hashlib.sha256()
+
+    def add(name: str, value: Any) -> None:
+        if isinstance(value, (tuple, list)):  # weights of quantised layers are packed
+            for i, part in enumerate(value):
+                add(f'{name}.{i}', part)
+        elif isinstance(value, torch.Tensor):
+            tensor = (value.dequantize() if value.is_quantized else value).detach().cpu().contiguous()
+            digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}\n'.encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        else:
+            digest.update(f'{name} {value}\n'.encode())
+
     for name in sorted(state_dict):
-        tensor = state_dict[name].detach().cpu().contiguous()
-        digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}\n'.encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        add(name, state_dict[name])
     return digest.hexdigest()
 
 

@@ -17,7 +17,7 @@ from .models.zoo import CUSTOM, ENTRYPOINTS, architecture_of
 from .neurons import FitConfig, SFNConfig, as_config
 from .record import CalibrationRecord, Conversion
 from .sources import Source, create_source
-from .utils import library_versions, progress
+from .utils import enough_memory, library_versions, progress
 
 __all__ = ['convert']
 
@@ -83,7 +83,9 @@ def convert(
         _name_architecture(model)
         model = spiking_model_(model, config).eval()
         batches, images = _calibration_batches(model, calibration, split, num_images, batch_size, seed)
-        count = calibrate_(model, batches, fit)
+        with enough_memory('the source is observed on 16 images at a time, whatever the batch size. Choose a smaller '
+                           'input (img_size) or a device with more memory.'):
+            count = calibrate_(model, batches, fit)
         model.conversion = Conversion(**record, calibration=CalibrationRecord(**images, num_images=count))
         return model
     except BaseException:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from .errors import SFormerError
 
-__all__ = ['progress', 'library_versions', 'check_preprocessing']
+__all__ = ['progress', 'enough_memory', 'library_versions', 'check_preprocessing']
 
 
 def progress(items: Iterable, description: str, total: Optional[int] = None) -> Iterator:
@@ -26,6 +26,25 @@ def progress(items: Iterable, description: str, total: Optional[int] = None) -> 
             yield item
             batch = item[0] if isinstance(item, (tuple, list)) else item
             bar.update(len(batch) if isinstance(batch, torch.Tensor) else 1)
+
+
+@contextlib.contextmanager
+def enough_memory(remedy: str) -> Iterator[None]:
+    """Say in one line that memory is not enough.
+
+    Args:
+        remedy: What to do.
+
+    Raises:
+        SFormerError: In the place of what torch and Python raise for it.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as e:
+        from accelerate.utils.memory import should_reduce_batch_size
+        if not isinstance(e, MemoryError) and not should_reduce_batch_size(e):
+            raise
+        raise SFormerError(f'out of memory: {remedy}') from e
 
 
 def library_versions() -> Dict[str, str]:

@@ -1,4 +1,5 @@
 """Files that are written aside, and what is left of those that were not finished."""
+import copy
 import json
 import multiprocessing
 import os
@@ -6,6 +7,7 @@ import os
 import pytest
 import torch
 
+from sformer import UnsupportedLayerError, convert, evaluate
 from sformer.checkpoints import file_hash, restore, state_hash, write_aside, write_json
 
 
@@ -81,3 +83,17 @@ def test_state_hash():
     for other in (dict(state, a=state['a'] + 1e-6), dict(state, a=state['a'].view(3, 2)), dict(a=state['a']),
                   dict(state, a=state['a'].double()), dict(c=state['a'], b=state['b'])):
         assert state_hash(other) != state_hash(state)
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_weights_that_are_packed_have_a_hash(own_source):
+    """Those of dynamically quantised networks, which can be evaluated, and are refused by name as sources."""
+    packed = torch.ao.quantization.quantize_dynamic(own_source, {torch.nn.Linear})
+    hashed = state_hash(packed.state_dict())
+    assert hashed == state_hash(copy.deepcopy(packed).state_dict())
+    with torch.no_grad():
+        own_source.head.weight.mul_(2)
+    assert hashed != state_hash(torch.ao.quantization.quantize_dynamic(own_source, {torch.nn.Linear}).state_dict())
+    assert evaluate(packed, 'digits', num_images=64)['top1'] > 80
+    with pytest.raises(UnsupportedLayerError, match='LinearPackedParams'):
+        convert(packed, 'digits', split='train', num_images=16)

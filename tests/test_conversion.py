@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn as nn
 from conftest import NANO
 from safetensors.torch import save_file
 from timm.data import resolve_input_data_config
@@ -479,6 +480,19 @@ def test_difficult_images(source, images, levels):
             assert torch.isfinite(neuron.step).all() and (neuron.step > 0).all(), name
         with torch.no_grad():
             assert torch.isfinite(model(images)).all()
+
+
+@pytest.mark.parametrize('error', [
+    torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 1.00 GiB'), MemoryError(),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")])
+def test_out_of_memory_is_one_line_and_leaves_the_source(own_source, images, error):
+    def fail(x):
+        raise error
+    own_source.patch_embed.norm = nn.Identity()
+    own_source.patch_embed.norm.register_forward_pre_hook(lambda module, args: fail(args[0]))
+    with pytest.raises(SFormerError, match='^out of memory: .*16 images at a time.*img_size'):
+        convert(own_source, [images], inplace=True)
+    assert not list(named_neurons(own_source))
 
 
 # real data ------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ PACKAGE = ROOT / 'sformer'
 
 # From below to above: a part may import those of lines above its own, and itself; nothing of its own line or below.
 ORDER = (
-    ('errors',),
+    ('_interrupt', 'errors'),
     ('checkpoints', 'utils'),
     ('neurons',),
     ('layers',),

@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 from timm.data import resolve_input_data_config
 
-from ..checkpoints import state_hash
+from ..checkpoints import first_line, state_hash
 from ..errors import SFormerError, UncalibratedError
 from ..layers import is_calibrated, named_neurons, shared_copy, source_view, uncalibrated
 from .benchmarks import Benchmark
@@ -39,8 +39,22 @@ class Network:
     compiled: Optional[Callable[[torch.Tensor], torch.Tensor]] = None
 
     def __call__(self, x: torch.Tensor, eager: bool = False) -> torch.Tensor:
-        """Logits (B, C) of images (B, C, H, W); `eager` runs hooks, which compiled networks do not."""
-        return self.model(x) if eager or self.compiled is None else self.compiled(x)
+        """Logits (B, C) of images (B, C, H, W); `eager` runs hooks, which compiled networks do not.
+
+        Raises:
+            SFormerError: If the network cannot be compiled here.
+        """
+        if eager or self.compiled is None:
+            return self.model(x)
+        try:
+            return self.compiled(x)
+        except RuntimeError as e:
+            if type(e).__module__ not in ('torch._dynamo.exc', 'torch._inductor.exc'):
+                raise
+            reason = first_line(getattr(e, 'inner_exception', e))
+            raise SFormerError(
+                f'the network cannot be compiled ({reason}): torch.compile needs a working compiler, for C++ on CPUs. '
+                f'Install one, or leave out --torchcompile (torchcompile=True).') from e
 
 
 @dataclass

@@ -47,7 +47,8 @@ class Neuron(nn.Module):
 
     def __init__(self, device=None):
         super().__init__()
-        self.register_buffer('calibrated', torch.zeros((), dtype=torch.bool, device=device))
+        # a number, since averages of models subtract it; a bool where it is saved
+        self.register_buffer('calibrated', torch.zeros((), dtype=torch.uint8, device=device))
 
     def encode(self, x: torch.Tensor) -> Spikes:
         """Spikes on a current (B, ...)."""
@@ -76,6 +77,10 @@ class Neuron(nn.Module):
             if moved.dtype != buffer.dtype:
                 setattr(self, name, buffer.to(moved.device))
         return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f'{prefix}calibrated'] = self.calibrated.view(torch.bool)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         names = [name for name, _ in self.named_buffers(recurse=False)]

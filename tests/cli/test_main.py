@@ -64,3 +64,16 @@ def test_entry_points():
     (['evaluate', 'x'], 'dataset'), (['transmogrify'], 'transmogrify'), (['--frob'], '--frob')])
 def test_usage(run, args, message):
     assert_mistake(run(*args), message, 2)
+
+
+@pytest.mark.parametrize('args', [['-m', 'sformer'], ['-c', 'import sformer']], ids=['command', 'library'])
+def test_ctrl_c_during_the_first_import(args, tmp_path):
+    (tmp_path / 'torch.py').write_text('raise KeyboardInterrupt')  # at that moment
+    path = os.pathsep.join([str(tmp_path), ENVIRONMENT['PYTHONPATH']])
+    done = subprocess.run([sys.executable, *args], capture_output=True, text=True, cwd=tmp_path,
+                          env=dict(ENVIRONMENT, PYTHONPATH=path))
+    assert done.returncode != 0 and done.stdout == ''
+    if args[0] == '-m':
+        assert done.stderr == 'sformer: error: interrupted.\n'
+    else:  # programs that use the package decide themselves
+        assert 'KeyboardInterrupt' in done.stderr and 'sformer: error' not in done.stderr

@@ -83,8 +83,9 @@ def test_lost_rank_ends_all(tmp_path, lost, how):
         begin = time.monotonic()
         other.join(60)
         assert other.exitcode == 1 and time.monotonic() - begin < 20
-        processes[lost].join(5)
-        assert processes[lost].exitcode == -signal.SIGKILL, 'the launcher would wait for it'
+        if lost:  # rank 0 serves the store where there is no agent of torchrun, so nobody could be asked for its pid
+            processes[lost].join(5)
+            assert processes[lost].exitcode == -signal.SIGKILL, 'the launcher would wait for it'
     finally:
         for process in processes:
             process.kill()

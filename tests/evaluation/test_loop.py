@@ -126,3 +126,15 @@ def test_compiled_networks(images, monkeypatch, backend):
     assert result['activity'] == eager['activity']
     for key in ('nll', 'source_nll', 'relative_logit_error'):
         assert result[key] == pytest.approx(eager[key], rel=1e-2), key
+
+
+def test_networks_that_do_not_compile_are_one_line(model, monkeypatch):
+    """As without a C++ compiler."""
+    compile = torch.compile
+
+    def broken(graph, inputs):
+        raise RuntimeError('No working C++ compiler found\nand many lines')
+    monkeypatch.setattr(torch, 'compile', lambda network: compile(network, backend=broken))
+    torch._dynamo.reset()
+    with pytest.raises(SFormerError, match='cannot be compiled .*No working C.. compiler found.*leave out --torchcomp'):
+        evaluate(model, 'digits', torchcompile=True, num_images=32, activity_images=0)

@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 from timm.models._features_fx import GraphExtractNet, create_feature_extractor
 from timm.models.vision_transformer import VisionTransformer
+from torch.optim.swa_utils import AveragedModel
 
 import sformer
 from sformer import SFNConfig, SFormer, SFormerError, UnsupportedLayerError, is_calibrated
@@ -361,7 +362,7 @@ def test_dtype_of_the_model_is_not_that_of_the_thresholds(model, digits, dtype):
 def test_dtype_and_device_of_construction():
     model = timm.create_model('sformer_tiny', **MICRO, dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert {b.dtype for b in buffers(model).values()} == {torch.float32, torch.uint8, torch.int16, torch.bool}
+    assert {b.dtype for b in buffers(model).values()} == {torch.float32, torch.uint8, torch.int16}
     assert model(micro_inputs().bfloat16()).dtype == torch.bfloat16
 
 
@@ -462,3 +463,14 @@ def test_weights_move_back_to_the_source(source, model):
     other = timm.create_model('vit_tiny_patch16_224', **dict(source._model_args)).eval()
     result = other.load_state_dict(model.state_dict(), strict=False)
     assert result.missing_keys == [] and set(result.unexpected_keys) == set(buffers(model))
+
+
+def test_average_of_models_with_their_buffers(model, images):
+    """As of stochastic weight averaging: torch subtracts buffers from one another, and bools cannot be."""
+    average = AveragedModel(model, use_buffers=True)
+    for _ in range(3):
+        average.update_parameters(model)
+    assert is_calibrated(average) and average.module.state_dict().keys() == model.state_dict().keys()
+    with torch.no_grad():
+        assert torch.equal(average(images), model(images))
+    assert model.state_dict()['head.neuron.calibrated'].dtype == torch.bool, 'the format of files'
