@@ -177,7 +177,9 @@ def write_aside(directory: Path) -> Iterator[Path]:
                     with open(path, 'rb') as f:
                         os.fsync(f.fileno())
                 _replace_all(new, old, directory)
-    except BaseException:
+    except BaseException as e:
+        if isinstance(e, OSError) and e.errno == errno.ENOSPC and e.filename is None:  # of a write, which knows no name
+            e.filename = str(directory)
         for d in created:
             with contextlib.suppress(OSError):
                 d.rmdir()

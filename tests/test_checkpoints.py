@@ -1,5 +1,6 @@
 """Files that are written aside, and what is left of those that were not finished."""
 import copy
+import errno
 import json
 import multiprocessing
 import os
@@ -97,3 +98,9 @@ def test_weights_that_are_packed_have_a_hash(own_source):
     assert evaluate(packed, 'digits', num_images=64)['top1'] > 80
     with pytest.raises(UnsupportedLayerError, match='LinearPackedParams'):
         convert(packed, 'digits', split='train', num_images=16)
+
+
+def test_full_disk_is_named(tmp_path):
+    with pytest.raises(OSError) as caught, write_aside(tmp_path / 'cards'):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+    assert caught.value.filename == str(tmp_path / 'cards') and not list(tmp_path.iterdir())

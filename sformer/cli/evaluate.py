@@ -109,6 +109,10 @@ def summary(result: Dict[str, Any]) -> List[str]:
         number = len(result[key]) if key == 'bad_images' else result[key]
         lines += [f'  left out: {number} images {what}'] if number else []
     lines += [f'    {name}' for name in result['bad_images']]
+    if result['num_passed_over']:
+        names = ', '.join(result['passed_over'][:3]) + (' ...' if result['num_passed_over'] > 3 else '')
+        lines.append(
+            f'  passed over: {result["num_passed_over"]} files or folders that are no labelled images ({names})')
     loading = result['decode_seconds'] + result['preprocess_seconds']
     computing = result['seconds'] + result.get('source_seconds', 0.)
     return lines + [

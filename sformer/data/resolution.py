@@ -1,7 +1,9 @@
 """From a name to the images that it stands for."""
 import contextlib
+import errno
 import glob
 import hashlib
+import logging
 import os
 import re
 import sys
@@ -21,6 +23,8 @@ from .shards import check_archive, check_shards, file_sample, find_damage, find_
 from .sources import DeadLeaves, Digits, Files, Table, TableStream
 
 __all__ = ['open_images']
+
+_logger = logging.getLogger(__name__)
 
 _NUM_GENERATED = 256
 
@@ -173,6 +177,8 @@ def _find(request: _Request) -> _Found:
     if name == 'dead-leaves':
         return _open_dead_leaves(request)
     if name == 'digits':
+        if Path(name).is_dir():
+            _logger.warning("'digits' is the data set of scikit-learn; the folder is './digits'")
         request.refuse_table_options()
         split = request.choose_split(['train', 'test'])
         return _Found(Digits(split), split)
@@ -224,7 +230,7 @@ def _open_image_folder(request: _Request, folder: Path) -> _Found:
 
 def _open_shards(request: _Request, kind: str, splits: Dict[str, List[Path]]) -> _Found:
     """Open parquet or WebDataset files with `datasets`."""
-    import datasets
+    datasets = _import_datasets()
     split = request.choose_split(list(splits))
     files = splits[split]
     patterns = [glob.escape(os.path.abspath(path)) for path in files]  # `datasets` takes every name for a pattern
@@ -241,7 +247,8 @@ def _open_shards(request: _Request, kind: str, splits: Dict[str, List[Path]]) ->
             table = datasets.load_dataset(
                 kind, _fingerprint(origin), data_files=patterns, split='train', streaming=request.streaming)
     except Exception as e:
-        problem = one_line(e) if isinstance(e, SFormerError) else find_damage(kind, files) or one_line(e)
+        problem = one_line(e) if isinstance(e, SFormerError) else \
+            _full_disk(e) or find_damage(kind, files) or one_line(e)
         raise SFormerError(f'cannot read the {kind} files of {request.name!r} (split {split!r}): {problem}') from e
     columns = request.find_columns(table.features)
     if request.streaming:
@@ -256,7 +263,7 @@ def _open_hub(request: _Request) -> _Found:
         raise SFormerError(f'{name!r} is a file: name the folder it is in')
     if not re.fullmatch(r'\w[\w.-]*(/[\w.-]+)?', name):
         raise SFormerError(f'{looked_for}, and cannot be a Hugging Face dataset id')
-    import datasets
+    datasets = _import_datasets()
     revision = _hub_revision(name)
     pinned = dict(revision=revision) if revision else {}  # so that what is recorded is what is read
     options = dict(streaming=True) if request.streaming else {}
@@ -264,7 +271,9 @@ def _open_hub(request: _Request) -> _Found:
         with _quiet_progress():
             tables = datasets.load_dataset(name, **options, **pinned)
     except Exception as e:
-        raise SFormerError(f'{looked_for}, and the Hugging Face Hub said: {one_line(e)}') from e
+        full = _full_disk(e)
+        raise SFormerError(f'cannot copy {name!r}: {full}' if full else
+                           f'{looked_for}, and the Hugging Face Hub said: {one_line(e)}') from e
     split = request.choose_split(list(tables))
     table = tables[split]
     if not request.streaming:
@@ -296,6 +305,28 @@ def _hub_revision(name: str) -> Optional[str]:
                 return None
             time.sleep(pause)  # many processes ask at once
     return None
+
+
+def _import_datasets() -> Any:
+    """`datasets`, whose import sets the level of its logger anew; what it was before stays."""
+    logger = logging.getLogger('datasets')
+    level = logger.level
+    import datasets
+    if level:
+        logger.setLevel(level)
+    return datasets
+
+
+def _full_disk(error: Optional[BaseException]) -> str:
+    """What to say if a full disk is behind an error; nothing if it is not."""
+    while error is not None:
+        if getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT) or 'No space left' in str(error) \
+                or 'Not enough disk space' in str(error):
+            from datasets import config
+            return (f'the disk of its copy is full ({config.HF_DATASETS_CACHE}). Have HF_HOME name a folder on another '
+                    f'one or, in an evaluation, do without a copy: --streaming (streaming=True)')
+        error = error.__cause__ or error.__context__
+    return ''
 
 
 @contextlib.contextmanager

@@ -15,6 +15,8 @@ __all__ = ['check_complete', 'finished_shards', 'peak_memory', 'result_of']
 
 Record = Dict[str, Any]
 
+NAMED = 100  # of the files that are passed over in a folder; an archive of macOS has one for each image
+
 
 def finished_shards(records: Sequence[Record]) -> Set[int]:
     """Shards of which every chunk is done."""
@@ -54,6 +56,7 @@ def result_of(subject: Subject, images: ImageData, records: Sequence[Record]) ->
         image_column=getattr(images, 'image_column', None), label_column=getattr(images, 'label_column', None),
         benchmark=subject.benchmark.name, num_images=count,
         skipped_images=sum(r['skipped'] for r in records), bad_images=[name for r in records for name in r['bad']],
+        num_passed_over=len(images.passed_over), passed_over=images.passed_over[:NAMED],
         top1=score['top1'], top1_err=round(100 - score['top1'], 4),
         top5=score['top5'], top5_err=round(100 - score['top5'], 4), nll=score['nll'], ece=score['ece'])
     if subject.source is not None:

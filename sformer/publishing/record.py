@@ -100,10 +100,10 @@ RESULT = {
                      'agreement'), PERCENT),
     **dict.fromkeys(('nll', 'source_nll', 'relative_logit_error', 'param_count', 'seconds', 'source_seconds',
                      'images_per_second'), POSITIVE),
-    **dict.fromkeys(('num_images', 'skipped_images', 'activity_images', 'img_size', 'batch_size', 'world_size',
-                     'workers'), COUNT),
+    **dict.fromkeys(('num_images', 'num_passed_over', 'skipped_images', 'activity_images', 'img_size', 'batch_size',
+                     'world_size', 'workers'), COUNT),
     'crop_pct': SHARE, 'activity': SHARE, 'activity_per_site': _mapping(SHARE),
-    'spikes_per_neuron': _mapping(POSITIVE), 'versions': _mapping(TEXT), 'bad_images': TEXTS,
+    'spikes_per_neuron': _mapping(POSITIVE), 'versions': _mapping(TEXT), 'bad_images': TEXTS, 'passed_over': TEXTS,
 }
 POINT = {**RESULT, 'levels': LEVELS}
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 from cli_process import assert_mistake
+from evaluation_tools import class_folders, png
 
 from sformer.evaluation import Journal
 
@@ -117,6 +118,20 @@ def test_ctrl_c_keeps_what_was_counted(run_here, saved, tmp_path, monkeypatch):
     for options in ([], ['--results-file', tmp_path / 'other.json']):
         result = run_here(*args, *options)
         assert result.code == 130 and result.err.rstrip().endswith('error: interrupted.')
+
+
+def test_what_is_passed_over_is_shown_and_recorded(run_here, saved, tmp_path):
+    folder = Path(class_folders(tmp_path / 'images', [str(i) for i in range(10)]))
+    for name in ('.DS_Store', '3/notes.txt', 'beside.png'):
+        (folder / name).write_bytes(png(0))
+    result = run_here('evaluate', saved, '--dataset', folder, '--results-file', tmp_path / 'r.json')
+    assert (result.code, result.err) == (0, '')
+    assert ('passed over: 3 files or folders that are no labelled images (.DS_Store, 3/notes.txt, beside.png)'
+            in result.out)
+    recorded = json.loads((tmp_path / 'r.json').read_text())
+    assert recorded['num_images'] == 10
+    assert (recorded['num_passed_over'], recorded['passed_over']) == (3, ['.DS_Store', '3/notes.txt', 'beside.png'])
+    assert 'passed over' not in run_here('evaluate', saved, '--dataset', 'digits', '--num-images', 4).out
 
 
 # comparison -----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 """From names to images; and every way to get it wrong."""
+import errno
 import subprocess
 import sys
 import time
@@ -6,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from image_helpers import RGB, all_images, config, encoded, error_of
+from image_helpers import GREY, RGB, all_images, config, encoded, error_of
 
 from sformer.data import open_images, resolution
 from sformer.errors import SFormerError
@@ -179,3 +180,43 @@ def test_revision_of_a_dataset_on_a_busy_hub(monkeypatch, status, attempts, expe
     monkeypatch.setattr(huggingface_hub, 'HfApi', Api)
     monkeypatch.setattr(time, 'sleep', lambda seconds: None)
     assert (resolution._hub_revision('org/name'), len(asked)) == (expected, attempts)
+
+
+@pytest.mark.parametrize('kind', ['errno', 'pyarrow', 'datasets'])
+def test_full_disk_of_the_cache_is_named(write_parquet, monkeypatch, kind):
+    """A stream of the same data needs no copy."""
+    import datasets
+    folder = write_parquet()
+
+    def full(*args, **kwargs):
+        try:
+            raise OSError(errno.ENOSPC, 'No space left on device') if kind == 'errno' else OSError(
+                '[Errno 28] Error writing bytes to file. Detail: No space left on device' if kind == 'pyarrow' else
+                'Not enough disk space. Needed: 3 GiB (download: 1 GiB)')
+        except OSError as e:
+            raise datasets.exceptions.DatasetGenerationError('An error occurred while generating the dataset') from e
+    monkeypatch.setattr(datasets, 'load_dataset', full)
+    for name in (folder, 'org/set'):
+        message = error_of(name)
+        assert 'disk of its copy is full' in message and 'HF_HOME' in message and '--streaming' in message
+
+
+def test_folder_of_a_built_in_name_is_told_of(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    open_images('digits', data_config=GREY, num_images=2)
+    assert not caplog.records
+    (tmp_path / 'digits').mkdir()
+    open_images('digits', data_config=GREY, num_images=2)
+    message, = (record.getMessage() for record in caplog.records)
+    assert "the folder is './digits'" in message
+
+
+def test_level_of_the_logger_survives_the_import_of_datasets(write_parquet):
+    """Whoever wants to be told nothing says so before; importing `datasets` would set the level anew."""
+    folder = write_parquet()
+    code = ('import logging, sys; logging.getLogger("datasets").setLevel(logging.CRITICAL); '
+            'from sformer.data import open_images; assert "datasets" not in sys.modules; '
+            f'open_images({folder!r}, data_config=dict(input_size=(3, 8, 8), mean=(0, 0, 0), std=(1, 1, 1))); '
+            'print(logging.getLogger("datasets").level)')
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.stdout == '50\n', done.stderr
