@@ -10,6 +10,7 @@ import pytest
 from cli_process import NAME, Result, assert_mistake
 
 import sformer
+from sformer import cli
 
 # processes of their own have the package that is tested here
 ENVIRONMENT = dict(os.environ, PYTHONPATH=str(Path(sformer.__file__).parents[1]))
@@ -47,6 +48,20 @@ def test_names_that_the_terminal_cannot_show(model, tmp_path):
          'compare', folder.name, '--dataset', 'digits', '--num-images', '8'],
         cwd=tmp_path, env=dict(ENVIRONMENT, PYTHONIOENCODING='ascii'), capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, '') and r'\u043c' in done.stdout and '8 images' in done.stdout
+
+
+@pytest.mark.parametrize('args', [['--version'], ['list', '--format', 'csv']])
+def test_output_that_is_read_in_part(args, capsys, monkeypatch):
+    """As by `sformer list | head`: no complaint, and none when the interpreter flushes."""
+    monkeypatch.setattr('sformer.entrypoints.entries', lambda: iter([dict(param_count=1., input_size=(1, 8, 8))] * 999))
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, 'w') as stdout:
+        monkeypatch.setattr(sys, 'stdout', stdout)
+        with pytest.raises(SystemExit) as done:
+            cli.main(args)
+        sys.stdout.flush()
+    assert done.value.code == 1 and capsys.readouterr().err == ''
 
 
 def test_no_arguments_show_the_help(run_apart):
