@@ -60,7 +60,7 @@ def be_rank(args: list[str], env: dict[str, str], folder: str, threads: int) -> 
 
 def start(args: list[str], world: int, folder: Path, threads: int = 1) -> list[Any]:
     """Start `sformer ARGS` on so many processes, as torchrun would."""
-    FORKS.set_forkserver_preload(['sformer.cli', 'sformer.evaluation', 'torch', 'datasets', 'accelerate'])
+    FORKS.set_forkserver_preload(['sformer.cli', 'sformer.evaluation', 'datasets', 'accelerate', 'sklearn.datasets'])
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]

@@ -12,7 +12,8 @@ from conftest import NANO
 NAME = 'vit_tiny_patch16_224'
 KWARGS = [f'{key}={value}' for key, value in NANO.items()]
 FORKS = multiprocessing.get_context('forkserver')
-FORKS.set_forkserver_preload(['sformer.cli'])  # importing the package takes seconds, once is enough
+# importing all that takes seconds, once is enough
+FORKS.set_forkserver_preload(['sformer.cli', 'sformer.evaluation', 'datasets', 'accelerate', 'sklearn.datasets'])
 
 
 @dataclass

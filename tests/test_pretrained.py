@@ -5,6 +5,7 @@ import json
 import logging
 import multiprocessing
 import re
+import shutil
 
 import pytest
 import timm
@@ -273,13 +274,20 @@ def test_offline_with_a_cold_cache_says_what_to_download(offline, tmp_path, name
         timm.create_model(name, pretrained=True, cache_dir=tmp_path)
 
 
-@pytest.fixture
-def converted(published, offline, tmp_path):
-    """A cache with a converted model with neurons of its own, and the model."""
+@pytest.fixture(scope='module')
+def converted_once(published, tmp_path_factory):
+    """A folder of a converted model with neurons of its own, and the model; not to be changed."""
     source = timm.create_model('vit_tiny_patch16_224')
     source.load_state_dict(published)
     model = sformer.convert(source, num_images=2, config=SFNConfig(levels=8, initial_potential=0, dead_zone=0.7))
-    sformer.save_model(model, publish(tmp_path, repo_id=f'my-org/{NAME}'))
+    return sformer.save_model(model, tmp_path_factory.mktemp('converted') / 'model'), model
+
+
+@pytest.fixture
+def converted(converted_once, offline, tmp_path):
+    """A cache with that model, and the model."""
+    folder, model = converted_once
+    shutil.copytree(folder, publish(tmp_path, repo_id=f'my-org/{NAME}'), dirs_exist_ok=True)
     return tmp_path, model
 
 
@@ -365,8 +373,8 @@ def test_processes_that_start_at_once_fit_once(warm, published, tmp_path):
     publish(tmp_path, published)
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['sformer'])
-    barrier, results = context.Barrier(4), context.Queue()
-    processes = [context.Process(target=load_in_process, args=(tmp_path, i, barrier, results)) for i in range(4)]
+    barrier, results = context.Barrier(3), context.Queue()
+    processes = [context.Process(target=load_in_process, args=(tmp_path, i, barrier, results)) for i in range(3)]
     for process in processes:
         process.start()
     found = [results.get(timeout=120) for _ in processes]

@@ -399,7 +399,8 @@ def save_slowly(source_folder, folder, reached, where='saving.save_file'):
 
 
 def kill_while_saving(new, folder, where, sent=signal.SIGKILL):
-    context = multiprocessing.get_context('spawn')
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['sformer'])  # importing it takes seconds, once is enough
     reached = context.Event()
     process = context.Process(target=save_slowly, args=(new, folder, reached, where))
     process.start()

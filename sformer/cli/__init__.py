@@ -4,6 +4,7 @@ Commands import what is slow to load when they run.
 """
 import io
 import logging
+import os
 import sys
 from importlib import metadata
 from typing import Annotated, Any, List, Optional
@@ -56,6 +57,7 @@ def main(argv: Optional[List[str]] = None) -> None:
         fail('an argument is empty; is a variable of the shell unset?', 2)
     try:
         code = app(args or ['--help'], standalone_mode=False)
+        sys.stdout.flush()
     except RunInterruptedError as e:
         fail(str(e), 130)
     except SFormerError as e:
@@ -64,6 +66,9 @@ def main(argv: Optional[List[str]] = None) -> None:
         code = 130
     except USAGE_ERROR as e:
         fail(f'{e.format_message().rstrip(".")}. Try --help.', 2)
+    except BrokenPipeError:  # whoever reads the output has read enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit would complain
+        sys.exit(1)
     except OSError as e:
         fail(f'{e.filename or "file"}: {e.strerror or e}')
     if code == 130:  # typer turns Ctrl-C into this exit code

@@ -17,7 +17,7 @@ __all__ = [
 MAX_LEVEL = 127  # a level is one int8 on hardware
 MAX_WIDE_LEVEL = 128 * 127 + 127  # or, where a site says so, two int8 planes: k = 128 high + low
 
-# The largest float below 1/2. Added before truncation it rounds halves away from zero and nothing below them; 1/2
+# The largest float below 1/2. Added before the floor it rounds halves away from zero and nothing below them; 1/2
 # itself would round the float just below 1/2 up to 1.
 _BELOW_HALF = 0.49999997
 
@@ -142,10 +142,9 @@ def fire(
     """
     levels = values.shape[0]
     whole = levels ** EXPONENTS.get(fire_function, 1) <= top  # levels are powers of i, not scaled down to fit
-    if fire_function == 'uniform' and initial_potential == 0.5:
-        k = torch.add(u, u.sign(), alpha=_BELOW_HALF).trunc_().clamp_(-levels, levels)
-    elif fire_function == 'uniform':
-        k = u.sign() * u.abs().add_(initial_potential).floor_().clamp_(max=levels)
+    if fire_function == 'uniform':
+        shift = _BELOW_HALF if initial_potential == 0.5 else initial_potential
+        k = u.abs().add_(shift).floor_().clamp_(max=levels).mul_(u.sign())
     elif fire_function == 'quadratic' and initial_potential == 0.5 and whole:
         # b_j = j^2 - j + 1/2 = (j - 1/2)^2 + 1/4
         i = u.abs().sub_(0.25).clamp_(min=0).sqrt_().add_(0.5).floor_().clamp_(max=levels)

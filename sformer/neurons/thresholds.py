@@ -48,13 +48,11 @@ def candidate_tops() -> torch.Tensor:
 @functools.lru_cache(maxsize=8)
 def _error_matrix(values: Tuple[float, ...], boundaries: Tuple[float, ...]) -> torch.Tensor:
     """Mean squared error per bin and candidate, (NUM_BINS, NUM_CANDIDATES)."""
-    edges = bin_edges()
-    lower, upper = edges[:-1, None], edges[1:, None]
+    edges = bin_edges()[:, None]
     y = torch.tensor(values, dtype=torch.float64)
     b = torch.tensor(boundaries, dtype=torch.float64)
     thresholds = candidate_tops() / y[-1]
-    integral = error_integral(upper / thresholds, y, b) - error_integral(lower / thresholds, y, b)
-    return integral * thresholds ** 3 / (upper - lower)
+    return error_integral(edges / thresholds, y, b).diff(dim=0) * thresholds ** 3 / edges.diff(dim=0)
 
 
 def branch_error(counts: torch.Tensor, values: torch.Tensor, boundaries: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,10 @@
 """Fixtures of tests of the command line: output, exit codes, one line per mistake and never a traceback."""
+import sys
+
 import pytest
 import torch
 from cli_process import FORKS, KWARGS, NAME, command, result_of
+from huggingface_hub import constants
 from safetensors.torch import save_file
 
 import sformer
@@ -28,13 +31,28 @@ def saved(tmp_path_factory, model):
 
 
 @pytest.fixture
-def run(tmp_path):
+def run(run_here, tmp_path, monkeypatch):
+    """`sformer ARGS` in this process: exit code, stdout and stderr."""
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)  # nothing here is there, and it would try for half a minute
+    (tmp_path / '.log').mkdir(exist_ok=True)
+
+    def run(*args):
+        with monkeypatch.context() as patch:
+            patch.chdir(tmp_path / '.log')
+            patch.setattr(sys, 'argv', ['sformer', *map(str, args)])
+            return run_here(*args)
+    return run
+
+
+@pytest.fixture
+def run_apart(tmp_path):
+    """The same in a process of its own, which so shows warnings and logs, too."""
     def run(*args, **kwargs):
         log = tmp_path / '.log'
         log.mkdir(exist_ok=True)
         process = FORKS.Process(target=command, args=([str(a) for a in args], log), kwargs=kwargs)
         process.start()
-        process.join(240)  # the demo takes a minute where nothing else runs
+        process.join(240)  # the demo takes a minute where everything else runs
         if process.exitcode is None:
             process.kill()
             pytest.fail('the command hangs')
@@ -45,7 +63,7 @@ def run(tmp_path):
 @pytest.fixture
 def convert_digits(run, files, tmp_path):
     """`sformer convert` of the digits checkpoint to `tmp_path/out`, with more or other options."""
-    def convert_digits(*options, checkpoint='digits.safetensors', output=tmp_path / 'out', kwargs=KWARGS, **how):
-        return run('convert', NAME, '--checkpoint', files / checkpoint, '--model-kwargs', *kwargs,
+    def convert_digits(*options, checkpoint='digits.safetensors', output=tmp_path / 'out', run=run, **how):
+        return run('convert', NAME, '--checkpoint', files / checkpoint, '--model-kwargs', *KWARGS,
                    '--calibration', 'digits', '--output', output, *options, **how)
     return convert_digits

@@ -20,8 +20,8 @@ import sformer
 PREPROCESSING = ['--mean', '.5', '--std', '.5', '--crop-pct', '1', '--interpolation', 'bilinear']
 
 
-def test_convert_and_evaluate(convert_digits, run, model, tmp_path):
-    result = convert_digits(*PREPROCESSING)
+def test_convert_and_evaluate(convert_digits, run_apart, model, tmp_path):
+    result = convert_digits(*PREPROCESSING, run=run_apart)
     assert (result.code, result.err) == (0, '')
     assert re.fullmatch(rf'{NAME} -> sformer_tiny: N = 32, calibrated on 256 digits images, saved to \S+out\n',
                         result.out)
@@ -32,7 +32,7 @@ def test_convert_and_evaluate(convert_digits, run, model, tmp_path):
     weights = load_file(tmp_path / 'out' / 'model.safetensors')
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items()), 'not what the API makes'
 
-    result = run('evaluate', tmp_path / 'out', '--dataset', 'digits', '--results-file', tmp_path / 'r.json')
+    result = run_apart('evaluate', tmp_path / 'out', '--dataset', 'digits', '--results-file', tmp_path / 'r.json')
     assert (result.code, result.err) == (0, '')
     assert '540 images of digits (test)' in result.out and 'activity 0.' in result.out
     values = json.loads((tmp_path / 'r.json').read_text())
@@ -65,13 +65,13 @@ def test_convert_needs_no_data(run, files, tmp_path):
 
 
 def test_allowed_pickle(convert_digits):
-    result = convert_digits('--allow-pickle', checkpoint='digits.pth')
+    result = convert_digits('--allow-pickle', '--num-images', 4, checkpoint='digits.pth')
     assert (result.code, result.err) == (0, '')
 
 
 def test_overwrite(convert_digits, tmp_path):
-    assert convert_digits().code == 0
-    assert convert_digits('--overwrite', '--levels', 8).code == 0
+    assert convert_digits('--num-images', 4).code == 0
+    assert convert_digits('--num-images', 4, '--overwrite', '--levels', 8).code == 0
     assert json.loads((tmp_path / 'out' / 'config.json').read_text())['model_args']['sfn']['levels'] == 8
 
 
@@ -89,7 +89,7 @@ def test_several_values_per_option(run, tmp_path):
     torch.testing.assert_close(step, 1 / 255 / torch.tensor([.1, .2, .3]))
 
 
-def test_progress_bar_on_a_terminal_only(convert_digits):
+def test_progress_bar_on_a_terminal_only(convert_digits, run_apart):
     """A bar that animates where somebody watches; without a terminal not even its control characters."""
     main, side = pty.openpty()
     termios.tcsetwinsize(side, (24, 80))  # a new one has no size
@@ -102,14 +102,14 @@ def test_progress_bar_on_a_terminal_only(convert_digits):
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
-        result = convert_digits(terminal=os.ttyname(side))
+        result = convert_digits('--num-images', 64, run=run_apart, terminal=os.ttyname(side))
     finally:
         os.close(side)
         watcher.join(10)
         os.close(main)
     assert result.code == 0 and b'Calibrating' in seen, bytes(seen)
 
-    result = convert_digits('--overwrite')
+    result = convert_digits('--num-images', 64, '--overwrite', run=run_apart)
     assert (result.code, result.err) == (0, '')
     assert not re.search('[\r\x1b\u2500-\u259f]', result.out)
 
@@ -208,8 +208,8 @@ def test_bad_outputs(convert_digits, files, saved, tmp_path):
     assert_mistake(convert_digits(output=saved), 'holds a model already; --overwrite')
     assert all(p.read_bytes() == content for p, content in before)
     assert_mistake(convert_digits(output=files / 'file'), 'file is a file, not a folder')
-    assert_mistake(convert_digits(output=files / 'file' / 'sub'), 'sub')
-    assert_mistake(convert_digits(output='/proc/sformer'), '/proc/sformer cannot be written')
+    assert_mistake(convert_digits('--num-images', 4, output=files / 'file' / 'sub'), 'sub')
+    assert_mistake(convert_digits('--num-images', 4, output='/proc/sformer'), '/proc/sformer cannot be written')
     assert (files / 'file').read_text() == 'mine'
 
 
@@ -244,7 +244,7 @@ def test_model_that_became_a_value(run, files, tmp_path):
 def test_safetensors_by_another_name(convert_digits, files, tmp_path):
     path = tmp_path / 'digits.ckpt'
     path.write_bytes((files / 'digits.safetensors').read_bytes())
-    assert convert_digits(checkpoint=path).code == 0
+    assert convert_digits('--num-images', 4, checkpoint=path).code == 0
 
 
 def test_ctrl_c(files, tmp_path):

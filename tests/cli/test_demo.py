@@ -9,8 +9,8 @@ import sformer
 from sformer import demo
 
 
-def test_demo(run, tmp_path):
-    result = run('demo', '-o', tmp_path / 'demo')
+def test_demo(run_apart, tmp_path):
+    result = run_apart('demo', '-o', tmp_path / 'demo')
     assert (result.code, result.err) == (0, '')
     assert 'the same logits, bit for bit' in result.out and 'convert [s]' in result.out
     names = {p.name for p in (tmp_path / 'demo').iterdir()}

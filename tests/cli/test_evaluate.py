@@ -21,8 +21,8 @@ def test_evaluate_options(run, saved):
     assert '30 images of digits (train)' in result.out and 'source' not in result.out
 
 
-def test_evaluate_by_name(run):
-    result = run('evaluate', 'sformer_nano.digits', '--dataset', 'digits')
+def test_evaluate_by_name(run_apart):
+    result = run_apart('evaluate', 'sformer_nano.digits', '--dataset', 'digits')
     assert (result.code, result.err) == (0, '') and re.search(r'top-1 9[7-9]\.\d\d %', result.out)
 
 

@@ -1,5 +1,6 @@
 """What holds for all commands: help, versions, mistakes, output."""
 import os
+import runpy
 import subprocess
 import sys
 from importlib import metadata
@@ -9,6 +10,7 @@ import pytest
 from cli_process import NAME, Result, assert_mistake
 
 import sformer
+from sformer import cli
 
 # processes of their own have the package that is tested here
 ENVIRONMENT = dict(os.environ, PYTHONPATH=str(Path(sformer.__file__).parents[1]))
@@ -28,35 +30,54 @@ def test_versions(run):
 
 
 def test_importing_the_package_registers_its_models(tmp_path):
-    """Whatever the command line leaves out; even in a script that has its name."""
+    """Whatever the command line leaves out; even in a script that has its name. What is slow to load waits."""
     (tmp_path / 'sformer').write_text(
-        "import sformer, timm\nassert timm.is_model('sformer_nano') and sformer.convert and sformer.evaluate\n")
-    subprocess.run([sys.executable, str(tmp_path / 'sformer'), 'evaluate'], env=ENVIRONMENT, check=True)
+        "import sys, sformer, sformer.data\n"
+        "print(*{'datasets', 'sklearn', 'pyarrow', 'matplotlib'} & set(sys.modules))\n"
+        "import timm\nassert timm.is_model('sformer_nano') and sformer.convert and sformer.evaluate\n")
+    done = subprocess.run([sys.executable, str(tmp_path / 'sformer'), 'evaluate'], env=ENVIRONMENT, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b'\n', b'')
 
 
 def test_names_that_the_terminal_cannot_show(model, tmp_path):
-    """And a command in a process of its own, in which nobody else has loaded the models."""
+    """And the command as installed, in which nobody else has loaded the models."""
     folder = sformer.save_model(model, tmp_path / 'модель')
+    script = Path(sys.executable).with_name('sformer')
     done = subprocess.run(
-        [sys.executable, '-m', 'sformer', 'compare', folder.name, '--dataset', 'digits', '--num-images', '8'],
+        [*([str(script)] if script.exists() else [sys.executable, '-m', 'sformer']),
+         'compare', folder.name, '--dataset', 'digits', '--num-images', '8'],
         cwd=tmp_path, env=dict(ENVIRONMENT, PYTHONIOENCODING='ascii'), capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, '') and r'\u043c' in done.stdout and '8 images' in done.stdout
 
 
-def test_no_arguments_show_the_help(run):
-    result = run()
+@pytest.mark.parametrize('args', [['--version'], ['list', '--format', 'csv']])
+def test_output_that_is_read_in_part(args, capsys, monkeypatch):
+    """As by `sformer list | head`: no complaint, and none when the interpreter flushes."""
+    monkeypatch.setattr('sformer.entrypoints.entries', lambda: iter([dict(param_count=1., input_size=(1, 8, 8))] * 999))
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, 'w') as stdout:
+        monkeypatch.setattr(sys, 'stdout', stdout)
+        with pytest.raises(SystemExit) as done:
+            cli.main(args)
+        sys.stdout.flush()
+    assert done.value.code == 1 and capsys.readouterr().err == ''
+
+
+def test_no_arguments_show_the_help(run_apart):
+    result = run_apart()
     assert result.code == 2 and 'Traceback' not in result.err
     assert 'Usage: ' in result.out + result.err and 'convert' in result.out + result.err
 
 
-def test_entry_points():
-    """`sformer` and `python -m sformer`, as installed."""
-    script = Path(sys.executable).with_name('sformer')
-    commands = [[sys.executable, '-m', 'sformer']] + ([[str(script)]] if script.exists() else [])
-    for start in commands:
-        done = subprocess.run(
-            [*start, 'convert', 'vit_tiny_patch16_22', '-o', 'x'], env=ENVIRONMENT, capture_output=True, text=True)
-        assert_mistake(Result(done.returncode, done.stdout, done.stderr), 'Did you mean vit_tiny_patch16_224', 1)
+def test_entry_points(capsys, monkeypatch):
+    """`sformer` and `python -m sformer`."""
+    installed, = metadata.entry_points(group='console_scripts', name='sformer')
+    for start in (installed.load(), lambda: runpy.run_module('sformer', run_name='__main__')):
+        monkeypatch.setattr(sys, 'argv', ['sformer', 'convert', 'vit_tiny_patch16_22', '-o', 'x'])
+        with pytest.raises(SystemExit) as done:
+            start()
+        assert_mistake(Result(done.value.code, *capsys.readouterr()), 'Did you mean vit_tiny_patch16_224', 1)
 
 
 @pytest.mark.parametrize('args, message', [

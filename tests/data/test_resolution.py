@@ -88,11 +88,6 @@ def test_progress_bars(monkeypatch, write_parquet):
             datasets.disable_progress_bars()
 
 
-def test_import_is_light():
-    code = "import sys, sformer.data; print(*{'datasets', 'sklearn', 'pyarrow', 'matplotlib'} & set(sys.modules))"
-    assert subprocess.check_output([sys.executable, '-c', code], text=True).strip() == ''
-
-
 @pytest.mark.parametrize('args, kwargs, message', [
     (['dead-leaves', 'train'], {}, "'dead-leaves' has no splits, so not 'train' either"),
     (['dead-leaves'], dict(needs_labels=True), "'dead-leaves' images have no labels: name a labelled data set"),

@@ -92,7 +92,7 @@ def test_activity_leaves_no_hooks(model, images):
 
 
 def test_fewer_levels_and_dead_zones_fire_less(source, images):
-    results = [evaluate(convert(source, [images], SFNConfig(**kwargs)), 'digits', source=False)
+    results = [evaluate(convert(source, [images], SFNConfig(**kwargs)), 'digits', source=False, num_images=64)
                for kwargs in (dict(levels=32), dict(levels=32, dead_zone=3.), dict(levels=2))]
     rates = [r['activity'] for r in results]
     assert rates[0] > rates[1] > 0 and rates[0] > rates[2] > 0

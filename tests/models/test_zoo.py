@@ -194,8 +194,8 @@ def test_gradients_reach_every_parameter(pair):
     assert {name: p.grad is not None for name, p in model.named_parameters()} == grads
 
 
-@pytest.mark.parametrize('structure', [
-    'EVA-02', 'BEiT', *(pytest.param(s, marks=pytest.mark.slow) for s in STRUCTURES if s not in ('EVA-02', 'BEiT'))])
+@pytest.mark.slow  # one of each kind of attention is compiled and exported in tests/layers/test_compilers.py
+@pytest.mark.parametrize('structure', STRUCTURES)
 def test_compilers(structure):
     model = sformer.convert(build(structure), [inputs()])
     with torch.no_grad():

@@ -204,17 +204,16 @@ def test_written_again(record, tmp_path):
     assert '12.34' in write_card(record, tmp_path).read_text() and card.read_bytes() != before[card.name]
 
 
-@pytest.mark.parametrize('edit', [
-    lambda text: text.replace('## Limits', '## Known limits'), lambda text: f'{text}\nMore of it.\n',
-    lambda text: text.rsplit('<!--', 1)[0], lambda text: 'mine', lambda text: ''])
-def test_edited_cards_are_kept(record, tmp_path, edit):
+def test_edited_cards_are_kept(record, tmp_path):
     card = write_card(record, tmp_path)
-    text = edit(card.read_text())
-    card.write_text(text)
-    with pytest.raises(SFormerError, match=rf'{record.name}\.md was edited, .* --overwrite'):
-        write_card(record, tmp_path)
-    assert card.read_text() == text
-    assert write_card(record, tmp_path, overwrite=True).read_text() != text
+    before = card.read_text()
+    for text in (before.replace('## Limits', '## Known limits'), f'{before}\nMore of it.\n',
+                 before.rsplit('<!--', 1)[0], 'mine', ''):
+        card.write_text(text)
+        with pytest.raises(SFormerError, match=rf'{record.name}\.md was edited, .* --overwrite'):
+            write_card(record, tmp_path)
+        assert card.read_text() == text != before
+    assert write_card(record, tmp_path, overwrite=True).read_text() == before
 
 
 def test_pictures_of_others_are_kept(record, tmp_path):
