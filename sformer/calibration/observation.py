@@ -16,7 +16,7 @@ from ..layers.spiking import left_alone
 from ..neurons import FitConfig, Neuron
 from ..neurons.statistics import check_finite
 
-__all__ = ['calibrate_', 'observe', 'OBSERVED_BATCH']
+__all__ = ['calibrate_', 'correct', 'observe', 'OBSERVED_BATCH']
 
 OBSERVED_BATCH = 16  # images; small enough that currents of a large network at 500 pixels are no burden
 
@@ -45,13 +45,17 @@ def calibrate_(
         SFormerError: If there are no images, or a current is NaN or infinite; names the first such neuron.
         UnsupportedLayerError: If a module multiplies currents in a forward of its own; names it.
     """
-    statistics, count = observe(module, batches, forward_fn)
+    batches = iter(_rebatched(batches))
+    first = list(itertools.islice(batches, 1))
+    statistics, count = observe(module, itertools.chain(first, batches), forward_fn)
     with torch.device('cpu'):  # where statistics are, whatever the default device is
         for name, child in module.named_modules():
             if isinstance(child, AttentionProduct):
                 child.fit({key: statistics.pop(f'{name}.{key}') for key, _ in child.named_children()}, fit)
             elif isinstance(child, Neuron) and name in statistics:
                 child.fit(statistics[name], fit)
+    if fit.unbiased:
+        correct(module, first[0], forward_fn)
     return count
 
 
@@ -62,25 +66,54 @@ def observe(
         forward_fn: Optional[Forward] = None,
 ) -> Tuple[Dict[str, Any], int]:
     """Statistics of the source's currents at every neuron, and the number of images; arguments as of `calibrate_`."""
-    view, statistics = _observing_view(module)
-    # of a layer without parameters, such as a pool: what its neurons have
-    tensors = itertools.chain(module.parameters(), module.buffers())
-    parameter = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
+    view, statistics = shared_copy(module).eval(), {}
+    for parent, name, neuron in _neurons_of(view):
+        full_name = f'{parent}.{name}' if parent else name
+        statistics[full_name] = neuron.statistics()
+        setattr(view.get_submodule(parent), name, _Observer(full_name, statistics[full_name]).eval())
     count = 0
     for batch in _rebatched(batches):
-        if isinstance(batch, torch.Tensor):
-            batch = batch.to(parameter.device, parameter.dtype if batch.is_floating_point() else batch.dtype)
-        try:
-            with _ProductWatch(view, enabled=not count):
-                out = view(batch) if forward_fn is None else forward_fn(view, batch)
-        except AssertionError as e:  # timm's way to refuse an image size
-            raise SFormerError(f'calibration images {tuple(batch.shape)} do not fit the model: {e}') from e
+        with _ProductWatch(view, enabled=not count):
+            out = _forward(view, batch, forward_fn)
         if isinstance(out, torch.Tensor) and not torch.isfinite(out.float().sum()):
             raise SFormerError('NaN or infinite values in the output of the source network.')
         count += len(batch) if isinstance(batch, torch.Tensor) else 1
     if not count:
         raise SFormerError('calibration needs at least one image, got none.')
     return statistics, count
+
+
+@torch.inference_mode()
+def correct(module: nn.Module, batch: Any, forward_fn: Optional[Forward] = None) -> None:
+    """Let fitted neurons carry what rounding and clipping take from the source's currents on one batch of images."""
+    view = shared_copy(module).eval()
+    comparisons = []
+    for parent, name, neuron in _neurons_of(view):
+        comparisons.append(_Comparison(neuron).eval())
+        setattr(view.get_submodule(parent), name, comparisons[-1])
+    _forward(view, batch, forward_fn)
+    for comparison in comparisons:
+        if comparison.moments is not None:
+            comparison.neuron.correct(comparison.moments)  # its buffers are those of the module
+
+
+def _forward(view: nn.Module, batch: Any, forward_fn: Optional[Forward]) -> Any:
+    if isinstance(batch, torch.Tensor):
+        # of a layer without parameters, such as a pool: what its neurons have
+        tensors = itertools.chain(view.parameters(), view.buffers())
+        parameter = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
+        batch = batch.to(parameter.device, parameter.dtype if batch.is_floating_point() else batch.dtype)
+    try:
+        return view(batch) if forward_fn is None else forward_fn(view, batch)
+    except AssertionError as e:  # timm's way to refuse an image size
+        shape = tuple(batch.shape) if isinstance(batch, torch.Tensor) else type(batch).__name__
+        raise SFormerError(f'calibration images {shape} do not fit the model: {e}') from e
+
+
+def _neurons_of(module: nn.Module) -> List[Tuple[str, str, Neuron]]:
+    """Neurons, each with the name of its parent and its name there."""
+    return [(parent_name, name, child) for parent_name, parent in module.named_modules()
+            for name, child in parent.named_children() if isinstance(child, Neuron)]
 
 
 class _Observer(nn.Module):
@@ -101,15 +134,19 @@ class _Observer(nn.Module):
         return x
 
 
-def _observing_view(module: nn.Module) -> Tuple[nn.Module, Dict[str, Any]]:
-    view, statistics = shared_copy(module).eval(), {}
-    for parent_name, parent in list(view.named_modules()):
-        for child_name, child in list(parent.named_children()):
-            if isinstance(child, Neuron):
-                name = f'{parent_name}.{child_name}' if parent_name else child_name
-                statistics[name] = child.statistics()
-                setattr(parent, child_name, _Observer(name, statistics[name]).eval())
-    return view, statistics
+class _Comparison(nn.Module):
+    """Lets currents pass, and sums up what the neuron would have made of them."""
+
+    def __init__(self, neuron: Neuron):
+        super().__init__()
+        self.neuron = neuron
+        self.moments: Optional[torch.Tensor] = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        moments = self.neuron.moments(x)
+        if moments is not None:
+            self.moments = moments if self.moments is None else self.moments + moments
+        return x
 
 
 def _rebatched(batches: Iterable[Any]) -> Iterator[Any]:

@@ -41,8 +41,9 @@ class SpikingLinear(SpikingLayer, nn.Linear):
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.add_neurons(config)
 
-    def add_neurons(self, config: SFNConfig) -> None:
-        self.neuron = ScaleAndFire((self.in_features,), config, token=True, device=self.weight.device)
+    def add_neurons(self, config: SFNConfig, activated: bool = False) -> None:
+        self.neuron = ScaleAndFire(
+            (self.in_features,), config, token=True, activated=activated, device=self.weight.device)
 
     def forward(self, x: torch.Tensor, fired: bool = False) -> torch.Tensor:
         return products.linear(None if fired else self.neuron, x, self.weight, self.bias)

@@ -1,14 +1,31 @@
-"""Gated MLPs: their linear layers spike, and so do both operands where two activations are multiplied."""
+"""MLPs: their linear layers spike, and so do both operands where two activations are multiplied."""
 from typing import Any, Tuple
 
 import torch
-from timm.layers import GluMlp, SwiGLU
+import torch.nn as nn
+from timm.layers import GluMlp, Mlp, SwiGLU
 
 from ..neurons import ScaleAndFire, SFNConfig
 from . import products
 from .table import SpikingLayer, register_spiking
 
-__all__ = ['SpikingGluMlp', 'SpikingSwiGLU']
+__all__ = ['SpikingMlp', 'SpikingGluMlp', 'SpikingSwiGLU']
+
+
+@register_spiking(Mlp)
+class SpikingMlp(SpikingLayer, Mlp):
+    """MLP whose second layer fires as suits what comes from an activation function.
+
+    Shape:
+        Input and output (..., C).
+    """
+    fc2: Any
+    norm: Any
+
+    def add_neurons(self, config: SFNConfig) -> None:
+        if isinstance(self.fc2, nn.Linear) and isinstance(self.norm, nn.Identity):
+            fc2: Any = self.fc2
+            fc2.add_neurons(config, activated=True)
 
 
 class SpikingGateMixin(SpikingLayer):

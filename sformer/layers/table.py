@@ -37,7 +37,7 @@ FLOATING_LAYERS: Set[Type[nn.Module]] = {
     nn.Identity, nn.Dropout, nn.Sequential, nn.ModuleList,
     nn.LayerNorm, tl.LayerNorm, tl.RmsNorm, tl.SimpleNorm, tl.LayerNormFp32, tl.RmsNormFp32, tl.SimpleNormFp32,
     nn.GELU, nn.ReLU, nn.SiLU, nn.Sigmoid, nn.Tanh, tl.GELU, tl.GELUTanh, tl.QuickGELU, tl.Sigmoid, tl.Tanh,
-    tl.DropPath, tl.LayerScale, tl.PatchDropout, tl.PatchDropoutWithIndices, tl.Mlp,
+    tl.DropPath, tl.LayerScale, tl.PatchDropout, tl.PatchDropoutWithIndices,
     tl.RotaryEmbedding, tl.RotaryEmbeddingCat, tl.RotaryEmbeddingMixed, tl.RotaryEmbeddingDinoV3,
     tl.RotaryEmbeddingMRope,
     vit.Block, vit.ResPostBlock, vit.ParallelThingsBlock,

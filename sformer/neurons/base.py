@@ -69,6 +69,14 @@ class Neuron(nn.Module):
         """Set thresholds by what was observed, and mark the neuron as calibrated."""
         raise NotImplementedError
 
+    def moments(self, x: torch.Tensor) -> Optional[torch.Tensor]:
+        """Sums of h^2 and of h o over a batch of currents, of membrane potentials h and outputs o, float64, (2,); None
+        if the neuron is not to be corrected by them."""
+        return None
+
+    def correct(self, moments: torch.Tensor) -> None:
+        """Let spikes carry what they lack: `moments` as above, summed over batches."""
+
     def _apply(self, fn, recurse=True):
         kept = {name: b for name, b in self.named_buffers(recurse=False) if b.is_floating_point()}
         super()._apply(fn, recurse)
@@ -110,8 +118,8 @@ class Neuron(nn.Module):
             return 'is NaN or infinite'
         if value.is_floating_point() and not expected.is_floating_point() and (value != value.round()).any():
             return 'is not an integer'
-        if name == 'step' and not (value > 0).all():
-            return 'is not positive: a neuron with that step is dead'
+        if name in ('step', 'gain') and not (value > 0).all():
+            return f'is not positive: a neuron with that {name} is dead'
         return ''
 
     def _set(self, **state: Union[float, torch.Tensor]) -> None:

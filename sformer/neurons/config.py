@@ -7,7 +7,7 @@ from .functional import MAX_LEVEL, MAX_WIDE_LEVEL, level_values
 
 __all__ = ['FIRE_FUNCTIONS', 'ESTIMATORS', 'DEFAULT_RANGE', 'SFNConfig', 'FitConfig', 'as_config']
 
-FIRE_FUNCTIONS = ('uniform', 'quadratic', 'quartic', 'power2', 'density')
+FIRE_FUNCTIONS = ('uniform', 'quarter_square', 'quadratic', 'quartic', 'power2', 'density')
 ESTIMATORS = ('mse', 'quantile', 'max')
 DEFAULT_RANGE = 4.  # uncalibrated neurons fire over +-4: four standard deviations of a LayerNorm output
 
@@ -28,7 +28,11 @@ class SFNConfig:
 
     Args:
         levels: Number of thresholds N per branch, 1 to 127 (1 to 7 for `power2`).
-        fire: Fire function of signed currents, one of `uniform`, `quadratic`, `quartic`, `power2`, `density`.
+        fire: Fire function of signed currents, one of `uniform`, `quarter_square`, `quadratic`, `quartic`, `power2`,
+            `density`.
+        activation_fire: Fire function of currents that come from an activation function (`fc2` of an MLP), of which few
+            are large and most nearly nothing. `auto` is `quarter_square` where `fire` is `uniform` with up to 11
+            levels, so that both branches keep multipliers up to 3, and otherwise what `fire` is.
         attention_fire: Fire function of the softmax numerators, whose levels may have 14 bits. `auto` is `quartic`
             (levels i^4 up to N^4) with up to 11 levels and `quadratic` (i^2 up to N^2) with more; both follow the
             distribution of numerators closely enough that nothing has to be fitted there.
@@ -45,6 +49,7 @@ class SFNConfig:
     """
     levels: int = 32
     fire: str = 'uniform'
+    activation_fire: str = 'auto'
     attention_fire: str = 'auto'
     initial_potential: float = 0.5
     dead_zone: float = 0.
@@ -54,23 +59,34 @@ class SFNConfig:
     def __post_init__(self):
         _check(type(self.levels) is int and 1 <= self.levels <= MAX_LEVEL,
                f'levels must be an integer from 1 to {MAX_LEVEL}, got {self.levels!r}.')
-        for name in ('fire', 'attention_fire'):
+        for name in ('fire', 'activation_fire', 'attention_fire'):
             value = getattr(self, name)
-            if name == 'attention_fire' and value == 'auto':
+            if name != 'fire' and value == 'auto':
                 continue
             _check(value in FIRE_FUNCTIONS, f'{name} must be one of {", ".join(FIRE_FUNCTIONS)}, got {value!r}.')
             _check(value != 'power2' or self.levels <= 7,
                    f'{name}=power2 has levels 1, 2, 4 ... 64, so at most 7 of them, got levels={self.levels}.')
+            _check(value != 'quarter_square' or self.levels <= 20,
+                   f'{name}=quarter_square has levels 1, 3, 5, 8 ... 120, so at most 20 of them, got '
+                   f'levels={self.levels}.')
         _check_number('initial_potential', self.initial_potential, 0, math.nextafter(1, 0), '[0, 1)')
         _check_number('dead_zone', self.dead_zone, 0, math.inf)
-        for name, limit in (('fire', MAX_LEVEL), ('attention_fire', MAX_WIDE_LEVEL)):
-            value = self.softmax_fire if name == 'attention_fire' else self.fire
+        for name, value, limit in (
+                ('fire', self.fire, MAX_LEVEL), ('activation_fire', self.mlp_fire, MAX_LEVEL),
+                ('attention_fire', self.softmax_fire, MAX_WIDE_LEVEL)):
             top = limit if value == 'density' else level_values(value, self.levels, limit)[-1].item()
             _check(self.dead_zone <= top,
                    f'dead_zone must not exceed {top:g}, the top level of {name}={value} with {self.levels} levels, or '
                    f'nothing would ever fire, got {self.dead_zone!r}.')
         _check_number('scale', self.scale, 1e-3, 1e3)
         _check(isinstance(self.token_scale, bool), f'token_scale must be True or False, got {self.token_scale!r}.')
+
+    @property
+    def mlp_fire(self) -> str:
+        """Fire function of what comes from an activation function, by name."""
+        if self.activation_fire != 'auto':
+            return self.activation_fire
+        return 'quarter_square' if self.fire == 'uniform' and self.levels <= 11 else self.fire
 
     @property
     def softmax_fire(self) -> str:
@@ -88,16 +104,21 @@ class FitConfig:
         estimator: `mse` (least squared error under the observed distribution), `quantile` (top-p, the paper's) or
             `max`.
         quantile: The p of `quantile`: the share of a branch's currents that its firing range covers.
+        unbiased: Let each spike carry a little more than its threshold, so that the projection of a neuron's output on
+            its input is the input. Rounding and clipping shrink a signal by some per cent with few levels, and shrunken
+            signals add up along the network.
 
     Raises:
         ValueError: If a value is out of its range; the message names it.
     """
     estimator: str = 'mse'
     quantile: float = 0.999
+    unbiased: bool = True
 
     def __post_init__(self):
         _check(self.estimator in ESTIMATORS, f'estimator must be mse, quantile or max, got {self.estimator!r}.')
         _check_number('quantile', self.quantile, math.ulp(0.), 1, '(0, 1]')
+        _check(isinstance(self.unbiased, bool), f'unbiased must be True or False, got {self.unbiased!r}.')
 
 
 Config = TypeVar('Config', SFNConfig, FitConfig)

@@ -82,7 +82,9 @@ def level_values(fire_function: str, levels: int, top: int = MAX_LEVEL) -> torch
 
     Args:
         fire_function: `uniform` (y_i = i), `quadratic` (y_i = max(i, round(S i^2 / N^2)), S = min(N^2, top)), `quartic`
-            (the same with i^4) or `power2` (y_i = 2^(i-1)). `density` has no closed form and starts out as `uniform`.
+            (the same with i^4), `quarter_square` (1, 3, 5, 8, 11, 15 ...: y_i = floor((i + 2)^2 / 4) - 1, gaps that
+            grow by a half on average) or `power2` (y_i = 2^(i-1)). `density` has no closed form and starts out as
+            `uniform`.
         levels: Number of levels N.
         top: Largest level that the site can carry.
 
@@ -93,6 +95,8 @@ def level_values(fire_function: str, levels: int, top: int = MAX_LEVEL) -> torch
     if fire_function in EXPONENTS:
         p = EXPONENTS[fire_function]
         return torch.maximum(i, torch.round(i ** p * (min(levels ** p, top) / levels ** p)))
+    if fire_function == 'quarter_square':
+        return torch.floor((i + 2) ** 2 / 4) - 1
     if fire_function == 'power2':
         return 2. ** (i - 1)
     return i
@@ -125,9 +129,10 @@ def fire(
 ) -> torch.Tensor:
     """Level that a membrane potential reaches, on the branch of its sign: `k = sign(u) y_i`, `i = #{j : |u| >= b_j}`.
 
-    `uniform`, and `quadratic` and `quartic` with levels i^2 and i^4 where they round, are closed forms (the latter two
-    take square roots, that of `uniform` adds an initial potential: where these round, a potential within an ulp of a
-    boundary may fall on either side of it). All others are one look-up, without a loop over thresholds.
+    `uniform`, and `quarter_square`, `quadratic` and `quartic` (levels i^2 and i^4) where they round, are closed forms
+    (the latter three take square roots, that of `uniform` adds an initial potential: where these round, a potential
+    within an ulp of a boundary may fall on either side of it). All others are one look-up, without a loop over
+    thresholds.
 
     Args:
         u: Membrane potential in thresholds of its branch, any shape.
@@ -145,6 +150,10 @@ def fire(
     if fire_function == 'uniform':
         shift = _BELOW_HALF if initial_potential == 0.5 else initial_potential
         k = u.abs().add_(shift).floor_().clamp_(max=levels).mul_(u.sign())
+    elif fire_function == 'quarter_square' and initial_potential == 0.5:
+        # halfway between y_(i-1) and y_i lies (i + 3/2)^2 / 4 - 17/16
+        i = u.abs().mul_(4).add_(4.25).sqrt_().sub_(1.5).floor_().clamp_(max=levels)
+        k = u.sign() * i.add_(2).square_().div_(4).floor_().sub_(1)
     elif fire_function == 'quadratic' and initial_potential == 0.5 and whole:
         # b_j = j^2 - j + 1/2 = (j - 1/2)^2 + 1/4
         i = u.abs().sub_(0.25).clamp_(min=0).sqrt_().add_(0.5).floor_().clamp_(max=levels)

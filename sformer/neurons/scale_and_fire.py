@@ -22,6 +22,9 @@ class ScaleAndFire(Neuron):
     output is `step * k`, one step times one signed integer. `step * m` are the thresholds of the paper. Backward is
     straight-through inside of the firing range, which ends half a threshold beyond the top level, and zero outside.
 
+    A spike may carry `gain` thresholds instead of one, as rounding and clipping would shrink the signal otherwise:
+    `step` is what a spike carries, and the threshold is `step * m / gain`.
+
     Source: arXiv 2510.23383, scale-and-fire neuron, extended by commensurate thresholds per branch.
 
     Args:
@@ -30,6 +33,7 @@ class ScaleAndFire(Neuron):
         config: Number of levels, fire function, initial membrane potential and dead zone.
         signed: Two branches of int8 levels by `config.fire`; or only the positive one, for softmax numerators, by
             `config.attention_fire`, with levels of up to 14 bits.
+        activated: Currents come from an activation function; signed levels by `config.activation_fire`.
         center_shape: If given, a buffer `center` of this shape is subtracted from the input before it fires.
         token: Whether a factor per token, over the last dimension, is free after the product that follows; it is used
             if `config.token_scale` says so. The last of `shape` is the number of potentials that share it.
@@ -39,6 +43,7 @@ class ScaleAndFire(Neuron):
         Input and output (B, ...), where `shape` broadcasts.
     """
     step: torch.Tensor
+    gain: torch.Tensor
     multiplier: torch.Tensor
     levels: torch.Tensor
     center: Optional[torch.Tensor]
@@ -50,11 +55,13 @@ class ScaleAndFire(Neuron):
             signed: bool = True,
             center_shape: Optional[Sequence[int]] = None,
             token: bool = False,
+            activated: bool = False,
             device=None,
     ):
         super().__init__(device=device)
         self.config = config
         self.signed = signed
+        self.fire_function = config.softmax_fire if not signed else config.mlp_fire if activated else config.fire
         self.token = token and config.token_scale
         self.reach = token_reach(
             self.fire_function, config.levels, shape[-1], config.initial_potential) if self.token else 1.
@@ -67,20 +74,17 @@ class ScaleAndFire(Neuron):
         reach = DEFAULT_RANGE * config.scale if signed else 1.
         step = _reaching(reach, values[-1])
         self.register_buffer('step', torch.full(tuple(shape), step, **dd))
+        self.register_buffer('gain', torch.ones((), **dd))
         self.register_buffer(
             'multiplier', torch.ones((2 if signed else 1, *shape), device=device, dtype=torch.uint8))
         self.register_buffer('levels', values.to(self.step.device, torch.int16))
         self.register_buffer('center', None if center_shape is None else torch.zeros(tuple(center_shape), **dd))
 
     @property
-    def fire_function(self) -> str:
-        return self.config.fire if self.signed else self.config.softmax_fire
-
-    @property
     def threshold(self) -> torch.Tensor:
-        """Thresholds `step * m`, float32, (2, *shape): of the positive and the negative branch; (1, *shape) if
+        """Thresholds `step * m / gain`, float32, (2, *shape): of the positive and the negative branch; (1, *shape) if
         unsigned."""
-        return self.multiplier * self.step
+        return self.multiplier * self.step / self.gain
 
     def set_state(
             self,
@@ -88,6 +92,7 @@ class ScaleAndFire(Neuron):
             multiplier: Optional[torch.Tensor] = None,
             levels: Optional[torch.Tensor] = None,
             center: Optional[torch.Tensor] = None,
+            gain: float = 1.,
     ) -> None:
         """Set fitted values and mark the neuron as calibrated.
 
@@ -97,12 +102,14 @@ class ScaleAndFire(Neuron):
             multiplier: (2, *shape) or, for one branch, (1, *shape) integers >= 1; ones if None.
             levels: New level values, (N,) integers. Only `density` may change them.
             center: New centre, the shape of `center`.
+            gain: What a spike carries, in thresholds.
 
         Raises:
             ValueError: If a value is not finite, not positive, of another shape, or levels do not fit into their bits.
         """
         self._set(
             step=exact_step(step),
+            gain=gain,
             multiplier=torch.ones_like(self.multiplier) if multiplier is None else multiplier,
             levels=self.levels if levels is None else levels,
             **({} if center is None else {'center': center}))
@@ -118,7 +125,7 @@ class ScaleAndFire(Neuron):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         threshold = self.threshold
         k, row = self._fire(x.detach(), threshold)
-        out = self._per_branch(torch.mul, k, threshold)  # exact, as steps are short: k * m * step
+        out = self._per_branch(torch.mul, k, self.multiplier * self.step)  # exact, as steps are short: k * m * step
         if row is not None:
             out = out.mul_(row)
         if self.center is not None:
@@ -190,6 +197,19 @@ class ScaleAndFire(Neuron):
         step, multiplier = fit_steps(statistics, values, boundaries, config)
         self.set_state(step.view(shape) * relative * self.config.scale,
                        multiplier.view(-1, *shape).expand(self.multiplier.shape), values, center)
+
+    def moments(self, x: torch.Tensor) -> Optional[torch.Tensor]:
+        if not self.signed:
+            return None  # each row of attention is divided by its own spike sum
+        x = x.float()
+        h, out = self._potential(x), self._potential(self(x))
+        return torch.stack([(h * h).sum(), (h * out).sum()]).to('cpu', torch.float64)
+
+    def correct(self, moments: torch.Tensor) -> None:
+        signal, carried = moments.tolist()
+        if carried > 0:  # no signal, no loss
+            gain = self.gain.item() * signal / carried
+            self.set_state(self.step * (signal / carried), self.multiplier, self.levels, self.center, gain)
 
     def _problem(self, name: str, value: torch.Tensor, state: Mapping[str, torch.Tensor]) -> str:
         problem = super()._problem(name, value, state)
