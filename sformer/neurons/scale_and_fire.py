@@ -1,5 +1,5 @@
 """The scale-and-fire neuron."""
-from typing import Callable, Mapping, Optional, Sequence, Tuple
+from typing import Mapping, Optional, Sequence, Tuple
 
 import torch
 
@@ -119,13 +119,13 @@ class ScaleAndFire(Neuron):
         """Spikes on a current (B, ...): levels int8, or int16 of softmax numerators; step (*shape); row (..., 1) where
         thresholds follow the token."""
         k, row = self._fire(x.detach(), self.threshold)
-        k = self._per_branch(torch.mul, k, self.multiplier.to(k.dtype))
+        k = self._multiplied_(k, self.multiplier)
         return Spikes(k.to(torch.int8 if self.signed else torch.int16), self.step, row, self.center)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         threshold = self.threshold
         k, row = self._fire(x.detach(), threshold)
-        out = self._per_branch(torch.mul, k, self.multiplier * self.step)  # exact, as steps are short: k * m * step
+        out = self._multiplied_(k, self.multiplier * self.step)  # exact, as steps are short: k * m * step
         if row is not None:
             out = out.mul_(row)
         if self.center is not None:
@@ -142,24 +142,31 @@ class ScaleAndFire(Neuron):
     def _potential(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.center is None else x - self.center  # float32, as thresholds are
 
-    def _per_branch(self, op: Callable[..., torch.Tensor], x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """`op(x, v)` with the value v of the branch that each x is on, of values (2, *shape); op(0, v) is 0.
+    # Each branch by itself, and their sum, which is exact: a select per element takes torch six times as long on CPUs.
+    # In place where it may be: large tensors are as slow to come by as to compute.
 
-        Each branch by itself and their sum, which is exact: a select per element takes torch six times as long on CPUs.
-        """
+    def _divided(self, h: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+        """Membrane potential in thresholds (2, *shape) of the branch that it is on."""
+        # thresholds are float32, so the division promotes and bfloat16 currents fire where float32 ones do
         if not self.signed:
-            return op(x, values[0])
-        return op(x.clamp_min(0), values[0]).add_(op(x.clamp_max(0), values[1]))
+            return h / threshold[0]
+        return (h.clamp_min(0) / threshold[0]).add_(h.clamp_max(0) / threshold[1])
+
+    def _multiplied_(self, k: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Levels times the value (2, *shape) of their branch; k is used up."""
+        values = values.to(k.dtype)
+        if not self.signed:
+            return k.mul_(values[0])
+        return k.clamp_min(0).mul_(values[0]).add_(k.clamp_max_(0).mul_(values[1]))
 
     def _fire(self, x: torch.Tensor, threshold: torch.Tensor) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
         """Levels before they are multiplied, and factor per token."""
-        config, row = self.config, None
-        # thresholds are float32, so the division promotes and bfloat16 currents fire where float32 ones do
-        u = self._per_branch(torch.div, self._potential(x), threshold)
+        config, u, row = self.config, self._divided(self._potential(x), threshold), None
         if self.token:
-            largest = u.abs().amax(dim=-1, keepdim=True).clamp_min(TINY)  # torch's vector_norm is not vectorised
+            # torch's vector_norm is not vectorised
+            largest = torch.maximum(u.amax(-1, keepdim=True), -u.amin(-1, keepdim=True)).clamp_min(TINY)
             row = largest * (self.reach / self.levels[-1] if self.row_share is None else self.row_share)
-            u = u / row
+            u = u.div_(row)
         k = fire(u, self.fire_function, self.levels, config.initial_potential, config.dead_zone, self.top)
         return k if self.signed else k.clamp_(min=0), row
 
