@@ -140,9 +140,10 @@ def test_key_depends_on_revision_and_version(published, offline, monkeypatch, tm
     assert len(set(keys)) == 4
 
 
-def test_new_weights_of_a_source_are_fitted_anew(published, offline, tmp_path):
-    publish(tmp_path, published)
+def test_new_weights_of_a_source_are_fitted_anew(warm, published, offline, tmp_path):
+    shutil.copytree(warm[0], tmp_path, dirs_exist_ok=True)
     old = timm.create_model('sformer_tiny', pretrained=True, cache_dir=tmp_path)
+    assert torch.equal(old.state_dict()['cls_token'], published['cls_token'])
     publish(tmp_path, {k: v * 2 if 'patch_embed' in k else v for k, v in published.items()}, commit='1' * 40)
     new = timm.create_model('sformer_tiny', pretrained=True, cache_dir=tmp_path)
     key = 'blocks.0.attn.qkv.neuron.step'
