@@ -15,6 +15,7 @@ from sformer.neurons import (
     SFNConfig,
     fire,
     level_values,
+    max_levels,
 )
 
 prop = settings(max_examples=60, deadline=None)
@@ -33,7 +34,7 @@ def level_sets(draw, functions=FIRE_FUNCTIONS, top=MAX_LEVEL):
     name = draw(st.sampled_from(functions))
     if name == 'density':
         return name, torch.tensor(sorted(draw(st.sets(st.integers(1, top), min_size=1, max_size=127)))).float()
-    return name, level_values(name, draw(st.integers(1, 7 if name == 'power2' else 127)), top)
+    return name, level_values(name, draw(st.integers(1, max_levels(name))), top)
 
 
 def naive_boundaries(values, initial_potential, dead_zone=0.):
@@ -68,7 +69,8 @@ def neurons(draw, signed=None, center=None, functions=FIRE_FUNCTIONS):
     center = draw(st.booleans()) if center is None else center
     top = MAX_LEVEL if signed else MAX_WIDE_LEVEL
     name, values = draw(level_sets(functions, top))
-    config = SFNConfig(len(values), name, name, draw(potentials), draw(st.sampled_from([0., 0.5, 1.])))
+    config = SFNConfig(len(values), name, name, initial_potential=draw(potentials),
+                       dead_zone=draw(st.sampled_from([0., 0.5, 1.])))
     neuron = ScaleAndFire(SHAPES[draw(st.sampled_from(sorted(SHAPES)))], config, signed, CENTER if center else None)
     generator = rng(draw(seeds))
     room = top // int(values[-1]) if signed else 1

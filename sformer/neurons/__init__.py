@@ -12,6 +12,7 @@ from .functional import (
     firing_boundaries,
     integrate_and_fire,
     level_values,
+    max_levels,
     multi_threshold,
     straight_through,
 )
@@ -21,6 +22,6 @@ from .statistics import CurrentStatistics
 
 __all__ = [
     'MAX_LEVEL', 'MAX_WIDE_LEVEL', 'FIRE_FUNCTIONS', 'DEFAULT_RANGE', 'SFNConfig', 'FitConfig', 'as_config',
-    'integrate_and_fire', 'multi_threshold', 'level_values', 'firing_boundaries', 'fire', 'straight_through',
-    'Neuron', 'Spikes', 'ScaleAndFire', 'GradedCoding', 'CurrentStatistics',
+    'integrate_and_fire', 'multi_threshold', 'max_levels', 'level_values', 'firing_boundaries', 'fire',
+    'straight_through', 'Neuron', 'Spikes', 'ScaleAndFire', 'GradedCoding', 'CurrentStatistics',
 ]

@@ -70,8 +70,8 @@ class Neuron(nn.Module):
         raise NotImplementedError
 
     def moments(self, x: torch.Tensor) -> Optional[torch.Tensor]:
-        """Sums of h^2 and of h o over a batch of currents, of membrane potentials h and outputs o, float64, (2,); None
-        if the neuron is not to be corrected by them."""
+        """Sums of h^2 and of h o over a batch of currents, of membrane potentials h and outputs o in steps, float64,
+        (2,); None if the neuron is not to be corrected by them."""
         return None
 
     def correct(self, moments: torch.Tensor) -> None:

@@ -3,7 +3,7 @@ import dataclasses
 import math
 from typing import Any, Dict, Type, TypeVar, Union
 
-from .functional import MAX_LEVEL, MAX_WIDE_LEVEL, level_values
+from .functional import MAX_LEVEL, MAX_WIDE_LEVEL, level_values, max_levels
 
 __all__ = ['FIRE_FUNCTIONS', 'ESTIMATORS', 'DEFAULT_RANGE', 'SFNConfig', 'FitConfig', 'as_config']
 
@@ -27,15 +27,15 @@ class SFNConfig:
     """How the scale-and-fire neurons of a model fire. The neurons own it; a saved model has it in `model_args`.
 
     Args:
-        levels: Number of thresholds N per branch, 1 to 127 (1 to 7 for `power2`).
+        levels: Number of thresholds N per branch, 1 to 127 (to 7 for `power2`, to 20 for `quarter_square`).
         fire: Fire function of signed currents, one of `uniform`, `quarter_square`, `quadratic`, `quartic`, `power2`,
             `density`.
-        activation_fire: Fire function of currents that come from an activation function (`fc2` of an MLP), of which few
-            are large and most nearly nothing. `auto` is `quarter_square` where `fire` is `uniform` with up to 11
-            levels, so that both branches keep multipliers up to 3, and otherwise what `fire` is.
         attention_fire: Fire function of the softmax numerators, whose levels may have 14 bits. `auto` is `quartic`
             (levels i^4 up to N^4) with up to 11 levels and `quadratic` (i^2 up to N^2) with more; both follow the
             distribution of numerators closely enough that nothing has to be fitted there.
+        activation_fire: Fire function of currents that come from an activation function (`fc2` of an MLP), of which few
+            are large and most nearly nothing. `auto` is `quarter_square` where `fire` is `uniform` with up to 11
+            levels, so that both branches keep multipliers up to 3, and otherwise what `fire` is.
         initial_potential: Membrane potential before the input, as a share of the distance to the next level, in
             [0, 1): 1/2 rounds, 0 is the paper's floor.
         dead_zone: No spike below this many thresholds; 0 leaves the first boundary where it is.
@@ -49,8 +49,8 @@ class SFNConfig:
     """
     levels: int = 32
     fire: str = 'uniform'
-    activation_fire: str = 'auto'
     attention_fire: str = 'auto'
+    activation_fire: str = 'auto'
     initial_potential: float = 0.5
     dead_zone: float = 0.
     scale: float = 1.
@@ -64,11 +64,11 @@ class SFNConfig:
             if name != 'fire' and value == 'auto':
                 continue
             _check(value in FIRE_FUNCTIONS, f'{name} must be one of {", ".join(FIRE_FUNCTIONS)}, got {value!r}.')
-            _check(value != 'power2' or self.levels <= 7,
-                   f'{name}=power2 has levels 1, 2, 4 ... 64, so at most 7 of them, got levels={self.levels}.')
-            _check(value != 'quarter_square' or self.levels <= 20,
-                   f'{name}=quarter_square has levels 1, 3, 5, 8 ... 120, so at most 20 of them, got '
-                   f'levels={self.levels}.')
+            most = max_levels(value)
+            if self.levels > most:
+                few = ', '.join(f'{v:g}' for v in level_values(value, 4))
+                raise ValueError(f'{name}={value} has levels {few} ... {level_values(value, most)[-1]:g}, so at most '
+                                 f'{most} of them, got levels={self.levels}.')
         _check_number('initial_potential', self.initial_potential, 0, math.nextafter(1, 0), '[0, 1)')
         _check_number('dead_zone', self.dead_zone, 0, math.inf)
         for name, value, limit in (

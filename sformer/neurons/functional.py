@@ -10,8 +10,8 @@ from typing import Union
 import torch
 
 __all__ = [
-    'MAX_LEVEL', 'MAX_WIDE_LEVEL', 'integrate_and_fire', 'multi_threshold', 'level_values', 'firing_boundaries', 'fire',
-    'token_reach', 'straight_through',
+    'MAX_LEVEL', 'MAX_WIDE_LEVEL', 'integrate_and_fire', 'multi_threshold', 'max_levels', 'level_values',
+    'firing_boundaries', 'fire', 'token_reach', 'straight_through',
 ]
 
 MAX_LEVEL = 127  # a level is one int8 on hardware
@@ -75,6 +75,11 @@ def multi_threshold(
         Output current, the shape of x.
     """
     return torch.floor((x + initial_potential) / threshold).clamp(0, levels) * threshold
+
+
+def max_levels(fire_function: str) -> int:
+    """Most levels of a fire function whose values an int8 holds."""
+    return {'power2': 7, 'quarter_square': 20}.get(fire_function, MAX_LEVEL)
 
 
 def level_values(fire_function: str, levels: int, top: int = MAX_LEVEL) -> torch.Tensor:

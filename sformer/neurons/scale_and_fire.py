@@ -209,7 +209,8 @@ class ScaleAndFire(Neuron):
         if not self.signed:
             return None  # each row of attention is divided by its own spike sum
         x = x.float()
-        h, out = self._potential(x), self._potential(self(x))
+        # in steps, so that each channel counts alike, whatever its unit
+        h, out = self._potential(x) / self.step, self._potential(self.encode(x).decode()) / self.step
         return torch.stack([(h * h).sum(), (h * out).sum()]).to('cpu', torch.float64)
 
     def correct(self, moments: torch.Tensor) -> None:

@@ -55,7 +55,8 @@ def test_batches_of_other_sizes_and_kinds_are_not_mixed():
     batches = [torch.randn(n, 3, size, size, generator=rng(n)) for n, size in ((20, 4), (3, 8), (15, 8), (2, 4))]
     count = calibrate_(model, batches, forward_fn=lambda net, x: seen.append(tuple(x.shape)) or net(x))
     assert count == 40 and observation.OBSERVED_BATCH == 16
-    assert seen == [(16, 3, 4, 4), (4, 3, 4, 4), (16, 3, 8, 8), (2, 3, 8, 8), (2, 3, 4, 4)]
+    again = [(16, 3, 4, 4)]  # the first ones, to see what spikes of the fitted neurons carry
+    assert seen == [(16, 3, 4, 4), (4, 3, 4, 4), (16, 3, 8, 8), (2, 3, 8, 8), (2, 3, 4, 4), *again]
 
 
 def test_permuted_images_give_nearly_the_same_model():
@@ -207,6 +208,19 @@ def test_commensurate_branches_are_no_worse_than_one_shared_threshold(levels, so
     assert errors['multipliers'][0] <= errors['shared'][0] and errors['multipliers'][1] <= errors['shared'][1], errors
 
 
+def test_fitted_neurons_carry_the_whole_signal(source, digits):
+    lost = {}
+    for unbiased in (False, True):
+        model = calibrated(source, [digits[0][:256]], SFNConfig(4), FitConfig(unbiased=unbiased))
+        moments = []
+        for _, neuron in named_neurons(model):
+            neuron.register_forward_pre_hook(lambda n, args, to=moments: to.append(n.moments(args[0])))
+        with torch.no_grad():
+            model(digits[0][:16])  # spiking inputs, so only nearly what was corrected for
+        lost[unbiased] = [1 - (m[1] / m[0]).item() for m in moments if m is not None]
+    assert sum(map(abs, lost[True])) < 0.4 * sum(map(abs, lost[False])), lost
+
+
 def test_images_of_another_normalisation_widen_the_pixel_code():
     wide, dark = 3 * pixels(), 0.1 * pixels()
     coding = calibrated(spiking_model_(build()), [wide]).patch_embed.proj.neuron
@@ -278,17 +292,12 @@ def test_infinite_weight_names_the_first_site(parameter, first):
     assert all(torch.equal(v, before[k]) for k, v in neuron_state(model).items())
 
 
-def test_a_site_that_is_not_fitted_is_watched_too():
-    class Broken(nn.Module):
-        def forward(self, x):
-            return x / 0
-
+def test_a_site_that_is_not_fitted_is_watched_too(monkeypatch):
+    # numerators of the softmax have no statistics
+    monkeypatch.setattr('sformer.layers.products.softmax_numerators', lambda scores, *args: scores * math.nan)
     model = spiking_(nn.Sequential(tl.Attention(16, 2)))
-    model[0].products[0].attn_neuron.register_forward_pre_hook(lambda m, args: (args[0] * math.nan,))
-    view, _ = observation._observing_view(model)
-    assert view[0].products[0].attn_neuron.statistics is None
-    with pytest.raises(SFormerError, match=r'0\.attn\.products|products\.0\.attn_neuron'):
-        view[0].products[0].attn_neuron(torch.full((1, 2, 3, 3), math.nan))
+    with pytest.raises(SFormerError, match=r'NaN or infinite currents at 0\.products\.0\.attn_neuron'):
+        observe(model, [torch.randn(2, 3, 16, generator=rng(0))])
 
 
 def test_convert_names_the_broken_parameter():

@@ -78,6 +78,21 @@ def test_the_hidden_activation_is_fitted_as_lopsided_as_it_is(act, ratio):
             assert relative_error(mlp(x), source(x)) > error
 
 
+def test_few_levels_spread_out_after_an_activation_function():
+    source, x = randomise_(tl.Mlp(16, 32)), 3 * tokens(80)
+    errors = {}
+    for name in ('auto', 'uniform'):
+        mlp = spiking(source, x, SFNConfig(6, activation_fire=name))
+        assert mlp.fc1.neuron.fire_function == 'uniform'
+        assert mlp.fc2.neuron.levels.tolist() == ([1, 3, 5, 8, 11, 15] if name == 'auto' else [1, 2, 3, 4, 5, 6])
+        with torch.no_grad():
+            hidden = source.act(source.fc1(x))
+            errors[name] = relative_error(mlp.fc2.neuron(hidden), hidden)
+    assert errors['auto'] < 0.9 * errors['uniform']
+    normed = spiking(randomise_(tl.Mlp(16, 32, norm_layer=nn.LayerNorm)), x, SFNConfig(6))
+    assert normed.fc2.neuron.fire_function == 'uniform'  # what it reads comes from a norm
+
+
 def test_dropout_of_a_gated_mlp_is_applied_in_training():
     mlp = spiking(randomise_(tl.SwiGLU(16, 16, drop=0.5)), tokens())
     with torch.no_grad():

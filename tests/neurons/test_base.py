@@ -62,7 +62,7 @@ def state_of(model):
     return {k: v.clone() for k, v in model.state_dict().items()}
 
 
-BUFFERS = ['calibrated', 'step', 'multiplier', 'levels', 'center']
+BUFFERS = ['calibrated', 'step', 'gain', 'multiplier', 'levels', 'center']
 
 
 def test_state_dict_round_trip():

@@ -9,7 +9,7 @@ from sformer.neurons import MAX_LEVEL, FitConfig, SFNConfig
 
 @pytest.mark.parametrize('field, value', [
     ('levels', 0), ('levels', 128), ('levels', -1), ('levels', 8.), ('levels', '8'), ('levels', None), ('levels', True),
-    ('fire', 'linear'), ('attention_fire', 'softmax'),
+    ('fire', 'linear'), ('attention_fire', 'softmax'), ('activation_fire', 'gelu'),
     ('initial_potential', -0.1), ('initial_potential', 1.), ('initial_potential', math.nan),
     ('dead_zone', -0.5), ('dead_zone', math.nan), ('dead_zone', math.inf),
     ('scale', 0.), ('scale', -1.), ('scale', math.nan), ('scale', math.inf),
@@ -21,7 +21,7 @@ def test_config_names_the_field_that_is_wrong(field, value):
 
 @pytest.mark.parametrize('field, value', [
     ('estimator', 'kl'), ('estimator', None), ('quantile', 0.), ('quantile', 1.01), ('quantile', math.nan),
-    ('quantile', -1), ('quantile', '1'),
+    ('quantile', -1), ('quantile', '1'), ('unbiased', 1),
 ])
 def test_fit_config_names_the_field_that_is_wrong(field, value):
     with pytest.raises(ValueError, match=rf'^{field}\b'):
@@ -35,11 +35,19 @@ def test_config_refuses_what_is_no_number(field, value):
         SFNConfig(**{field: value})
 
 
-@pytest.mark.parametrize('field', ['fire', 'attention_fire'])
-def test_config_power2_has_seven_levels(field):
-    SFNConfig(levels=7, **{field: 'power2'})
-    with pytest.raises(ValueError, match=f'{field}=power2'):
-        SFNConfig(levels=8, **{field: 'power2'})
+@pytest.mark.parametrize('field', ['fire', 'attention_fire', 'activation_fire'])
+@pytest.mark.parametrize('name, most', [('power2', 7), ('quarter_square', 20)])
+def test_config_names_fire_functions_that_have_not_so_many_levels(field, name, most):
+    SFNConfig(levels=most, **{field: name})
+    with pytest.raises(ValueError, match=f'{field}={name} has levels 1, .* so at most {most} of them'):
+        SFNConfig(levels=most + 1, **{field: name})
+
+
+def test_fire_functions_that_are_chosen():
+    assert [SFNConfig(n).mlp_fire for n in (4, 11, 12)] == ['quarter_square', 'quarter_square', 'uniform']
+    assert SFNConfig(4, 'density').mlp_fire == 'density'
+    assert SFNConfig(4, activation_fire='uniform').mlp_fire == 'uniform'
+    assert [SFNConfig(n).softmax_fire for n in (4, 11, 12)] == ['quartic', 'quartic', 'quadratic']
 
 
 @pytest.mark.parametrize('config, silent', [

@@ -16,6 +16,7 @@ from sformer.neurons import (
     firing_boundaries,
     integrate_and_fire,
     level_values,
+    max_levels,
     multi_threshold,
 )
 
@@ -172,7 +173,7 @@ def test_signed_pair_on_the_whole_current_is_off_by_any_number_of_steps():
 # fire() against a loop over thresholds
 
 # closed forms that take a square root; their boundaries are exact to an ulp
-ROOTS = ('quadratic',)
+ROOTS = ('quadratic', 'quarter_square')
 LOOK_UPS = ('uniform', 'power2', 'density')
 
 
@@ -255,7 +256,7 @@ def test_a_higher_initial_potential_never_fires_less(case, one, other):
 @pytest.mark.parametrize('name', FIRE_FUNCTIONS)
 @pytest.mark.parametrize('top', [MAX_LEVEL, MAX_WIDE_LEVEL])
 def test_level_values_are_strictly_increasing_integers(name, top):
-    for n in range(1, 8 if name == 'power2' else 128):
+    for n in range(1, max_levels(name) + 1):
         values = level_values(name, n, top)
         assert values.shape == (n,) and values[0] >= 1 and values[-1] <= top
         assert torch.equal(values, values.round()) and (values.diff() > 0).all()
@@ -264,6 +265,7 @@ def test_level_values_are_strictly_increasing_integers(name, top):
 def test_level_values_of_each_function():
     assert level_values('uniform', 4).tolist() == [1, 2, 3, 4]
     assert level_values('power2', 7).tolist() == [1, 2, 4, 8, 16, 32, 64]
+    assert level_values('quarter_square', 8).tolist() == [1, 3, 5, 8, 11, 15, 19, 24]
     assert level_values('quadratic', 11).tolist() == [i * i for i in range(1, 12)]
     assert level_values('quadratic', 32)[-1] == MAX_LEVEL
     assert level_values('quadratic', 32, MAX_WIDE_LEVEL).tolist() == [i * i for i in range(1, 33)]
@@ -292,7 +294,8 @@ class Costs(TorchDispatchMode):
 
 
 @pytest.mark.parametrize('name, levels', [
-    ('uniform', (1, 8, 32, 127)), ('quadratic', (12, 32, 127)), ('power2', (1, 4, 7)), ('density', (1, 8, 32, 127)),
+    ('uniform', (1, 8, 32, 127)), ('quadratic', (12, 32, 127)), ('quarter_square', (1, 8, 20)),
+    ('power2', (1, 4, 7)), ('density', (1, 8, 32, 127)),
 ])
 def test_cost_of_firing_does_not_depend_on_the_number_of_thresholds(name, levels):
     x = torch.randn(64, 64, generator=rng(0))

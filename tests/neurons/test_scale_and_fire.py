@@ -14,13 +14,14 @@ from sformer.neurons import (
     FitConfig,
     ScaleAndFire,
     SFNConfig,
+    max_levels,
 )
 
 LOW_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def levels_of(fire_function):
-    return (1, 4, 7) if fire_function == 'power2' else (1, 4, 8, 32, 63, 127)
+    return [n for n in (1, 4, 7, 8, 20, 32, 63, 127) if n <= max_levels(fire_function)]
 
 
 # spikes
@@ -278,3 +279,32 @@ def test_fit_takes_the_centre_that_was_observed():
     statistics.update(x)
     neuron.fit(statistics, FitConfig('max'))
     assert torch.equal(neuron.center, statistics.center) and neuron.threshold.max() * 32 < 6
+
+
+# what a spike carries
+
+@pytest.mark.parametrize('token', [False, True])
+@pytest.mark.parametrize('levels', [2, 4, 8])
+def test_corrected_neurons_carry_the_whole_signal(levels, token):
+    x = torch.randn(400, 64, generator=rng(0)) * torch.linspace(0.5, 3, 64)
+    neuron = ScaleAndFire((64,), SFNConfig(levels), token=token)
+    statistics = neuron.statistics()
+    statistics.update(x)
+    neuron.fit(statistics)
+    before, threshold, weight = neuron(x), neuron.threshold, neuron.step ** -2
+    carried = (before * x * weight).sum() / (x.square() * weight).sum()
+    assert carried < 1
+    neuron.correct(neuron.moments(x))
+    now = (neuron(x) * x * weight).sum() / (x.square() * weight).sum()
+    assert torch.allclose(now, torch.ones(()), atol=1e-4)
+    assert torch.allclose(neuron.gain, 1 / carried, rtol=1e-4)
+    assert torch.allclose(neuron.threshold, threshold, rtol=1e-4)  # it fires where it did
+    assert (neuron.encode(x).levels != 0).equal(before != 0)
+    assert neuron.calibrated and torch.equal(neuron(x), neuron.encode(x).decode())
+
+
+def test_silent_and_unsigned_neurons_are_not_corrected():
+    neuron = ScaleAndFire((4,))
+    neuron.correct(neuron.moments(torch.zeros(3, 4)))
+    assert neuron.gain == 1
+    assert ScaleAndFire((1,), signed=False).moments(torch.rand(3, 4)) is None
