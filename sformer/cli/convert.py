@@ -17,9 +17,12 @@ __all__ = ['convert']
 class NeuronOptions:
     """How neurons fire and how their thresholds are fitted."""
     levels: Annotated[int, typer.Option(help='Thresholds N per branch, 1 to 127')] = 32
-    fire: Annotated[str, typer.Option(help='uniform, quadratic, quartic, power2 or density')] = 'uniform'
+    fire: Annotated[str, typer.Option(
+        help='uniform, quarter_square, quadratic, quartic, power2 or density')] = 'uniform'
     attention_fire: Annotated[str, typer.Option(
         help='Fire function of the softmax: auto (by N), quadratic, quartic, ...')] = 'auto'
+    activation_fire: Annotated[str, typer.Option(
+        help='Fire function after an activation function: auto (by N), quarter_square, uniform, ...')] = 'auto'
     initial_potential: Annotated[float, typer.Option(
         help='Membrane potential before the input, as a share of the distance to the next level: 0.5 rounds, 0 is the '
              'paper\'s floor')] = 0.5
@@ -29,6 +32,8 @@ class NeuronOptions:
         help='Let thresholds follow each token where the factor is free after the product')] = True
     estimator: Annotated[str, typer.Option(help='Threshold estimator: mse, quantile or max')] = 'mse'
     quantile: Annotated[float, typer.Option(help='Share of currents that the quantile estimator covers')] = 0.999
+    unbiased: Annotated[bool, typer.Option(
+        help='Let spikes carry what rounding and clipping would take from the signal')] = True
 
     def configs(self) -> Tuple[Any, Any]:
         """How neurons fire and how they are fitted, as `sformer.convert` takes both.
