@@ -28,6 +28,6 @@ def test_speed_after_a_resumption_on_other_processes():
     record = dict(count=10, skipped=0, bad=[], networks=[score.record()], seconds=[8.], decode=4., preprocess=2.)
     config = dict(input_size=(1, 8, 8), crop_pct=1., interpolation='bilinear')
     subject = Subject(torch.nn.Identity(), 0, None, Benchmark(None), False, 0, config)
-    images = SimpleNamespace(name='x', split=None, fingerprint='', revision=None)
+    images = SimpleNamespace(name='x', split=None, fingerprint='', revision=None, passed_over=[])
     result = result_of(subject, images, [dict(record, world_size=8), dict(record, world_size=1)])
     assert (result['seconds'], result['decode_seconds'], result['images_per_second']) == (9., 4.5, 2.22)

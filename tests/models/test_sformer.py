@@ -155,7 +155,8 @@ def test_neuron_config_reaches_every_neuron(sfn):
     assert len(neurons) == 8 * MICRO['depth'] + 1
     for name, neuron in neurons.items():
         assert neuron.config == config and len(neuron.levels) == config.levels, name
-        fire = config.softmax_fire if name.endswith('attn_neuron') else config.fire
+        fire = config.softmax_fire if name.endswith('attn_neuron') else \
+            config.mlp_fire if name.endswith('fc2.neuron') else config.fire
         assert neuron.fire_function == fire, name
 
 
