@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -42,6 +42,13 @@ def paired(a: Callable[[], object], b: Callable[[], object], pairs: int, warmup:
           f'ratio {statistics.median(ratios):.3f} (min {min(ratios):.3f}, max {max(ratios):.3f}, {pairs} pairs)')
 
 
+def normalised_images(num: int, cfg: dict[str, Any], seed: int = 0) -> torch.Tensor:
+    """Images (num, C, H, W) of uniform noise, normalised as a model's config says."""
+    pixels = torch.rand(num, *cfg['input_size'], generator=torch.Generator().manual_seed(seed))
+    mean, std = (torch.tensor(cfg[key]).view(-1, 1, 1) for key in ('mean', 'std'))
+    return (pixels - mean) / std
+
+
 @app.command()
 def simulate(
         model: str = 'vit_base_patch16_224',
@@ -55,7 +62,7 @@ def simulate(
 
     import sformer
     source = timm.create_model(model).eval()
-    images = torch.randn(batch_size, *source.pretrained_cfg['input_size'])
+    images = normalised_images(batch_size, source.pretrained_cfg)
     spiking = sformer.convert(source, [images], sformer.SFNConfig(levels=levels))
     if compile:
         source, spiking = torch.compile(source), torch.compile(spiking)
@@ -72,11 +79,10 @@ def convert(model: str = 'vit_base_patch16_224', num_images: int = 128, batch_si
 
     import sformer
     source = timm.create_model(model).eval()
-    size = source.pretrained_cfg['input_size']
 
     def batches():
         for i in range(0, num_images, batch_size):
-            yield torch.randn(min(batch_size, num_images - i), *size, generator=torch.Generator().manual_seed(i))
+            yield normalised_images(min(batch_size, num_images - i), source.pretrained_cfg, seed=i)
 
     def forward():
         with torch.inference_mode():

@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 
 from ..errors import SFormerError, UnsupportedLayerError
-from ..layers import FLOATING_LAYERS, SPIKING_LAYERS, AttentionProduct, shared_copy
+from ..layers import FLOATING_LAYERS, SPIKING_LAYERS, AttentionProduct, named_neurons, shared_copy
 from ..layers.spiking import left_alone
 from ..neurons import FitConfig, Neuron
 from ..neurons.statistics import check_finite
@@ -34,7 +34,7 @@ def calibrate_(
     Args:
         module: Any module that `spiking_` converted.
         batches: What the module reads. Tensors (B, ...) are observed in batches of `OBSERVED_BATCH`; anything else as
-            it comes.
+            it comes. The first batch is read twice where the fit is `unbiased`.
         fit: How thresholds are fitted.
         forward_fn: Called with the source network and a batch; `network(batch)` if None.
 
@@ -66,41 +66,44 @@ def observe(
         forward_fn: Optional[Forward] = None,
 ) -> Tuple[Dict[str, Any], int]:
     """Statistics of the source's currents at every neuron, and the number of images; arguments as of `calibrate_`."""
-    view, statistics = shared_copy(module).eval(), {}
-    for parent, name, neuron in _neurons_of(view):
-        full_name = f'{parent}.{name}' if parent else name
-        statistics[full_name] = neuron.statistics()
-        setattr(view.get_submodule(parent), name, _Observer(full_name, statistics[full_name]).eval())
+    view, observers = _view(module, lambda name, neuron: _Observer(name, neuron.statistics()))
     count = 0
     for batch in _rebatched(batches):
         with _ProductWatch(view, enabled=not count):
-            out = _forward(view, batch, forward_fn)
+            out = _forward(module, view, batch, forward_fn)
         if isinstance(out, torch.Tensor) and not torch.isfinite(out.float().sum()):
             raise SFormerError('NaN or infinite values in the output of the source network.')
         count += len(batch) if isinstance(batch, torch.Tensor) else 1
     if not count:
         raise SFormerError('calibration needs at least one image, got none.')
-    return statistics, count
+    return {name: observer.statistics for name, observer in observers.items()}, count
 
 
 @torch.inference_mode()
 def correct(module: nn.Module, batch: Any, forward_fn: Optional[Forward] = None) -> None:
     """Let fitted neurons carry what rounding and clipping take from the source's currents on one batch of images."""
-    view = shared_copy(module).eval()
-    comparisons = []
-    for parent, name, neuron in _neurons_of(view):
-        comparisons.append(_Comparison(neuron).eval())
-        setattr(view.get_submodule(parent), name, comparisons[-1])
-    _forward(view, batch, forward_fn)
-    for comparison in comparisons:
+    view, comparisons = _view(module, lambda name, neuron: _Comparison(neuron))
+    _forward(module, view, batch, forward_fn)
+    for comparison in comparisons.values():
         if comparison.moments is not None:
             comparison.neuron.correct(comparison.moments)  # its buffers are those of the module
 
 
-def _forward(view: nn.Module, batch: Any, forward_fn: Optional[Forward]) -> Any:
+def _view(module: nn.Module, stand_in: Callable[[str, Neuron], nn.Module]) -> Tuple[nn.Module, Dict[str, Any]]:
+    """The source of a spiking module as a view with `stand_in(name, neuron)` in the place of each neuron, and what
+    stands there by name."""
+    view = shared_copy(module).eval()
+    stand_ins = {name: stand_in(name, neuron).eval() for name, neuron in named_neurons(view)}
+    for name, child in stand_ins.items():
+        parent, _, last = name.rpartition('.')
+        setattr(view.get_submodule(parent), last, child)
+    return view, stand_ins
+
+
+def _forward(module: nn.Module, view: nn.Module, batch: Any, forward_fn: Optional[Forward]) -> Any:
     if isinstance(batch, torch.Tensor):
-        # of a layer without parameters, such as a pool: what its neurons have
-        tensors = itertools.chain(view.parameters(), view.buffers())
+        # a layer without parameters, such as a pool, has only what its neurons have
+        tensors = itertools.chain(module.parameters(), module.buffers())
         parameter = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
         batch = batch.to(parameter.device, parameter.dtype if batch.is_floating_point() else batch.dtype)
     try:
@@ -108,12 +111,6 @@ def _forward(view: nn.Module, batch: Any, forward_fn: Optional[Forward]) -> Any:
     except AssertionError as e:  # timm's way to refuse an image size
         shape = tuple(batch.shape) if isinstance(batch, torch.Tensor) else type(batch).__name__
         raise SFormerError(f'calibration images {shape} do not fit the model: {e}') from e
-
-
-def _neurons_of(module: nn.Module) -> List[Tuple[str, str, Neuron]]:
-    """Neurons, each with the name of its parent and its name there."""
-    return [(parent_name, name, child) for parent_name, parent in module.named_modules()
-            for name, child in parent.named_children() if isinstance(child, Neuron)]
 
 
 class _Observer(nn.Module):

@@ -63,7 +63,6 @@ class SpikingConv2d(SpikingLayer, nn.Conv2d):
         super().__init__(*args, **kwargs)
         self.neuron = None  # as in the layers of this class that peft adds to one that fires
 
-
     def add_neurons(self, config: SFNConfig) -> None:
         self.neuron = ScaleAndFire((1,), config, device=self.weight.device)
 

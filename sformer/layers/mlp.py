@@ -7,6 +7,7 @@ from timm.layers import GluMlp, Mlp, SwiGLU
 
 from ..neurons import ScaleAndFire, SFNConfig
 from . import products
+from .linear import SpikingLinear
 from .table import SpikingLayer, register_spiking
 
 __all__ = ['SpikingMlp', 'SpikingGluMlp', 'SpikingSwiGLU']
@@ -23,9 +24,9 @@ class SpikingMlp(SpikingLayer, Mlp):
     norm: Any
 
     def add_neurons(self, config: SFNConfig) -> None:
-        if isinstance(self.fc2, nn.Linear) and isinstance(self.norm, nn.Identity):
-            fc2: Any = self.fc2
-            fc2.add_neurons(config, activated=True)
+        # which a filter may have left as it is, and a norm turns into what `nn.Linear` reads elsewhere
+        if isinstance(self.fc2, SpikingLinear) and isinstance(self.norm, nn.Identity):
+            self.fc2.add_neurons(config, activated=True)
 
 
 class SpikingGateMixin(SpikingLayer):

@@ -68,15 +68,15 @@ class ScaleAndFire(Neuron):
         self.top = MAX_LEVEL if signed else MAX_WIDE_LEVEL
         values = level_values(self.fire_function, config.levels, self.top)
         dd = dict(device=device, dtype=torch.float32)  # whatever the default dtype is
-        # a number where levels are known: with an int16 in a compiled graph inductor vectorises nothing
+        # a number where levels are known, as these are integers
         known = self.fire_function != 'density'
         self.row_share = (values.new_tensor(self.reach) / values[-1]).item() if known else None
         reach = DEFAULT_RANGE * config.scale if signed else 1.
         step = _reaching(reach, values[-1])
         self.register_buffer('step', torch.full(tuple(shape), step, **dd))
         self.register_buffer('gain', torch.ones((), **dd))
-        self.register_buffer(
-            'multiplier', torch.ones((2 if signed else 1, *shape), device=device, dtype=torch.uint8))
+        # float32 beside the step: of integers in a compiled graph inductor vectorises nothing; uint8 where it is saved
+        self.register_buffer('multiplier', torch.ones((2 if signed else 1, *shape), **dd))
         self.register_buffer('levels', values.to(self.step.device, torch.int16))
         self.register_buffer('center', None if center_shape is None else torch.zeros(tuple(center_shape), **dd))
 
@@ -123,9 +123,10 @@ class ScaleAndFire(Neuron):
         return Spikes(k.to(torch.int8 if self.signed else torch.int16), self.step, row, self.center)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        threshold = self.threshold
+        amplitude = self.multiplier * self.step  # exact, and so is its product with levels, as steps are short
+        threshold = amplitude / self.gain
         k, row = self._fire(x.detach(), threshold)
-        out = self._multiplied_(k, self.multiplier * self.step)  # exact, as steps are short: k * m * step
+        out = self._multiplied_(k, amplitude)
         if row is not None:
             out = out.mul_(row)
         if self.center is not None:
@@ -140,21 +141,20 @@ class ScaleAndFire(Neuron):
         return out
 
     def _potential(self, x: torch.Tensor) -> torch.Tensor:
-        return x if self.center is None else x - self.center  # float32, as thresholds are
+        x = x.float()  # as thresholds are, so that bfloat16 currents fire where float32 ones do
+        return x if self.center is None else x - self.center
 
     # Each branch by itself, and their sum, which is exact: a select per element takes torch six times as long on CPUs.
     # In place where it may be: large tensors are as slow to come by as to compute.
 
     def _divided(self, h: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
         """Membrane potential in thresholds (2, *shape) of the branch that it is on."""
-        # thresholds are float32, so the division promotes and bfloat16 currents fire where float32 ones do
         if not self.signed:
             return h / threshold[0]
-        return (h.clamp_min(0) / threshold[0]).add_(h.clamp_max(0) / threshold[1])
+        return h.clamp_min(0).div_(threshold[0]).add_(h.clamp_max(0).div_(threshold[1]))
 
     def _multiplied_(self, k: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Levels times the value (2, *shape) of their branch; k is used up."""
-        values = values.to(k.dtype)
         if not self.signed:
             return k.mul_(values[0])
         return k.clamp_min(0).mul_(values[0]).add_(k.clamp_max_(0).mul_(values[1]))
@@ -219,6 +219,10 @@ class ScaleAndFire(Neuron):
             gain = self.gain.item() * signal / carried
             self.set_state(self.step * (signal / carried), self.multiplier, self.levels, self.center, gain)
 
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f'{prefix}multiplier'] = self.multiplier.to(torch.uint8)
+
     def _problem(self, name: str, value: torch.Tensor, state: Mapping[str, torch.Tensor]) -> str:
         problem = super()._problem(name, value, state)
         if problem or value.is_meta:
@@ -231,6 +235,8 @@ class ScaleAndFire(Neuron):
             if self.fire_function != 'density' and v.tolist() != expected:
                 return f'are not the levels of {self.fire_function} firing'
         if name == 'multiplier':
+            if value.is_floating_point() and (value != value.round()).any():
+                return 'is not an integer'
             levels = state.get('levels', self.levels)
             top = self.top // max(1, int(levels.max())) if levels.numel() and not levels.is_meta else self.top
             if (value < 1).any() or (value > top).any():

@@ -81,6 +81,16 @@ def test_images_take_the_dtype_of_the_model(dtype):
 
 # what is observed
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_a_layer_without_parameters_is_calibrated_where_its_neurons_are(dtype):
+    pool = spiking_(tl.AttentionPoolPrr(16, num_heads=2, pre_norm=False, post_norm=False))
+    assert not list(pool.parameters())
+    seen = []
+    calibrate_(pool, [torch.randn(4, 9, 16, generator=rng(0), dtype=torch.float64).to(dtype)],
+               forward_fn=lambda net, x: seen.append((x.device, x.dtype)) or net(x))
+    assert is_calibrated(pool) and set(seen) == {(torch.device('cpu'), torch.float32)}
+
+
 def test_observation_leaves_the_model_as_it_was():
     model = spiking_(build(drop_rate=0.1)).train()
     before = state_of(model)

@@ -7,7 +7,8 @@ import torch.nn as nn
 from layer_tools import hooked, randomise_, relative_error, spiking, tokens, watch_products
 from timm import layers as tl
 
-from sformer import SFNConfig, named_neurons, source_view
+from sformer import SFNConfig, named_neurons, source_view, spiking_
+from sformer.layers import SpikingLinear
 
 GATED = {
     'packed': (tl.GluMlp, dict(hidden_features=32)),
@@ -91,6 +92,11 @@ def test_few_levels_spread_out_after_an_activation_function():
     assert errors['auto'] < 0.9 * errors['uniform']
     normed = spiking(randomise_(tl.Mlp(16, 32, norm_layer=nn.LayerNorm)), x, SFNConfig(6))
     assert normed.fc2.neuron.fire_function == 'uniform'  # what it reads comes from a norm
+
+
+def test_a_second_layer_that_is_filtered_out_stays_as_it_is():
+    mlp = spiking_(randomise_(tl.Mlp(16, 32)), filter_fn=lambda layer, name: name != 'fc2')
+    assert type(mlp.fc1) is SpikingLinear and type(mlp.fc2) is nn.Linear
 
 
 def test_dropout_of_a_gated_mlp_is_applied_in_training():

@@ -73,6 +73,16 @@ def test_state_dict_round_trip():
     assert other.layer.calibrated and torch.equal(other.layer(x), model.layer(x))
 
 
+def test_multipliers_are_bytes_in_files():
+    state = stateful().state_dict()
+    assert state['layer.multiplier'].dtype == torch.uint8
+    assert state['layer.multiplier'].tolist() == [[1, 2, 3, 4], [4, 3, 2, 1]]
+    state['layer.multiplier'] = state['layer.multiplier'].float()
+    state['layer.multiplier'][0, 1] = 2.5
+    with pytest.raises(RuntimeError, match=r'layer\.multiplier is not an integer'):
+        stateful().load_state_dict(state)
+
+
 @pytest.mark.parametrize('strict', [True, False])
 @pytest.mark.parametrize('key', BUFFERS)
 def test_incomplete_state_names_what_is_missing(key, strict):
