@@ -30,8 +30,12 @@ def plot_accuracy(accuracy: Dict[int, float], source: float) -> bytes:
     figure = Figure(figsize=(6, 4), layout='constrained')
     axes = figure.add_subplot(
         xscale='log', xlabel='levels N per branch', ylabel='top-1 [%]', title='Accuracy of the single-timestep SFormer')
-    axes.axhline(source, color='grey', linestyle='--', label=f'source ViT, {source:.1f} %')
+    axes.axhline(source, color='grey', linestyle='--', label=f'source, {source:.1f} %')
     axes.plot(list(accuracy), list(accuracy.values()), marker='o', label='SFormer')
+    # at least five points, or a curve within the noise of a few images would look like a cliff
+    low, high = min([source, *accuracy.values()]), max([source, *accuracy.values()])
+    margin = max(0.05 * (high - low), (5 - (high - low)) / 2)
+    axes.set_ylim(low - margin, high + margin)
     axes.set_xticks(list(accuracy), [str(n) for n in accuracy])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
