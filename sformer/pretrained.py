@@ -29,6 +29,7 @@ from .errors import SFormerError
 from .hub import fetch, hub_errors, redact, split_revision
 from .layers import named_neurons
 from .model_config import WEIGHTS_NAME, check_weights_file, conversion_of, read_config
+from .models.sformer import is_neuron_key
 from .neurons import SFNConfig, as_config
 from .record import Conversion
 from .sources import create_source
@@ -116,6 +117,8 @@ def find_pretrained(
         return _converted(variant, f'{namespace}/{name}', overlay, cache_dir, sfn)
     _logger.info(f'{name}: weights of its source, {resolved.hf_hub_id}')
     hub_id = pinned(name, resolved.hf_hub_id, cache_dir)
+    if _bring_neurons(hub_id, cache_dir):
+        return Pretrained(cfg, dict(overlay, hf_hub_id=hub_id))
     neurons, conversion = neuron_state(name, f'{source}.{resolved.tag}', hub_id, as_config(SFNConfig, sfn), cache_dir)
     return Pretrained(cfg, dict(overlay, hf_hub_id=hub_id), neurons=neurons, conversion=conversion, fresh=True)
 
@@ -182,6 +185,18 @@ def pinned(name: str, hub_id: str, cache_dir: Optional[str] = None) -> str:
                 f'there is a connection, `hf download {repo_id} model.safetensors` puts them into the cache of the '
                 f'Hub client (HF_HOME).') from e
     return f'{repo_id}@{Path(path).parent.name}'
+
+
+def _bring_neurons(hub_id: str, cache_dir: Optional[str]) -> bool:
+    """Whether the weights of a source have neurons already, as on a mirror that holds converted ones."""
+    from huggingface_hub import hf_hub_download
+    repo_id, commit = split_revision(hub_id)
+    path = hf_hub_download(repo_id, WEIGHTS_NAME, revision=commit, cache_dir=cache_dir, library_name='timm')
+    try:
+        with safe_open(path, framework='pt') as f:
+            return any(is_neuron_key(key) for key in f.keys())  # noqa: SIM118
+    except SafetensorError:
+        return False  # timm will say so
 
 
 def neuron_state(
@@ -286,8 +301,8 @@ def _fit(source: str, hub_id: str, config: SFNConfig, cache_dir: Optional[str]) 
             model = convert(network, config=config, inplace=True, **RECIPE)
         finally:
             torch.set_default_dtype(default)
-    state = {f'{name}.{key}': buffer.detach().clone()
-             for name, neuron in named_neurons(model) for key, buffer in neuron.named_buffers(recurse=False)}
+    state = {f'{name}.{key}': value.clone()
+             for name, neuron in named_neurons(model) for key, value in neuron.state_dict().items()}
     converted: Any = model.conversion
     conversion: Conversion = dataclasses.replace(converted, source_weights=hub_id)
     if not has_classes:

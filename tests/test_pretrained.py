@@ -150,6 +150,14 @@ def test_new_weights_of_a_source_are_fitted_anew(warm, published, offline, tmp_p
     assert not torch.equal(old.state_dict()[key], new.state_dict()[key])
 
 
+def test_weights_that_bring_neurons_need_none_fitted(warm, offline, monkeypatch, tmp_path):
+    first = warm[1]
+    publish(tmp_path, {key: value.contiguous() for key, value in first.state_dict().items()})
+    monkeypatch.setattr(pretrained, '_fit', refuse)
+    model = timm.create_model(NAME, pretrained=True, cache_dir=tmp_path).eval()
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in first.state_dict().items())
+
+
 def test_only_published_weights_are_called_so(published, offline, tmp_path):
     publish(tmp_path, published)
     save_file(published, tmp_path / 'mine.safetensors')

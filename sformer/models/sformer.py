@@ -207,7 +207,7 @@ def checkpoint_filter_fn(state_dict: State, model: nn.Module, neurons: Optional[
             f'({len(missing)} neuron buffers missing): it is not a converted SFormer. '
             f'Convert a source network with sformer.convert().')
     # neurons of layers that this model does not have, such as a head that num_classes=0 leaves out
-    state = {k: v for k, v in state_dict.items() if not _is_neuron_key(k) or k.rpartition('.')[0] in modules}
+    state = {k: v for k, v in state_dict.items() if not is_neuron_key(k) or k.rpartition('.')[0] in modules}
     for name, neuron in modules.items():
         if isinstance(neuron, GradedCoding):
             for key in (f'{name}.step', f'{name}.center'):
@@ -219,6 +219,6 @@ def checkpoint_filter_fn(state_dict: State, model: nn.Module, neurons: Optional[
     return source_filter(state, model)
 
 
-def _is_neuron_key(key: str) -> bool:
+def is_neuron_key(key: str) -> bool:
     owner = key.split('.')[-2:-1]
     return bool(owner) and owner[0].endswith('neuron')
