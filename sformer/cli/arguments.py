@@ -14,6 +14,7 @@ __all__ = ['spread', 'expand_home', 'parse_kwargs', 'parse_dataset_ids', 'comman
 
 # options that take several values up to the next option, as in timm's own scripts
 MULTI_VALUE = ('--model-kwargs', '--mean', '--std')
+MULTI_VALUE_OF = {'benchmark': ('--execution', '--against', '--batch-size')}  # of one command only
 AMP_DTYPES = ('bfloat16', 'bf16', 'float16', 'fp16', 'half')
 
 
@@ -22,8 +23,9 @@ def spread(args: List[str]) -> List[str]:
     out: List[str] = []
     option: Optional[str] = None
     counts: Dict[str, int] = {}
+    multi_value = MULTI_VALUE + MULTI_VALUE_OF.get(args[0] if args else '', ())
     for arg in args:
-        if arg in MULTI_VALUE:
+        if arg in multi_value:
             option = arg
             counts.setdefault(arg, 0)
         elif arg in AMP_DTYPES and out[-1:] == ['--amp']:

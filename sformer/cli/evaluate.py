@@ -1,6 +1,6 @@
 """`sformer evaluate`, and the evaluation that `sformer compare` shares with it."""
 from pathlib import Path
-from typing import Annotated, Any, Dict, List
+from typing import Annotated, Any, Dict, List, Optional
 
 import typer
 
@@ -14,7 +14,8 @@ __all__ = ['evaluate', 'run_evaluation']
 
 @unfolded
 def evaluate(
-        model: Annotated[str, typer.Argument(help='Folder of an SFormer, hf-hub:ID, or name of a timm model')],
+        model: Annotated[str, typer.Argument(
+            help='Folder of an SFormer, hf-hub:ID, an exported .onnx, or name of a timm model')],
         options: EvaluationOptions,
 ) -> None:
     """Evaluate an SFormer side by side with its source network; under torchrun, on many processes."""
@@ -44,7 +45,6 @@ def run_evaluation(names: List[str], options: EvaluationOptions) -> List[Dict[st
     )
     from ..evaluation.benchmarks import DATASETS
     from ..evaluation.distributed import Group, RankError
-    from ..saving import open_model
     file = options.results_file
     journal = Journal(f'{file}.progress', options.resume) if file else None
     try:
@@ -53,7 +53,7 @@ def run_evaluation(names: List[str], options: EvaluationOptions) -> List[Dict[st
                 raise SFormerError('--resume goes by the --results-file of the run to continue: name it.')
             format = check_results_file(file, options.results_format) if file and group.is_main else ''
             config = EvaluationConfig(**settings(options, DATASETS), device=group.device)
-            models = [open_model(name) for name in names]
+            models = [open_network(name, options.engine) for name in names]
             if file and format == 'json' and not options.resume:
                 check_replaceable(file, models, config.dataset)
             results = evaluate_all(models, config, sources=options.source, group=group, journal=journal)
@@ -73,6 +73,17 @@ def run_evaluation(names: List[str], options: EvaluationOptions) -> List[Dict[st
         if journal is not None and any(journal.path.glob('*.jsonl')):
             raise RunInterruptedError('interrupted. The same command with --resume continues.') from None
         raise
+
+
+def open_network(name: str, engine: Optional[str]) -> Any:
+    """A model by its name, or a graph that was exported of one.
+
+    Raises:
+        SFormerError: If there is none, or its weights or its engine cannot be used.
+    """
+    from ..execution import load_onnx
+    from ..saving import open_model
+    return load_onnx(name, engine) if name.endswith('.onnx') else open_model(name)
 
 
 def settings(options: EvaluationOptions, datasets: Dict[str, Dict[str, Any]]) -> Dict[str, Any]:

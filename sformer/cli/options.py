@@ -87,6 +87,8 @@ class EvaluationOptions:
     retry: Annotated[bool, typer.Option('--retry', help='Halve batches that do not fit into memory')] = False
     max_bad: Annotated[int, typer.Option(min=0, help='Unreadable images to leave out before it is an error')] = 0
     device: Annotated[Optional[str], typer.Option(help='cpu, cuda, ...; an accelerator if there is one')] = None
+    engine: Annotated[Optional[str], typer.Option(
+        help='openvino or onnxruntime, for models that `sformer export` wrote; the first that is installed')] = None
     num_processes: Annotated[Optional[int], typer.Option(
         min=1, help='Processes that have to be running, over all nodes')] = None
     timeout: Annotated[float, typer.Option(

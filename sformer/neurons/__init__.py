@@ -3,7 +3,7 @@
 No timm, no files: currents are tensors, and everything here works on any of them. A neuron type is a subclass of
 `Neuron` with `encode`, `statistics` and `fit`.
 """
-from .base import Neuron, Spikes
+from .base import Float32Buffers, Neuron, Spikes
 from .config import DEFAULT_RANGE, FIRE_FUNCTIONS, FitConfig, SFNConfig, as_config
 from .functional import (
     MAX_LEVEL,
@@ -23,5 +23,5 @@ from .statistics import CurrentStatistics
 __all__ = [
     'MAX_LEVEL', 'MAX_WIDE_LEVEL', 'FIRE_FUNCTIONS', 'DEFAULT_RANGE', 'SFNConfig', 'FitConfig', 'as_config',
     'integrate_and_fire', 'multi_threshold', 'max_levels', 'level_values', 'firing_boundaries', 'fire',
-    'straight_through', 'Neuron', 'Spikes', 'ScaleAndFire', 'GradedCoding', 'CurrentStatistics',
+    'straight_through', 'Float32Buffers', 'Neuron', 'Spikes', 'ScaleAndFire', 'GradedCoding', 'CurrentStatistics',
 ]

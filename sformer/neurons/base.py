@@ -7,7 +7,7 @@ import torch.nn as nn
 from .config import FitConfig
 from .functional import straight_through
 
-__all__ = ['Neuron', 'Spikes']
+__all__ = ['Float32Buffers', 'Neuron', 'Spikes']
 
 
 class Spikes(NamedTuple):
@@ -34,14 +34,26 @@ class Spikes(NamedTuple):
         return current if self.center is None else current + self.center
 
 
-class Neuron(nn.Module):
+class Float32Buffers(nn.Module):
+    """A module whose buffers stay float32 whatever dtype the model is moved to: a bfloat16 threshold of 1.9084 would be
+    1.90625."""
+
+    def _apply(self, fn, recurse=True):
+        kept = {name: b for name, b in self.named_buffers(recurse=False) if b.is_floating_point()}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            moved = getattr(self, name)
+            if moved.dtype != buffer.dtype:
+                setattr(self, name, buffer.to(moved.device))
+        return self
+
+
+class Neuron(Float32Buffers):
     """A spiking neuron: current in, spikes out.
 
     A type of neuron has `encode` (fire), `statistics` (what is to be observed of its input, None if nothing is) and
     `fit` (set its thresholds by that). `forward` is the float form, `encode(x).decode()` in the dtype of x, with a
     straight-through gradient; a type may override it with something faster.
-
-    Buffers stay float32 whatever dtype the model is moved to: a bfloat16 threshold of 1.9084 would be 1.90625.
     """
     calibrated: torch.Tensor
 
@@ -76,15 +88,6 @@ class Neuron(nn.Module):
 
     def correct(self, moments: torch.Tensor) -> None:
         """Let spikes carry what they lack: `moments` as above, summed over batches."""
-
-    def _apply(self, fn, recurse=True):
-        kept = {name: b for name, b in self.named_buffers(recurse=False) if b.is_floating_point()}
-        super()._apply(fn, recurse)
-        for name, buffer in kept.items():
-            moved = getattr(self, name)
-            if moved.dtype != buffer.dtype:
-                setattr(self, name, buffer.to(moved.device))
-        return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -1,0 +1,59 @@
+"""`sformer benchmark`."""
+from pathlib import Path
+from typing import Annotated, Any, Dict, List, Optional
+
+import typer
+
+from .arguments import command_line
+from .options import MAX_BATCH_SIZE, unfolded
+from .tables import print_table
+
+__all__ = ['benchmark']
+
+
+@unfolded
+def benchmark(
+        model: Annotated[str, typer.Argument(help='Folder of an SFormer, hf-hub:ID, or name of one with weights')],
+        execution: Annotated[Optional[List[str]], typer.Option(
+            help='What is measured: simulate, integer, openvino, onnxruntime ...  [default: openvino]')] = None,
+        against: Annotated[Optional[List[str]], typer.Option(
+            help='What it is compared with: source:fp32, source:bf16, openvino:int8 (the network without neurons) ...  '
+                 '[default: source:fp32 source:bf16]')] = None,
+        batch_size: Annotated[Optional[List[int]], typer.Option(
+            min=1, max=MAX_BATCH_SIZE, help='Images per forward pass  [default: 8]')] = None,
+        pairs: Annotated[int, typer.Option(min=1, max=1000, help='Rounds')] = 9,
+        results_file: Annotated[Optional[Path], typer.Option(help='JSON file for the results')] = None,
+) -> None:
+    """Time executions of an SFormer on this CPU, against its source and others, in turn within one process."""
+    from ..checkpoints import write_json
+    from ..execution import benchmark as measure
+    from ..saving import open_model
+    result = measure(
+        open_model(model), execution or ['openvino'], against or ['source:fp32', 'source:bf16'], batch_size or [8],
+        pairs)
+    for table in tables(result):
+        print_table(**table)
+        print()
+    print(f'{result["processor"]}, {result["threads"]} threads, medians of {pairs} rounds (smallest to largest), '
+          + ', '.join(f'{name} {version}' for name, version in result['versions'].items()
+                      if name in ('torch', 'timm', 'openvino', 'onnxruntime')))
+    if results_file:
+        write_json(results_file, dict(result, model=model, command=command_line()))
+        print(f'results in {results_file}')
+
+
+def tables(result: Dict[str, Any]) -> List[Dict[str, Any]]:
+    """A table per batch size."""
+    found = []
+    for size in dict.fromkeys(row['batch_size'] for row in result['results']):
+        rows = [row for row in result['results'] if row['batch_size'] == size]
+        others = list(dict.fromkeys(name for row in rows for name in row['speedup']))
+        cells = [[row['execution'], f'{1e3 * row["seconds"]:.1f}', *(_speedup(row['speedup'].get(o)) for o in others)]
+                 for row in rows]
+        heads = ('execution', 'ms', *(f'times {other}' for other in others))
+        found.append(dict(title=f'batch {size}', heads=heads, rows=cells))
+    return found
+
+
+def _speedup(spread: Optional[Dict[str, float]]) -> str:
+    return '' if spread is None else f'{spread["median"]:.2f} ({spread["min"]:.2f}-{spread["max"]:.2f})'

@@ -1,0 +1,248 @@
+"""What a graph says of spikes, in the words of ONNX and in the form that engines execute fastest.
+
+"Levels of step 1 times int8 weights with a step per output channel" is QuantizeLinear, DequantizeLinear and MatMul,
+which engines multiply in int8. A neuron is written as few elementwise operations, which they fuse; its levels are those
+of `encode` but for currents within float rounding of a boundary.
+"""
+from typing import Any, Optional, Tuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from ..errors import SFormerError
+from ..layers import AttentionProduct, SpikingConv2d, SpikingLinear, named_neurons
+from ..layers.products import softmax_numerators
+from ..neurons import MAX_LEVEL, GradedCoding, fire, firing_boundaries
+from ..neurons.scale_and_fire import TINY
+from .integer import IntegerConv2d, IntegerLinear
+
+__all__ = ['to_graph_']
+
+
+def to_graph_(network: nn.Module) -> None:
+    """Replace what spikes in a network, in integers where it is so already, by what a graph says of it, in place.
+
+    Raises:
+        SFormerError: If a layer or a fire function has no form in ONNX; names it.
+    """
+    for name, layer in list(network.named_modules()):
+        new: Any = None
+        if isinstance(layer, (IntegerLinear, SpikingLinear)):
+            new = _Linear(layer)
+        elif isinstance(layer, IntegerConv2d):
+            new = _Conv2d(layer)
+        elif isinstance(layer, SpikingConv2d):
+            raise SFormerError(f'{name}, a convolution of padded pixels or in groups, has no form in ONNX.')
+        elif isinstance(layer, AttentionProduct):
+            new = _Attention(layer)
+        if new is not None:
+            _replace(network, name, new)
+    for name, neuron in list(named_neurons(network)):  # of gates, whose product is elementwise
+        _replace(network, name, _Decoded(neuron))
+
+
+def _replace(network: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, child = name.rpartition('.')
+    network.get_submodule(parent)._modules[child] = new
+
+
+def _onnx(operator: str, like: torch.Tensor, dtype: torch.dtype, *inputs: torch.Tensor, **attributes: int) -> Any:
+    return torch.onnx.ops.symbolic(operator, inputs, {**attributes}, dtype=dtype, shape=like.shape)
+
+
+def _int8(k: torch.Tensor) -> torch.Tensor:
+    """Levels, which are whole numbers or are rounded here, as int8, and what these stand for at a step of 1."""
+    one, zero = torch.ones(()), torch.zeros((), dtype=torch.int8)
+    levels = _onnx('QuantizeLinear', k, torch.int8, k, one, zero)
+    return _onnx('DequantizeLinear', k, torch.float32, levels, one, zero)
+
+
+def _weights(weight: torch.Tensor, step: torch.Tensor, axis: int) -> torch.Tensor:
+    """Int8 weights times the step of their output channel."""
+    zero = torch.zeros(step.shape, dtype=torch.int8)
+    return _onnx('DequantizeLinear', weight, torch.float32, weight, step, zero, axis=axis)
+
+
+def _by_branch(x: torch.Tensor, ratio: Optional[torch.Tensor]) -> torch.Tensor:
+    """x, of which what is negative is multiplied by a ratio per channel."""
+    return x if ratio is None else _onnx('PRelu', x, x.dtype, x, ratio)
+
+
+class _Levels(nn.Module):
+    """Levels that a scale-and-fire neuron fires, in float32, and the factor per token.
+
+    Shape:
+        As of `ScaleAndFire.encode`.
+    """
+    values: torch.Tensor
+    inverse: torch.Tensor
+    center: Optional[torch.Tensor]
+    multiplier: Optional[torch.Tensor]
+    inward: Optional[torch.Tensor]
+    outward: Optional[torch.Tensor]
+    table: Optional[torch.Tensor]
+
+    def __init__(self, neuron: Any):
+        super().__init__()
+        self.config, self.fire_function, self.top = neuron.config, neuron.fire_function, neuron.top
+        self.token, self.reach, self.signed = neuron.token, neuron.reach, neuron.signed
+        self.largest = int(neuron.levels[-1])
+        m = neuron.multiplier
+        uneven = self.signed and not torch.equal(m[0], m[1])
+        self.register_buffer('values', neuron.levels.to(torch.float32))
+        self.register_buffer('inverse', 1 / neuron.threshold[0])
+        self.register_buffer('center', neuron.center)
+        self.register_buffer('multiplier', None if (m[0] == 1).all() else m[0])
+        self.register_buffer('inward', m[0] / m[1] if uneven else None)
+        self.register_buffer('outward', m[1] / m[0] if uneven else None)
+        self.register_buffer('table', self._table())
+
+    def _table(self) -> Optional[torch.Tensor]:
+        """Level by twice the potential, where boundaries lie at or halfway between whole levels and no closed form
+        exists."""
+        if self.fire_function not in ('density', 'power2'):
+            return None
+        if self.config.initial_potential not in (0, 0.5):
+            raise SFormerError(
+                f'{self.fire_function} firing with initial_potential={self.config.initial_potential:g} has no form in '
+                f'ONNX: 0 and 0.5 have.')
+        halves = torch.arange(2 * self.largest + 1) / 2
+        index = torch.bucketize(halves, firing_boundaries(self.values, self.config.initial_potential), right=True)
+        return torch.cat([torch.zeros(1), self.values])[index]
+
+    def forward(self, x: torch.Tensor) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+        u = _by_branch((x if self.center is None else x - self.center) * self.inverse, self.inward)
+        row = None
+        if self.token:
+            largest = torch.maximum(u.amax(-1, keepdim=True), -u.amin(-1, keepdim=True)).clamp_min(TINY)
+            row = largest * (self.reach / self.largest)
+            u = u * (1 / row)
+        k = _by_branch(self._fire(u), self.outward)
+        return k if self.multiplier is None else k * self.multiplier, row
+
+    def _fire(self, u: torch.Tensor) -> torch.Tensor:
+        rounds, dead_zone, count = self.config.initial_potential == 0.5, self.config.dead_zone, len(self.values)
+        if self.table is not None:
+            k = torch.copysign(self.table[(2 * u.abs()).clamp(max=2 * self.largest).to(torch.int64)], u)
+        elif self.fire_function == 'uniform' and rounds:
+            if not self.token or self.reach < 1:  # else the largest potential is the top level
+                u = u.clamp(-self.largest, self.largest)
+            last = self.signed and self.multiplier is None and self.outward is None and not dead_zone
+            k = u if last else u.round()  # what is a level by then is rounded as it becomes an int8
+        elif self.fire_function == 'quadratic' and rounds and not self.signed and self.largest == count ** 2:
+            k = (u - 0.25).clamp(min=0).sqrt().round().square()
+        else:
+            k = fire(u, self.fire_function, self.values, self.config.initial_potential, 0., self.top)
+        if dead_zone:
+            k = torch.where(u.abs() >= dead_zone, k, 0.)
+        return k if self.signed else k.clamp(min=0)
+
+
+class _Decoded(nn.Module):
+    """What the spikes of a neuron stand for."""
+    step: torch.Tensor
+
+    def __init__(self, neuron: Any):
+        super().__init__()
+        self.levels = _Levels(neuron)
+        self.register_buffer('step', neuron.step)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        k, row = self.levels(x)
+        out = _int8(k) * self.step
+        return out if row is None else out * row
+
+
+class _Linear(nn.Module):
+    """A linear layer, in integers or, where int8 weights would lose too much, on levels in floating point."""
+    weight: torch.Tensor
+    step: torch.Tensor
+    columns: Optional[torch.Tensor]
+    bias: Optional[torch.Tensor]
+
+    def __init__(self, layer: Any):
+        super().__init__()
+        self.neuron = _Levels(layer.neuron)
+        self.integer = isinstance(layer, IntegerLinear)
+        weight = layer.weight if self.integer else layer.weight.detach() * layer.neuron.step
+        self.register_buffer('weight', weight.t().contiguous())
+        self.register_buffer('step', layer.weight_step if self.integer else None)
+        self.register_buffer('columns', layer.columns if self.integer else None)
+        self.register_buffer('bias', None if layer.bias is None else layer.bias.detach())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        k, row = self.neuron(x)
+        if self.columns is not None:  # before they are int8, or OpenVINO multiplies in float32
+            k = k[..., self.columns]
+        out = _int8(k) @ (_weights(self.weight, self.step, axis=1) if self.integer else self.weight)
+        out = out if row is None else out * row
+        return out if self.bias is None else out + self.bias
+
+
+class _Conv2d(nn.Module):
+    weight: torch.Tensor
+    step: torch.Tensor
+    bias: torch.Tensor
+
+    def __init__(self, layer: IntegerConv2d):
+        super().__init__()
+        neuron = layer.neuron
+        self.neuron: Any = _Pixels(neuron) if isinstance(neuron, GradedCoding) else _Levels(neuron)
+        self.geometry = layer.geometry
+        self.register_buffer('weight', layer.weight)
+        self.register_buffer('step', layer.weight_step.flatten())
+        self.register_buffer('bias', layer.bias.flatten())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(_int8(self.neuron(x)[0]), _weights(self.weight, self.step, axis=0), self.bias, *self.geometry)
+
+
+class _Pixels(nn.Module):
+    """Levels of pixels, which QuantizeLinear rounds and clips to -128 ... 127."""
+    step: torch.Tensor
+    center: torch.Tensor
+
+    def __init__(self, neuron: GradedCoding):
+        super().__init__()
+        self.register_buffer('step', neuron.step)
+        self.register_buffer('center', neuron.center)
+
+    def forward(self, x: torch.Tensor) -> Tuple[torch.Tensor, None]:
+        return (x - self.center) / self.step, None
+
+
+class _Attention(nn.Module):
+    """QK^T and AV, each row divided by its spike sum; arguments as of `AttentionProduct`."""
+    score_step: torch.Tensor
+    v_step: torch.Tensor
+
+    def __init__(self, product: AttentionProduct):
+        super().__init__()
+        self.q, self.k, self.v, self.attn = (
+            _Levels(getattr(product, f'{name}_neuron')) for name in ('q', 'k', 'v', 'attn'))
+        # powers of two per channel cancel, so what remains is one step per head
+        self.register_buffer('score_step', (product.q_neuron.step * product.k_neuron.step)[..., :1].clone())
+        self.register_buffer('v_step', product.v_neuron.step)
+
+    def forward(
+            self,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            attn_mask: Optional[torch.Tensor] = None,
+            dropout_p: float = 0.,
+            is_causal: bool = False,
+            scale: Optional[float] = None,
+    ) -> torch.Tensor:
+        (q, q_row), (k, k_row), (v, _) = self.q(query), self.k(key), self.v(value)
+        step = self.score_step * (query.shape[-1] ** -0.5 if scale is None else scale)
+        scores = _int8(q) @ _int8(k).transpose(-2, -1)
+        scores = scores * (step if q_row is None else step * q_row)
+        if k_row is not None:
+            scores = scores * k_row.transpose(-2, -1)
+        attn, _ = self.attn(softmax_numerators(scores, attn_mask, is_causal))
+        if self.attn.largest <= MAX_LEVEL:
+            attn = _int8(attn)
+        out = attn @ _int8(v)  # of wide levels in float32, which OpenVINO does faster than two planes of int8
+        return out / attn.sum(dim=-1, keepdim=True).clamp_min(1.) * self.v_step

@@ -1,0 +1,128 @@
+"""Export of an SFormer as ONNX: int8 levels times int8 weights, for engines that know how.
+
+Linear layers, the patch embedding and QK^T multiply int8, and so does AV where softmax levels are no wider. LayerNorm,
+softmax and activation functions stay in float32.
+"""
+import contextlib
+import copy
+import hashlib
+import json
+import logging
+import warnings
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Union
+
+import torch
+import torch.nn as nn
+from timm.data import resolve_input_data_config
+
+from ..checkpoints import state_hash, write_aside
+from ..errors import SFormerError
+from ..layers import named_neurons
+from ..neurons import ScaleAndFire
+from ..utils import library_versions
+from .graph import to_graph_
+from .integer import MAX_WEIGHT_ERROR, IntegerReport, to_integer_
+
+__all__ = ['export_onnx', 'to_onnx', 'check_output', 'graph_hash', 'METADATA']
+
+OPSET = 20
+METADATA = 'sformer'  # key of what is recorded in the file
+
+
+def export_onnx(
+        model: nn.Module,
+        path: Union[str, Path],
+        max_error: float = MAX_WEIGHT_ERROR,
+        overwrite: bool = False,
+        command: Optional[str] = None,
+) -> List[IntegerReport]:
+    """Write a calibrated SFormer as ONNX with int8 levels and int8 weights.
+
+    The graph takes `images` (batch, C, H, W), normalised, float32, of the model's size, and gives `logits` (batch,
+    classes), or features. What was exported is recorded in the file, with a hash of its graph.
+
+    Args:
+        model: Calibrated SFormer; it is not changed.
+        path: File to write, aside and then renamed.
+        max_error: As of `to_integer_`.
+        overwrite: Replace a file that is there.
+        command: Command line to record.
+
+    Returns:
+        What became of each layer.
+
+    Raises:
+        UncalibratedError: If thresholds were never fitted.
+        SFormerError: If the file is there, packages are missing, or a fire function or a layer has no form in ONNX.
+    """
+    path = Path(path)
+    check_output(path, overwrite)
+    network = copy.deepcopy(model).eval().to('cpu', torch.float32)
+    reports = to_integer_(network, max_error)
+    to_graph_(network)
+    exported = to_onnx(network)
+    import onnx
+    about = dict(
+        pretrained_cfg=_plain(getattr(model, 'pretrained_cfg', None) or {}),
+        input_size=list(resolve_input_data_config(model)['input_size']), num_classes=getattr(model, 'num_classes', 0),
+        weights_sha256=state_hash(model.state_dict()), max_error=max_error,
+        levels=sorted({neuron.config.levels for _, neuron in named_neurons(model) if isinstance(neuron, ScaleAndFire)}),
+        floating=[report.name for report in reports if not report.integer],
+        versions=dict(library_versions(), onnx=onnx.__version__), command=command, graph_sha256=graph_hash(exported))
+    onnx.helper.set_model_props(exported, {METADATA: json.dumps(about, sort_keys=True)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with write_aside(path.parent) as aside:
+        onnx.save(exported, aside / path.name)
+    return reports
+
+
+def to_onnx(network: nn.Module) -> Any:
+    """A timm model on the CPU as an `onnx.ModelProto`, with any number of images per batch.
+
+    Raises:
+        SFormerError: If packages are missing.
+    """
+    try:
+        import onnxscript  # noqa: F401  what torch exports by
+    except ImportError as e:
+        raise SFormerError(f"{e.name} is missing: pip install 'sformer[onnx]'.") from None
+    images = torch.zeros(2, *resolve_input_data_config(network)['input_size'])
+    with warnings.catch_warnings(action='ignore'), _quiet('torch.onnx', 'onnxscript', 'onnx_ir'), torch.no_grad():
+        program: Any = torch.onnx.export(
+            network, (images,), dynamo=True, opset_version=OPSET, input_names=['images'], output_names=['logits'],
+            dynamic_shapes=({0: torch.export.Dim('batch')},), verbose=False)
+    return program.model_proto
+
+
+def check_output(path: Path, overwrite: bool = False) -> None:
+    """Raise SFormerError if no graph can be written there."""
+    if path.suffix != '.onnx':
+        raise SFormerError(f'{path} is no name for a graph, which ends in .onnx.')
+    if path.is_dir():
+        raise SFormerError(f'{path} is a folder.')
+    if path.exists() and not overwrite:
+        raise SFormerError(f'{path} is there already; --overwrite (overwrite=True) replaces it.')
+
+
+def graph_hash(model: Any) -> str:
+    """SHA-256 of the graph of an `onnx.ModelProto`, weights included, without what is recorded beside it."""
+    return hashlib.sha256(model.graph.SerializeToString(deterministic=True)).hexdigest()
+
+
+def _plain(cfg: Dict[str, Any]) -> Dict[str, Any]:
+    return {key: value for key, value in cfg.items() if isinstance(value, (str, int, float, bool, list, tuple))}
+
+
+@contextlib.contextmanager
+def _quiet(*names: str) -> Iterator[None]:
+    """Without the warnings of some loggers, such as of optional packages that are missing."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
