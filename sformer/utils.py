@@ -1,5 +1,6 @@
 """Small things that several modules need: progress bars, versions, checks of preprocessing."""
 import contextlib
+import logging
 import sys
 from importlib import metadata
 from typing import Any, Dict, Iterable, Iterator, Optional
@@ -10,7 +11,7 @@ from tqdm import tqdm
 
 from .errors import SFormerError
 
-__all__ = ['progress', 'enough_memory', 'library_versions', 'check_preprocessing']
+__all__ = ['progress', 'enough_memory', 'quiet', 'library_versions', 'check_preprocessing']
 
 
 def progress(items: Iterable, description: str, total: Optional[int] = None) -> Iterator:
@@ -45,6 +46,20 @@ def enough_memory(remedy: str) -> Iterator[None]:
         if not isinstance(e, MemoryError) and not should_reduce_batch_size(e):
             raise
         raise SFormerError(f'out of memory: {remedy}') from e
+
+
+@contextlib.contextmanager
+def quiet(*names: str) -> Iterator[None]:
+    """Without the warnings of some loggers, such as of optional packages that are missing."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def library_versions() -> Dict[str, str]:

@@ -5,6 +5,7 @@ import platform
 import statistics
 import tempfile
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, Sequence
 
@@ -14,7 +15,7 @@ from timm.data import resolve_input_data_config
 
 from ..errors import SFormerError
 from ..layers import source_of
-from ..utils import library_versions
+from ..utils import library_versions, quiet
 from .engines import compile_graph, find_engine, load_onnx
 from .integer import to_integer_
 from .onnx import export_onnx, to_onnx
@@ -62,10 +63,11 @@ def _plain_int8(model: nn.Module, engine: str) -> Forward:
     with tempfile.TemporaryDirectory() as folder:
         plain, quantised = f'{folder}/plain.onnx', f'{folder}/int8.onnx'
         Path(plain).write_bytes(to_onnx(source_of(model).eval().float()).SerializeToString())
-        quantization.quantize_static(
-            plain, quantised, Reader(), op_types_to_quantize=['MatMul', 'Gemm', 'Conv'], per_channel=True,
-            activation_type=quantization.QuantType.QInt8, weight_type=quantization.QuantType.QInt8,
-            extra_options=dict(ActivationSymmetric=True, WeightSymmetric=True))
+        with quiet('root'):  # which recommends to prepare the graph, as torch's exporter has done
+            quantization.quantize_static(
+                plain, quantised, Reader(), op_types_to_quantize=['MatMul', 'Gemm', 'Conv'], per_channel=True,
+                activation_type=quantization.QuantType.QInt8, weight_type=quantization.QuantType.QInt8,
+                extra_options=dict(ActivationSymmetric=True, WeightSymmetric=True))
         run = compile_graph(Path(quantised).read_bytes(), engine)
     return lambda x: run(x.numpy())
 
@@ -154,7 +156,6 @@ def _spread(ratios: List[float]) -> Dict[str, float]:
 
 
 def _engine_versions(runs: Dict[str, Forward]) -> Dict[str, str]:
-    from importlib import metadata
     engines = {name.partition(':')[0] for name in runs} & {'openvino', 'onnxruntime'}
     return {engine: metadata.version(engine) for engine in sorted(engines)}
 

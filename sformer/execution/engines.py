@@ -1,6 +1,7 @@
 """Graphs that `export_onnx` wrote, run by OpenVINO or ONNX Runtime behind the interface of a timm classifier."""
 import importlib.util
 import json
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Callable, Dict, Optional, Union
 
@@ -63,7 +64,7 @@ def compile_graph(graph: bytes, engine: Optional[str] = None) -> Run:
     try:
         return ENGINES[name](graph)
     except Exception as e:  # whatever an engine raises of an operator or a type that it does not know
-        version = importlib.import_module(name).__version__
+        version = metadata.version(name)
         raise SFormerError(f'{name} {version} cannot run this graph ({first_line(e)}); a newer one may.') from e
 
 

@@ -33,7 +33,7 @@ def to_graph_(network: nn.Module) -> None:
         elif isinstance(layer, IntegerConv2d):
             new = _Conv2d(layer)
         elif isinstance(layer, SpikingConv2d):
-            raise SFormerError(f'{name}, a convolution of padded pixels or in groups, has no form in ONNX.')
+            new = _FloatingConv2d(layer)
         elif isinstance(layer, AttentionProduct):
             new = _Attention(layer)
         if new is not None:
@@ -124,7 +124,8 @@ class _Levels(nn.Module):
     def _fire(self, u: torch.Tensor) -> torch.Tensor:
         rounds, dead_zone, count = self.config.initial_potential == 0.5, self.config.dead_zone, len(self.values)
         if self.table is not None:
-            k = torch.copysign(self.table[(2 * u.abs()).clamp(max=2 * self.largest).to(torch.int64)], u)
+            k = self.table[(2 * u.abs()).clamp(max=2 * self.largest).to(torch.int64)]
+            k = torch.where(u < 0, -k, k)
         elif self.fire_function == 'uniform' and rounds:
             if not self.token or self.reach < 1:  # else the largest potential is the top level
                 u = u.clamp(-self.largest, self.largest)
@@ -172,6 +173,8 @@ class _Linear(nn.Module):
         self.register_buffer('bias', None if layer.bias is None else layer.bias.detach())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.ndim == 2:  # OpenVINO 2026.4 takes a step per channel for one per row there
+            return self.forward(x[:, None])[:, 0]
         k, row = self.neuron(x)
         if self.columns is not None:  # before they are int8, or OpenVINO multiplies in float32
             k = k[..., self.columns]
@@ -196,6 +199,22 @@ class _Conv2d(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.conv2d(_int8(self.neuron(x)[0]), _weights(self.weight, self.step, axis=0), self.bias, *self.geometry)
+
+
+class _FloatingConv2d(nn.Module):
+    """A convolution in floating point, on what spikes stand for."""
+
+    def __init__(self, layer: Any):
+        super().__init__()
+        self.layer = layer
+        neuron = layer.neuron
+        self.neuron: Any = _Pixels(neuron) if isinstance(neuron, GradedCoding) else _Levels(neuron)
+        self.step, self.center = neuron.step, neuron.center
+        layer.neuron = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = _int8(self.neuron(x)[0]) * self.step
+        return self.layer(out if self.center is None else out + self.center)
 
 
 class _Pixels(nn.Module):

@@ -3,14 +3,12 @@
 Linear layers, the patch embedding and QK^T multiply int8, and so does AV where softmax levels are no wider. LayerNorm,
 softmax and activation functions stay in float32.
 """
-import contextlib
 import copy
 import hashlib
 import json
-import logging
 import warnings
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Union
+from typing import Any, Dict, List, Optional, Union
 
 import torch
 import torch.nn as nn
@@ -20,7 +18,7 @@ from ..checkpoints import state_hash, write_aside
 from ..errors import SFormerError
 from ..layers import named_neurons
 from ..neurons import ScaleAndFire
-from ..utils import library_versions
+from ..utils import library_versions, quiet
 from .graph import to_graph_
 from .integer import MAX_WEIGHT_ERROR, IntegerReport, to_integer_
 
@@ -88,7 +86,7 @@ def to_onnx(network: nn.Module) -> Any:
     except ImportError as e:
         raise SFormerError(f"{e.name} is missing: pip install 'sformer[onnx]'.") from None
     images = torch.zeros(2, *resolve_input_data_config(network)['input_size'])
-    with warnings.catch_warnings(action='ignore'), _quiet('torch.onnx', 'onnxscript', 'onnx_ir'), torch.no_grad():
+    with warnings.catch_warnings(action='ignore'), quiet('torch.onnx', 'onnxscript', 'onnx_ir'), torch.no_grad():
         program: Any = torch.onnx.export(
             network, (images,), dynamo=True, opset_version=OPSET, input_names=['images'], output_names=['logits'],
             dynamic_shapes=({0: torch.export.Dim('batch')},), verbose=False)
@@ -112,17 +110,3 @@ def graph_hash(model: Any) -> str:
 
 def _plain(cfg: Dict[str, Any]) -> Dict[str, Any]:
     return {key: value for key, value in cfg.items() if isinstance(value, (str, int, float, bool, list, tuple))}
-
-
-@contextlib.contextmanager
-def _quiet(*names: str) -> Iterator[None]:
-    """Without the warnings of some loggers, such as of optional packages that are missing."""
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

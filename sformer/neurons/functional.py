@@ -154,25 +154,27 @@ def fire(
     whole = levels ** EXPONENTS.get(fire_function, 1) <= top  # levels are powers of i, not scaled down to fit
     if fire_function == 'uniform':
         shift = _BELOW_HALF if initial_potential == 0.5 else initial_potential
-        k = u.abs().add_(shift).floor_().clamp_(max=levels).copysign_(u)
+        k = u.abs().add_(shift).floor_().clamp_(max=levels)
     elif fire_function == 'quarter_square' and initial_potential == 0.5:
         # halfway between y_(i-1) and y_i lies (i + 3/2)^2 / 4 - 17/16
         i = u.abs().mul_(4).add_(4.25).sqrt_().sub_(1.5).floor_().clamp_(max=levels)
-        k = i.add_(2).square_().div_(4).floor_().sub_(1).copysign_(u)
+        k = i.add_(2).square_().div_(4).floor_().sub_(1)
     elif fire_function == 'quadratic' and initial_potential == 0.5 and whole:
         # b_j = j^2 - j + 1/2 = (j - 1/2)^2 + 1/4
         i = u.abs().sub_(0.25).clamp_(min=0).sqrt_().add_(0.5).floor_().clamp_(max=levels)
-        k = i.square_().copysign_(u)
+        k = i.square_()
     elif fire_function == 'quartic' and initial_potential == 0.5 and whole:
         # with t = j - 1/2: b_j = ((j - 1)^4 + j^4) / 2 = t^4 + 3/2 t^2 + 1/16
         t = u.abs().add_(0.5).sqrt_().sub_(0.75).clamp_(min=0).sqrt_()
         i = t.add_(0.5).floor_().clamp_(max=levels).square_()
-        k = i.square_().copysign_(u)
+        k = i.square_()
     else:
         magnitude = u.abs().contiguous()  # as bucketize likes it
         index = torch.bucketize(magnitude, firing_boundaries(values, initial_potential), right=True)
         k = torch.cat([values.new_zeros(1), values]).to(u.dtype)[index]
-        k = torch.where(magnitude.isnan(), magnitude, k).copysign(u)
+        k = torch.where(magnitude.isnan(), magnitude, k)
+    # the former is the fastest, but has no form in ONNX
+    k = torch.where(u < 0, -k, k) if torch.compiler.is_compiling() else k.copysign_(u)
     if dead_zone > 0:
         k = k * (u.abs() >= dead_zone)
     return k

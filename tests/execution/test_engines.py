@@ -1,0 +1,262 @@
+"""Graphs in ONNX: both engines agree with integers in torch, for every family and fire function; files are checked."""
+import copy
+import json
+
+import pytest
+import timm
+import torch
+from layer_tools import FAMILIES, build, pixels, relative_error
+
+import sformer
+from sformer import SFNConfig, SFormerError, UncalibratedError, convert, export_onnx, load_onnx, spiking_, to_integer_
+from sformer.execution import EXECUTIONS, benchmark
+from sformer.execution.onnx import METADATA
+
+onnx = pytest.importorskip('onnx')
+for package in ('onnxscript', 'onnxruntime', 'openvino'):
+    pytest.importorskip(package)
+ENGINES = ('openvino', 'onnxruntime')
+FAST = ('vit', 'beit v2', 'eva02')  # exporting each takes seconds
+
+
+def sized(names):
+    return [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+def exported(model, path, **kwargs):
+    """The model in integers, its graph in both engines."""
+    export_onnx(model, path, **kwargs)
+    whole = copy.deepcopy(model)
+    to_integer_(whole)
+    return whole, [load_onnx(path, engine) for engine in ENGINES]
+
+
+def agree(networks, whole, images):
+    """Logits are the same to float rounding, but where a current within it of a boundary fires another level, which
+    moves what follows. OpenVINO approximates exponentials and GELU, so there it is more of them."""
+    with torch.no_grad():
+        expected = whole(images)
+        for network in networks:
+            out = network(images)
+            assert out.shape == expected.shape
+            each = (out - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
+            if network.engine == 'onnxruntime':
+                assert (each < 1e-4).float().mean() >= 0.5, each
+            assert each.median() < 0.02 and each.max() < 0.1, (network.engine, each)
+
+
+@pytest.fixture(scope='module')
+def model():
+    return convert(build(), [pixels()])
+
+
+@pytest.fixture(scope='module')
+def graph(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp('graphs') / 'model.onnx'
+    export_onnx(model, path, command='sformer export a b')
+    return path
+
+
+@pytest.mark.parametrize('family', sized(FAMILIES))
+def test_engines_agree_with_torch(family, tmp_path):
+    whole, networks = exported(convert(build(family), [pixels()]), tmp_path / 'model.onnx')
+    agree(networks, whole, pixels(12))
+    agree(networks, whole, pixels(1))
+
+
+@pytest.mark.parametrize('levels, config', [
+    (127, dict(token_scale=False, attention_fire='uniform')),
+    (6, dict(dead_zone=0.8)),
+    pytest.param(20, dict(fire='quarter_square'), marks=pytest.mark.slow),
+    pytest.param(12, dict(fire='density', attention_fire='density'), marks=pytest.mark.slow),
+    pytest.param(7, dict(fire='power2', attention_fire='power2'), marks=pytest.mark.slow),
+    pytest.param(9, dict(fire='quadratic', initial_potential=0.), marks=pytest.mark.slow),
+    pytest.param(3, dict(fire='quartic', initial_potential=0.3), marks=pytest.mark.slow),
+    pytest.param(8, dict(fire='density', initial_potential=0.), marks=pytest.mark.slow),
+])
+def test_fire_functions(levels, config, tmp_path):
+    whole, networks = exported(convert(build(), [pixels()], SFNConfig(levels, **config)), tmp_path / 'model.onnx')
+    agree(networks, whole, pixels(12))
+
+
+def test_a_fire_function_without_a_form_is_named(tmp_path):
+    model = convert(build(depth=1), [pixels()], SFNConfig(6, fire='density', initial_potential=0.3))
+    with pytest.raises(SFormerError, match='density firing with initial_potential=0.3 has no form'):
+        export_onnx(model, tmp_path / 'model.onnx')
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name, kwargs', [
+    ('vit_tiny_patch16_224', {}), ('deit3_small_patch16_224', {}), ('eva02_tiny_patch14_224', {}),
+    ('vit_small_patch16_dinov3', dict(img_size=224)), ('vit_tiny_patch16_384', {}), ('beit_base_patch16_224', {}),
+])
+def test_token_counts_of_real_networks(name, kwargs, tmp_path):
+    torch.manual_seed(0)
+    source = timm.create_model(name, depth=2, num_classes=9, **kwargs).eval()
+    images = torch.randn(2, *source.pretrained_cfg['input_size'][:1], *source.patch_embed.img_size).clamp(-2, 2)
+    source.pretrained_cfg['input_size'] = tuple(images.shape[1:])
+    model = convert(source, [images])
+    whole, networks = exported(model, tmp_path / 'model.onnx')
+    with torch.no_grad():
+        for network in networks:
+            assert relative_error(network(images), whole(images)) < 0.05
+
+
+def test_every_product_with_weights_is_of_int8(graph):
+    model = onnx.load(graph)
+    made_by = {out: node for node in model.graph.node for out in node.output}
+    constants = {init.name: init for init in model.graph.initializer}
+    products = [node for node in model.graph.node if node.op_type in ('MatMul', 'Conv')]
+    assert len(products) == 1 + 2 * (4 + 2) + 1  # patches; per block four layers, QK^T and AV; head
+    wide = 0
+    for node in products:
+        for name in node.input[:2]:
+            node_in = made_by[name]
+            while node_in.op_type in ('Transpose', 'Reshape'):
+                node_in = made_by[node_in.input[0]]
+            if node_in.op_type != 'DequantizeLinear':
+                wide += 1  # softmax levels of 14 bits
+                continue
+            source = node_in.input[0]
+            assert constants[source].data_type == onnx.TensorProto.INT8 if source in constants else (
+                made_by[source].op_type == 'QuantizeLinear')
+    assert wide == 2
+
+
+def test_openvino_multiplies_int8(tmp_path):
+    import openvino
+    export_onnx(convert(build(embed_dim=64, depth=1), [pixels()]), tmp_path / 'model.onnx')
+    core = openvino.Core()
+    compiled = core.compile_model(core.read_model(tmp_path / 'model.onnx'), 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
+    compiled(pixels(2).numpy())
+    kinds = [(info['layerType'], info['primitiveType']) for info in (
+        {key: value.astype(str) if hasattr(value, 'astype') else str(value) for key, value in op.get_rt_info().items()}
+        for op in compiled.get_runtime_model().get_ops())]
+    products = [primitive for kind, primitive in kinds if kind.startswith(('FullyConnected', 'Convolution'))]
+    assert len(products) == 6 and all(primitive.lower().endswith('i8') for primitive in products), products
+
+
+def test_the_record_says_what_was_exported(graph, model):
+    network = load_onnx(graph)
+    about = network.about
+    assert about['levels'] == [32] and about['floating'] == [] and about['command'] == 'sformer export a b'
+    assert about['input_size'] == [3, 32, 32] and about['num_classes'] == network.num_classes == 7
+    assert about['weights_sha256'] == sformer.checkpoints.state_hash(model.state_dict())
+    assert tuple(network.pretrained_cfg['mean']) == model.pretrained_cfg['mean']
+    assert 'openvino' in repr(network)
+    assert copy.deepcopy(network).run is network.run
+
+
+def test_a_graph_is_evaluated_like_any_model(tmp_path):
+    model = timm.create_model('sformer_nano.digits', pretrained=True).eval()
+    export_onnx(model, tmp_path / 'model.onnx')
+    whole = copy.deepcopy(model)
+    to_integer_(whole)
+    options = dict(dataset='digits', split='test', num_images=64, source=False)
+    expected = sformer.evaluate(whole, **options)
+    for engine in ENGINES:
+        result = sformer.evaluate(load_onnx(tmp_path / 'model.onnx', engine), **options)
+        assert abs(result['top1'] - expected['top1']) <= 100 * 2 / 64  # an image at a boundary
+        assert result['num_images'] == 64 and result['model'] == model.pretrained_cfg['architecture']
+        assert 'activity' not in result
+    with pytest.raises(SFormerError, match='exported for images'):
+        sformer.evaluate(load_onnx(tmp_path / 'model.onnx'), img_size=16, **options)
+
+
+def test_images_of_another_size(graph):
+    with pytest.raises(SFormerError, match=r'exported for images \(3, 32, 32\), got \(3, 16, 16\)'):
+        load_onnx(graph)(torch.zeros(1, 3, 16, 16))
+
+
+def spoilt(graph, path, change):
+    model = onnx.load(graph)
+    change(model)
+    onnx.save(model, path)
+    return path
+
+
+def flip(model):
+    weights = next(init for init in model.graph.initializer if init.data_type == onnx.TensorProto.INT8 and init.dims)
+    weights.raw_data = bytes([weights.raw_data[0] ^ 1]) + weights.raw_data[1:]
+
+
+@pytest.mark.parametrize('change, message', [
+    (flip, 'hash differs'), (lambda m: m.graph.node[0].ClearField('name'), 'hash differs'),
+    (lambda m: m.ClearField('metadata_props'), 'not written by `sformer export`'),
+])
+def test_a_changed_graph_is_refused(graph, tmp_path, change, message):
+    with pytest.raises(SFormerError, match=message):
+        load_onnx(spoilt(graph, tmp_path / 'spoilt.onnx', change))
+
+
+@pytest.mark.parametrize('content', [b'', b'no graph at all', None])
+def test_a_damaged_file_is_refused(graph, tmp_path, content):
+    path = tmp_path / 'damaged.onnx'
+    path.write_bytes(graph.read_bytes()[:5000] if content is None else content)
+    with pytest.raises(SFormerError, match='damaged|not written'):
+        load_onnx(path)
+    with pytest.raises(SFormerError, match='no graph at'):
+        load_onnx(tmp_path / 'nothing.onnx')
+
+
+def test_engines_that_are_not_there(graph, monkeypatch):
+    with pytest.raises(SFormerError, match="no engine 'tensorrt': there are openvino, onnxruntime"):
+        load_onnx(graph, 'tensorrt')
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
+    with pytest.raises(SFormerError, match=r"openvino is not installed: pip install 'sformer\[openvino\]'"):
+        load_onnx(graph, 'openvino')
+    with pytest.raises(SFormerError, match='no engine is installed'):
+        load_onnx(graph)
+
+
+def test_an_engine_that_does_not_know_an_operator(graph, tmp_path, monkeypatch):
+    from sformer.execution import engines
+
+    def old(graph):
+        raise RuntimeError('opset 20 is not supported\nand more')
+    monkeypatch.setitem(engines.ENGINES, 'onnxruntime', old)
+    with pytest.raises(SFormerError, match=r'onnxruntime \d.* cannot run this graph \(opset 20 is not supported\)'):
+        load_onnx(graph, 'onnxruntime')
+
+
+def test_files_are_replaced_only_if_asked(model, graph, tmp_path):
+    (tmp_path / 'model.onnx').write_bytes(b'mine')
+    with pytest.raises(SFormerError, match='is there already'):
+        export_onnx(model, tmp_path / 'model.onnx')
+    assert (tmp_path / 'model.onnx').read_bytes() == b'mine'
+    for name, message in (('model.txt', 'ends in .onnx'), ('model', 'ends in .onnx')):
+        with pytest.raises(SFormerError, match=message):
+            export_onnx(model, tmp_path / name)
+
+
+def test_an_uncalibrated_model_is_refused(tmp_path):
+    with pytest.raises(UncalibratedError):
+        export_onnx(spiking_(build()), tmp_path / 'model.onnx')
+    assert not list(tmp_path.iterdir())
+
+
+def test_layers_that_stay_floating_are_listed(model, tmp_path):
+    reports = export_onnx(model, tmp_path / 'model.onnx', max_error=1e-9)
+    assert not any(report.integer for report in reports)
+    with torch.no_grad():
+        assert relative_error(load_onnx(tmp_path / 'model.onnx', 'onnxruntime')(pixels()), model(pixels())) < 0.05
+    assert len(json.loads(onnx.load(tmp_path / 'model.onnx').metadata_props[0].value)['floating']) == len(reports)
+    assert onnx.load(tmp_path / 'model.onnx').metadata_props[0].key == METADATA
+
+
+def test_benchmark_names_what_there_is(model):
+    with pytest.raises(SFormerError, match="no execution 'gpu': there are source:fp32"):
+        benchmark(model, ['gpu'])
+    assert {'simulate', 'integer', 'openvino', 'openvino:int8'} < set(EXECUTIONS)
+
+
+@pytest.mark.slow
+def test_benchmark(model):
+    result = benchmark(model, ['openvino', 'integer'], ['source:fp32', 'openvino:int8'], [1, 3], pairs=2)
+    assert [(row['batch_size'], row['execution']) for row in result['results']] == [
+        (size, name) for size in (1, 3) for name in ('openvino', 'integer', 'source:fp32', 'openvino:int8')]
+    for row in result['results']:
+        assert set(row['speedup']) == {'source:fp32', 'openvino:int8'} - {row['execution']} and row['seconds'] > 0
+        assert all(s['min'] <= s['median'] <= s['max'] for s in row['speedup'].values())
+    assert result['threads'] and result['processor'] and {'torch', 'openvino'} <= set(result['versions'])

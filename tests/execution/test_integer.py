@@ -1,0 +1,165 @@
+"""Integer execution in torch: int8 weights are those of the layer, sums are exact, and nothing else changes."""
+import copy
+
+import pytest
+import torch
+import torch.nn as nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layer_tools import FAMILIES, build, pixels, relative_error, rng, spiking, tokens
+
+from sformer import (
+    SFNConfig,
+    SFormerError,
+    UncalibratedError,
+    convert,
+    named_neurons,
+    save_model,
+    source_of,
+    source_view,
+    spiking_,
+    to_integer_,
+)
+from sformer.execution.integer import MAX_SPLIT, TARGET_ERROR, IntegerConv2d, IntegerLinear, integer_weights
+from sformer.layers import SpikingConv2d, SpikingLinear
+
+
+def rebuilt(weights, channels):
+    """Float weights (D, C) that int8 columns stand for."""
+    columns = torch.arange(channels) if weights.columns is None else weights.columns
+    summed = torch.zeros(len(weights.weight), channels).index_add_(1, columns, weights.weight.float())
+    return summed * weights.step[:, None]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10 ** 6), st.integers(1, 40), st.integers(1, 80), st.floats(1, 300), st.integers(0, 3))
+def test_int8_weights_stand_for_the_weights(seed, rows, channels, outlier, count):
+    weight = torch.randn(rows, channels, generator=rng(seed))
+    weight[:, :count] *= outlier
+    weights = integer_weights(weight)
+    assert weights.weight.dtype == torch.int8 and weights.weight.min() >= -127
+    difference = rebuilt(weights, channels) - weight
+    assert (difference.abs() <= weights.step[:, None] * 0.5001).all()
+    assert weights.error == pytest.approx((difference.norm() / weight.norm()).item(), abs=1e-6)
+    assert weights.weight.shape[1] <= MAX_SPLIT * channels
+
+
+@pytest.mark.parametrize('outlier', [1, 8, 60])
+def test_a_few_outliers_are_split_where_that_pays(outlier):
+    weight = torch.randn(64, 256, generator=rng(0))
+    weight[:, 7] *= outlier
+    weights = integer_weights(weight)
+    assert (weights.columns is None) == (outlier == 1)
+    assert weights.error <= TARGET_ERROR
+    if weights.columns is not None:
+        assert (weights.columns == 7).sum() > 1 and weights.weight.shape[1] < 1.125 * 256
+
+
+def test_weights_of_zero():
+    weights = integer_weights(torch.zeros(3, 4))
+    assert not weights.weight.any() and weights.error == 0 and torch.isfinite(weights.step).all()
+
+
+@pytest.mark.parametrize('outlier', [1., 100.])
+@pytest.mark.parametrize('token_scale', [True, False])
+@pytest.mark.parametrize('length', [1, 7])
+def test_a_layer_is_its_simulation_with_weights_of_int8(outlier, token_scale, length):
+    x = tokens(5, length, 48)
+    x[..., 3] *= outlier
+    layer = spiking(nn.Sequential(nn.Linear(48, 20)), x, SFNConfig(32, token_scale=token_scale))
+    whole = copy.deepcopy(layer)
+    report, = to_integer_(whole)
+    assert type(whole[0]) is IntegerLinear and report.name == '0' and report.integer and report.error < 0.02
+    assert report.columns == 1 or outlier > 1
+    with torch.no_grad():
+        spikes = layer[0].neuron.encode(x)
+        levels = spikes.levels.long() if whole[0].columns is None else spikes.levels.long()[..., whole[0].columns]
+        sums = (levels @ whole[0].weight.long().t()).double()  # exact
+        expected = sums * whole[0].weight_step * (1 if spikes.row is None else spikes.row) + layer[0].bias
+        torch.testing.assert_close(whole(x), expected.float(), rtol=1e-6, atol=1e-6)
+        assert relative_error(whole(x), layer(x)) < 2 * report.error + 1e-3
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_every_family_computes_in_integers(family):
+    model = convert(build(family), [pixels(8)], SFNConfig(levels=127))
+    whole = copy.deepcopy(model)
+    reports = to_integer_(whole)
+    assert all(report.integer for report in reports)
+    assert not [name for name, layer in whole.named_modules() if isinstance(layer, (SpikingLinear, SpikingConv2d))]
+    assert [name for name, _ in named_neurons(whole)] == [name for name, _ in named_neurons(model)]
+    with torch.no_grad():
+        assert relative_error(whole(pixels(4)), model(pixels(4))) < 0.08
+        assert relative_error(whole(pixels(1)), whole(pixels(4))[:1]) < 1e-4
+
+
+@pytest.mark.parametrize('kwargs', [
+    dict(padding=1), dict(padding=1, stride=2), dict(padding=1, groups=2), dict(bias=False)])
+def test_convolutions(kwargs):
+    x = torch.randn(4, 4, 9, 9, generator=rng(0))
+    layer = spiking(nn.Sequential(nn.Conv2d(4, 6, 3, **kwargs)), x, SFNConfig(127))
+    whole = copy.deepcopy(layer)
+    report, = to_integer_(whole)
+    assert type(whole[0]) is IntegerConv2d and report.integer
+    with torch.no_grad():
+        assert relative_error(whole(x), layer(x)) < 0.02
+
+
+def test_layers_that_would_lose_too_much_stay_as_they_are():
+    model = convert(build(), [pixels()])
+    whole = copy.deepcopy(model)
+    reports = to_integer_(whole, max_error=1e-9)
+    assert not any(report.integer for report in reports) and all('error of' in report.reason for report in reports)
+    with torch.no_grad():
+        assert torch.equal(whole(pixels()), model(pixels()))
+
+
+def test_memory_is_a_quarter():
+    model = convert(build(embed_dim=128, depth=2), [pixels()])
+    def size(m):
+        return sum(t.numel() * t.element_size() for t in [*m.parameters(), *m.buffers()])
+    before = size(source_of(model))
+    to_integer_(model)
+    assert size(model) < 0.4 * before  # neurons and embeddings weigh as much in a network as small as this
+
+
+def test_steps_stay_float32():
+    model = convert(build(), [pixels()])
+    to_integer_(model)
+    half = copy.deepcopy(model).bfloat16()
+    layer = half.blocks[0].mlp.fc1
+    assert layer.weight_step.dtype == layer.bias.dtype == torch.float32 and layer.weight.dtype == torch.int8
+    with torch.no_grad():
+        out = half(pixels().bfloat16())
+        assert out.dtype == torch.bfloat16 and relative_error(out.float(), model(pixels())) < 0.1
+
+
+def test_compiles():
+    model = convert(build(depth=1), [pixels()])
+    to_integer_(model)
+    with torch.no_grad():
+        assert relative_error(torch.compile(model, fullgraph=True)(pixels()), model(pixels())) < 1e-2
+
+
+def test_an_uncalibrated_model_is_refused():
+    with pytest.raises(UncalibratedError, match='uncalibrated'):
+        to_integer_(spiking_(build()))
+
+
+def test_there_is_no_way_back(tmp_path):
+    model = convert(build(), [pixels()])
+    to_integer_(model)
+    for what in (source_of, source_view):
+        with pytest.raises(SFormerError, match='int8, so its source is gone'):
+            what(model)
+    with pytest.raises(SFormerError):
+        save_model(model, tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()
+
+
+def test_adapters_have_to_be_merged():
+    peft = pytest.importorskip('peft')
+    model = convert(build(), [pixels()])
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=['qkv'], r=2))
+    with pytest.raises(SFormerError, match='merge'):
+        to_integer_(adapted)
