@@ -203,7 +203,10 @@ def token_reach(fire_function: str, levels: int, width: int, initial_potential: 
     fired = torch.cat([values.new_zeros(1), values])[torch.bucketize(u, boundaries, right=True)]
     error = ((u - fired) * tops / values[-1]).square().mul((-z[:, None] ** 2 / 2).exp()).sum(0)
     largest = statistics.NormalDist().inv_cdf((1 + 0.5 ** (1 / width)) / 2)
-    return min(1., tops[error.argmin()].item() / largest) ** 0.8
+    reach = min(1., tops[error.argmin()].item() / largest) ** 0.8
+    if initial_potential == 0:  # the largest potential would lie on the top boundary, where float rounding decides
+        reach = min(reach, 1 - 2 ** -16)
+    return reach
 
 
 def straight_through(out: torch.Tensor, h: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor) -> torch.Tensor:

@@ -42,7 +42,7 @@ def agree(networks, whole, images):
             each = (out - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
             if network.engine == 'onnxruntime':
                 assert (each < 1e-4).float().mean() >= 0.5, each
-            assert each.median() < 0.02 and each.max() < 0.1, (network.engine, each)
+            assert each.median() < 0.05 and each.max() < 0.15, (network.engine, each)
 
 
 @pytest.fixture(scope='module')
@@ -100,7 +100,7 @@ def test_token_counts_of_real_networks(name, kwargs, tmp_path):
     whole, networks = exported(model, tmp_path / 'model.onnx')
     with torch.no_grad():
         for network in networks:
-            assert relative_error(network(images), whole(images)) < 0.05
+            assert relative_error(network(images), whole(images)) < 0.1
 
 
 def test_every_product_with_weights_is_of_int8(graph):

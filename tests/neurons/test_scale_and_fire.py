@@ -308,3 +308,12 @@ def test_silent_and_unsigned_neurons_are_not_corrected():
     neuron.correct(neuron.moments(torch.zeros(3, 4)))
     assert neuron.gain == 1
     assert ScaleAndFire((1,), signed=False).moments(torch.rand(3, 4)) is None
+
+
+@pytest.mark.parametrize('fire_function', ['uniform', 'quarter_square', 'power2'])
+def test_the_floor_of_the_largest_potential_of_a_token_is_the_top_level(fire_function):
+    """Which lies on the top boundary, where it would be for float rounding to decide."""
+    neuron = ScaleAndFire((1,), SFNConfig(7, fire=fire_function, initial_potential=0.), token=True)
+    neuron.set_state(torch.tensor([0.37]))
+    x = torch.rand(4000, 1, generator=torch.Generator().manual_seed(0)) * 100
+    assert (neuron.encode(x).levels == neuron.levels[-1]).all() and (neuron.encode(-x).levels == -neuron.levels[-1]).all()
