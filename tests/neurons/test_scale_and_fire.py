@@ -316,4 +316,5 @@ def test_the_floor_of_the_largest_potential_of_a_token_is_the_top_level(fire_fun
     neuron = ScaleAndFire((1,), SFNConfig(7, fire=fire_function, initial_potential=0.), token=True)
     neuron.set_state(torch.tensor([0.37]))
     x = torch.rand(4000, 1, generator=torch.Generator().manual_seed(0)) * 100
-    assert (neuron.encode(x).levels == neuron.levels[-1]).all() and (neuron.encode(-x).levels == -neuron.levels[-1]).all()
+    assert (neuron.encode(x).levels == neuron.levels[-1]).all()
+    assert (neuron.encode(-x).levels == -neuron.levels[-1]).all()
