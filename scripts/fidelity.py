@@ -2,10 +2,11 @@
 
     python scripts/fidelity.py vit_small_saliency.safetensors 127 32 8 4 --images DIR -o fidelity.json
     python scripts/fidelity.py vit_small_saliency.safetensors 32 --images DIR --calibration dead-leaves --sites
+    python scripts/fidelity.py vit_small_saliency.safetensors 32 --images DIR --integer
 
 `scripts/saliency_source.py` builds the source. Thresholds are fitted to some of the images, errors are measured on
 others: |source - sformer| / |source| over the final tokens, and over what every block gives. `--sites` says what each
-kind of site makes alone, with all others left floating.
+kind of site makes alone, with all others left floating; `--integer` what int8 weights add.
 """
 import ast
 import dataclasses
@@ -88,6 +89,7 @@ def measure(
         images: torch.Tensor,
         expected: list[torch.Tensor],
         sites: bool,
+        integer: bool,
 ) -> dict[str, Any]:
     """Errors of one SFormer, printed as they come."""
     actual = outputs(model, images)
@@ -103,7 +105,21 @@ def measure(
             error = relative_error(expected[-1][:SITES_IMAGES], outputs(only(model, kind), few)[-1])
             print(f'  only {kind:40} {error:.4f}', flush=True)
             result['sites'][kind] = error
+    if integer:
+        result['integer'] = measure_integer(model, images, expected)
     return result
+
+
+def measure_integer(model: nn.Module, images: torch.Tensor, expected: list[torch.Tensor]) -> dict[str, Any]:
+    """The same with int8 weights, and which layers stay in floating point; the model is used up."""
+    reports = sformer.to_integer_(model)
+    error = relative_error(expected[-1], outputs(model, images)[-1])
+    columns = sum(report.columns for report in reports) / len(reports)
+    floating = [report.name for report in reports if not report.integer]
+    print(f'  int8 weights: tokens {error:.4f}, {columns - 1:.1%} more columns, in floating point: '
+          f'{", ".join(floating) or "none"}', flush=True)
+    return dict(tokens=error, columns=columns, floating=floating,
+                weight_errors={report.name: report.error for report in reports})
 
 
 def main(
@@ -119,6 +135,7 @@ def main(
         config: Annotated[Optional[list[str]], typer.Option(help='Field of SFNConfig, key=value')] = None,
         fit: Annotated[Optional[list[str]], typer.Option(help='Field of FitConfig, key=value')] = None,
         sites: Annotated[bool, typer.Option('--sites', help='What each kind of site makes alone')] = False,
+        integer: Annotated[bool, typer.Option('--integer', help='What int8 weights add')] = False,
         output: Annotated[Optional[Path], typer.Option('-o', '--output', help='JSON')] = None,
 ) -> None:
     source = load_source(checkpoint)
@@ -138,7 +155,7 @@ def main(
             used.update(name=data.name, split=data.split, seed=seed, fingerprint=data.fingerprint)
         record['results'].append(dict(
             config=dataclasses.asdict(sfn), fit=dataclasses.asdict(fitting), calibration=used,
-            **measure(model, test, expected, sites)))
+            **measure(model, test, expected, sites, integer)))
         if output:
             write_json(output, record)
 

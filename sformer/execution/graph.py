@@ -132,7 +132,8 @@ class _Levels(nn.Module):
             last = self.signed and self.multiplier is None and self.outward is None and not dead_zone
             k = u if last else u.round()  # what is a level by then is rounded as it becomes an int8
         elif self.fire_function == 'quadratic' and rounds and not self.signed and self.largest == count ** 2:
-            k = (u - 0.25).clamp(min=0).sqrt().round().square()
+            k = (u - 0.25).clamp(min=0).sqrt().round()
+            k = k * k
         else:
             k = fire(u, self.fire_function, self.values, self.config.initial_potential, 0., self.top)
         if dead_zone:
@@ -177,7 +178,7 @@ class _Linear(nn.Module):
             return self.forward(x[:, None])[:, 0]
         k, row = self.neuron(x)
         if self.columns is not None:  # before they are int8, or OpenVINO multiplies in float32
-            k = k[..., self.columns]
+            k = k.index_select(-1, self.columns)
         out = _int8(k) @ (_weights(self.weight, self.step, axis=1) if self.integer else self.weight)
         out = out if row is None else out * row
         return out if self.bias is None else out + self.bias

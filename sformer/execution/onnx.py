@@ -90,7 +90,10 @@ def to_onnx(network: nn.Module) -> Any:
         program: Any = torch.onnx.export(
             network, (images,), dynamo=True, opset_version=OPSET, input_names=['images'], output_names=['logits'],
             dynamic_shapes=({0: torch.export.Dim('batch')},), verbose=False)
-    return program.model_proto
+    model = program.model_proto
+    for part in (*model.graph.node, *model.graph.value_info):  # where in this package each node comes from
+        part.ClearField('metadata_props')
+    return model
 
 
 def check_output(path: Path, overwrite: bool = False) -> None:

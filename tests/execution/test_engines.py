@@ -164,6 +164,13 @@ def test_a_graph_is_evaluated_like_any_model(tmp_path):
         sformer.evaluate(load_onnx(tmp_path / 'model.onnx'), img_size=16, **options)
 
 
+def test_size_of_a_file(tmp_path):
+    model = convert(build(embed_dim=192, depth=3), [pixels()])
+    export_onnx(model, tmp_path / 'model.onnx')
+    floating = sum(4 * parameter.numel() for parameter in model.parameters())
+    assert (tmp_path / 'model.onnx').stat().st_size < 0.35 * floating  # 0.26 of a ViT-B
+
+
 def test_images_of_another_size(graph):
     with pytest.raises(SFormerError, match=r'exported for images \(3, 32, 32\), got \(3, 16, 16\)'):
         load_onnx(graph)(torch.zeros(1, 3, 16, 16))
