@@ -9,6 +9,7 @@ others: |source - sformer| / |source| over the final tokens, and over what every
 kind of site makes alone, with all others left floating; `--integer` what int8 weights add.
 """
 import ast
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -89,7 +90,7 @@ def measure(
         images: torch.Tensor,
         expected: list[torch.Tensor],
         sites: bool,
-        integer: bool,
+        calibration: Optional[list[torch.Tensor]],
 ) -> dict[str, Any]:
     """Errors of one SFormer, printed as they come."""
     actual = outputs(model, images)
@@ -105,20 +106,28 @@ def measure(
             error = relative_error(expected[-1][:SITES_IMAGES], outputs(only(model, kind), few)[-1])
             print(f'  only {kind:40} {error:.4f}', flush=True)
             result['sites'][kind] = error
-    if integer:
-        result['integer'] = measure_integer(model, images, expected)
+    if calibration is not None:
+        result['integer'] = measure_integer(model, images, expected, calibration)
     return result
 
 
-def measure_integer(model: nn.Module, images: torch.Tensor, expected: list[torch.Tensor]) -> dict[str, Any]:
-    """The same with int8 weights, and which layers stay in floating point; the model is used up."""
-    reports = sformer.to_integer_(model)
-    error = relative_error(expected[-1], outputs(model, images)[-1])
+def measure_integer(
+        model: nn.Module,
+        images: torch.Tensor,
+        expected: list[torch.Tensor],
+        calibration: list[torch.Tensor],
+) -> dict[str, Any]:
+    """The same with int8 weights, to the nearest and such that errors cancel on calibration images, and which layers
+    stay in floating point."""
+    nearest = copy.deepcopy(model)
+    sformer.to_integer_(nearest)
+    reports = sformer.to_integer_(model, batches=calibration)
+    plain, error = (relative_error(expected[-1], outputs(network, images)[-1]) for network in (nearest, model))
     columns = sum(report.columns for report in reports) / len(reports)
     floating = [report.name for report in reports if not report.integer]
-    print(f'  int8 weights: tokens {error:.4f}, {columns - 1:.1%} more columns, in floating point: '
-          f'{", ".join(floating) or "none"}', flush=True)
-    return dict(tokens=error, columns=columns, floating=floating,
+    print(f'  int8 weights: tokens {error:.4f} ({plain:.4f} if rounded to the nearest), {columns - 1:.1%} more '
+          f'columns, in floating point: {", ".join(floating) or "none"}', flush=True)
+    return dict(tokens=error, tokens_nearest=plain, columns=columns, floating=floating,
                 weight_errors={report.name: report.error for report in reports})
 
 
@@ -155,7 +164,7 @@ def main(
             used.update(name=data.name, split=data.split, seed=seed, fingerprint=data.fingerprint)
         record['results'].append(dict(
             config=dataclasses.asdict(sfn), fit=dataclasses.asdict(fitting), calibration=used,
-            **measure(model, test, expected, sites, integer)))
+            **measure(model, test, expected, sites, list(others.split(BATCH_SIZE)) if integer else None)))
         if output:
             write_json(output, record)
 

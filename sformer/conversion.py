@@ -19,7 +19,7 @@ from .record import CalibrationRecord, Conversion
 from .sources import Source, create_source
 from .utils import enough_memory, library_versions, progress
 
-__all__ = ['convert']
+__all__ = ['Images', 'calibration_batches', 'convert']
 
 Images = Union[str, Path, Iterable[torch.Tensor]]
 
@@ -82,7 +82,7 @@ def convert(
         record = _record_of(model, source.weights, fit, command)
         _name_architecture(model)
         model = spiking_model_(model, config).eval()
-        batches, images = _calibration_batches(model, calibration, split, num_images, batch_size, seed)
+        batches, images = calibration_batches(model, calibration, split, num_images, batch_size, seed)
         with enough_memory('the source is observed on 16 images at a time, whatever the batch size. Choose a smaller '
                            'input (img_size) or a device with more memory.'):
             count = calibrate_(model, batches, fit)
@@ -121,7 +121,7 @@ def _name_architecture(model: Any) -> None:
     model.pretrained_cfg = model.default_cfg = cfg
 
 
-def _calibration_batches(
+def calibration_batches(
         model: nn.Module,
         calibration: Images,
         split: Optional[str],
@@ -129,7 +129,7 @@ def _calibration_batches(
         batch_size: int,
         seed: int,
 ) -> Tuple[Iterable[torch.Tensor], Dict[str, Any]]:
-    """Batches to observe, and what the record says of them."""
+    """Batches to observe, and what a record says of them; arguments as of `convert`."""
     data_config = resolve_input_data_config(model)
     if not isinstance(calibration, (str, Path)):
         return _checked(calibration, data_config['input_size']), {}

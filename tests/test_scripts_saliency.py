@@ -1,4 +1,5 @@
 """scripts/saliency_source.py, fidelity.py and heatmaps.py, on networks that are small and made here."""
+import copy
 import importlib
 import sys
 import zipfile
@@ -179,7 +180,8 @@ def test_fidelity_is_the_error_of_tokens_that_calibration_did_not_see(model, sou
     with torch.inference_mode():
         assert torch.equal(expected[-1], torch.cat([source.forward_features(x) for x in test.split(16)]))
     assert [tokens.shape for tokens in expected] == [(20, 17, 64)] * 5
-    result = fidelity.measure(model, test, expected, sites=True)
+    result = fidelity.measure(copy.deepcopy(model), test, expected, sites=True, calibration=[others])
+    assert 0 < result['integer']['tokens'] < 2 * result['tokens'] and not result['integer']['floating']
     assert len(result['blocks']) == 4 and 0 < result['tokens'] < 0.1
     assert result['sites'].keys() == {fidelity.kind_of(name) for name, _ in named_neurons(model)}
     assert all(0 <= error < result['tokens'] * 1.5 for error in result['sites'].values())

@@ -1,11 +1,11 @@
 """`sformer export`."""
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Optional
 
 import typer
 
 from .arguments import check_folder, command_line
-from .options import unfolded
+from .options import MAX_IMAGES, MAX_SEED, Dataset, unfolded
 
 __all__ = ['export']
 
@@ -19,6 +19,11 @@ def export(
         max_error: Annotated[float, typer.Option(
             min=0, help='Relative error of int8 weights beyond which a layer stays in floating point')
         ] = MAX_WEIGHT_ERROR,
+        calibration: Annotated[Optional[str], typer.Option(
+            help=f'Round weights such that errors cancel on images of this kind: dead-leaves, {Dataset}')] = None,
+        split: Annotated[Optional[str], typer.Option(help='Split of these images')] = None,
+        num_images: Annotated[int, typer.Option(min=1, max=MAX_IMAGES, help='Number of these images')] = 128,
+        seed: Annotated[int, typer.Option(max=MAX_SEED, help='Seed of the choice of these images')] = 0,
         overwrite: Annotated[bool, typer.Option('--overwrite', help='Replace a file that is there')] = False,
 ) -> None:
     """Write an SFormer as ONNX with int8 levels and int8 weights, for OpenVINO and ONNX Runtime."""
@@ -27,7 +32,9 @@ def export(
     from ..execution.onnx import check_output
     from ..saving import open_model
     check_output(output, overwrite)
-    reports = export_onnx(open_model(model), output, max_error, overwrite, command_line())
+    reports = export_onnx(
+        open_model(model), output, calibration, split=split, num_images=num_images, seed=seed, max_error=max_error,
+        overwrite=overwrite, command=command_line())
     whole = [report for report in reports if report.integer]
     print(f'{model} -> {output}: {output.stat().st_size / 2 ** 20:.1f} MiB, {len(whole)} of {len(reports)} layers in '
           f'integers, largest error of int8 weights {max((r.error for r in whole), default=0):.4f}')

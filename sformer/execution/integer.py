@@ -4,7 +4,7 @@ The step of each input channel folds into the weights, which are then rounded to
 Attention, where spikes meet spikes, keeps its float form: its operands are int8 levels times a step already.
 """
 import dataclasses
-from typing import Any, List, Optional, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -13,29 +13,12 @@ import torch.nn.functional as F
 from ..errors import SFormerError, UncalibratedError
 from ..layers import SpikingConv2d, SpikingLayer, SpikingLinear, is_calibrated, uncalibrated
 from ..neurons import Float32Buffers, Neuron
+from .rounding import IntegerWeights, integer_weights, rounded
 
-__all__ = ['to_integer_', 'IntegerLinear', 'IntegerConv2d', 'IntegerReport', 'IntegerWeights', 'MAX_WEIGHT_ERROR']
+__all__ = ['to_integer_', 'IntegerLinear', 'IntegerConv2d', 'IntegerReport', 'MAX_WEIGHT_ERROR']
 
 MAX_WEIGHT_ERROR = 0.03
-TARGET_ERROR = 0.015  # a little more than that of normal weights, whose largest is at four standard deviations
-MAX_SPLIT = 1.125  # columns, as a multiple
-MAX_WEIGHT = 127
-
-
-@dataclasses.dataclass(frozen=True)
-class IntegerWeights:
-    """Weights as int8, and what rounding them costs.
-
-    Args:
-        weight: (D, C') int8.
-        step: What a weight of one stands for, float32 (D,).
-        columns: Input channel that each of the C' columns reads, int64; None if C' = C and each reads its own.
-        error: Relative error of the weights, as levels see them.
-    """
-    weight: torch.Tensor
-    step: torch.Tensor
-    columns: Optional[torch.Tensor]
-    error: float
+MOMENTS_MEMORY = 2 ** 30  # bytes that second moments of levels may take at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +27,8 @@ class IntegerReport:
 
     Args:
         name: Path of the layer.
-        error: Relative error (Frobenius) of its int8 weights, as levels see them: with their steps folded in.
+        error: Relative error of its int8 weights, with the steps of their input folded in; of its products where images
+            were given.
         columns: Columns of the int8 weights over those of the layer: more than one where outliers are split.
         integer: Whether it computes in integers; if not, `reason` says why.
         reason: Why it stays in floating point.
@@ -54,43 +38,6 @@ class IntegerReport:
     columns: float = 1.
     integer: bool = True
     reason: str = ''
-
-
-def integer_weights(weight: torch.Tensor) -> IntegerWeights:
-    """Round weights (D, C), with the steps of their input folded in, to int8 with a step per output channel.
-
-    A few input channels with a large step would leave all other weights of a row few levels. Such a channel is read
-    by several columns, whose weights share its own: the spikes are the same, and a row's largest weight falls.
-    """
-    weight = weight.detach().to(torch.float32)
-    largest = weight.abs().amax(0)
-    best = _rounded(weight)
-    typical = largest.median().clamp_min(torch.finfo(torch.float32).tiny)
-    for factor in (16, 8, 4, 3, 2):
-        if best.error <= TARGET_ERROR:
-            break
-        parts = (largest / (factor * typical)).ceil().clamp(1, 2 ** 15).to(torch.int64)
-        if parts.sum() > MAX_SPLIT * len(parts):
-            break
-        split = _rounded(weight, parts)
-        best = split if split.error < best.error else best
-    return best
-
-
-def _rounded(weight: torch.Tensor, parts: Optional[torch.Tensor] = None) -> IntegerWeights:
-    """Int8 weights in which column c is the sum of `parts[c]` columns, or itself."""
-    reach = (weight if parts is None else weight / parts).abs().amax(1)
-    step = (reach / MAX_WEIGHT).clamp_min(torch.finfo(torch.float32).tiny)
-    whole = (weight / step[:, None]).round()
-    norm = weight.norm()
-    error = ((whole * step[:, None] - weight).norm() / norm).item() if norm > 0 else 0.
-    columns = None
-    if parts is not None:
-        columns = torch.arange(len(parts), device=parts.device).repeat_interleave(parts)
-        place = torch.arange(len(columns), device=parts.device) - (parts.cumsum(0) - parts)[columns]
-        # n = sum over p parts of floor((n + i) / p), i = 0 ... p - 1
-        whole = torch.floor((whole[:, columns] + place) / parts[columns])
-    return IntegerWeights(whole.clamp(-MAX_WEIGHT, MAX_WEIGHT).to(torch.int8), step, columns, error)
 
 
 class IntegerLayer(Float32Buffers, SpikingLayer):
@@ -185,7 +132,11 @@ def _product(levels: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return product.view(*levels.shape[:-1], -1)
 
 
-def to_integer_(model: nn.Module, max_error: float = MAX_WEIGHT_ERROR) -> List[IntegerReport]:
+def to_integer_(
+        model: nn.Module,
+        max_error: float = MAX_WEIGHT_ERROR,
+        batches: Optional[Iterable[torch.Tensor]] = None,
+) -> List[IntegerReport]:
     """Let the layers of a calibrated spiking model compute with int8 weights, in place.
 
     Nothing else changes: neurons fire as they do, LayerNorm, softmax and activation functions act on currents. The
@@ -195,6 +146,8 @@ def to_integer_(model: nn.Module, max_error: float = MAX_WEIGHT_ERROR) -> List[I
     Args:
         model: Calibrated SFormer, or any module that `spiking_` and `calibrate_` have been through.
         max_error: A layer whose int8 weights have a larger relative error stays in floating point.
+        batches: Images as the model reads them, some dozens; no labels. If given, weights are rounded such that errors
+            cancel in the products with the spikes on these images, instead of each to the nearest.
 
     Returns:
         What became of each layer, in the order of the modules.
@@ -210,22 +163,72 @@ def to_integer_(model: nn.Module, max_error: float = MAX_WEIGHT_ERROR) -> List[I
     for name, _ in layers:
         if name.endswith('.base_layer'):
             raise SFormerError(f'{name.removesuffix(".base_layer")} has an adapter: merge it into the weights first.')
-    reports = []
-    for name, layer in layers:
-        new, report = _linear(name, layer) if isinstance(layer, SpikingLinear) else _convolution(name, layer)
+    made: List[Tuple[str, nn.Module, Optional[nn.Module]]] = []
+    reports, images = [], None if batches is None else [*batches]
+    for name, layer, moments in _with_moments(model, layers, images):
+        if isinstance(layer, SpikingLinear):
+            new, report = _linear(name, layer, moments)
+        else:
+            new, report = _convolution(name, layer)
         if report.error > max_error:
             new, report = None, dataclasses.replace(
                 report, integer=False, columns=1.,
                 reason=f'its int8 weights have an error of {report.error:.3f}, more than {max_error:g}')
         reports.append(report)
+        made.append((name, layer, new))
+    for name, layer, new in made:  # now that no moments of the simulation are needed any more
         if new is not None:
             parent, _, child = name.rpartition('.')
             setattr(model.get_submodule(parent), child, new.train(layer.training))
     return reports
 
 
-def _linear(name: str, layer: SpikingLinear) -> Tuple[Optional[nn.Module], IntegerReport]:
-    weights = integer_weights(layer.weight * layer.neuron.step)
+def _with_moments(
+        model: nn.Module,
+        layers: List[Tuple[str, Any]],
+        images: Optional[List[torch.Tensor]],
+) -> Iterator[Tuple[str, Any, Optional[torch.Tensor]]]:
+    """Layers with the second moments of the levels that they read on some images; groups of layers at a time, so that
+    memory is bounded."""
+    while layers:
+        group: List[Tuple[str, Any]] = []
+        size = 0
+        while layers and (not group or images is None or size < MOMENTS_MEMORY):
+            group.append(layers[0])
+            size += 4 * getattr(layers[0][1], 'in_features', 0) ** 2
+            layers = layers[1:]
+        moments = {} if images is None else _moments(model, group, images)
+        for name, layer in group:
+            yield name, layer, moments.pop(name, None)
+
+
+@torch.inference_mode()
+def _moments(model: nn.Module, layers: List[Tuple[str, Any]], images: List[torch.Tensor]) -> Dict[str, torch.Tensor]:
+    found: Dict[str, torch.Tensor] = {}
+    handles = []
+    for name, layer in layers:
+        if isinstance(layer, SpikingLinear):
+            def add(layer: Any, args: Any, name: str = name) -> None:
+                spikes = layer.neuron.encode(args[0])
+                k = spikes.levels.to(torch.float32)
+                k = (k if spikes.row is None else k * spikes.row).flatten(0, -2)
+                found[name] = found[name].addmm_(k.T, k) if name in found else k.T @ k
+            handles.append(layer.register_forward_pre_hook(add))
+    try:
+        for batch in images:
+            model(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _linear(
+        name: str,
+        layer: SpikingLinear,
+        moments: Optional[torch.Tensor],
+) -> Tuple[Optional[nn.Module], IntegerReport]:
+    weights = integer_weights(layer.weight * layer.neuron.step, moments)
     columns = weights.weight.shape[1] / layer.in_features
     return IntegerLinear(layer, weights), IntegerReport(name, weights.error, columns)
 
@@ -237,7 +240,7 @@ def _convolution(name: str, layer: SpikingConv2d) -> Tuple[Optional[nn.Module], 
             or (layer.groups > 1 and neuron.step.numel() > 1)):
         return None, IntegerReport(name, 0., integer=False, reason='its padding or its groups depend on the channel')
     weight = layer.weight.detach().to(torch.float32)
-    weights = _rounded((weight * neuron.step.view(1, -1, 1, 1)).flatten(1))
+    weights = rounded((weight * neuron.step.view(1, -1, 1, 1)).flatten(1))
     bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach().to(torch.float32)
     if neuron.center is not None:
         bias = bias + (weight * neuron.center.view(1, -1, 1, 1)).sum((1, 2, 3))

@@ -15,6 +15,7 @@ import torch.nn as nn
 from timm.data import resolve_input_data_config
 
 from ..checkpoints import state_hash, write_aside
+from ..conversion import Images, calibration_batches
 from ..errors import SFormerError
 from ..layers import named_neurons
 from ..neurons import ScaleAndFire
@@ -25,12 +26,18 @@ from .integer import MAX_WEIGHT_ERROR, IntegerReport, to_integer_
 __all__ = ['export_onnx', 'to_onnx', 'check_output', 'graph_hash', 'METADATA']
 
 OPSET = 20
+BATCH_SIZE = 16
 METADATA = 'sformer'  # key of what is recorded in the file
 
 
 def export_onnx(
         model: nn.Module,
         path: Union[str, Path],
+        calibration: Optional[Images] = None,
+        *,
+        split: Optional[str] = None,
+        num_images: int = 128,
+        seed: int = 0,
         max_error: float = MAX_WEIGHT_ERROR,
         overwrite: bool = False,
         command: Optional[str] = None,
@@ -43,6 +50,10 @@ def export_onnx(
     Args:
         model: Calibrated SFormer; it is not changed.
         path: File to write, aside and then renamed.
+        calibration: Images to round weights for, as of `sformer.convert`; to the nearest if None.
+        split: Split of the data set that these are from.
+        num_images: Number of images drawn from a named source of images.
+        seed: Seed of the choice of images.
         max_error: As of `to_integer_`.
         overwrite: Replace a file that is there.
         command: Command line to record.
@@ -57,7 +68,12 @@ def export_onnx(
     path = Path(path)
     check_output(path, overwrite)
     network = copy.deepcopy(model).eval().to('cpu', torch.float32)
-    reports = to_integer_(network, max_error)
+    batches, images = None, None
+    if calibration is not None:
+        batches, images = calibration_batches(network, calibration, split, num_images, BATCH_SIZE, seed)
+        batches = list(batches)
+        images = dict(images, num_images=sum(map(len, batches)))
+    reports = to_integer_(network, max_error, batches)
     to_graph_(network)
     exported = to_onnx(network)
     import onnx
@@ -65,6 +81,7 @@ def export_onnx(
         pretrained_cfg=_plain(getattr(model, 'pretrained_cfg', None) or {}),
         input_size=list(resolve_input_data_config(model)['input_size']), num_classes=getattr(model, 'num_classes', 0),
         weights_sha256=state_hash(model.state_dict()), max_error=max_error,
+        calibration=images,
         levels=sorted({neuron.config.levels for _, neuron in named_neurons(model) if isinstance(neuron, ScaleAndFire)}),
         floating=[report.name for report in reports if not report.integer],
         versions=dict(library_versions(), onnx=onnx.__version__), command=command, graph_sha256=graph_hash(exported))

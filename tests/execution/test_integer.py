@@ -20,7 +20,8 @@ from sformer import (
     spiking_,
     to_integer_,
 )
-from sformer.execution.integer import MAX_SPLIT, TARGET_ERROR, IntegerConv2d, IntegerLinear, integer_weights
+from sformer.execution.integer import IntegerConv2d, IntegerLinear
+from sformer.execution.rounding import MAX_SPLIT, TARGET_ERROR, integer_weights
 from sformer.layers import SpikingConv2d, SpikingLinear
 
 
@@ -53,6 +54,43 @@ def test_a_few_outliers_are_split_where_that_pays(outlier):
     assert weights.error <= TARGET_ERROR
     if weights.columns is not None:
         assert (weights.columns == 7).sum() > 1 and weights.weight.shape[1] < 1.125 * 256
+
+
+@pytest.mark.parametrize('rank', [4, 200])
+@pytest.mark.parametrize('outlier', [1, 60])
+def test_errors_cancel_in_products_with_correlated_levels(rank, outlier):
+    weight = torch.randn(24, 256, generator=rng(0))
+    weight[:, 7] *= outlier
+    mixing = torch.randn(rank, 256, generator=rng(1))
+    levels, unseen = ((torch.randn(2000, rank, generator=rng(s)) @ mixing).round() for s in (2, 3))
+    nearest, fed = integer_weights(weight), integer_weights(weight, levels.T @ levels)
+    assert fed.weight.dtype == torch.int8 and torch.equal(fed.step, nearest.step)
+    error = relative_error(unseen @ rebuilt(fed, 256).T, unseen @ weight.T)
+    assert error < (0.5 if rank == 4 else 1) * relative_error(unseen @ rebuilt(nearest, 256).T, unseen @ weight.T)
+    assert fed.error == pytest.approx(relative_error(levels @ rebuilt(fed, 256).T, levels @ weight.T), rel=0.05)
+
+
+def test_moments_of_silent_channels():
+    levels = torch.randn(50, 8, generator=rng(0)).round()
+    levels[:, 3:] = 0
+    for moments in (levels.T @ levels, torch.zeros(8, 8)):
+        weights = integer_weights(torch.randn(5, 8, generator=rng(1)), moments)
+        assert torch.isfinite(weights.step).all() and weights.weight.abs().max() == 127
+
+
+def test_images_make_rounding_better():
+    model, images = convert(build(embed_dim=64, mlp_ratio=4), [pixels(64)], SFNConfig(127)), pixels(64)
+    nearest, fed, grouped = (copy.deepcopy(model) for _ in range(3))
+    plain = to_integer_(nearest)
+    reports = to_integer_(fed, batches=images.split(16))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('sformer.execution.integer.MOMENTS_MEMORY', 1)  # one layer at a time
+        assert to_integer_(grouped, batches=iter(images.split(16))) == reports
+    x = pixels(32, seed=9)
+    assert sum(r.error for r in reports) < 0.9 * sum(r.error for r in plain)
+    with torch.no_grad():
+        assert torch.equal(grouped(x), fed(x))
+    assert not any(module._forward_pre_hooks for module in fed.modules())
 
 
 def test_weights_of_zero():
