@@ -1,5 +1,6 @@
 """Conversion: source network -> spiking layers -> observation -> fitted neurons -> record."""
 import copy
+import logging
 from pathlib import Path
 from typing import Any, Dict, Iterable, Optional, Tuple, Union
 
@@ -20,6 +21,8 @@ from .sources import Source, create_source
 from .utils import enough_memory, library_versions, progress
 
 __all__ = ['Images', 'calibration_batches', 'convert']
+
+_logger = logging.getLogger(__name__)
 
 Images = Union[str, Path, Iterable[torch.Tensor]]
 
@@ -134,6 +137,10 @@ def calibration_batches(
     if not isinstance(calibration, (str, Path)):
         return _checked(calibration, data_config['input_size']), {}
     images = open_images(str(calibration), split, data_config=data_config, num_images=num_images, seed=seed)
+    if images.passed_over:
+        more = ' ...' if len(images.passed_over) > 3 else ''
+        _logger.warning(f'{images.name}: {len(images.passed_over)} files or folders are no images and were passed over '
+                        f'({", ".join(images.passed_over[:3])}{more})')
     batches = (batch for batch, _ in progress(images.batches(batch_size), 'Calibrating', images.num_images))
     return batches, dict(name=images.name, split=images.split, seed=seed, fingerprint=images.fingerprint)
 

@@ -23,7 +23,13 @@ def linear(
         bias: Optional[torch.Tensor],
 ) -> torch.Tensor:
     """Product of the spikes on a current (..., C) with weights (D, C), plus a bias (D,): a current (..., D). Without a
-    neuron, x is the decode of spikes."""
+    neuron, x is the decode of spikes.
+
+    Raises:
+        RuntimeError: If x has another number of channels, as of `F.linear`; the neuron would spread one over all.
+    """
+    if x.shape[-1] != weight.shape[1]:
+        raise RuntimeError(f'currents have {x.shape[-1]} channels, the weights are for {weight.shape[1]}.')
     return F.linear(x if neuron is None else neuron(x), weight, bias)
 
 

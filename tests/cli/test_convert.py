@@ -8,11 +8,13 @@ import signal
 import termios
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 from cli_process import FORKS, KWARGS, NAME, assert_mistake, command, result_of
+from evaluation_tools import class_folders
 from safetensors.torch import load_file, save_file
 
 import sformer
@@ -62,6 +64,15 @@ def test_convert_needs_no_data(run, files, tmp_path):
     result = run('convert', NAME, '--checkpoint', files / 'digits.safetensors', '-o', tmp_path / 'out',
                  '--model-kwargs', *KWARGS)
     assert (result.code, result.err) == (0, '') and 'calibrated on 256 dead-leaves images' in result.out
+
+
+def test_what_is_no_image_is_told(convert_digits, tmp_path):
+    folder = Path(class_folders(tmp_path / 'images', ['a', 'b']))
+    (folder / 'a' / 'notes.txt').write_text('no image')
+    result = convert_digits('--calibration', folder, '--num-images', '2')
+    assert result.code == 0, result.err
+    assert 'calibrated on 2 ' in result.out
+    assert '1 files or folders are no images and were passed over (a/notes.txt)' in result.err
 
 
 def test_allowed_pickle(convert_digits):

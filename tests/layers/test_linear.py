@@ -75,3 +75,10 @@ def test_gradients_of_weights_are_the_spikes():
     torch.testing.assert_close(layer.weight.grad, torch.einsum('blo,bli->oi', upstream, spikes))
     inside = layer.neuron(x.detach().requires_grad_()).requires_grad
     assert inside and torch.isfinite(x.grad).all() and x.grad.any()
+
+
+def test_one_channel_is_not_spread_over_all():
+    layer = spiking(nn.Sequential(randomise_(nn.Linear(6, 5))), tokens(dim=6))
+    for channels in (1, 5):
+        with pytest.raises(RuntimeError, match=f'{channels} channels, the weights are for 6'):
+            layer(tokens(dim=channels))
