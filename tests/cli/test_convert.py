@@ -66,13 +66,13 @@ def test_convert_needs_no_data(run, files, tmp_path):
     assert (result.code, result.err) == (0, '') and 'calibrated on 256 dead-leaves images' in result.out
 
 
-def test_what_is_no_image_is_told(convert_digits, tmp_path):
+def test_what_is_no_image_is_told(convert_digits, tmp_path, caplog):
     folder = Path(class_folders(tmp_path / 'images', ['a', 'b']))
     (folder / 'a' / 'notes.txt').write_text('no image')
     result = convert_digits('--calibration', folder, '--num-images', '2')
     assert result.code == 0, result.err
     assert 'calibrated on 2 ' in result.out
-    assert '1 files or folders are no images and were passed over (a/notes.txt)' in result.err
+    assert '1 files or folders are no images and were passed over (a/notes.txt)' in caplog.text
 
 
 def test_allowed_pickle(convert_digits):
