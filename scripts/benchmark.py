@@ -2,6 +2,7 @@
 
     python scripts/benchmark.py simulate            # eager; --compile for both compiled
     python scripts/benchmark.py convert             # time and peak memory of converting ViT-B
+    python scripts/benchmark.py engine              # where OpenVINO spends its time on a ViT-B in integers
     python scripts/benchmark.py load                # pretrained=True with a warm cache
     python scripts/benchmark.py memory              # peak memory of converting eva_giant_patch14_336
     python scripts/benchmark.py import
@@ -9,6 +10,7 @@
 Runs alternate A B A B ... in one process (import: in fresh ones), and the ratio is taken pair by pair, so a machine
 that drifts slows down both sides of a pair.
 """
+import collections
 import os
 import re
 import resource
@@ -92,6 +94,37 @@ def convert(model: str = 'vit_base_patch16_224', num_images: int = 128, batch_si
     print(f'{model}, {num_images} images, batch {batch_size}, {torch.get_num_threads()} threads')
     paired(lambda: sformer.convert(source, batches()), forward, pairs, warmup=0)
     print(f'  peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20:.2f} GiB')
+
+
+@app.command()
+def engine(model: str = 'vit_base_patch16_224', batch_size: int = 8, levels: int = 32, token_scale: bool = True,
+           attention_fire: str = 'auto', rounds: int = 5):
+    """Time per kind of operation that OpenVINO executes, of a random model that is converted and exported."""
+    import openvino
+    import timm
+
+    import sformer
+    source = timm.create_model(model).eval()
+    images = normalised_images(batch_size, source.pretrained_cfg)
+    config = sformer.SFNConfig(levels=levels, token_scale=token_scale, attention_fire=attention_fire)
+    with tempfile.TemporaryDirectory() as folder:
+        sformer.export_onnx(sformer.convert(source, [images], config), f'{folder}/model.onnx')
+        core = openvino.Core()
+        compiled = core.compile_model(core.read_model(f'{folder}/model.onnx'), 'CPU', {
+            'INFERENCE_PRECISION_HINT': 'f32', 'PERF_COUNT': True})
+    request, times = compiled.create_infer_request(), collections.defaultdict(list)
+    for i in range(rounds + 1):
+        request.infer([images.numpy()])
+        sums = collections.Counter()
+        for info in request.get_profiling_info():
+            sums[f'{info.node_type} ({info.exec_type})'] += info.real_time.total_seconds() * 1e3
+        for kind, milliseconds in sums.items() if i else ():
+            times[kind].append(milliseconds)
+    medians = {kind: statistics.median(values) for kind, values in times.items()}
+    print(f'{model}, batch {batch_size}, N = {levels}: {sum(medians.values()):.0f} ms')
+    for kind, milliseconds in sorted(medians.items(), key=lambda item: -item[1]):
+        if milliseconds >= 1:
+            print(f'  {milliseconds:7.1f} ms  {kind}')
 
 
 @app.command()

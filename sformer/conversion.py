@@ -131,6 +131,7 @@ def calibration_batches(
         num_images: int,
         batch_size: int,
         seed: int,
+        description: str = 'Calibrating',
 ) -> Tuple[Iterable[torch.Tensor], Dict[str, Any]]:
     """Batches to observe, and what a record says of them; arguments as of `convert`."""
     data_config = resolve_input_data_config(model)
@@ -141,7 +142,7 @@ def calibration_batches(
         more = ' ...' if len(images.passed_over) > 3 else ''
         _logger.warning(f'{images.name}: {len(images.passed_over)} files or folders are no images and were passed over '
                         f'({", ".join(images.passed_over[:3])}{more})')
-    batches = (batch for batch, _ in progress(images.batches(batch_size), 'Calibrating', images.num_images))
+    batches = (batch for batch, _ in progress(images.batches(batch_size), description, images.num_images))
     return batches, dict(name=images.name, split=images.split, seed=seed, fingerprint=images.fingerprint)
 
 

@@ -28,7 +28,7 @@ ORDER = (
     ('pretrained', 'saving'),
     ('entrypoints',),
     ('execution',),
-    ('evaluation',),
+    ('evaluation', 'profiling'),
     ('publishing',),
     ('demo',),
     ('cli',),

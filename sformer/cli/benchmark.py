@@ -1,9 +1,11 @@
 """`sformer benchmark`."""
+import json
 from pathlib import Path
 from typing import Annotated, Any, Dict, List, Optional
 
 import typer
 
+from ..errors import SFormerError
 from .arguments import command_line
 from .options import MAX_BATCH_SIZE, unfolded
 from .tables import print_table
@@ -25,6 +27,8 @@ def benchmark(
         results_file: Annotated[Optional[Path], typer.Option(help='JSON file for the results')] = None,
 ) -> None:
     """Time executions of an SFormer on this CPU, against its source and others, in turn within one process."""
+    if results_file:
+        check_replaceable(results_file)
     from ..checkpoints import write_json
     from ..execution import benchmark as measure
     from ..saving import open_model
@@ -40,6 +44,20 @@ def benchmark(
     if results_file:
         write_json(results_file, dict(result, model=model, command=command_line()))
         print(f'results in {results_file}')
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise SFormerError if a file that is there is none of timings, or none can be written."""
+    if not path.parent.is_dir():
+        raise SFormerError(f'{path} cannot be written: there is no folder {path.parent}.')
+    if not path.exists():
+        return
+    try:
+        found = json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict) or not {'results', 'processor'} <= {*found}:
+        raise SFormerError(f'{path} is there and holds no timings, which would take its place. Name another file.')
 
 
 def tables(result: Dict[str, Any]) -> List[Dict[str, Any]]:

@@ -37,6 +37,7 @@ def _onnxruntime(graph: bytes) -> Run:
 
 
 ENGINES: Dict[str, Callable[[bytes], Run]] = {'openvino': _openvino, 'onnxruntime': _onnxruntime}
+EXTRAS = {'openvino': 'openvino', 'onnxruntime': 'onnx'}  # of this package
 
 
 def find_engine(engine: Optional[str] = None) -> str:
@@ -51,7 +52,7 @@ def find_engine(engine: Optional[str] = None) -> str:
         if importlib.util.find_spec(name) is not None:
             return name
     raise SFormerError(f"{engine or 'no engine'} is {'not ' if engine else ''}installed: "
-                       f"pip install 'sformer[{engine or 'openvino'}]'.")
+                       f"pip install 'sformer[{EXTRAS[engine or 'openvino']}]'.")
 
 
 def compile_graph(graph: bytes, engine: Optional[str] = None) -> Run:

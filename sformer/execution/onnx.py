@@ -70,7 +70,8 @@ def export_onnx(
     network = copy.deepcopy(model).eval().to('cpu', torch.float32)
     batches, images = None, None
     if calibration is not None:
-        batches, images = calibration_batches(network, calibration, split, num_images, BATCH_SIZE, seed)
+        batches, images = calibration_batches(
+            network, calibration, split, num_images, BATCH_SIZE, seed, 'Rounding')
         batches = list(batches)
         images = dict(images, num_images=sum(map(len, batches)))
     reports = to_integer_(network, max_error, batches)

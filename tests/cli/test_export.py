@@ -42,7 +42,9 @@ def test_export_and_evaluate(run, model, tmp_path):
             (('export', 'nothing', 'm.onnx'), "no model 'nothing'"), (('evaluate', 'no.onnx', *args[2:]), 'no graph'),
             ((*args, '--engine', 'tensorrt'), 'openvino, onnxruntime'), ((*args, '--img-size', '16'), 'exported for'),
             (('export', 'out', 'n.onnx', '--calibration', 'nowhere/'), 'nowhere'),
-            (('benchmark', 'out', '--against', 'source:fp8'), 'source:fp32')):
+            (('benchmark', 'out', '--against', 'source:fp8'), 'source:fp32'),
+            (('benchmark', 'out', '--results-file', 'out/config.json'), 'holds no timings'),
+            (('benchmark', 'out', '--results-file', 'no/b.json'), 'no folder')):
         code, out, err = run(*bad)
         assert code != 0 and message in err and err.count('\n') == 1 and 'Traceback' not in err, (bad, err)
     assert not (tmp_path / 'n.onnx').exists()

@@ -16,7 +16,7 @@ onnx = pytest.importorskip('onnx')
 for package in ('onnxscript', 'onnxruntime', 'openvino'):
     pytest.importorskip(package)
 ENGINES = ('openvino', 'onnxruntime')
-FAST = ('vit', 'beit v2', 'eva02')  # exporting each takes seconds
+FAST = ('vit', 'beit v2')  # exporting each takes seconds
 
 
 def sized(names):
@@ -148,6 +148,7 @@ def test_the_record_says_what_was_exported(graph, model):
     assert copy.deepcopy(network).run is network.run
 
 
+@pytest.mark.slow
 def test_a_graph_is_evaluated_like_any_model(tmp_path):
     model = timm.create_model('sformer_nano.digits', pretrained=True).eval()
     export_onnx(model, tmp_path / 'model.onnx')
@@ -213,6 +214,8 @@ def test_engines_that_are_not_there(graph, monkeypatch):
     monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
     with pytest.raises(SFormerError, match=r"openvino is not installed: pip install 'sformer\[openvino\]'"):
         load_onnx(graph, 'openvino')
+    with pytest.raises(SFormerError, match=r"onnxruntime is not installed: pip install 'sformer\[onnx\]'"):
+        load_onnx(graph, 'onnxruntime')
     with pytest.raises(SFormerError, match='no engine is installed'):
         load_onnx(graph)
 

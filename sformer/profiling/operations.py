@@ -1,0 +1,225 @@
+"""Every product of a network, the spikes that enter it, and what it takes to add them up.
+
+Products are found where they are computed: torch's own counter sees each matrix product and convolution, by module. A
+product that no spikes enter is listed as floating.
+"""
+from dataclasses import dataclass, field
+from typing import Any, Dict, Iterable, List, Optional, Tuple
+
+import torch
+import torch.nn as nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from ..errors import SFormerError, UncalibratedError
+from ..layers import AttentionProduct, is_calibrated, named_neurons, shared_copy, uncalibrated
+from ..neurons import Neuron, ScaleAndFire
+
+__all__ = ['CODINGS', 'Operation', 'Site', 'profile_operations']
+
+CODINGS = ('unary', 'binary', 'graded')
+
+
+@dataclass
+class Site:
+    """What a neuron fires.
+
+    Args:
+        name: Path of the neuron.
+        neurons: Potentials per image.
+        activity: Share of them that fire a level other than 0.
+        saturation: Share that fire the top level of a branch.
+        spikes: Spikes per neuron in each coding.
+        levels: Number of levels N per branch.
+    """
+    name: str
+    neurons: float
+    activity: float
+    saturation: float
+    spikes: Dict[str, float]
+    levels: Optional[int]
+
+
+@dataclass
+class Operation:
+    """A product.
+
+    Args:
+        name: Path of the layer, and which of its products.
+        kind: `linear`, `convolution`, `QK^T`, `AV`, `gate`; `floating` if no spikes enter.
+        operands: Paths of the neurons whose spikes enter.
+        macs: Multiply-accumulates per image of the source network.
+        synaptic_operations: What spikes cause per image, in each coding: accumulations in unary and binary (of bit
+            planes), multiply-accumulates in graded coding. Where both operands are spikes, pairs of spikes.
+        weights: Weights that are read.
+    """
+    name: str
+    kind: str
+    operands: Tuple[str, ...]
+    macs: float
+    synaptic_operations: Dict[str, float] = field(default_factory=dict)
+    weights: int = 0
+
+
+class _Counts:
+    """Sums over images of what a neuron fires, and of its spikes along the axes that a product shares."""
+
+    def __init__(self, neuron: Neuron):
+        self.neuron = neuron
+        self.total, self.images, self.top = 0, 0, 0
+        self.spikes = dict.fromkeys(CODINGS, 0)
+        self.latest: Optional[torch.Tensor] = None  # levels of the batch at hand
+        self.limit = None
+        if isinstance(neuron, ScaleAndFire):
+            self.limit = neuron.multiplier.to(torch.int32) * neuron.levels[-1].to(torch.int32)
+
+    def add(self, x: torch.Tensor) -> None:
+        k = self.neuron.encode(x).levels.to(torch.int32)
+        self.latest = k
+        self.total += k.numel()
+        self.images += len(k)
+        for coding in CODINGS:
+            self.spikes[coding] += int(spikes_in(k, coding).sum())
+        if self.limit is not None:
+            self.top += int((k == self.limit[0]).sum())
+            if len(self.limit) > 1:
+                self.top += int((k == -self.limit[1]).sum())
+
+
+def spikes_in(k: torch.Tensor, coding: str) -> torch.Tensor:
+    """Spikes that each level of k (int32) is sent as, int64."""
+    k = k.abs().to(torch.int64)
+    if coding == 'unary':
+        return k
+    if coding == 'graded':
+        return (k > 0).to(torch.int64)
+    return sum(((k >> bit) & 1 for bit in range(15)), torch.zeros_like(k))
+
+
+class _ProductWatch(TorchDispatchMode):
+    """Floating-point operations of products, by the module in whose own forward they are, as torch counts them."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.flops: Dict[str, int] = {}
+        self.stack: List[str] = []
+        for name, child in module.named_modules():
+            child.register_forward_pre_hook(lambda module, args, name=name: self.stack.append(name))
+            child.register_forward_hook(lambda module, args, out: self.stack.pop() and None)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            name = self.stack[-1]
+            self.flops[name] = self.flops.get(name, 0) + count(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+@torch.no_grad()  # in inference mode a linear layer is no matrix product yet
+def profile_operations(
+        model: nn.Module,
+        batches: Iterable[torch.Tensor],
+) -> Tuple[List[Operation], List[Site], int]:
+    """Run a calibrated SFormer on images and count.
+
+    Args:
+        model: SFormer; it is not changed.
+        batches: Normalised images (B, C, H, W).
+
+    Returns:
+        Operations in the order of the modules, neurons likewise, and the number of images.
+
+    Raises:
+        UncalibratedError: If thresholds were never fitted.
+        SFormerError: If there are no images.
+    """
+    if not is_calibrated(model):
+        raise UncalibratedError(f'{uncalibrated(model)}; its spikes would mean nothing. Use sformer.convert().')
+    view = shared_copy(model).eval()
+    counts = {name: _Counts(neuron) for name, neuron in named_neurons(view)}
+    names = {neuron: name for name, neuron in named_neurons(view)}
+    pairs: Dict[str, Dict[str, Dict[str, int]]] = {}
+    for name, module in view.named_modules():
+        add: Any = None
+        operands: Tuple[str, ...] = ()
+        if isinstance(module, Neuron):
+            module.register_forward_hook(lambda neuron, args, out: counts[names[neuron]].add(args[0]))
+        elif isinstance(module, AttentionProduct):
+            add, operands = _add_attention, ('q', 'k', 'v', 'attn')
+        elif isinstance(getattr(module, 'gate_neuron', None), Neuron):
+            add, operands = _add_gate, ('gate', 'value')
+        if add is not None:
+            pairs[name] = {}
+            fired = [counts[f'{name}.{operand}_neuron' if name else f'{operand}_neuron'] for operand in operands]
+            module.register_forward_hook(
+                lambda module, args, out, add=add, sums=pairs[name], fired=fired: add(
+                    sums, *(counts.latest for counts in fired)))
+    images, watch = 0, _ProductWatch(view)
+    for batch in batches:
+        with watch:
+            view(batch)
+        images += len(batch)
+    if not images:
+        raise SFormerError('a profile needs at least one image, got none.')
+    return _operations(view, counts, pairs, watch.flops, images), [_site(name, c) for name, c in counts.items()], images
+
+
+def _add_attention(sums: Dict[str, Dict[str, int]], q: Any, k: Any, v: Any, attn: Any) -> None:
+    """Pairs of spikes that meet in QK^T, of (B, H, L, D) and (B, H, S, D), and in AV."""
+    scores, values = (sums.setdefault(kind, dict.fromkeys((*CODINGS, 'macs'), 0)) for kind in ('QK^T', 'AV'))
+    scores['macs'] += q.numel() * k.shape[-2]
+    values['macs'] += attn.numel() * v.shape[-1]
+    for coding in CODINGS:  # whatever is summed over all partners may be summed first
+        scores[coding] += int((spikes_in(q, coding).sum(-2) * spikes_in(k, coding).sum(-2)).sum())
+        values[coding] += int((spikes_in(attn, coding).sum(-2) * spikes_in(v, coding).sum(-1)).sum())
+
+
+def _add_gate(sums: Dict[str, Dict[str, int]], gate: Any, value: Any) -> None:
+    """Pairs of spikes that meet where two currents of one shape are multiplied."""
+    both = sums.setdefault('gate', dict.fromkeys((*CODINGS, 'macs'), 0))
+    both['macs'] += gate.numel()
+    for coding in CODINGS:
+        both[coding] += int((spikes_in(gate, coding) * spikes_in(value, coding)).sum())
+
+
+OPERANDS = {'QK^T': ('q', 'k'), 'AV': ('attn', 'v'), 'gate': ('gate', 'value')}
+
+
+def _operations(
+        view: nn.Module,
+        counts: Dict[str, _Counts],
+        pairs: Dict[str, Dict[str, Dict[str, int]]],
+        flops: Dict[str, int],
+        images: int,
+) -> List[Operation]:
+    found: List[Operation] = []
+    for name, module in view.named_modules():
+        macs = flops.get(name, 0) // 2
+        for kind, sums in pairs.get(name, {}).items():
+            found.append(Operation(
+                f'{name} {kind}', kind, tuple(f'{name}.{o}_neuron' for o in OPERANDS[kind]), sums['macs'] / images,
+                {coding: sums[coding] / images for coding in CODINGS}))
+            macs -= sums['macs'] if kind != 'gate' else 0  # torch counts matrix products only
+        if macs and isinstance(getattr(module, 'neuron', None), Neuron):
+            entered = counts[f'{name}.neuron']
+            fan_out = macs / entered.total  # exact but for the borders of padded convolutions
+            weights: Any = module.weight
+            kind = 'convolution' if isinstance(module, nn.Conv2d) else 'linear'
+            found.append(Operation(
+                name, kind, (f'{name}.neuron',), macs / images,
+                {coding: entered.spikes[coding] * fan_out / images for coding in CODINGS},
+                weights.numel()))
+            macs = 0
+        if macs > 0:
+            found.append(Operation(name or '(root)', 'floating', (), macs / images))
+    return found
+
+
+def _site(name: str, counts: _Counts) -> Site:
+    total = max(counts.total, 1)
+    neuron: Any = counts.neuron
+    return Site(
+        name, counts.total / max(counts.images, 1), counts.spikes['graded'] / total, counts.top / total,
+        {coding: counts.spikes[coding] / total for coding in CODINGS},
+        neuron.config.levels if isinstance(neuron, ScaleAndFire) else None)

@@ -1,0 +1,48 @@
+"""`sformer profile`."""
+import csv
+import json
+
+import pytest
+
+from sformer import save_model
+
+
+@pytest.fixture
+def run(run_here, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args):
+        result = run_here(*args)
+        return result.code, result.out, result.err
+    return run
+
+
+def test_profile(run, model, tmp_path):
+    save_model(model, tmp_path / 'out')
+    code, out, err = run(
+        'profile', 'out', '--dataset', 'digits', '--split', 'test', '--num-images', '20', '-o', 'report')
+    assert code == 0, err
+    assert '20 images of digits' in out and 'quantised' in out and 'By the literature' in out and 'ISSCC' in out
+    assert max(len(line) for line in out.splitlines() if line[:4] in ('attn', 'mlp.', 'quan', 'unar')) <= 80
+    result = json.loads((tmp_path / 'report' / 'profile.json').read_text())
+    assert result['images']['num_images'] == 20 and result['command'].startswith('sformer')
+    rows = list(csv.DictReader((tmp_path / 'report' / 'operations.csv').open()))
+    assert [row['name'] for row in rows] == [o['name'] for o in result['operations']]
+    assert float(rows[1]['synaptic_operations_unary']) == result['operations'][1]['synaptic_operations']['unary']
+    assert len(list(csv.DictReader((tmp_path / 'report' / 'sites.csv').open()))) == len(result['sites'])
+
+
+def test_what_is_spiking(run, model, tmp_path):
+    save_model(model, tmp_path / 'out')
+    code, out, _ = run('profile', 'out', '--num-images', '1', '--what-is-spiking')
+    assert code == 0 and 'blocks.0.attn.products.0 QK^T' in ' '.join(out.split()) and ' NO' not in out
+
+
+@pytest.mark.parametrize('args, message', [
+    (('nothing',), 'nothing'), (('vit_tiny_patch16_224', '--dataset', 'nowhere/'), 'vit_tiny'),
+    (('out', '--dataset', 'nowhere/'), 'nowhere'),
+    (('out', '-o', 'out/config.json', '--num-images', '1'), 'config.json')])
+def test_bad_input(run, model, tmp_path, args, message):
+    save_model(model, tmp_path / 'out')
+    code, _, err = run('profile', *args)
+    assert code != 0 and message in err and err.count('\n') == 1 and 'Traceback' not in err

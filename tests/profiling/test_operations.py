@@ -1,0 +1,125 @@
+"""Products and the spikes that enter them: against counting one by one."""
+import copy
+
+import pytest
+import torch
+from layer_tools import FAMILIES, build, pixels
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import sformer
+from sformer import (
+    SFNConfig,
+    SFormerError,
+    UncalibratedError,
+    calibrate_,
+    convert,
+    named_neurons,
+    spiking_,
+)
+from sformer.profiling import CODINGS, profile_operations
+from sformer.profiling.operations import spikes_in
+
+
+def levels_of(model, images):
+    """Levels of every neuron on some images, by path."""
+    found, handles = {}, []
+    for name, neuron in named_neurons(model):
+        def keep(neuron, args, name=name):
+            found[name] = neuron.encode(args[0]).levels.long()
+        handles.append(neuron.register_forward_pre_hook(keep))
+    with torch.no_grad():
+        model(images)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def counted(k, coding):
+    return {'unary': k.abs(), 'graded': k.ne(0).long(),
+            'binary': k.abs().cpu().apply_(lambda v: bin(v).count('1'))}[coding]
+
+
+@pytest.mark.parametrize('family', [
+    name if name in ('vit', 'eva02', 'gated attention') else pytest.param(name, marks=pytest.mark.slow)
+    for name in FAMILIES])
+def test_every_product_is_found(family):
+    model = convert(build(family), [pixels(8)])
+    operations, sites, images = profile_operations(model, [pixels(4), pixels(2)])
+    assert images == 6 and all(operation.operands for operation in operations)
+    source = sformer.source_of(model).requires_grad_(False)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        source(pixels(1))
+    macs = sum(operation.macs for operation in operations if operation.kind != 'gate')
+    assert macs == pytest.approx(counter.get_total_flops() / 2)
+    assert {site.name for site in sites} == {name for name, _ in named_neurons(model)}
+    used = {name for operation in operations for name in operation.operands}
+    assert used == {site.name for site in sites}
+    for operation in operations:
+        graded, binary, unary = (operation.synaptic_operations[coding] for coding in ('graded', 'binary', 'unary'))
+        assert 0 < graded <= operation.macs * (1 + 1e-6) and graded <= binary <= unary
+
+
+@pytest.mark.parametrize('coding', CODINGS)
+def test_spikes_are_counted_one_by_one(coding):
+    model = convert(build('eva02', depth=1), [pixels(8)], SFNConfig(5))
+    images = pixels(3, seed=4)
+    k = {name: counted(levels, coding).double() for name, levels in levels_of(model, images).items()}
+    operations = {o.name: o.synaptic_operations[coding] for o in profile_operations(model, [images])[0]}
+    qkv = next(name for name in operations if name.startswith('blocks.0.attn.q'))
+    width = model.get_submodule(qkv).out_features
+    assert operations[qkv] == pytest.approx(k[f'{qkv}.neuron'].sum().item() * width / 3)
+    p = 'blocks.0.attn.products.0'
+    q, key, v, attn = (k[f'{p}.{n}_neuron'] for n in ('q', 'k', 'v', 'attn'))
+    assert operations[f'{p} QK^T'] == pytest.approx(torch.einsum('bhld,bhsd->', q, key).item() / 3)
+    assert operations[f'{p} AV'] == pytest.approx(torch.einsum('bhls,bhsd->', attn, v).item() / 3)
+    mlp = 'blocks.0.mlp'
+    assert operations[f'{mlp} gate'] == pytest.approx(
+        (k[f'{mlp}.gate_neuron'] * k[f'{mlp}.value_neuron']).sum().item() / 3)
+    pixel = k['patch_embed.proj.neuron'].sum().item() * 32 / 3
+    assert operations['patch_embed.proj'] == pytest.approx(pixel)
+
+
+def test_spikes_of_levels():
+    k = torch.tensor([0, 1, -5, 127, -128, 16129])
+    assert spikes_in(k, 'unary').tolist() == [0, 1, 5, 127, 128, 16129]
+    assert spikes_in(k, 'binary').tolist() == [bin(abs(v)).count('1') for v in k.tolist()]
+    assert spikes_in(k, 'graded').tolist() == [0, 1, 1, 1, 1, 1]
+
+
+def test_sites_are_those_of_an_evaluation():
+    model, images = convert(build(), [pixels(8)]), pixels(5)
+    sites = {site.name: site for site in profile_operations(model, images.split(2))[1]}
+    activity = sformer.activity(model, images)
+    assert {name: site.activity for name, site in sites.items() if site.levels} == pytest.approx(activity)
+    for name, levels in levels_of(model, images).items():
+        neuron = dict(named_neurons(model))[name]
+        assert sites[name].neurons == levels[0].numel()
+        if sites[name].levels:
+            tops = [int(m) * int(neuron.levels[-1]) for m in neuron.multiplier.flatten().unique()]
+            assert sites[name].saturation <= sum((levels.abs() == top).double().mean().item() for top in tops)
+
+
+def test_batches_do_not_matter_and_nothing_stays_behind():
+    model, images = convert(build('glu mlp'), [pixels(8)]), pixels(6)
+    whole, again = (profile_operations(model, images.split(size))[:2] for size in (6, 1))
+    assert whole[1] == again[1]
+    for a, b in zip(whole[0], again[0], strict=True):
+        assert (a.name, a.operands) == (b.name, b.operands)
+        assert a.synaptic_operations == pytest.approx(b.synaptic_operations) and a.macs == pytest.approx(b.macs)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_what_does_not_spike_is_listed():
+    model = spiking_(copy.deepcopy(build()), filter_fn=lambda layer, name: name not in ('head', 'blocks.1.mlp'))
+    calibrate_(model, [pixels(8)])
+    floating = [o for o in profile_operations(model, [pixels(2)])[0] if o.kind == 'floating']
+    assert [o.name for o in floating] == ['blocks.1.mlp.fc1', 'blocks.1.mlp.fc2', 'head']
+    assert [o.macs for o in floating] == [17 * 32 * 128, 17 * 32 * 128, 32 * 7] and not floating[0].operands
+
+
+def test_what_has_no_profile():
+    with pytest.raises(UncalibratedError):
+        profile_operations(spiking_(build()), [pixels()])
+    with pytest.raises(SFormerError, match='at least one image'):
+        profile_operations(convert(build(), [pixels()]), [])
