@@ -77,20 +77,22 @@ def export_onnx(
     reports = to_integer_(network, max_error, batches)
     to_graph_(network)
     exported = to_onnx(network)
-    import onnx
     about = dict(
+        _record_of(model), max_error=max_error, calibration=images, command=command, graph_sha256=graph_hash(exported),
+        floating=[report.name for report in reports if not report.integer])
+    exported.metadata_props.add(key=METADATA, value=json.dumps(about, sort_keys=True))
+    with write_aside(path.parent) as aside:
+        (aside / path.name).write_bytes(exported.SerializeToString())
+    return reports
+
+
+def _record_of(model: nn.Module) -> Dict[str, Any]:
+    """What a file says of the model that it was made of."""
+    return dict(
         pretrained_cfg=_plain(getattr(model, 'pretrained_cfg', None) or {}),
         input_size=list(resolve_input_data_config(model)['input_size']), num_classes=getattr(model, 'num_classes', 0),
-        weights_sha256=state_hash(model.state_dict()), max_error=max_error,
-        calibration=images,
-        levels=sorted({neuron.config.levels for _, neuron in named_neurons(model) if isinstance(neuron, ScaleAndFire)}),
-        floating=[report.name for report in reports if not report.integer],
-        versions=dict(library_versions(), onnx=onnx.__version__), command=command, graph_sha256=graph_hash(exported))
-    onnx.helper.set_model_props(exported, {METADATA: json.dumps(about, sort_keys=True)})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with write_aside(path.parent) as aside:
-        onnx.save(exported, aside / path.name)
-    return reports
+        weights_sha256=state_hash(model.state_dict()), versions=library_versions(),
+        levels=sorted({neuron.config.levels for _, neuron in named_neurons(model) if isinstance(neuron, ScaleAndFire)}))
 
 
 def to_onnx(network: nn.Module) -> Any:
