@@ -6,6 +6,7 @@ from typing import Annotated, Any, Dict, List, Optional
 
 import typer
 
+from ..errors import SFormerError
 from .arguments import check_folder, command_line
 from .options import MAX_BATCH_SIZE, MAX_IMAGES, MAX_SEED, Dataset, unfolded
 from .tables import print_table
@@ -29,6 +30,8 @@ def profile(
     """Count what an SFormer computes and fires, product by product, and what that would cost."""
     if output:
         check_folder(output)
+        if output.exists() and not output.is_dir():
+            raise SFormerError(f'{output} is a file, not a folder.')
     from ..conversion import calibration_batches
     from ..profiling import energy, profile_operations, verdicts
     from ..saving import open_model

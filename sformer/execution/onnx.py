@@ -6,6 +6,7 @@ softmax and activation functions stay in float32.
 import copy
 import hashlib
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Union
@@ -124,6 +125,9 @@ def check_output(path: Path, overwrite: bool = False) -> None:
         raise SFormerError(f'{path} is a folder.')
     if path.exists() and not overwrite:
         raise SFormerError(f'{path} is there already; --overwrite (overwrite=True) replaces it.')
+    existing = next(folder for folder in path.absolute().parents if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise SFormerError(f'{path} cannot be written: {existing} is no folder that you may write to.')
 
 
 def graph_hash(model: Any) -> str:

@@ -39,6 +39,7 @@ def test_export_and_evaluate(run, model, tmp_path):
     assert code == 0 and 'm.onnx' in out, err
     for bad, message in (
             (('export', 'out', 'graphs/m.onnx'), 'there already'), (('export', 'out', 'm.txt'), 'ends in .onnx'),
+            (('export', 'out', 'out/config.json/m.onnx'), 'no folder that you may write'),
             (('export', 'nothing', 'm.onnx'), "no model 'nothing'"), (('evaluate', 'no.onnx', *args[2:]), 'no graph'),
             ((*args, '--engine', 'tensorrt'), 'openvino, onnxruntime'), ((*args, '--img-size', '16'), 'exported for'),
             (('export', 'out', 'n.onnx', '--calibration', 'nowhere/'), 'nowhere'),
