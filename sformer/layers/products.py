@@ -26,10 +26,9 @@ def linear(
     neuron, x is the decode of spikes.
 
     Raises:
-        RuntimeError: If x has another number of channels, as of `F.linear`; the neuron would spread one over all.
+        AssertionError: If x has another number of channels; the neuron would spread one over all.
     """
-    if x.shape[-1] != weight.shape[1]:
-        raise RuntimeError(f'currents have {x.shape[-1]} channels, the weights are for {weight.shape[1]}.')
+    torch._assert(x.shape[-1] == weight.shape[1], 'currents have another number of channels than the weights')
     return F.linear(x if neuron is None else neuron(x), weight, bias)
 
 

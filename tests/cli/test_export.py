@@ -2,6 +2,7 @@
 import json
 
 import pytest
+from huggingface_hub import constants
 
 from sformer import save_model
 from sformer.cli import export
@@ -14,6 +15,7 @@ for package in ('onnx', 'onnxscript', 'onnxruntime', 'openvino'):
 @pytest.fixture
 def run(run_here, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)  # nothing here is there, and it would try for a minute
 
     def run(*args):
         result = run_here(*args)

@@ -3,6 +3,7 @@ import csv
 import json
 
 import pytest
+from huggingface_hub import constants
 
 from sformer import save_model
 
@@ -10,6 +11,7 @@ from sformer import save_model
 @pytest.fixture
 def run(run_here, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)  # nothing here is there, and it would try for a minute
 
     def run(*args):
         result = run_here(*args)
