@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -44,13 +44,6 @@ def paired(a: Callable[[], object], b: Callable[[], object], pairs: int, warmup:
           f'ratio {statistics.median(ratios):.3f} (min {min(ratios):.3f}, max {max(ratios):.3f}, {pairs} pairs)')
 
 
-def normalised_images(num: int, cfg: dict[str, Any], seed: int = 0) -> torch.Tensor:
-    """Images (num, C, H, W) of uniform noise, normalised as a model's config says."""
-    pixels = torch.rand(num, *cfg['input_size'], generator=torch.Generator().manual_seed(seed))
-    mean, std = (torch.tensor(cfg[key]).view(-1, 1, 1) for key in ('mean', 'std'))
-    return (pixels - mean) / std
-
-
 @app.command()
 def simulate(
         model: str = 'vit_base_patch16_224',
@@ -63,6 +56,7 @@ def simulate(
     import timm
 
     import sformer
+    from sformer.execution.benchmark import normalised_images
     source = timm.create_model(model).eval()
     images = normalised_images(batch_size, source.pretrained_cfg)
     spiking = sformer.convert(source, [images], sformer.SFNConfig(levels=levels))
@@ -80,6 +74,7 @@ def convert(model: str = 'vit_base_patch16_224', num_images: int = 128, batch_si
     import timm
 
     import sformer
+    from sformer.execution.benchmark import normalised_images
     source = timm.create_model(model).eval()
 
     def batches():
@@ -104,14 +99,16 @@ def engine(model: str = 'vit_base_patch16_224', batch_size: int = 8, levels: int
     import timm
 
     import sformer
+    from sformer.execution.benchmark import normalised_images
+    from sformer.execution.engines import openvino_config
     source = timm.create_model(model).eval()
     images = normalised_images(batch_size, source.pretrained_cfg)
     config = sformer.SFNConfig(levels=levels, token_scale=token_scale, attention_fire=attention_fire)
     with tempfile.TemporaryDirectory() as folder:
         sformer.export_onnx(sformer.convert(source, [images], config), f'{folder}/model.onnx')
         core = openvino.Core()
-        compiled = core.compile_model(core.read_model(f'{folder}/model.onnx'), 'CPU', {
-            'INFERENCE_PRECISION_HINT': 'f32', 'PERF_COUNT': True})
+        compiled = core.compile_model(
+            core.read_model(f'{folder}/model.onnx'), 'CPU', dict(openvino_config(), PERF_COUNT=True))
     request, times = compiled.create_infer_request(), collections.defaultdict(list)
     for i in range(rounds + 1):
         request.infer([images.numpy()])

@@ -68,8 +68,7 @@ def only(model: nn.Module, kind: str) -> nn.Module:
     view = shared_copy(model).eval()
     for name, _ in list(named_neurons(view)):
         if kind_of(name) != kind:
-            parent, _, child = name.rpartition('.')
-            setattr(view.get_submodule(parent), child, nn.Identity())
+            view.set_submodule(name, nn.Identity())
     return view
 
 

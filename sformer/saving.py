@@ -15,7 +15,7 @@ from timm.models._hub import save_config_for_hf
 from .checkpoints import file_hash, first_line, state_hash, write_aside
 from .errors import SFormerError, UncalibratedError
 from .hub import fetch, redact, split_revision
-from .layers import is_calibrated, named_neurons, uncalibrated
+from .layers import SPIKING_LAYERS, SpikingLayer, is_calibrated, named_neurons, uncalibrated
 from .model_config import CONFIG_NAME, WEIGHTS_NAME, conversion_of, read_config
 from .models import SFormerMixin
 from .record import Conversion
@@ -52,6 +52,10 @@ def save_model(model: nn.Module, directory: Union[str, Path], overwrite: bool = 
         raise SFormerError(f'no config can rebuild a {type(model).__name__}; save the whole SFormer.')
     if not (getattr(model, 'pretrained_cfg', None) or {}).get('architecture'):
         raise SFormerError('the source was not built by timm.create_model(), so no config can rebuild it.')
+    for name, layer in model.named_modules():
+        if isinstance(layer, SpikingLayer) and type(layer) not in SPIKING_LAYERS.values():
+            raise SFormerError(f'{name} is an {type(layer).__name__}, which no config can rebuild: save the model that '
+                               f'it was made of.')
     _check_untied(state)
     check_output(directory, overwrite)
     state = {k: v.cpu().contiguous() for k, v in state.items()}

@@ -1,17 +1,19 @@
-"""Small things that several modules need: progress bars, versions, checks of preprocessing."""
+"""Small things that several modules need: progress bars, versions, checks of preprocessing, a watch on forwards."""
 import contextlib
 import logging
 import sys
 from importlib import metadata
-from typing import Any, Dict, Iterable, Iterator, Optional
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import torch
+import torch.nn as nn
 from timm.data.transforms import str_to_interp_mode
+from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from .errors import SFormerError
 
-__all__ = ['progress', 'enough_memory', 'quiet', 'library_versions', 'check_preprocessing']
+__all__ = ['ForwardWatch', 'progress', 'enough_memory', 'quiet', 'library_versions', 'check_preprocessing']
 
 
 def progress(items: Iterable, description: str, total: Optional[int] = None) -> Iterator:
@@ -99,3 +101,26 @@ def check_preprocessing(values: Dict[str, Any]) -> None:
         except (KeyError, ValueError, AttributeError, TypeError):
             raise SFormerError(
                 f'unknown interpolation {interpolation!r}: nearest, bilinear, bicubic, lanczos.') from None
+
+
+class ForwardWatch(TorchDispatchMode):
+    """While entered, knows in whose own forward each operation of torch is: `stack[-1]`, the name of a module below the
+    watched one, and that module."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+        self.stack: List[Tuple[str, nn.Module]] = []
+        self.handles: List[Any] = []
+
+    def __enter__(self):
+        for name, child in self.module.named_modules():
+            self.handles.append(child.register_forward_pre_hook(
+                lambda module, args, name=name: self.stack.append((name, module))))
+            self.handles.append(child.register_forward_hook(lambda *args: self.stack.pop() and None, always_call=True))
+        return super().__enter__()
+
+    def __exit__(self, *args):
+        while self.handles:
+            self.handles.pop().remove()
+        return super().__exit__(*args)

@@ -4,8 +4,9 @@ The source is a view of the spiking module: the same parameters, with an observe
 module itself spikes on meanwhile, and has no state that says otherwise. Images are observed in batches of a fixed size,
 whatever the size they come in, so that thresholds do not depend on it.
 """
+import contextlib
 import itertools
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -15,6 +16,7 @@ from ..layers import FLOATING_LAYERS, SPIKING_LAYERS, AttentionProduct, named_ne
 from ..layers.spiking import left_alone
 from ..neurons import FitConfig, Neuron
 from ..neurons.statistics import check_finite
+from ..utils import ForwardWatch
 
 __all__ = ['calibrate_', 'correct', 'observe', 'OBSERVED_BATCH']
 
@@ -69,7 +71,7 @@ def observe(
     view, observers = _view(module, lambda name, neuron: _Observer(name, neuron.statistics()))
     count = 0
     for batch in _rebatched(batches):
-        with _ProductWatch(view, enabled=not count):
+        with contextlib.nullcontext() if count else _ProductWatch(view):
             out = _forward(module, view, batch, forward_fn)
         if isinstance(out, torch.Tensor) and not torch.isfinite(out.float().sum()):
             raise SFormerError('NaN or infinite values in the output of the source network.')
@@ -95,8 +97,7 @@ def _view(module: nn.Module, stand_in: Callable[[str, Neuron], nn.Module]) -> Tu
     view = shared_copy(module).eval()
     stand_ins = {name: stand_in(name, neuron).eval() for name, neuron in named_neurons(view)}
     for name, child in stand_ins.items():
-        parent, _, last = name.rpartition('.')
-        setattr(view.get_submodule(parent), last, child)
+        view.set_submodule(name, child)
     return view, stand_ins
 
 
@@ -166,33 +167,11 @@ def _rebatched(batches: Iterable[Any]) -> Iterator[Any]:
         yield held
 
 
-class _ProductWatch(torch.utils._python_dispatch.TorchDispatchMode):
+class _ProductWatch(ForwardWatch):
     """Raises where a module multiplies matrices in a forward of its own, which no neuron would ever reach."""
     OPERATIONS = {'mm', 'bmm', 'addmm', 'baddbmm', 'addbmm', 'convolution', 'linear', 'matmul', 'einsum',
                   '_scaled_dot_product_flash_attention_for_cpu', '_scaled_dot_product_attention_math',
                   'scaled_dot_product_attention'}
-
-    def __init__(self, module: nn.Module, enabled: bool):
-        super().__init__()
-        self.module, self.enabled = module, enabled
-        self.stack: List[Tuple[str, nn.Module]] = []
-        self.handles: List[Any] = []
-
-    def __enter__(self):
-        if not self.enabled:
-            return self
-        for name, child in self.module.named_modules():
-            self.handles.append(child.register_forward_pre_hook(
-                lambda module, args, name=name: self.stack.append((name, module))))
-            self.handles.append(child.register_forward_hook(lambda *args: self.stack.pop() and None, always_call=True))
-        return super().__enter__()
-
-    def __exit__(self, *args):
-        if not self.enabled:
-            return None
-        for handle in self.handles:
-            handle.remove()
-        return super().__exit__(*args)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.overloadpacket.__name__ in self.OPERATIONS and self.stack:

@@ -32,9 +32,8 @@ def benchmark(
     from ..checkpoints import write_json
     from ..execution import benchmark as measure
     from ..saving import open_model
-    result = measure(
-        open_model(model), execution or ['openvino'], against or ['source:fp32', 'source:bf16'], batch_size or [8],
-        pairs)
+    given: Dict[str, Any] = dict(executions=execution, against=against, batch_sizes=batch_size)
+    result = measure(open_model(model), pairs=pairs, **{key: value for key, value in given.items() if value})
     for table in tables(result):
         print_table(**table)
         print()

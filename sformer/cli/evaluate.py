@@ -53,6 +53,7 @@ def run_evaluation(names: List[str], options: EvaluationOptions) -> List[Dict[st
                 raise SFormerError('--resume goes by the --results-file of the run to continue: name it.')
             format = check_results_file(file, options.results_format) if file and group.is_main else ''
             config = EvaluationConfig(**settings(options, DATASETS), device=group.device)
+            check_engine(names, options)
             models = [open_network(name, options.engine) for name in names]
             if file and format == 'json' and not options.resume:
                 check_replaceable(file, models, config.dataset)
@@ -73,6 +74,16 @@ def run_evaluation(names: List[str], options: EvaluationOptions) -> List[Dict[st
         if journal is not None and any(journal.path.glob('*.jsonl')):
             raise RunInterruptedError('interrupted. The same command with --resume continues.') from None
         raise
+
+
+def check_engine(names: List[str], options: EvaluationOptions) -> None:
+    """Raise SFormerError for options that would be recorded and change nothing."""
+    exported = [name for name in names if name.endswith('.onnx')]
+    if options.engine and not exported:
+        raise SFormerError('--engine is for models that `sformer export` wrote, which end in .onnx.')
+    for option in ('amp', 'torchcompile', 'channels_last'):
+        if exported and getattr(options, option):
+            raise SFormerError(f'{exported[0]} computes as it was exported: leave out --{option.replace("_", "-")}.')
 
 
 def open_network(name: str, engine: Optional[str]) -> Any:

@@ -1,13 +1,12 @@
 """Activity, the share of neurons that send a spike, and spikes per neuron by the coding of a level."""
 import contextlib
-import functools
 from typing import Dict, Iterator, Optional
 
 import torch
 import torch.nn as nn
 
 from ..layers import named_neurons, shared_copy
-from ..neurons import Neuron, ScaleAndFire
+from ..neurons import Neuron, ScaleAndFire, count_spikes
 
 __all__ = ['Activity', 'activity']
 
@@ -79,18 +78,8 @@ def _levels(neuron: Neuron, x: torch.Tensor) -> torch.Tensor:
 
 
 def _count(levels: torch.Tensor) -> Dict[str, int]:
-    """Counts of one site, by a histogram of |k|: nothing is rounded."""
-    k = levels.abs().flatten()  # |k| of int8 is uint8 as it stands, which bincount takes and reads fastest
-    histogram = torch.bincount(k.view(torch.uint8) if k.dtype == torch.int8 else k)
-    fired, unary, binary = (_spikes_per_level(k.device)[:, :len(histogram)] * histogram).sum(1).tolist()
-    return dict(total=k.numel(), fired=fired, unary=unary, binary=binary)
-
-
-@functools.cache
-def _spikes_per_level(device: torch.device) -> torch.Tensor:
-    """Spikes of levels 0 ... 2^15 - 1 in graded, unary and binary code, int64, (3, 2^15)."""
-    k = range(2 ** 15)
-    return torch.tensor([[n > 0 for n in k], k, [n.bit_count() for n in k]], dtype=torch.int64, device=device)
+    spikes = count_spikes(levels)
+    return dict(total=levels.numel(), fired=spikes['graded'], unary=spikes['unary'], binary=spikes['binary'])
 
 
 @torch.inference_mode()

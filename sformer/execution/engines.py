@@ -1,6 +1,7 @@
 """Graphs that `export_onnx` wrote, run by OpenVINO or ONNX Runtime behind the interface of a timm classifier."""
 import importlib.util
 import json
+import threading
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Callable, Dict, Optional, Union
@@ -12,19 +13,27 @@ from ..checkpoints import first_line
 from ..errors import SFormerError
 from .onnx import METADATA, graph_hash
 
-__all__ = ['ENGINES', 'EngineNetwork', 'load_onnx', 'find_engine', 'compile_graph']
+__all__ = ['ENGINES', 'EngineNetwork', 'load_onnx', 'find_engine', 'compile_graph', 'openvino_config']
 
 Run = Callable[[Any], Any]  # of an array (B, C, H, W), float32
+
+
+def openvino_config() -> Dict[str, Any]:
+    """Properties that OpenVINO compiles with: where it may, it computes norms in bfloat16, which moves spikes."""
+    return dict(INFERENCE_PRECISION_HINT='f32', INFERENCE_NUM_THREADS=torch.get_num_threads())
 
 
 def _openvino(graph: bytes) -> Run:
     import openvino
     core = openvino.Core()
-    # where it may, OpenVINO computes norms in bfloat16, which moves spikes
-    compiled = core.compile_model(core.read_model(graph), 'CPU', {
-        'INFERENCE_PRECISION_HINT': 'f32', 'INFERENCE_NUM_THREADS': torch.get_num_threads()})
-    request = compiled.create_infer_request()
-    return lambda images: request.infer([images])[0].copy()
+    compiled = core.compile_model(core.read_model(graph), 'CPU', openvino_config())
+    local = threading.local()  # a request serves one thread
+
+    def run(images: Any) -> Any:
+        if not hasattr(local, 'request'):
+            local.request = compiled.create_infer_request()
+        return local.request.infer([images])[0].copy()
+    return run
 
 
 def _onnxruntime(graph: bytes) -> Run:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from ..errors import SFormerError
 from ..layers import AttentionProduct, SpikingConv2d, SpikingLinear, named_neurons
 from ..layers.products import softmax_numerators
-from ..neurons import MAX_LEVEL, GradedCoding, fire, firing_boundaries
+from ..neurons import MAX_LEVEL, GradedCoding, Neuron, ScaleAndFire, fire, firing_boundaries
 from ..neurons.scale_and_fire import TINY
 from .integer import IntegerConv2d, IntegerLinear
 
@@ -33,18 +33,14 @@ def to_graph_(network: nn.Module) -> None:
         elif isinstance(layer, IntegerConv2d):
             new = _Conv2d(layer)
         elif isinstance(layer, SpikingConv2d):
-            new = _FloatingConv2d(layer)
+            new = nn.Sequential(_Decoded(layer.neuron), layer)
+            layer.neuron = None
         elif isinstance(layer, AttentionProduct):
             new = _Attention(layer)
         if new is not None:
-            _replace(network, name, new)
+            network.set_submodule(name, new)
     for name, neuron in list(named_neurons(network)):  # of gates, whose product is elementwise
-        _replace(network, name, _Decoded(neuron))
-
-
-def _replace(network: nn.Module, name: str, new: nn.Module) -> None:
-    parent, _, child = name.rpartition('.')
-    network.get_submodule(parent)._modules[child] = new
+        network.set_submodule(name, _Decoded(neuron))
 
 
 def _onnx(operator: str, like: torch.Tensor, dtype: torch.dtype, *inputs: torch.Tensor, **attributes: int) -> Any:
@@ -83,8 +79,10 @@ class _Levels(nn.Module):
     outward: Optional[torch.Tensor]
     table: Optional[torch.Tensor]
 
-    def __init__(self, neuron: Any):
+    def __init__(self, neuron: Neuron):
         super().__init__()
+        if not isinstance(neuron, ScaleAndFire):
+            raise SFormerError(f'a {type(neuron).__name__} has no form in ONNX: a ScaleAndFire has.')
         self.config, self.fire_function, self.top = neuron.config, neuron.fire_function, neuron.top
         self.token, self.reach, self.signed = neuron.token, neuron.reach, neuron.signed
         self.largest = int(neuron.levels[-1])
@@ -141,19 +139,27 @@ class _Levels(nn.Module):
         return k if self.signed else k.clamp(min=0)
 
 
+def _levels_of(neuron: Any) -> nn.Module:
+    """Levels of a neuron of any type that has a form in ONNX."""
+    return _Pixels(neuron) if isinstance(neuron, GradedCoding) else _Levels(neuron)
+
+
 class _Decoded(nn.Module):
     """What the spikes of a neuron stand for."""
     step: torch.Tensor
+    center: Optional[torch.Tensor]
 
     def __init__(self, neuron: Any):
         super().__init__()
-        self.levels = _Levels(neuron)
+        self.levels = _levels_of(neuron)
         self.register_buffer('step', neuron.step)
+        self.register_buffer('center', neuron.center)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         k, row = self.levels(x)
         out = _int8(k) * self.step
-        return out if row is None else out * row
+        out = out if row is None else out * row
+        return out if self.center is None else out + self.center
 
 
 class _Linear(nn.Module):
@@ -187,35 +193,18 @@ class _Linear(nn.Module):
 class _Conv2d(nn.Module):
     weight: torch.Tensor
     step: torch.Tensor
-    bias: torch.Tensor
+    bias: Optional[torch.Tensor]
 
     def __init__(self, layer: IntegerConv2d):
         super().__init__()
-        neuron = layer.neuron
-        self.neuron: Any = _Pixels(neuron) if isinstance(neuron, GradedCoding) else _Levels(neuron)
+        self.neuron = _levels_of(layer.neuron)
         self.geometry = layer.geometry
         self.register_buffer('weight', layer.weight)
         self.register_buffer('step', layer.weight_step.flatten())
-        self.register_buffer('bias', layer.bias.flatten())
+        self.register_buffer('bias', layer.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.conv2d(_int8(self.neuron(x)[0]), _weights(self.weight, self.step, axis=0), self.bias, *self.geometry)
-
-
-class _FloatingConv2d(nn.Module):
-    """A convolution in floating point, on what spikes stand for."""
-
-    def __init__(self, layer: Any):
-        super().__init__()
-        self.layer = layer
-        neuron = layer.neuron
-        self.neuron: Any = _Pixels(neuron) if isinstance(neuron, GradedCoding) else _Levels(neuron)
-        self.step, self.center = neuron.step, neuron.center
-        layer.neuron = None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = _int8(self.neuron(x)[0]) * self.step
-        return self.layer(out if self.center is None else out + self.center)
 
 
 class _Pixels(nn.Module):

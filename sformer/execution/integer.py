@@ -11,7 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ..errors import SFormerError, UncalibratedError
-from ..layers import SpikingConv2d, SpikingLayer, SpikingLinear, is_calibrated, uncalibrated
+from ..layers import SpikingConv2d, SpikingLayer, SpikingLinear, is_calibrated, shared_copy, uncalibrated
 from ..neurons import Float32Buffers, Neuron
 from .rounding import IntegerWeights, integer_weights, rounded
 
@@ -57,6 +57,7 @@ class IntegerLinear(IntegerLayer):
     Args:
         layer: Calibrated layer.
         weights: Its weights in integers.
+        bias: Its bias, with what the centre of its input adds, float32 (D,), if there is one.
 
     Shape:
         Input (..., C), output (..., D).
@@ -66,14 +67,14 @@ class IntegerLinear(IntegerLayer):
     columns: Optional[torch.Tensor]
     bias: Optional[torch.Tensor]
 
-    def __init__(self, layer: SpikingLinear, weights: IntegerWeights):
+    def __init__(self, layer: SpikingLinear, weights: IntegerWeights, bias: Optional[torch.Tensor]):
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.neuron = layer.neuron
         self.register_buffer('weight', weights.weight)
         self.register_buffer('weight_step', weights.step)
         self.register_buffer('columns', weights.columns)
-        self.register_buffer('bias', None if layer.bias is None else layer.bias.detach().to(torch.float32))
+        self.register_buffer('bias', bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         spikes = self.neuron.encode(x)
@@ -101,20 +102,20 @@ class IntegerConv2d(IntegerLayer):
     """
     weight: torch.Tensor
     weight_step: torch.Tensor
-    bias: torch.Tensor
+    bias: Optional[torch.Tensor]
 
-    def __init__(self, layer: SpikingConv2d, weights: IntegerWeights, bias: torch.Tensor):
+    def __init__(self, layer: SpikingConv2d, weights: IntegerWeights, bias: Optional[torch.Tensor]):
         super().__init__()
         self.neuron: Any = layer.neuron
         self.geometry: Any = (layer.stride, layer.padding, layer.dilation, layer.groups)
         self.register_buffer('weight', weights.weight.view(layer.weight.shape))
         self.register_buffer('weight_step', weights.step.view(-1, 1, 1))
-        self.register_buffer('bias', bias.view(-1, 1, 1))
+        self.register_buffer('bias', bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         levels = self.neuron.encode(x).levels.to(torch.float32)
-        out = F.conv2d(levels, self.weight.to(torch.float32), None, *self.geometry)
-        return (out * self.weight_step + self.bias).to(x.dtype)
+        out = F.conv2d(levels, self.weight.to(torch.float32), None, *self.geometry) * self.weight_step
+        return (out if self.bias is None else out + self.bias.view(-1, 1, 1)).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f'{tuple(self.weight.shape)}, stride={tuple(self.geometry[0])}, int8 weights'
@@ -154,13 +155,15 @@ def to_integer_(
 
     Raises:
         UncalibratedError: If thresholds were never fitted.
-        SFormerError: If layers have adapters.
+        SFormerError: If layers have adapters, or the model is a layer itself.
     """
     if not is_calibrated(model):
         raise UncalibratedError(f'{uncalibrated(model)}; fit it with sformer.convert() or calibrate_() first.')
     layers = [(name, layer) for name, layer in model.named_modules()
               if isinstance(layer, (SpikingLinear, SpikingConv2d)) and layer.neuron is not None]
     for name, _ in layers:
+        if not name:
+            raise SFormerError('a layer cannot be replaced in itself: hand over a module that it is part of.')
         if name.endswith('.base_layer'):
             raise SFormerError(f'{name.removesuffix(".base_layer")} has an adapter: merge it into the weights first.')
     made: List[Tuple[str, nn.Module, Optional[nn.Module]]] = []
@@ -178,8 +181,7 @@ def to_integer_(
         made.append((name, layer, new))
     for name, layer, new in made:  # now that no moments of the simulation are needed any more
         if new is not None:
-            parent, _, child = name.rpartition('.')
-            setattr(model.get_submodule(parent), child, new.train(layer.training))
+            model.set_submodule(name, new.train(layer.training))
     return reports
 
 
@@ -204,8 +206,9 @@ def _with_moments(
 
 @torch.inference_mode()
 def _moments(model: nn.Module, layers: List[Tuple[str, Any]], images: List[torch.Tensor]) -> Dict[str, torch.Tensor]:
+    """Sums of k k^T, (C, C), of the levels k that layers read, times the factor of their token."""
+    view = shared_copy(model).eval()
     found: Dict[str, torch.Tensor] = {}
-    handles = []
     for name, layer in layers:
         if isinstance(layer, SpikingLinear):
             def add(layer: Any, args: Any, name: str = name) -> None:
@@ -213,13 +216,9 @@ def _moments(model: nn.Module, layers: List[Tuple[str, Any]], images: List[torch
                 k = spikes.levels.to(torch.float32)
                 k = (k if spikes.row is None else k * spikes.row).flatten(0, -2)
                 found[name] = found[name].addmm_(k.T, k) if name in found else k.T @ k
-            handles.append(layer.register_forward_pre_hook(add))
-    try:
-        for batch in images:
-            model(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+            view.get_submodule(name).register_forward_pre_hook(add)
+    for batch in images:
+        view(batch)
     return found
 
 
@@ -230,7 +229,7 @@ def _linear(
 ) -> Tuple[Optional[nn.Module], IntegerReport]:
     weights = integer_weights(layer.weight * layer.neuron.step, moments)
     columns = weights.weight.shape[1] / layer.in_features
-    return IntegerLinear(layer, weights), IntegerReport(name, weights.error, columns)
+    return IntegerLinear(layer, weights, _bias(layer)), IntegerReport(name, weights.error, columns)
 
 
 def _convolution(name: str, layer: SpikingConv2d) -> Tuple[Optional[nn.Module], IntegerReport]:
@@ -241,7 +240,15 @@ def _convolution(name: str, layer: SpikingConv2d) -> Tuple[Optional[nn.Module], 
         return None, IntegerReport(name, 0., integer=False, reason='its padding or its groups depend on the channel')
     weight = layer.weight.detach().to(torch.float32)
     weights = rounded((weight * neuron.step.view(1, -1, 1, 1)).flatten(1))
-    bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach().to(torch.float32)
-    if neuron.center is not None:
-        bias = bias + (weight * neuron.center.view(1, -1, 1, 1)).sum((1, 2, 3))
-    return IntegerConv2d(layer, weights, bias), IntegerReport(name, weights.error)
+    return IntegerConv2d(layer, weights, _bias(layer)), IntegerReport(name, weights.error)
+
+
+def _bias(layer: Any) -> Optional[torch.Tensor]:
+    """Bias of a layer, into which the centre of its input is folded, float32, (D,); None if there is neither."""
+    bias = None if layer.bias is None else layer.bias.detach().to(torch.float32)
+    center = getattr(layer.neuron, 'center', None)
+    if center is None:
+        return bias
+    weight = layer.weight.detach().to(torch.float32)
+    folded = (weight.flatten(2).sum(-1) if weight.ndim > 2 else weight) @ center.flatten()
+    return folded if bias is None else folded + bias

@@ -64,10 +64,11 @@ def rounded(
     """Int8 weights in which column c is the sum of `parts[c]` columns, or itself; arguments as above."""
     reach = (weight if parts is None else weight / parts).abs().amax(1)
     step = (reach / MAX_WEIGHT).clamp_min(torch.finfo(torch.float32).tiny)
-    limit = MAX_WEIGHT * (torch.ones_like(weight[0]) if parts is None else parts)
     scaled = weight / step[:, None]
-    whole = scaled.round() if moments is None else _fed_back(scaled, limit, moments)
-    whole = torch.minimum(torch.maximum(whole, -limit), limit)
+    if moments is None:
+        whole = scaled.round()
+    else:
+        whole = _fed_back(scaled, MAX_WEIGHT * (torch.ones_like(weight[0]) if parts is None else parts), moments)
     error = _relative_error((whole - scaled) * step[:, None], weight, moments)
     columns = None
     if parts is not None:
@@ -79,7 +80,8 @@ def rounded(
 
 
 def _fed_back(scaled: torch.Tensor, limit: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
-    """Weights (D, C), in steps, rounded column by column, whose errors the columns that follow take back."""
+    """Weights (D, C), in steps, rounded column by column to at most `limit` (C,), whose errors the columns that follow
+    take back."""
     moments = moments.to(torch.float64)
     damping = (DAMPING * moments.diagonal().mean()).clamp_min(torch.finfo(torch.float32).tiny)
     damped = moments + damping * torch.eye(len(moments), dtype=torch.float64, device=moments.device)

@@ -173,7 +173,7 @@ def fire(
         index = torch.bucketize(magnitude, firing_boundaries(values, initial_potential), right=True)
         k = torch.cat([values.new_zeros(1), values]).to(u.dtype)[index]
         k = torch.where(magnitude.isnan(), magnitude, k)
-    # the former is the fastest, but has no form in ONNX
+    # copysign is the fastest, but has no form in ONNX
     k = torch.where(u < 0, -k, k) if torch.compiler.is_compiling() else k.copysign_(u)
     if dead_zone > 0:
         k = k * (u.abs() >= dead_zone)

@@ -68,14 +68,14 @@ class ScaleAndFire(Neuron):
         self.top = MAX_LEVEL if signed else MAX_WIDE_LEVEL
         values = level_values(self.fire_function, config.levels, self.top)
         dd = dict(device=device, dtype=torch.float32)  # whatever the default dtype is
-        # a number where levels are known, as these are integers
+        # a number where levels are known, whose buffer is of integers, which inductor does not vectorise
         known = self.fire_function != 'density'
         self.row_share = (values.new_tensor(self.reach) / values[-1]).item() if known else None
         reach = DEFAULT_RANGE * config.scale if signed else 1.
         step = _reaching(reach, values[-1])
         self.register_buffer('step', torch.full(tuple(shape), step, **dd))
         self.register_buffer('gain', torch.ones((), **dd))
-        # float32 beside the step: of integers in a compiled graph inductor vectorises nothing; uint8 where it is saved
+        # float32 for the same reason, uint8 where it is saved
         self.register_buffer('multiplier', torch.ones((2 if signed else 1, *shape), **dd))
         self.register_buffer('levels', values.to(self.step.device, torch.int16))
         self.register_buffer('center', None if center_shape is None else torch.zeros(tuple(center_shape), **dd))

@@ -3,10 +3,12 @@
 Figures are estimates of arithmetic and of one reading of weights and spikes from memory, for comparing networks with
 one another. No chip was measured.
 """
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Dict, List, Sequence
 
-from .operations import CODINGS, Operation, Site
+from ..neurons import CODINGS
+from .operations import Operation, Site
 
 __all__ = ['Constants', 'energy', 'verdicts']
 
@@ -40,6 +42,11 @@ def energy(
 ) -> Dict[str, Any]:
     """Energy per image [mJ] of the source, of its quantised twin, and of the SFormer by coding.
 
+    Args:
+        operations: Products, as `profile_operations` counts them.
+        sites: Neurons, likewise.
+        constants: Energy per operation [pJ].
+
     Returns:
         `proxy`: what the literature compares, float32 multiply-accumulates against additions per unary spike, by which
         the memory and the comparisons are free. `account`: for `quantised` (int8 weights and activations, the same
@@ -50,18 +57,23 @@ def energy(
     spiking = [operation for operation in operations if operation.kind != 'floating']
     floating = sum(operation.macs for operation in operations if operation.kind == 'floating')
     macs = sum(operation.macs for operation in spiking)
+    planes = {site.name: site.planes for site in sites}
     caused = {coding: sum(operation.synaptic_operations[coding] for operation in spiking) for coding in CODINGS}
     neurons = sum(site.neurons for site in sites)
     # a level is found by halving: one comparison per bit of it
     comparisons = sum(site.neurons * (2 * (site.levels or 127)).bit_length() for site in sites)
     weights = sum(operation.weights for operation in spiking) * c.byte
-    # a spike is a byte: its level or, in unary and binary code, its address among 256 neurons
-    sent = {coding: sum(site.neurons * site.spikes[coding] for site in sites) for coding in CODINGS}
-    per = {'unary': c.int32_add, 'binary': c.int32_add, 'graded': c.int8_mac}
+    # a spike is a byte: in unary and binary code its address among 256 neurons, else its level, which may take two
+    sent = {coding: sum(site.neurons * site.spikes[coding] * (site.planes if coding == 'graded' else 1)
+                        for site in sites) for coding in CODINGS}
+    # and a multiplier of int8 takes a level of two bytes in two steps
+    multiplied = sum(operation.synaptic_operations['graded'] * math.prod(planes[name] for name in operation.operands)
+                     for operation in spiking)
+    computed = {'unary': caused['unary'] * c.int32_add, 'binary': caused['binary'] * c.int32_add,
+                'graded': multiplied * c.int8_mac}
     account = {'quantised': _parts(macs * c.int8_mac, neurons * c.int32_add, weights, neurons * c.byte)}
     for coding in CODINGS:
-        account[coding] = _parts(
-            caused[coding] * per[coding], comparisons * c.comparison, weights, sent[coding] * c.byte)
+        account[coding] = _parts(computed[coding], comparisons * c.comparison, weights, sent[coding] * c.byte)
     return dict(
         proxy=dict(source=_mj((macs + floating) * c.fp32_mac), sformer=_mj(
             caused['unary'] * c.fp32_add + floating * c.fp32_mac)),

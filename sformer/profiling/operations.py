@@ -8,16 +8,14 @@ from typing import Any, Dict, Iterable, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from ..errors import SFormerError, UncalibratedError
 from ..layers import AttentionProduct, is_calibrated, named_neurons, shared_copy, uncalibrated
-from ..neurons import Neuron, ScaleAndFire
+from ..neurons import CODINGS, MAX_LEVEL, Neuron, ScaleAndFire, count_spikes, spikes_in
+from ..utils import ForwardWatch
 
-__all__ = ['CODINGS', 'Operation', 'Site', 'profile_operations']
-
-CODINGS = ('unary', 'binary', 'graded')
+__all__ = ['Operation', 'Site', 'profile_operations']
 
 
 @dataclass
@@ -31,6 +29,7 @@ class Site:
         saturation: Share that fire the top level of a branch.
         spikes: Spikes per neuron in each coding.
         levels: Number of levels N per branch.
+        planes: Bytes that hold a level: 2 for softmax levels beyond 127.
     """
     name: str
     neurons: float
@@ -38,6 +37,7 @@ class Site:
     saturation: float
     spikes: Dict[str, float]
     levels: Optional[int]
+    planes: int = 1
 
 
 @dataclass
@@ -66,52 +66,35 @@ class _Counts:
 
     def __init__(self, neuron: Neuron):
         self.neuron = neuron
-        self.total, self.images, self.top = 0, 0, 0
+        self.total, self.images, self.saturated = 0, 0, 0
         self.spikes = dict.fromkeys(CODINGS, 0)
         self.latest: Optional[torch.Tensor] = None  # levels of the batch at hand
-        self.limit = None
+        self.tops: Optional[torch.Tensor] = None  # of each branch, (branches, *shape)
         if isinstance(neuron, ScaleAndFire):
-            self.limit = neuron.multiplier.to(torch.int32) * neuron.levels[-1].to(torch.int32)
+            self.tops = neuron.multiplier.to(torch.int32) * neuron.levels[-1].to(torch.int32)
 
     def add(self, x: torch.Tensor) -> None:
-        k = self.neuron.encode(x).levels.to(torch.int32)
-        self.latest = k
+        k = self.latest = self.neuron.encode(x).levels
         self.total += k.numel()
         self.images += len(k)
-        for coding in CODINGS:
-            self.spikes[coding] += int(spikes_in(k, coding).sum())
-        if self.limit is not None:
-            self.top += int((k == self.limit[0]).sum())
-            if len(self.limit) > 1:
-                self.top += int((k == -self.limit[1]).sum())
+        for coding, count in count_spikes(k).items():
+            self.spikes[coding] += count
+        for sign, top in zip((1, -1), () if self.tops is None else self.tops, strict=False):
+            self.saturated += int((k == sign * top).sum())
 
 
-def spikes_in(k: torch.Tensor, coding: str) -> torch.Tensor:
-    """Spikes that each level of k (int32) is sent as, int64."""
-    k = k.abs().to(torch.int64)
-    if coding == 'unary':
-        return k
-    if coding == 'graded':
-        return (k > 0).to(torch.int64)
-    return sum(((k >> bit) & 1 for bit in range(15)), torch.zeros_like(k))
-
-
-class _ProductWatch(TorchDispatchMode):
+class _ProductWatch(ForwardWatch):
     """Floating-point operations of products, by the module in whose own forward they are, as torch counts them."""
 
     def __init__(self, module: nn.Module):
-        super().__init__()
+        super().__init__(module)
         self.flops: Dict[str, int] = {}
-        self.stack: List[str] = []
-        for name, child in module.named_modules():
-            child.register_forward_pre_hook(lambda module, args, name=name: self.stack.append(name))
-            child.register_forward_hook(lambda module, args, out: self.stack.pop() and None)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         count = flop_registry.get(func._overloadpacket)
         if count is not None:
-            name = self.stack[-1]
+            name, _ = self.stack[-1]
             self.flops[name] = self.flops.get(name, 0) + count(*args, **(kwargs or {}), out_val=out)
         return out
 
@@ -220,6 +203,7 @@ def _site(name: str, counts: _Counts) -> Site:
     total = max(counts.total, 1)
     neuron: Any = counts.neuron
     return Site(
-        name, counts.total / max(counts.images, 1), counts.spikes['graded'] / total, counts.top / total,
+        name, counts.total / max(counts.images, 1), counts.spikes['graded'] / total, counts.saturated / total,
         {coding: counts.spikes[coding] / total for coding in CODINGS},
-        neuron.config.levels if isinstance(neuron, ScaleAndFire) else None)
+        neuron.config.levels if isinstance(neuron, ScaleAndFire) else None,
+        1 if counts.tops is None or counts.tops.max() <= MAX_LEVEL else 2)

@@ -45,6 +45,18 @@ def run(run_here, tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def run_inside(run_here, tmp_path, monkeypatch):
+    """`sformer ARGS` in this process, in `tmp_path`: exit code, stdout and stderr as a tuple."""
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args):
+        result = run_here(*args)
+        return result.code, result.out, result.err
+    return run
+
+
+@pytest.fixture
 def run_apart(tmp_path):
     """The same in a process of its own, which so shows warnings and logs, too."""
     def run(*args, **kwargs):

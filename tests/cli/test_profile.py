@@ -3,25 +3,13 @@ import csv
 import json
 
 import pytest
-from huggingface_hub import constants
 
 from sformer import save_model
 
 
-@pytest.fixture
-def run(run_here, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)  # nothing here is there, and it would try for a minute
-
-    def run(*args):
-        result = run_here(*args)
-        return result.code, result.out, result.err
-    return run
-
-
-def test_profile(run, model, tmp_path):
+def test_profile(run_inside, model, tmp_path):
     save_model(model, tmp_path / 'out')
-    code, out, err = run(
+    code, out, err = run_inside(
         'profile', 'out', '--dataset', 'digits', '--split', 'test', '--num-images', '20', '-o', 'report')
     assert code == 0, err
     assert '20 images of digits' in out and 'quantised' in out and 'By the literature' in out and 'ISSCC' in out
@@ -34,9 +22,9 @@ def test_profile(run, model, tmp_path):
     assert len(list(csv.DictReader((tmp_path / 'report' / 'sites.csv').open()))) == len(result['sites'])
 
 
-def test_what_is_spiking(run, model, tmp_path):
+def test_what_is_spiking(run_inside, model, tmp_path):
     save_model(model, tmp_path / 'out')
-    code, out, _ = run('profile', 'out', '--num-images', '1', '--what-is-spiking')
+    code, out, _ = run_inside('profile', 'out', '--num-images', '1', '--what-is-spiking')
     assert code == 0 and 'blocks.0.attn.products.0 QK^T' in ' '.join(out.split()) and ' NO' not in out
 
 
@@ -44,7 +32,7 @@ def test_what_is_spiking(run, model, tmp_path):
     (('nothing',), 'nothing'), (('vit_tiny_patch16_224', '--dataset', 'nowhere/'), 'vit_tiny'),
     (('out', '--dataset', 'nowhere/'), 'nowhere'),
     (('out', '-o', 'out/config.json', '--num-images', '1'), 'config.json')])
-def test_bad_input(run, model, tmp_path, args, message):
+def test_bad_input(run_inside, model, tmp_path, args, message):
     save_model(model, tmp_path / 'out')
-    code, _, err = run('profile', *args)
+    code, _, err = run_inside('profile', *args)
     assert code != 0 and message in err and err.count('\n') == 1 and 'Traceback' not in err

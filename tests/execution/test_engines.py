@@ -1,6 +1,7 @@
 """Graphs in ONNX: both engines agree with integers in torch, for every family and fire function; files are checked."""
 import copy
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
@@ -12,6 +13,7 @@ import sformer
 from sformer import SFNConfig, SFormerError, UncalibratedError, convert, export_onnx, load_onnx, spiking_, to_integer_
 from sformer.execution import EXECUTIONS, benchmark
 from sformer.execution.onnx import METADATA
+from sformer.neurons import Neuron
 
 onnx = pytest.importorskip('onnx')
 for package in ('onnxscript', 'onnxruntime', 'openvino'):
@@ -180,6 +182,29 @@ def test_size_of_a_file(tmp_path):
 def test_images_of_another_size(graph):
     with pytest.raises(SFormerError, match=r'exported for images \(3, 32, 32\), got \(3, 16, 16\)'):
         load_onnx(graph)(torch.zeros(1, 3, 16, 16))
+
+
+@pytest.mark.parametrize('engine', ENGINES)
+def test_threads_may_share_a_network(graph, engine):
+    network, images = load_onnx(graph, engine), [pixels(4, seed=i) for i in range(4)]
+    expected = [network(x) for x in images]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(8):
+            assert all(torch.equal(a, b) for a, b in zip(pool.map(network, images), expected, strict=True))
+
+
+def test_a_neuron_without_a_form_is_named(model, tmp_path):
+    class Sign(Neuron):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer('step', torch.ones(()))
+            self.calibrated.fill_(True)
+
+    other = copy.deepcopy(model)
+    other.blocks[0].attn.qkv.neuron = Sign()
+    with pytest.raises(SFormerError, match='a Sign has no form in ONNX'):
+        export_onnx(other, tmp_path / 'model.onnx')
+    assert not list(tmp_path.iterdir())
 
 
 def spoilt(graph, path, change):

@@ -12,6 +12,7 @@ from sformer import (
     SFNConfig,
     SFormerError,
     UncalibratedError,
+    calibrate_,
     convert,
     named_neurons,
     save_model,
@@ -193,9 +194,16 @@ def test_there_is_no_way_back(tmp_path):
     for what in (source_of, source_view):
         with pytest.raises(SFormerError, match='int8, so its source is gone'):
             what(model)
-    with pytest.raises(SFormerError):
+    with pytest.raises(SFormerError, match='is an IntegerConv2d, .* save the model that it was made of'):
         save_model(model, tmp_path / 'out')
     assert not (tmp_path / 'out').exists()
+
+
+def test_a_layer_is_not_replaced_in_itself():
+    layer = spiking_(nn.Linear(4, 3))
+    calibrate_(layer, [torch.randn(8, 4, generator=rng(0))])
+    with pytest.raises(SFormerError, match='a module that it is part of'):
+        to_integer_(layer)
 
 
 def test_adapters_have_to_be_merged():

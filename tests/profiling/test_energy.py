@@ -29,6 +29,16 @@ def test_by_hand():
     assert 'ISSCC' in figures['constants']['source']
 
 
+def test_a_level_of_two_bytes_takes_two_multiplications():
+    operations, sites = network(0.5)
+    narrow = energy(operations, sites)['account']
+    sites[0].planes = 2
+    wide = energy(operations, sites)['account']
+    for part in ('operations', 'spikes'):
+        assert wide['graded'][part] == pytest.approx(2 * narrow['graded'][part])
+    assert wide['unary'] == narrow['unary'] and wide['quantised'] == narrow['quantised']
+
+
 def test_constants_can_be_others():
     one, other = (energy(*network(0.5), Constants(int8_mac=v)) for v in (0.3, 0.6))
     assert other['account']['graded']['operations'] == pytest.approx(2 * one['account']['graded']['operations'])

@@ -1,0 +1,38 @@
+"""How a level is sent as spikes: the one table that activity and profile count by."""
+import functools
+from typing import Dict
+
+import torch
+
+__all__ = ['CODINGS', 'count_spikes', 'spikes_in']
+
+CODINGS = ('unary', 'binary', 'graded')  # |k| spikes, one per set bit of |k|, one that carries k
+
+
+@functools.cache
+def _spikes_per_level(device: torch.device) -> torch.Tensor:
+    """Spikes of levels 0 ... 2^15 - 1 in each of the codings, int64, (3, 2^15)."""
+    k = range(2 ** 15)
+    return torch.tensor([k, [n.bit_count() for n in k], [n > 0 for n in k]], dtype=torch.int64, device=device)
+
+
+def spikes_in(levels: torch.Tensor, coding: str) -> torch.Tensor:
+    """Spikes that each level is sent as.
+
+    Args:
+        levels: Levels k, |k| < 2^15, any integer dtype and shape.
+        coding: One of `CODINGS`.
+
+    Returns:
+        int64, the shape of levels.
+    """
+    return _spikes_per_level(levels.device)[CODINGS.index(coding)][levels.to(torch.int64).abs()]
+
+
+def count_spikes(levels: torch.Tensor) -> Dict[str, int]:
+    """Spikes of all levels (int8 or int16, any shape) together in each coding, by a histogram of |k|: nothing is
+    rounded."""
+    k = levels.abs().flatten()  # |k| of int8 is uint8 as it stands, which bincount takes and reads fastest
+    histogram = torch.bincount(k.view(torch.uint8) if k.dtype == torch.int8 else k)
+    sums = (_spikes_per_level(k.device)[:, :len(histogram)] * histogram).sum(1).tolist()
+    return dict(zip(CODINGS, sums, strict=True))
