@@ -12,6 +12,7 @@ from layer_tools import FAMILIES, build, pixels, relative_error
 import sformer
 from sformer import SFNConfig, SFormerError, UncalibratedError, convert, export_onnx, load_onnx, spiking_, to_integer_
 from sformer.execution import EXECUTIONS, benchmark
+from sformer.execution.engines import openvino_config
 from sformer.execution.onnx import METADATA
 from sformer.neurons import Neuron
 
@@ -19,11 +20,6 @@ onnx = pytest.importorskip('onnx')
 for package in ('onnxscript', 'onnxruntime', 'openvino'):
     pytest.importorskip(package)
 ENGINES = ('openvino', 'onnxruntime')
-FAST = ('vit',)  # exporting each takes seconds
-
-
-def sized(names):
-    return [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def exported(model, path, **kwargs):
@@ -63,8 +59,17 @@ def graph(model, tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize('family', sized(FAMILIES))
-def test_engines_agree_with_torch(family, tmp_path):
+def test_engines_agree_with_torch(model, graph):
+    whole = copy.deepcopy(model)
+    to_integer_(whole)
+    networks = [load_onnx(graph, engine) for engine in ENGINES]
+    agree(networks, whole, pixels(12))
+    agree(networks, whole, pixels(1))
+
+
+@pytest.mark.slow  # exporting each takes seconds
+@pytest.mark.parametrize('family', [family for family in FAMILIES if family != 'vit'])
+def test_engines_agree_with_torch_in_every_family(family, tmp_path):
     whole, networks = exported(convert(build(family), [pixels()]), tmp_path / 'model.onnx')
     agree(networks, whole, pixels(12))
     agree(networks, whole, pixels(1))
@@ -130,17 +135,16 @@ def test_every_product_with_weights_is_of_int8(graph):
     assert wide == 2
 
 
-def test_openvino_multiplies_int8(tmp_path):
+def test_openvino_multiplies_int8(graph):
     import openvino
-    export_onnx(convert(build(embed_dim=64, depth=1), [pixels()]), tmp_path / 'model.onnx')
     core = openvino.Core()
-    compiled = core.compile_model(core.read_model(tmp_path / 'model.onnx'), 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
+    compiled = core.compile_model(core.read_model(graph), 'CPU', openvino_config())
     compiled(pixels(2).numpy())
     kinds = [(info['layerType'], info['primitiveType']) for info in (
         {key: value.astype(str) if hasattr(value, 'astype') else str(value) for key, value in op.get_rt_info().items()}
         for op in compiled.get_runtime_model().get_ops())]
     products = [primitive for kind, primitive in kinds if kind.startswith(('FullyConnected', 'Convolution'))]
-    assert len(products) == 6 and all(primitive.lower().endswith('i8') for primitive in products), products
+    assert len(products) == 1 + 2 * 4 + 1 and all(primitive.lower().endswith('i8') for primitive in products), products
 
 
 def test_the_record_says_what_was_exported(graph, model):
