@@ -126,7 +126,9 @@ def run(case: Case, shared: dict[str, str]) -> str:
             command = ['unshare', '-m', 'sh', '-c', mount, 'sh', *command]
         env = dict(os.environ, OMP_NUM_THREADS='1', HF_HOME=names['hf'], HF_HUB_OFFLINE='1')
         with open(Path(name, 'out'), 'w+') as out:
-            process = psutil.Popen(command, stdout=out, stderr=out, env=env, cwd=name)
+            process = psutil.Popen(  # a job in the background ignores Ctrl-C, and so would what it starts
+                command, stdout=out, stderr=out, env=env, cwd=name,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
             begin = time.monotonic()
             try:
                 if case.happens:

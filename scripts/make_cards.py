@@ -86,6 +86,15 @@ def note_result(record: Record) -> None:
     write_json(path, shipped)
 
 
+def check_current(record: Record) -> None:
+    """Raise SFormerError if a record is not of what ships now."""
+    shipped = json.loads((WEIGHTS / f'{record.name}.json').read_text())
+    now = state_hash(timm.create_model(record.name, pretrained=True).state_dict())
+    if (record.weights_sha256, record.conversion) != (now, shipped['conversion']):
+        raise SFormerError(f'the record of {record.name} is of other weights than ship now: measure it again, without '
+                           f'--render-only.')
+
+
 def main(
         names: Annotated[Optional[List[str]], typer.Argument(help='All that ship with the package if none')] = None,
         output: Annotated[Path, typer.Option('--output', '-o')] = MODEL_CARDS,
@@ -104,6 +113,7 @@ def main(
             copy = copies.get(dataset)
             write_json(path, dataclasses.asdict(measure(name, copy, note if copy else None, num_images)))
         record = Record(**json.loads(path.read_text()))
+        check_current(record)
         if output == MODEL_CARDS:
             note_result(record)
         print(write_card(record, output))

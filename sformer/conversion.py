@@ -37,6 +37,7 @@ def convert(
         num_images: int = 256,
         batch_size: int = 32,
         seed: int = 0,
+        image_column: Optional[str] = None,
         inplace: bool = False,
         command: Optional[str] = None,
         **source_kwargs: Any,
@@ -56,6 +57,7 @@ def convert(
         num_images: Number of calibration images drawn from a named source of images.
         batch_size: Images per batch that are read from a named source of images; thresholds do not depend on it.
         seed: Seed of the choice or the generation of calibration images.
+        image_column: Column of the images of a data set, where it is not found.
         inplace: Convert the given model itself instead of a copy; where that fails it is the source network.
         command: Command line to record.
         **source_kwargs: Passed to `timm.create_model` where `source` is a name.
@@ -85,7 +87,8 @@ def convert(
         record = _record_of(model, source.weights, fit, command)
         _name_architecture(model)
         model = spiking_model_(model, config).eval()
-        batches, images = calibration_batches(model, calibration, split, num_images, batch_size, seed)
+        batches, images = calibration_batches(
+            model, calibration, split, num_images, batch_size, seed, image_column=image_column)
         with enough_memory('the source is observed on 16 images at a time, whatever the batch size. Choose a smaller '
                            'input (img_size) or a device with more memory.'):
             count = calibrate_(model, batches, fit)
@@ -132,12 +135,16 @@ def calibration_batches(
         batch_size: int,
         seed: int,
         description: str = 'Calibrating',
+        image_column: Optional[str] = None,
 ) -> Tuple[Iterable[torch.Tensor], Dict[str, Any]]:
     """Batches to observe, and what a record says of them; arguments as of `convert`."""
     data_config = resolve_input_data_config(model)
     if not isinstance(calibration, (str, Path)):
+        if image_column:
+            raise SFormerError(f'image_column={image_column!r} is of a named data set, and batches were given.')
         return _checked(calibration, data_config['input_size']), {}
-    images = open_images(str(calibration), split, data_config=data_config, num_images=num_images, seed=seed)
+    images = open_images(
+        str(calibration), split, data_config=data_config, num_images=num_images, seed=seed, image_column=image_column)
     if images.passed_over:
         more = ' ...' if len(images.passed_over) > 3 else ''
         _logger.warning(f'{images.name}: {len(images.passed_over)} files or folders are no images and were passed over '

@@ -4,6 +4,7 @@ timm builds a model from a `config.json` and the weights beside it. Both may com
 the weights must be the safetensors file whose SHA-256 the config records, and a config that names other weights, other
 code or a loader's own switches is refused.
 """
+import dataclasses
 import inspect
 import json
 from pathlib import Path
@@ -14,6 +15,7 @@ from timm.models import build_model_with_cfg
 
 from .checkpoints import file_hash, read_safetensors, restore
 from .errors import SFormerError
+from .neurons import SFNConfig
 from .record import Conversion
 from .utils import check_preprocessing
 
@@ -65,6 +67,12 @@ def read_config(folder: Path) -> Dict[str, Any]:
     if directed:
         raise SFormerError(f'{path}: model_args sets {", ".join(directed)}, which is no argument of a network. '
                            f'Not loaded.')
+    sfn = args.get('sfn') or {}
+    if config.get('sformer') and isinstance(sfn, dict):  # or neurons would fire as those of the default config do
+        missing = [field.name for field in dataclasses.fields(SFNConfig) if field.name not in sfn]
+        if missing:
+            raise SFormerError(f'{path} does not say how its neurons fire: model_args.sfn lacks {", ".join(missing)}. '
+                               f'Convert the source again.')
     source = args.get('source')
     if source is not None and not (isinstance(source, str) and source.isidentifier() and timm.is_model(source)):
         raise SFormerError(f'{path}: source {source!r} is not the name of a timm architecture.')

@@ -13,7 +13,9 @@ from tqdm import tqdm
 
 from .errors import SFormerError
 
-__all__ = ['ForwardWatch', 'progress', 'enough_memory', 'quiet', 'library_versions', 'check_preprocessing']
+__all__ = [
+    'ForwardWatch', 'progress', 'enough_memory', 'working_compiler', 'quiet', 'library_versions', 'check_preprocessing',
+]
 
 
 def progress(items: Iterable, description: str, total: Optional[int] = None) -> Iterator:
@@ -48,6 +50,27 @@ def enough_memory(remedy: str) -> Iterator[None]:
         if not isinstance(e, MemoryError) and not should_reduce_batch_size(e):
             raise
         raise SFormerError(f'out of memory: {remedy}') from e
+
+
+@contextlib.contextmanager
+def working_compiler(remedy: str) -> Iterator[None]:
+    """Say in one line that torch.compile cannot compile here.
+
+    Args:
+        remedy: What to do, other than to install a compiler.
+
+    Raises:
+        SFormerError: In the place of what torch raises for it.
+    """
+    try:
+        yield
+    except RuntimeError as e:
+        if type(e).__module__ not in ('torch._dynamo.exc', 'torch._inductor.exc'):
+            raise
+        reason = str(getattr(e, 'inner_exception', e)).strip().partition('\n')[0].rstrip('.')
+        raise SFormerError(
+            f'the network cannot be compiled ({reason}): torch.compile needs a working compiler, for C++ on CPUs. '
+            f'Install one, or {remedy}.') from e
 
 
 @contextlib.contextmanager

@@ -1,4 +1,5 @@
 """Folders that are not the SFormer that their config says."""
+import dataclasses
 import json
 import os
 import shutil
@@ -11,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from sformer import SFNConfig, SFormerError, convert, load_model, save_model
 from sformer.checkpoints import file_hash
 from sformer.saving import open_model
+
+SFN = dataclasses.asdict(SFNConfig())  # how the neurons of `model` fire
 
 
 @pytest.fixture
@@ -74,11 +77,11 @@ def test_garbage_instead_of_a_config(folder, text):
     (dict(architecture='resnet18'), "'resnet18' is not an SFormer"),
     (dict(architecture='sformer_from_the_future'), "'sformer_from_the_future' is not an SFormer"),
     (dict(architecture=None), 'is not an SFormer'),
-    (dict(model_args=dict(no_such_argument=1)), 'no_such_argument'),
-    (dict(model_args=dict(NANO, depth=2)), 'cannot be loaded'),
-    (dict(model_args=dict(NANO, embed_dim=128)), 'cannot be loaded'),
-    (dict(model_args=dict(NANO, sfn=dict(levels=8))), 'levels'),
-    (dict(model_args=dict(NANO, sfn=dict(levels=1000))), 'levels must be'),
+    (dict(model_args=dict(no_such_argument=1, sfn=SFN)), 'no_such_argument'),
+    (dict(model_args=dict(NANO, depth=2, sfn=SFN)), 'cannot be loaded'),
+    (dict(model_args=dict(NANO, embed_dim=128, sfn=SFN)), 'cannot be loaded'),
+    (dict(model_args=dict(NANO, sfn=dict(SFN, levels=8))), 'levels'),
+    (dict(model_args=dict(NANO, sfn=dict(SFN, levels=1000))), 'levels must be'),
     (dict(model_args='garbage'), 'cannot be loaded|is not a timm config'),
     (dict(pretrained_cfg='garbage'), 'cannot be loaded|is not a timm config'),
     (dict(sformer='garbage'), 'is not'),
@@ -88,6 +91,16 @@ def test_configs_that_do_not_fit(folder, changes, message):
     with pytest.raises(SFormerError, match=message) as caught:
         load_model(folder)
     assert '\n' not in str(caught.value)
+
+
+def test_config_that_does_not_say_how_neurons_fire(folder):
+    """Weights and their hash are whole, and would load as neurons of the default config."""
+    args = json.loads((folder / 'config.json').read_text())['model_args']
+    for sfn, lacks in ((None, 'lacks levels, fire,'), ({}, 'lacks levels, fire,'),
+                       ({k: v for k, v in args['sfn'].items() if k != 'dead_zone'}, r'lacks dead_zone\.')):
+        edit_config(folder, model_args=dict(args, sfn=sfn))
+        with pytest.raises(SFormerError, match=f'how its neurons fire: model_args.sfn {lacks}'):
+            load_model(folder)
 
 
 def test_record_of_another_version(folder):

@@ -1,12 +1,13 @@
 """`sformer benchmark`."""
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any, Dict, List, Optional
 
 import typer
 
 from ..errors import SFormerError
-from .arguments import command_line
+from .arguments import check_folder, command_line
 from .options import MAX_BATCH_SIZE, unfolded
 from .tables import print_table
 
@@ -47,8 +48,13 @@ def benchmark(
 
 def check_replaceable(path: Path) -> None:
     """Raise SFormerError if a file that is there is none of timings, or none can be written."""
+    check_folder(path)
+    if path.is_dir():
+        raise SFormerError(f'{path} is a folder. Name a file in it.')
     if not path.parent.is_dir():
         raise SFormerError(f'{path} cannot be written: there is no folder {path.parent}.')
+    if not os.access(path.parent, os.W_OK):
+        raise SFormerError(f'{path} cannot be written: {path.parent} is read-only for you.')
     if not path.exists():
         return
     try:

@@ -8,7 +8,7 @@ import typer
 
 from ..errors import SFormerError
 from .arguments import check_folder, check_source, command_line, parse_kwargs
-from .options import MAX_BATCH_SIZE, MAX_IMAGES, MAX_SEED, Dataset, unfolded
+from .options import MAX_BATCH_SIZE, MAX_IMAGES, MAX_SEED, ColumnOptions, Dataset, unfolded
 
 __all__ = ['convert']
 
@@ -55,6 +55,7 @@ def convert(
         source: Annotated[str, typer.Argument(help='timm model to convert')],
         output: Annotated[Path, typer.Option('--output', '-o', help='Folder for the SFormer')],
         neurons: NeuronOptions,
+        columns: ColumnOptions,
         checkpoint: Annotated[Optional[Path], typer.Option(
             help='Weights of the source (safetensors); its published ones if not given')] = None,
         model_kwargs: Annotated[Optional[List[str]], typer.Option(help='key=value ... for timm.create_model')] = None,
@@ -82,7 +83,7 @@ def convert(
     set_data_config_(trained.network, mean=mean, std=std, crop_pct=crop_pct, interpolation=interpolation)
     model: Any = convert_model(
         trained, calibration, config, fit, split=split, num_images=num_images, batch_size=batch_size, seed=seed,
-        inplace=True, command=command_line())
+        image_column=columns.image_column, inplace=True, command=command_line())
     save_model(model, output, overwrite)
     used = model.conversion.calibration
     print(f'{source} -> {model.pretrained_cfg["architecture"]}: N = {neurons.levels}, calibrated on '

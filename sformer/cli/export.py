@@ -5,7 +5,7 @@ from typing import Annotated, Optional
 import typer
 
 from .arguments import check_folder, command_line
-from .options import MAX_IMAGES, MAX_SEED, Dataset, unfolded
+from .options import MAX_IMAGES, MAX_SEED, ColumnOptions, Dataset, unfolded
 
 __all__ = ['export']
 
@@ -16,6 +16,7 @@ MAX_WEIGHT_ERROR = 0.03  # of `to_integer_`; a test holds them together
 def export(
         model: Annotated[str, typer.Argument(help='Folder of an SFormer, hf-hub:ID, or name of one with weights')],
         output: Annotated[Path, typer.Argument(help='ONNX file to write')],
+        columns: ColumnOptions,
         max_error: Annotated[float, typer.Option(
             min=0, help='Relative error of int8 weights beyond which a layer stays in floating point')
         ] = MAX_WEIGHT_ERROR,
@@ -27,14 +28,14 @@ def export(
         overwrite: Annotated[bool, typer.Option('--overwrite', help='Replace a file that is there')] = False,
 ) -> None:
     """Write an SFormer as ONNX with int8 levels and int8 weights, for OpenVINO and ONNX Runtime."""
-    check_folder(output.parent)
+    check_folder(output)
     from ..execution import export_onnx
     from ..execution.onnx import check_output
     from ..saving import open_model
     check_output(output, overwrite)
     reports = export_onnx(
         open_model(model), output, calibration, split=split, num_images=num_images, seed=seed, max_error=max_error,
-        overwrite=overwrite, command=command_line())
+        image_column=columns.image_column, overwrite=overwrite, command=command_line())
     whole = [report for report in reports if report.integer]
     print(f'{model} -> {output}: {output.stat().st_size / 2 ** 20:.1f} MiB, {len(whole)} of {len(reports)} layers in '
           f'integers, largest error of int8 weights {max((r.error for r in whole), default=0):.4f}')

@@ -12,7 +12,7 @@ import typer
 from ..errors import SFormerError
 from .arguments import AMP_DTYPES, parse_dataset_ids
 
-__all__ = ['unfolded', 'EvaluationOptions', 'RecordOptions', 'Format', 'TableFormat']
+__all__ = ['unfolded', 'ColumnOptions', 'EvaluationOptions', 'RecordOptions', 'Format', 'TableFormat']
 
 Dataset = 'digits, a folder of parquet files, an image folder or a Hugging Face dataset id'
 
@@ -56,7 +56,13 @@ MAX_IMAGES, MAX_BATCH_SIZE, MAX_IMG_SIZE, MAX_SEED, MAX_TIMEOUT = 10 ** 9, 2 ** 
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationOptions:
+class ColumnOptions:
+    """Where a table has its images."""
+    image_column: Annotated[Optional[str], typer.Option(help='Column of the images, if it is not found')] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions(ColumnOptions):
     """What `evaluate` and `compare` are told about data, networks and processes; names as in timm's scripts."""
     dataset: Annotated[str, typer.Option(help=Dataset)]
     split: Annotated[Optional[str], typer.Option(help='Split of the data set')] = None
@@ -66,7 +72,6 @@ class EvaluationOptions:
     workers: Annotated[int, typer.Option(min=0, max=256, help='Processes that decode images')] = 0
     seed: Annotated[int, typer.Option(max=MAX_SEED, help='Seed of the subset')] = 0
     source: Annotated[bool, typer.Option(help='Evaluate source networks alongside')] = True
-    image_column: Annotated[Optional[str], typer.Option(help='Column of the images, if it is not found')] = None
     label_column: Annotated[Optional[str], typer.Option(help='Column of the labels, if it is not found')] = None
     results_file: Annotated[Optional[Path], typer.Option(help='JSON or CSV file for the results')] = None
     results_format: Annotated[Optional[str], typer.Option(help='json or csv; goes by the suffix')] = None

@@ -1,6 +1,8 @@
 """`sformer profile`."""
 import csv
 import dataclasses
+import json
+import os
 from pathlib import Path
 from typing import Annotated, Any, Dict, List, Optional
 
@@ -8,15 +10,18 @@ import typer
 
 from ..errors import SFormerError
 from .arguments import check_folder, command_line
-from .options import MAX_BATCH_SIZE, MAX_IMAGES, MAX_SEED, Dataset, unfolded
+from .options import MAX_BATCH_SIZE, MAX_IMAGES, MAX_SEED, ColumnOptions, Dataset, unfolded
 from .tables import print_table
 
 __all__ = ['profile']
+
+REPORT = ('profile.json', 'operations.csv', 'sites.csv')
 
 
 @unfolded
 def profile(
         model: Annotated[str, typer.Argument(help='Folder of an SFormer, hf-hub:ID, or name of one with weights')],
+        columns: ColumnOptions,
         dataset: Annotated[str, typer.Option(help=f'Images: dead-leaves (generated), {Dataset}')] = 'dead-leaves',
         split: Annotated[Optional[str], typer.Option(help='Split of the data set')] = None,
         num_images: Annotated[int, typer.Option(min=1, max=MAX_IMAGES, help='Number of images')] = 64,
@@ -30,13 +35,13 @@ def profile(
     """Count what an SFormer computes and fires, product by product, and what that would cost."""
     if output:
         check_folder(output)
-        if output.exists() and not output.is_dir():
-            raise SFormerError(f'{output} is a file, not a folder.')
+        check_report(output)
     from ..conversion import calibration_batches
     from ..profiling import energy, profile_operations, verdicts
     from ..saving import open_model
     network = open_model(model)
-    batches, images = calibration_batches(network, dataset, split, num_images, batch_size, seed, 'Counting')
+    batches, images = calibration_batches(
+        network, dataset, split, num_images, batch_size, seed, 'Counting', columns.image_column)
     operations, sites, count = profile_operations(network, batches)
     figures = energy(operations, sites)
     if what_is_spiking:
@@ -93,13 +98,30 @@ def by_site(sites: Any) -> List[tuple]:
     return rows
 
 
+def check_report(folder: Path) -> None:
+    """Raise SFormerError if no report can be written to a folder, or files of others are there by the same names."""
+    if folder.exists() and not folder.is_dir():
+        raise SFormerError(f'{folder} is a file, not a folder.')
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if not os.access(existing, os.W_OK):
+        raise SFormerError(f'{folder} cannot be written: {existing} is read-only for you.')
+    there = [name for name in REPORT if (folder / name).exists()]
+    if there:
+        try:
+            found = json.loads((folder / REPORT[0]).read_text(encoding='utf-8'))
+        except (OSError, ValueError):
+            found = None
+        if not isinstance(found, dict) or not {'operations', 'sites', 'energy'} <= {*found}:
+            raise SFormerError(f'{folder / there[0]} is there and of no profile, and would be replaced. '
+                               f'Name another folder.')
+
+
 def write(folder: Path, result: Dict[str, Any]) -> None:
     """Write JSON, and tables as CSV, aside and renamed."""
     from ..checkpoints import write_aside, write_json
     from ..utils import library_versions
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / 'profile.json', dict(result, versions=library_versions()))
     with write_aside(folder) as aside:
+        write_json(aside / REPORT[0], dict(result, versions=library_versions()))
         for name in ('operations', 'sites'):
             rows = [{key: v for key, value in row.items() for key, v in (
                 [(f'{key}_{coding}', n) for coding, n in value.items()] if isinstance(value, dict) else

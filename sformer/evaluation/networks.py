@@ -12,9 +12,10 @@ import torch
 import torch.nn as nn
 from timm.data import resolve_input_data_config
 
-from ..checkpoints import first_line, state_hash
+from ..checkpoints import state_hash
 from ..errors import SFormerError, UncalibratedError
 from ..layers import is_calibrated, named_neurons, shared_copy, source_view, uncalibrated
+from ..utils import working_compiler
 from .benchmarks import Benchmark
 from .config import EvaluationConfig
 
@@ -46,15 +47,8 @@ class Network:
         """
         if eager or self.compiled is None:
             return self.model(x)
-        try:
+        with working_compiler('leave out --torchcompile (torchcompile=True)'):
             return self.compiled(x)
-        except RuntimeError as e:
-            if type(e).__module__ not in ('torch._dynamo.exc', 'torch._inductor.exc'):
-                raise
-            reason = first_line(getattr(e, 'inner_exception', e))
-            raise SFormerError(
-                f'the network cannot be compiled ({reason}): torch.compile needs a working compiler, for C++ on CPUs. '
-                f'Install one, or leave out --torchcompile (torchcompile=True).') from e
 
 
 @dataclass

@@ -7,6 +7,7 @@ import torch
 
 from ..data import ImageData
 from ..errors import SFormerError
+from ..execution import EngineNetwork
 from .activity import Activity
 from .metrics import summarize, summarize_pair
 from .networks import Subject
@@ -78,6 +79,8 @@ def result_of(subject: Subject, images: ImageData, records: Sequence[Record]) ->
         seconds=round(seconds, 3), images_per_second=round(count / seconds, 2) if seconds else None,
         decode_seconds=round(_seconds(records, 'decode'), 3),
         preprocess_seconds=round(_seconds(records, 'preprocess'), 3))
+    if isinstance(model, EngineNetwork):
+        result.update(model.describe())
     if subject.source is not None:
         result['source_seconds'] = round(_seconds(records, 'source_seconds', i), 3)
     return result

@@ -5,7 +5,6 @@ import platform
 import statistics
 import tempfile
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, Sequence
 
@@ -15,8 +14,8 @@ from timm.data import resolve_input_data_config
 
 from ..errors import SFormerError
 from ..layers import source_of
-from ..utils import library_versions, quiet
-from .engines import compile_graph, find_engine, load_onnx
+from ..utils import enough_memory, library_versions, quiet, working_compiler
+from .engines import compile_graph, engine_version, find_engine, load_onnx
 from .integer import to_integer_
 from .onnx import export_onnx, to_onnx
 
@@ -26,8 +25,12 @@ Forward = Callable[[torch.Tensor], Any]
 
 
 def _compiled(network: nn.Module, dtype: torch.dtype = torch.float32) -> Forward:
-    run = torch.compile(network.to(dtype))
-    return lambda x: run(x.to(dtype))
+    compiled = torch.compile(network.to(dtype))
+
+    def run(x: torch.Tensor) -> Any:
+        with working_compiler('measure openvino or onnxruntime against one another'):
+            return compiled(x.to(dtype))
+    return run
 
 
 def _integer(model: nn.Module, dtype: torch.dtype = torch.float32) -> Forward:
@@ -147,7 +150,8 @@ def benchmark(
 
 def _seconds(run: Forward, images: torch.Tensor) -> float:
     start = time.perf_counter()
-    run(images)
+    with enough_memory(f'choose fewer than {len(images)} images per batch.'):
+        run(images)
     return time.perf_counter() - start
 
 
@@ -157,7 +161,7 @@ def _spread(ratios: List[float]) -> Dict[str, float]:
 
 def _engine_versions(runs: Dict[str, Forward]) -> Dict[str, str]:
     engines = {name.partition(':')[0] for name in runs} & {'openvino', 'onnxruntime'}
-    return {engine: metadata.version(engine) for engine in sorted(engines)}
+    return {engine: engine_version(engine) for engine in sorted(engines)}
 
 
 def _processor() -> str:

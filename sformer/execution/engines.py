@@ -1,8 +1,8 @@
 """Graphs that `export_onnx` wrote, run by OpenVINO or ONNX Runtime behind the interface of a timm classifier."""
+import importlib
 import importlib.util
 import json
 import threading
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Callable, Dict, Optional, Union
 
@@ -13,7 +13,9 @@ from ..checkpoints import first_line
 from ..errors import SFormerError
 from .onnx import METADATA, graph_hash
 
-__all__ = ['ENGINES', 'EngineNetwork', 'load_onnx', 'find_engine', 'compile_graph', 'openvino_config']
+__all__ = [
+    'ENGINES', 'EngineNetwork', 'load_onnx', 'find_engine', 'engine_version', 'compile_graph', 'openvino_config',
+]
 
 Run = Callable[[Any], Any]  # of an array (B, C, H, W), float32
 
@@ -46,6 +48,7 @@ def _onnxruntime(graph: bytes) -> Run:
 
 
 ENGINES: Dict[str, Callable[[bytes], Run]] = {'openvino': _openvino, 'onnxruntime': _onnxruntime}
+RECORDED = {'graph_sha256', 'weights_sha256', 'pretrained_cfg', 'input_size', 'num_classes', 'param_count'}
 EXTRAS = {'openvino': 'openvino', 'onnxruntime': 'onnx'}  # of this package
 
 
@@ -64,6 +67,11 @@ def find_engine(engine: Optional[str] = None) -> str:
                        f"pip install 'sformer[{EXTRAS[engine or 'openvino']}]'.")
 
 
+def engine_version(name: str) -> str:
+    """Version of an engine that is installed, whichever of its packages (onnxruntime-gpu ...) it is of."""
+    return getattr(importlib.import_module(name), '__version__', 'of unknown version')
+
+
 def compile_graph(graph: bytes, engine: Optional[str] = None) -> Run:
     """Let an engine compile a serialised ONNX model.
 
@@ -73,9 +81,12 @@ def compile_graph(graph: bytes, engine: Optional[str] = None) -> Run:
     name = find_engine(engine)
     try:
         return ENGINES[name](graph)
+    except ImportError as e:
+        raise SFormerError(f"{name} is installed and does not load ({first_line(e)}): "
+                           f"pip install --force-reinstall 'sformer[{EXTRAS[name]}]'.") from e
     except Exception as e:  # whatever an engine raises of an operator or a type that it does not know
-        version = metadata.version(name)
-        raise SFormerError(f'{name} {version} cannot run this graph ({first_line(e)}); a newer one may.') from e
+        raise SFormerError(
+            f'{name} {engine_version(name)} cannot run this graph ({first_line(e)}); a newer one may.') from e
 
 
 class EngineNetwork(nn.Module):
@@ -100,11 +111,19 @@ class EngineNetwork(nn.Module):
         if list(x.shape[1:]) != self.about['input_size']:
             raise SFormerError(f'the graph was exported for images {tuple(self.about["input_size"])}, got '
                                f'{tuple(x.shape[1:])}.')
+        if not torch.isfinite(x).all():  # integers would hide it
+            raise SFormerError('images have NaN or infinity in them.')
         return torch.from_numpy(self.run(x.detach().to('cpu', torch.float32).contiguous().numpy())).to(x.device)
 
     def set_input_size(self, img_size: Any) -> None:
         raise ValueError(f'the graph was exported for images {tuple(self.about["input_size"])}; export it of a model '
                          f'of that size')
+
+    def describe(self) -> Dict[str, Any]:
+        """What results say of it: the engine, and size and `state_hash` of the model that was exported."""
+        return dict(engine=f'{self.engine} {engine_version(self.engine)}',
+                    param_count=round(self.about['param_count'] / 1e6, 4),
+                    exported_of_sha256=self.about['weights_sha256'])
 
     def get_extra_state(self) -> str:
         return f'{self.engine} {self.about["graph_sha256"]}'  # tells it from others where results are recorded
@@ -142,7 +161,7 @@ def load_onnx(path: Union[str, Path], engine: Optional[str] = None) -> EngineNet
         about = json.loads(recorded) if recorded else None
     except Exception as e:  # protobuf's own, of which each version has others
         raise SFormerError(f'{path} is damaged, or no ONNX file ({first_line(e)}).') from None
-    if about is None:
+    if not isinstance(about, dict) or not RECORDED <= {*about}:
         raise SFormerError(f'{path} was not written by `sformer export`.')
     if about['graph_sha256'] != graph_hash(model):
         raise SFormerError(f'{path} is not as it was written: its hash differs from its record. Export it again.')

@@ -39,6 +39,7 @@ def export_onnx(
         split: Optional[str] = None,
         num_images: int = 128,
         seed: int = 0,
+        image_column: Optional[str] = None,
         max_error: float = MAX_WEIGHT_ERROR,
         overwrite: bool = False,
         command: Optional[str] = None,
@@ -55,6 +56,7 @@ def export_onnx(
         split: Split of the data set that these are from.
         num_images: Number of images drawn from a named source of images.
         seed: Seed of the choice of images.
+        image_column: Column of the images of a data set, where it is not found.
         max_error: As of `to_integer_`.
         overwrite: Replace a file that is there.
         command: Command line to record.
@@ -68,11 +70,17 @@ def export_onnx(
     """
     path = Path(path)
     check_output(path, overwrite)
+    path = path.resolve() if path.is_symlink() else path
+    if calibration is None and (split or image_column):
+        raise SFormerError('split and image_column are of images to round weights for: name them (calibration).')
+    if not max_error >= 0:
+        raise SFormerError(f'max_error is a relative error, 0 or more, not {max_error}.')
+    _check_packages()  # before the work
     network = copy.deepcopy(model).eval().to('cpu', torch.float32)
     batches, images = None, None
     if calibration is not None:
         batches, images = calibration_batches(
-            network, calibration, split, num_images, BATCH_SIZE, seed, 'Rounding')
+            network, calibration, split, num_images, BATCH_SIZE, seed, 'Rounding', image_column)
         batches = list(batches)
         images = dict(images, num_images=sum(map(len, batches)))
     reports = to_integer_(network, max_error, batches)
@@ -92,6 +100,7 @@ def _record_of(model: nn.Module) -> Dict[str, Any]:
     return dict(
         pretrained_cfg=_plain(getattr(model, 'pretrained_cfg', None) or {}),
         input_size=list(resolve_input_data_config(model)['input_size']), num_classes=getattr(model, 'num_classes', 0),
+        param_count=sum(p.numel() for p in model.parameters()),
         weights_sha256=state_hash(model.state_dict()), versions=library_versions(),
         levels=sorted({neuron.config.levels for _, neuron in named_neurons(model) if isinstance(neuron, ScaleAndFire)}))
 
@@ -102,10 +111,7 @@ def to_onnx(network: nn.Module) -> Any:
     Raises:
         SFormerError: If packages are missing.
     """
-    try:
-        import onnxscript  # noqa: F401  what torch exports by
-    except ImportError as e:
-        raise SFormerError(f"{e.name} is missing: pip install 'sformer[onnx]'.") from None
+    _check_packages()
     images = torch.zeros(2, *resolve_input_data_config(network)['input_size'])
     with warnings.catch_warnings(action='ignore'), quiet('torch.onnx', 'onnxscript', 'onnx_ir'), torch.no_grad():
         program: Any = torch.onnx.export(
@@ -115,6 +121,15 @@ def to_onnx(network: nn.Module) -> Any:
     for part in (*model.graph.node, *model.graph.value_info):  # where in this package each node comes from
         part.ClearField('metadata_props')
     return model
+
+
+def _check_packages() -> None:
+    """Raise SFormerError if what torch exports by is missing."""
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as e:
+        raise SFormerError(f"{e.name} is missing: pip install 'sformer[onnx]'.") from None
 
 
 def check_output(path: Path, overwrite: bool = False) -> None:

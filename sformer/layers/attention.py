@@ -3,6 +3,7 @@
 Their forwards are timm's own. With `fused_attn` they all leave QK^T and AV to `F.scaled_dot_product_attention`; inside
 of a spiking layer that call goes to its `AttentionProduct`. Rotary embeddings, norms and softmax act on currents.
 """
+import functools
 import operator
 from typing import Any, List, Optional
 
@@ -80,6 +81,16 @@ class SpikingAttentionMixin(SpikingLayer):
         gated = getattr(self, 'gate', None) is not None
         for name in ('gate_neuron', 'value_neuron'):
             setattr(self, name, ScaleAndFire((self.proj.in_features,), config, device=device) if gated else None)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Give the forward the signature of the source's, by which symbolic tracing makes its proxies."""
+        super().__init_subclass__(**kwargs)
+        source: Any = next((base for base in cls.__mro__ if not issubclass(base, SpikingLayer)), None)
+        if source is not nn.Module:  # a mixin has no source yet
+            @functools.wraps(source.forward)
+            def forward(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+                return SpikingAttentionMixin.forward(self, *args, **kwargs)
+            cls.forward = forward  # type: ignore[method-assign]
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         met: List[str] = []

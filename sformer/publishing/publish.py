@@ -98,7 +98,7 @@ def prepare(
         raise SFormerError(f'{folder / CONFIG_NAME} does not record the hash of its weights, so nobody could verify '
                            f'them; save the model with sformer.save_model(), or use --force.')
     if not force and not record.evaluations:
-        found = f' ({", ".join(others)}: results of other weights)' if others else ''
+        found = f' ({", ".join(others)}: results of other weights, or of an export)' if others else ''
         raise SFormerError(
             f'{folder} was not evaluated{found}. sformer evaluate {folder} --dataset ... --results-file '
             f'{folder / "eval.json"} does it; --force publishes without.')

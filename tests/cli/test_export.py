@@ -1,13 +1,16 @@
 """`sformer export`, `sformer evaluate X.onnx` and `sformer benchmark`."""
 import json
+import sys
 
 import pytest
 
 from sformer import save_model
+from sformer.checkpoints import state_hash
 from sformer.cli import export
 from sformer.execution.integer import MAX_WEIGHT_ERROR
 
-for package in ('onnx', 'onnxscript', 'onnxruntime', 'openvino'):
+onnx = pytest.importorskip('onnx')
+for package in ('onnxscript', 'onnxruntime', 'openvino'):
     pytest.importorskip(package)
 
 
@@ -25,6 +28,9 @@ def test_export_and_evaluate(run_inside, model, tmp_path):
     assert code == 0 and 'graphs/m.onnx on 60 images of digits (test)' in out, err
     result = json.loads((tmp_path / 'r.json').read_text())
     assert result['top1'] > 80 and result['num_images'] == 60 and result['model'] == 'graphs/m.onnx'
+    assert result['engine'].startswith('onnxruntime 1.')
+    assert result['exported_of_sha256'] == state_hash(model.state_dict())
+    assert result['param_count'] == round(sum(p.numel() for p in model.parameters()) / 1e6, 4)
     code, out, err = run_inside('compare', 'out', *args[1:])
     assert code == 0 and 'm.onnx' in out, err
     for bad, message in (
@@ -42,6 +48,62 @@ def test_export_and_evaluate(run_inside, model, tmp_path):
         code, out, err = run_inside(*bad)
         assert code != 0 and message in err and err.count('\n') == 1 and 'Traceback' not in err, (bad, err)
     assert not (tmp_path / 'n.onnx').exists()
+
+
+@pytest.fixture(scope='module')
+def folder(model, tmp_path_factory):
+    """A saved model; not to be changed."""
+    return save_model(model, tmp_path_factory.mktemp('models') / 'model')
+
+
+def assert_refused(result, message, code=1):
+    assert result[0] == code and result[2].count('\n') == 1 and message in result[2], result[2]
+    assert result[2].startswith('sformer: error: ')
+
+
+@pytest.mark.parametrize('missing', ['onnx', 'onnxscript'])
+def test_a_missing_package_is_noticed_before_the_work(run_inside, folder, tmp_path, monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, missing, None)  # importing it fails
+    monkeypatch.setattr('sformer.execution.onnx.to_integer_', lambda *args: pytest.fail('too late'))
+    assert_refused(run_inside('export', folder, 'm.onnx'), f"{missing} is missing: pip install 'sformer[onnx]'")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('error, message, code', [
+    (KeyboardInterrupt(), 'interrupted', 130), (OSError(28, 'No space left on device'), 'No space left on device', 1)])
+def test_what_ends_while_a_graph_is_written(run_inside, folder, tmp_path, monkeypatch, error, message, code):
+    def end(*args):
+        raise error
+    monkeypatch.setattr('sformer.execution.onnx.to_onnx', lambda network: onnx.ModelProto())
+    monkeypatch.setattr('pathlib.Path.write_bytes', end)
+    assert_refused(run_inside('export', folder, 'new/m.onnx'), message, code)
+    assert not list(tmp_path.iterdir())
+
+
+def test_export_to_places_that_can_not_be(run_inside, folder, tmp_path, monkeypatch):
+    (tmp_path / 'folder.onnx').mkdir()
+    (tmp_path / 'nowhere.onnx').symlink_to('gone/m.onnx')
+    assert_refused(run_inside('export', folder, 'folder.onnx'), 'folder.onnx is a folder')
+    assert_refused(run_inside('export', folder, 'nowhere.onnx', '--overwrite'), 'link to gone/m.onnx, which does not')
+    assert_refused(run_inside('export', folder, 'm.onnx', '--split', 'test'), 'images to round weights for')
+    assert_refused(run_inside('export', folder, 'm.onnx', '--max-error', 'nan'), 'max_error')
+    monkeypatch.setattr('os.access', lambda path, mode: False)
+    assert_refused(run_inside('export', folder, 'm.onnx'), 'no folder that you may write to')
+
+
+def test_timings_to_places_that_can_not_be(run_inside, folder, tmp_path, monkeypatch):
+    (tmp_path / 'nowhere.json').symlink_to('gone/r.json')
+    assert_refused(run_inside('benchmark', folder, '--results-file', '.'), 'is a folder')
+    assert_refused(run_inside('benchmark', folder, '--results-file', 'nowhere.json'), 'which does not exist')
+    monkeypatch.setattr('os.access', lambda path, mode: False)
+    assert_refused(run_inside('benchmark', folder, '--results-file', 'r.json'), 'is read-only for you')
+
+
+def test_absurd_sizes(run_inside, folder):
+    for args in (('benchmark', '--batch-size', '100000000000000000000'), ('benchmark', '--pairs', '0'),
+                 ('profile', '--num-images', '100000000000000000000'), ('profile', '--batch-size', '-1')):
+        assert_refused(run_inside(args[0], folder, *args[1:]), 'is not in the range', 2)
+    assert_refused(run_inside('profile', folder, '--seed', '-1'), 'seeds are 0 or more')
 
 
 @pytest.mark.slow

@@ -28,6 +28,24 @@ def test_what_is_spiking(run_inside, model, tmp_path):
     assert code == 0 and 'blocks.0.attn.products.0 QK^T' in ' '.join(out.split()) and ' NO' not in out
 
 
+def test_reports_of_others_are_kept(run_inside, model, tmp_path):
+    save_model(model, tmp_path / 'out')
+    (tmp_path / 'report').mkdir()
+    (tmp_path / 'report' / 'sites.csv').write_text('mine')
+    code, _, err = run_inside('profile', 'out', '--num-images', '1', '-o', 'report')
+    assert code == 1 and 'report/sites.csv is there and of no profile' in err and err.count('\n') == 1
+    assert [(p.name, p.read_text()) for p in (tmp_path / 'report').iterdir()] == [('sites.csv', 'mine')]
+    for _ in range(2):
+        assert run_inside('profile', 'out', '--num-images', '1', '-o', 'other')[0] == 0
+    assert {p.name for p in (tmp_path / 'other').iterdir()} == {'profile.json', 'operations.csv', 'sites.csv'}
+
+
+def test_report_that_cannot_be_written_is_noticed_before_the_work(run_inside, tmp_path, monkeypatch):
+    monkeypatch.setattr('os.access', lambda path, mode: False)
+    code, _, err = run_inside('profile', 'nothing', '-o', 'report')
+    assert code == 1 and 'is read-only for you' in err and err.count('\n') == 1 and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize('args, message', [
     (('nothing',), 'nothing'), (('vit_tiny_patch16_224', '--dataset', 'nowhere/'), 'vit_tiny'),
     (('out', '--dataset', 'nowhere/'), 'nowhere'),

@@ -170,7 +170,7 @@ def test_a_graph_is_evaluated_like_any_model(tmp_path):
         result = sformer.evaluate(load_onnx(tmp_path / 'model.onnx', engine), **options)
         assert abs(result['top1'] - expected['top1']) <= 100 * 2 / 64  # an image at a boundary
         assert result['num_images'] == 64 and result['model'] == model.pretrained_cfg['architecture']
-        assert 'activity' not in result
+        assert 'activity' not in result and result['engine'].startswith(engine)
     with pytest.raises(SFormerError, match='exported for images'):
         sformer.evaluate(load_onnx(tmp_path / 'model.onnx'), img_size=16, **options)
 
@@ -186,6 +186,14 @@ def test_size_of_a_file(tmp_path):
 def test_images_of_another_size(graph):
     with pytest.raises(SFormerError, match=r'exported for images \(3, 32, 32\), got \(3, 16, 16\)'):
         load_onnx(graph)(torch.zeros(1, 3, 16, 16))
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_images_that_are_no_numbers(graph, value):
+    images = pixels(2)
+    images[1, 0, 3, 3] = value
+    with pytest.raises(SFormerError, match='images have NaN or infinity'):
+        load_onnx(graph, 'onnxruntime')(images)
 
 
 @pytest.mark.parametrize('engine', ENGINES)
@@ -226,6 +234,8 @@ def flip(model):
 @pytest.mark.parametrize('change, message', [
     (flip, 'hash differs'), (lambda m: m.graph.node[0].ClearField('name'), 'hash differs'),
     (lambda m: m.ClearField('metadata_props'), 'not written by `sformer export`'),
+    (lambda m: setattr(m.metadata_props[0], 'value', '[1]'), 'not written by `sformer export`'),
+    (lambda m: setattr(m.metadata_props[0], 'value', '{"graph_sha256": ""}'), 'not written by `sformer export`'),
 ])
 def test_a_changed_graph_is_refused(graph, tmp_path, change, message):
     with pytest.raises(SFormerError, match=message):
@@ -261,6 +271,16 @@ def test_an_engine_that_does_not_know_an_operator(graph, tmp_path, monkeypatch):
         raise RuntimeError('opset 20 is not supported\nand more')
     monkeypatch.setitem(engines.ENGINES, 'onnxruntime', old)
     with pytest.raises(SFormerError, match=r'onnxruntime \d.* cannot run this graph \(opset 20 is not supported\)'):
+        load_onnx(graph, 'onnxruntime')
+
+
+def test_an_engine_that_does_not_load(graph, monkeypatch):
+    from sformer.execution import engines
+
+    def broken(graph):
+        raise ImportError('libonnxruntime.so: cannot open shared object file')
+    monkeypatch.setitem(engines.ENGINES, 'onnxruntime', broken)
+    with pytest.raises(SFormerError, match=r'onnxruntime is installed and does not load \(libonn.*sformer\[onnx\]'):
         load_onnx(graph, 'onnxruntime')
 
 

@@ -5,11 +5,12 @@ import io
 import pytest
 import torch
 from layer_tools import build, pixels, spiking
-from peft import LoKrConfig, LoraConfig, get_peft_model
+from peft import IA3Config, LoKrConfig, LoraConfig, OFTConfig, get_peft_model
 
 import sformer
 from sformer import named_neurons, source_view
 
+LINEAR = ['qkv', 'attn.proj', 'fc1', 'fc2']  # OFT of a convolution is not what it merges, spiking or not
 EVERYWHERE = ['qkv', 'proj', 'fc1', 'fc2']  # `proj` is the patch embedding's, too
 
 
@@ -32,8 +33,11 @@ def lora(targets, **kwargs):
 
 @pytest.mark.parametrize('config', [
     lora(['qkv']), lora(EVERYWHERE), lora('all-linear'), lora(EVERYWHERE, use_dora=True),
-    LoKrConfig(target_modules=EVERYWHERE, init_weights=False)],
-    ids=['qkv', 'everywhere', 'all linear', 'DoRA', 'LoKr'])
+    LoKrConfig(target_modules=EVERYWHERE, init_weights=False),
+    OFTConfig(target_modules=LINEAR, init_weights=False, oft_block_size=4, use_cayley_neumann=False),
+    IA3Config(target_modules=EVERYWHERE, feedforward_modules=['fc2', 'proj'], init_ia3_weights=False)],
+    ids=['qkv', 'everywhere', 'all linear', 'DoRA', 'LoKr', 'OFT', 'IA3'])
+@pytest.mark.filterwarnings('ignore:Unmerge result can be inaccurate')
 def test_merged_adapters_compute_the_same(config, small):
     x, network = pixels(2, seed=5).double(), adapted(small, config)
     with torch.no_grad():

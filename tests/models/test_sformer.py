@@ -329,11 +329,13 @@ def test_torch_export(model, images):
 def test_onnx_export(model, images, tmp_path):
     pytest.importorskip('onnxscript')
     onnx = pytest.importorskip('onnx')
-    torch.onnx.export(copy.deepcopy(model), (images[:2],), str(tmp_path / 'model.onnx'))
+    # in double precision, or the other order of sums would push currents over the boundaries of levels
+    model, images = copy.deepcopy(model).double(), images[:2].double()
+    torch.onnx.export(model, (images,), str(tmp_path / 'model.onnx'))
     outputs = onnx.reference.ReferenceEvaluator(str(tmp_path / 'model.onnx')).run(
-        None, {onnx.load(tmp_path / 'model.onnx').graph.input[0].name: images[:2].numpy()})
+        None, {onnx.load(tmp_path / 'model.onnx').graph.input[0].name: images.numpy()})
     with torch.no_grad():
-        torch.testing.assert_close(torch.from_numpy(outputs[0]), model(images[:2]), rtol=1e-3, atol=1e-2)
+        torch.testing.assert_close(torch.from_numpy(outputs[0]), model(images))
 
 
 def test_fx(model, images):

@@ -100,6 +100,19 @@ def test_make_cards(tmp_path, monkeypatch):
         make_cards.main(['nothing'], output=tmp_path)
 
 
+def test_stale_records_are_not_rendered(tmp_path):
+    name = 'sformer_nano.digits'
+    record = json.loads((MODEL_CARDS / f'{name}.json').read_text())
+    path = tmp_path / f'{name}.json'
+    path.write_text(json.dumps(record))
+    make_cards.main([name], output=tmp_path, render_only=True)
+    (tmp_path / f'{name}.md').unlink()
+    path.write_text(json.dumps(dict(record, weights_sha256='0' * 64)))
+    with pytest.raises(SFormerError, match='of other weights than ship now: measure it again, without --render-only'):
+        make_cards.main([name], output=tmp_path, render_only=True)
+    assert not (tmp_path / f'{name}.md').exists()
+
+
 @pytest.mark.parametrize('name', EMBEDDED)
 def test_snippet_runs(name):
     run_snippet((MODEL_CARDS / f'{name}.md').read_text())

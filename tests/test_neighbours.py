@@ -1,0 +1,109 @@
+"""Libraries that people train and serve with: an SFormer goes through them, with equal logits and its thresholds."""
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from timm.utils import CheckpointSaver, ModelEmaV3
+
+import sformer
+from sformer import is_calibrated
+
+
+def assert_same(network, model, images):
+    with torch.no_grad():
+        assert torch.equal(network(images), model(images))
+
+
+def train_step(network, optimizer, images):
+    network.train()
+    loss = network(images).square().mean()
+    loss.backward()
+    optimizer.step()
+    network.eval()
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    """Of this process alone."""
+    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_accelerate(model, images):
+    from accelerate import Accelerator
+    tuned = copy.deepcopy(model)
+    accelerator = Accelerator(cpu=True)
+    prepared, optimizer = accelerator.prepare(tuned, torch.optim.SGD(tuned.parameters(), 0.1))
+    assert_same(prepared, model, images)
+    train_step(prepared, optimizer, images)
+    assert is_calibrated(accelerator.unwrap_model(prepared))
+    with torch.no_grad():
+        assert not torch.equal(prepared(images), model(images))
+
+
+def test_distributed_data_parallel(model, images, process_group):
+    tuned = copy.deepcopy(model)
+    network = torch.nn.parallel.DistributedDataParallel(tuned)
+    network.eval()
+    assert_same(network, model, images)
+    train_step(network, torch.optim.SGD(network.parameters(), 0.1), images)
+    assert is_calibrated(tuned) and all(p.grad is not None for p in network.parameters())
+
+
+def test_fully_sharded(model, images, process_group):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    sharded = copy.deepcopy(model)
+    mesh = init_device_mesh('cpu', (1,))
+    for block in sharded.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    assert_same(sharded, model, images)
+    train_step(sharded, torch.optim.SGD(sharded.parameters(), 0.1), images)
+    assert is_calibrated(sharded)
+
+
+def test_checkpoints_of_timm(model, images, tmp_path):
+    tuned = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(tuned.parameters(), 0.1)
+    average = ModelEmaV3(tuned, decay=0.5)
+    saver = CheckpointSaver(tuned, optimizer, model_ema=average, checkpoint_dir=tmp_path, recovery_dir=tmp_path)
+    train_step(tuned, optimizer, images)
+    average.update(tuned)
+    average.eval()
+    saver.save_checkpoint(0, metric=1.)
+    again = copy.deepcopy(model)
+    state = torch.load(tmp_path / 'last.pth.tar', weights_only=False)
+    again.load_state_dict(state['state_dict'])
+    assert_same(again, tuned, images)
+    again.load_state_dict(state['state_dict_ema'])
+    assert_same(again, average.module, images)
+    assert is_calibrated(again)
+
+
+def test_torch_save(model, images, tmp_path):
+    torch.save(model, tmp_path / 'model.pt')
+    torch.save(model.state_dict(), tmp_path / 'state.pt')
+    whole = torch.load(tmp_path / 'model.pt', weights_only=False)
+    assert_same(whole, model, images)
+    again = sformer.spiking_(sformer.source_of(model), model.sfn_config)
+    again.load_state_dict(torch.load(tmp_path / 'state.pt', weights_only=True))
+    assert_same(again.eval(), model, images)
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_pipeline_of_transformers(model, digits, tmp_path):
+    """TimmWrapper reads the folder, and so preprocesses, calls and names classes as the config says."""
+    transformers = pytest.importorskip('transformers')
+    pytest.importorskip('sklearn')
+    from torchvision.transforms.functional import to_pil_image
+    folder = sformer.save_model(model, tmp_path / 'saved')
+    wrapped = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
+    assert is_calibrated(wrapped)
+    classify = transformers.pipeline('image-classification', model=str(folder))
+    assert is_calibrated(classify.model)
+    image = to_pil_image(torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(0)))
+    ranked = classify(image, top_k=10)
+    assert len(ranked) == 10 and sum(r['score'] for r in ranked) == pytest.approx(1, abs=1e-3)
