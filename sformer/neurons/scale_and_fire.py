@@ -77,7 +77,8 @@ class ScaleAndFire(Neuron):
         self.register_buffer('gain', torch.ones((), **dd))
         # float32 for the same reason, uint8 where it is saved
         self.register_buffer('multiplier', torch.ones((2 if signed else 1, *shape), **dd))
-        self.register_buffer('levels', values.to(self.step.device, torch.int16))
+        # int32, which gloo and NCCL broadcast, int16 where it is saved
+        self.register_buffer('levels', values.to(self.step.device, torch.int32))
         self.register_buffer('center', None if center_shape is None else torch.zeros(tuple(center_shape), **dd))
 
     @property
@@ -222,6 +223,7 @@ class ScaleAndFire(Neuron):
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[f'{prefix}multiplier'] = self.multiplier.to(torch.uint8)
+        destination[f'{prefix}levels'] = self.levels.to(torch.int16)
 
     def _problem(self, name: str, value: torch.Tensor, state: Mapping[str, torch.Tensor]) -> str:
         problem = super()._problem(name, value, state)
