@@ -70,12 +70,9 @@ def export_onnx(
     """
     path = Path(path)
     check_output(path, overwrite)
-    path = path.resolve() if path.is_symlink() else path
-    if calibration is None and (split or image_column):
-        raise SFormerError('split and image_column are of images to round weights for: name them (calibration).')
-    if not max_error >= 0:
-        raise SFormerError(f'max_error is a relative error, 0 or more, not {max_error}.')
+    _check_options(max_error, calibration is None and (split or image_column))
     _check_packages()  # before the work
+    path = path.resolve() if path.is_symlink() else path
     network = copy.deepcopy(model).eval().to('cpu', torch.float32)
     batches, images = None, None
     if calibration is not None:
@@ -121,6 +118,14 @@ def to_onnx(network: nn.Module) -> Any:
     for part in (*model.graph.node, *model.graph.value_info):  # where in this package each node comes from
         part.ClearField('metadata_props')
     return model
+
+
+def _check_options(max_error: float, unread: Any) -> None:
+    """Raise SFormerError if options mean nothing."""
+    if unread:
+        raise SFormerError('split and image_column are of images to round weights for: name them (calibration).')
+    if not max_error >= 0:
+        raise SFormerError(f'max_error is a relative error, 0 or more, not {max_error}.')
 
 
 def _check_packages() -> None:

@@ -153,6 +153,7 @@ def test_progress_bar_on_a_terminal_only(convert_digits, run_apart):
     (['surplus'], 'surplus'),
     (['--calibration', 'no/such/dataset'], "'no/such/dataset' is not a folder"),
     (['--split', 'validation'], "no split 'validation', but: train, test"),
+    (['--image-column', 'x'], "no columns, so 'x' cannot be one of them"),
     (['--num-images', '1258'], '1258 images asked for, .* only 1257'),
     (['--num-images', '0'], "'--num-images'"),
     (['--num-images', '1e20'], "'--num-images'.* integer"),

@@ -42,6 +42,7 @@ def test_export_and_evaluate(run_inside, model, tmp_path):
             (('evaluate', 'out', *args[2:], '--engine', 'openvino'), 'end in .onnx'),
             ((*args, '--img-size', '16'), 'exported for'),
             (('export', 'out', 'n.onnx', '--calibration', 'nowhere/'), 'nowhere'),
+            (('export', 'out', 'n.onnx', '--calibration', 'digits', '--image-column', 'x'), "no columns, so 'x'"),
             (('benchmark', 'out', '--against', 'source:fp8'), 'source:fp32'),
             (('benchmark', 'out', '--results-file', 'out/config.json'), 'holds no timings'),
             (('benchmark', 'out', '--results-file', 'no/b.json'), 'no folder')):

@@ -48,7 +48,7 @@ def test_report_that_cannot_be_written_is_noticed_before_the_work(run_inside, tm
 
 @pytest.mark.parametrize('args, message', [
     (('nothing',), 'nothing'), (('vit_tiny_patch16_224', '--dataset', 'nowhere/'), 'vit_tiny'),
-    (('out', '--dataset', 'nowhere/'), 'nowhere'),
+    (('out', '--dataset', 'nowhere/'), 'nowhere'), (('out', '--image-column', 'x'), "no columns, so 'x'"),
     (('out', '-o', 'out/config.json', '--num-images', '1'), 'config.json')])
 def test_bad_input(run_inside, model, tmp_path, args, message):
     save_model(model, tmp_path / 'out')

@@ -43,13 +43,17 @@ def test_merged_adapters_compute_the_same(config, small):
     with torch.no_grad():
         out = network(x)
         assert (out - small(x)).norm() > 0.01 * out.norm()
+        with network.disable_adapter():
+            torch.testing.assert_close(network(x), small(x))
         network.merge_adapter()
         torch.testing.assert_close(network(x), out)
         network.unmerge_adapter()
+        # peft divides by the factors of IA3 plus 1e-8 to take them out of weights again
+        close = dict(rtol=1e-5, atol=1e-5) if isinstance(config, IA3Config) else {}
         with network.disable_adapter():
-            torch.testing.assert_close(network(x), small(x))
+            torch.testing.assert_close(network(x), small(x), **close)
         merged = network.merge_and_unload()
-        torch.testing.assert_close(merged(x), out)
+        torch.testing.assert_close(merged(x), out, **close)
     assert [type(m) for m in merged.modules()] == [type(m) for m in small.modules()]
 
 
