@@ -73,9 +73,9 @@ def test_state_dict_round_trip():
     assert other.layer.calibrated and torch.equal(other.layer(x), model.layer(x))
 
 
-def test_multipliers_are_bytes_in_files():
+def test_multipliers_are_bytes_in_files_and_levels_two():
     state = stateful().state_dict()
-    assert state['layer.multiplier'].dtype == torch.uint8
+    assert state['layer.multiplier'].dtype == torch.uint8 and state['layer.levels'].dtype == torch.int16
     assert state['layer.multiplier'].tolist() == [[1, 2, 3, 4], [4, 3, 2, 1]]
     state['layer.multiplier'] = state['layer.multiplier'].float()
     state['layer.multiplier'][0, 1] = 2.5
