@@ -23,7 +23,7 @@ class Decoder(nn.Module):
         Features (B, C, H, W), output (B, 1, *size) logits.
     """
 
-    def __init__(self, widths: tuple[int, ...] = WIDTHS):
+    def __init__(self, widths: tuple[int, ...]):
         super().__init__()
         self.depth = len(widths) - 1
         for i in range(self.depth):
@@ -60,7 +60,7 @@ def saliency_network(model: Any) -> SaliencyNetwork:
     """The network of an ONNX model, with its weights, in eval mode."""
     weights = {w.name: torch.from_numpy(needed('onnx.numpy_helper').to_array(w).copy())
                for w in model.graph.initializer if w.name.startswith('decoder.')}
-    network = SaliencyNetwork(timm.create_model(MODEL, **MODEL_ARGS), Decoder()).eval()
+    network = SaliencyNetwork(timm.create_model(MODEL, **MODEL_ARGS), Decoder(WIDTHS)).eval()
     network.backbone.load_state_dict(
         timm_state(dict(named_weights(model.graph)), network.backbone.patch_embed.grid_size[0]))
     missing, unexpected = network.decoder.load_state_dict(

@@ -93,10 +93,10 @@ def mask_rcnn(seed=0):
         align = [ops.MultiScaleRoIAlign(['0'], size, 2) for size in (7, 14)]
         model = MaskRCNN(
             backbone, min_size=64, max_size=96, box_score_thresh=0., box_detections_per_img=6,
-            rpn_post_nms_top_n_test=20,
-            rpn_anchor_generator=AnchorGenerator(((16, 32),), ((0.5, 1.),)),
+            rpn_post_nms_top_n_test=20, rpn_anchor_generator=AnchorGenerator(((16, 32),), ((0.5, 1.),)),
             box_roi_pool=align[0], box_head=TwoMLPHead(width * 49, 24), box_predictor=FastRCNNPredictor(24, 3),
-            mask_roi_pool=align[1], mask_head=MaskRCNNHeads(width, (width, width), 1), mask_predictor=MaskRCNNPredictor(width, width, 3))
+            mask_roi_pool=align[1], mask_head=MaskRCNNHeads(width, (width, width), 1),
+            mask_predictor=MaskRCNNPredictor(width, width, 3))
         for norm in (m for m in model.modules() if isinstance(m, (nn.BatchNorm2d, ops.FrozenBatchNorm2d))):
             norm.running_mean.normal_(std=0.3)
             norm.running_var.uniform_(0.5, 2.)

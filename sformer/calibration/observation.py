@@ -55,8 +55,8 @@ def calibrate_(
     if unmet:
         raise SFormerError(
             f'no current reached {unmet[0]}{f" and {len(unmet) - 1} more" if len(unmet) > 1 else ""}, so no threshold '
-            f'can be fitted. Use images on which all of the network runs, such as ones with objects that a detector finds, '
-            f'or leave that part out (filter_fn of spiking_).')
+            f'can be fitted. Use images on which all of the network runs, such as ones with objects that a detector '
+            f'finds, or leave that part out (filter_fn of spiking_).')
     with torch.device('cpu'):  # where statistics are, whatever the default device is
         for name, child in module.named_modules():
             if isinstance(child, AttentionProduct):

@@ -136,7 +136,8 @@ def test_every_family_computes_in_integers(family):
 
 @pytest.mark.parametrize('conv', [
     nn.Conv2d(4, 6, 3, padding=1), nn.Conv2d(4, 6, 3, padding='same', dilation=2),
-    nn.Conv2d(4, 6, 3, padding=1, stride=2), nn.Conv2d(4, 6, 3, padding=1, groups=2), nn.Conv2d(4, 8, 3, groups=4), nn.Conv2d(4, 6, 3, bias=False),
+    nn.Conv2d(4, 6, 3, padding=1, stride=2), nn.Conv2d(4, 6, 3, padding=1, groups=2),
+    nn.Conv2d(4, 8, 3, groups=4), nn.Conv2d(4, 6, 3, bias=False),
     nn.ConvTranspose2d(4, 6, 4, stride=2, padding=1),
     nn.ConvTranspose2d(4, 6, 3, stride=2, output_padding=1, groups=2, bias=False)], ids=str)
 def test_convolutions(conv):
