@@ -199,9 +199,9 @@ def _add_attention(sums: Dict[str, Dict[str, int]], q: Any, k: Any, v: Any, attn
 
 
 def _add_gate(sums: Dict[str, Dict[str, int]], gate: Any, value: Any) -> None:
-    """Pairs of spikes that meet where two currents of one shape are multiplied."""
+    """Pairs of spikes that meet where two currents are multiplied, whose shapes broadcast."""
     both = sums.setdefault('gate', dict.fromkeys((*CODINGS, 'macs'), 0))
-    both['macs'] += gate.numel()
+    both['macs'] += max(gate.numel(), value.numel())
     for coding in CODINGS:
         both[coding] += int((spikes_in(gate, coding) * spikes_in(value, coding)).sum())
 

@@ -4,7 +4,17 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
-from layer_tools import mask_rcnn, neuron_names, photographs, relative_error, rng, same_state, spiking, state_of
+from layer_tools import (
+    mask_rcnn,
+    neuron_names,
+    photographs,
+    randomise_,
+    relative_error,
+    rng,
+    same_state,
+    spiking,
+    state_of,
+)
 from torchvision import ops
 from torchvision.models import detection
 
@@ -98,6 +108,19 @@ def test_batch_norm_after_a_convolution_is_an_affine_map_of_its_current():
         whole = copy.deepcopy(model)
         assert [report.integer for report in to_integer_(whole)] == [True]
         assert relative_error(whole(x), model(x)) < 0.02
+
+
+def test_a_gate_per_channel_spikes():
+    source = randomise_(ops.SqueezeExcitation(8, 4))
+    x = torch.randn(3, 8, 6, 5, generator=rng())
+    model = spiking(source, x, SFNConfig(127))
+    gate, value = model._scale(x), x
+    expected = model.gate_neuron.encode(gate).decode() * model.value_neuron.encode(value).decode()
+    torch.testing.assert_close(model(x), expected)
+    assert 0 < relative_error(model(x), source(x)) < 0.02
+    operations, _, _ = profile_operations(model, [x])
+    gates = [operation for operation in operations if operation.kind == 'gate']
+    assert [operation.macs for operation in gates] == [8 * 6 * 5] and len(operations) == 3
 
 
 def test_a_detector_in_integers(converted):
