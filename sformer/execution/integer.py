@@ -162,18 +162,17 @@ class IntegerConvTranspose2d(IntegerConv2d):
 def _by_output(layer: Any, weight: Optional[torch.Tensor] = None) -> torch.Tensor:
     """Weights of a convolution as (D, C / groups, *kernel), whose rows are output channels, or such ones as the layer
     has them: those of a transposed convolution are (C, D / groups, *kernel)."""
-    transposed, groups = isinstance(layer, nn.ConvTranspose2d), layer.groups
     if weight is None:
         weight = layer.weight.detach().to(torch.float32)
-    if not transposed:
+    if not isinstance(layer, nn.ConvTranspose2d):
         return weight
     # the same both ways: within each group, input and output channels change places
-    return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).contiguous()
+    return weight.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1).contiguous()
 
 
 def _per_output(layer: Any, values: torch.Tensor) -> torch.Tensor:
-    """Values (C,) of input channels as (D or 1, C / groups, 1, 1), for the rows that read them."""
-    grouped = values.reshape(layer.groups, -1, 1, 1)
+    """Values (C, 1, 1) of input channels as (D or 1, C / groups, 1, 1), for the rows that read them."""
+    grouped = values.expand(layer.in_channels, 1, 1).reshape(layer.groups, -1, 1, 1)
     return grouped if layer.groups == 1 else grouped.repeat_interleave(layer.out_channels // layer.groups, 0)
 
 
@@ -293,7 +292,7 @@ def _convolution(name: str, layer: Any) -> Tuple[Optional[nn.Module], IntegerRep
     if layer.padding_mode != 'zeros' or (layer.padding not in ((0, 0), 'valid') and neuron.center is not None):
         return None, IntegerReport(name, 0., integer=False, reason='what it pads with is no zero')
     weight = _by_output(layer)
-    weights = rounded((weight * _per_output(layer, neuron.step.expand(layer.in_channels, 1, 1))).flatten(1))
+    weights = rounded((weight * _per_output(layer, neuron.step)).flatten(1))
     kind = IntegerConvTranspose2d if isinstance(layer, nn.ConvTranspose2d) else IntegerConv2d
     return kind(layer, weights, _bias(layer)), IntegerReport(name, weights.error)
 
