@@ -13,6 +13,8 @@ from .tables import print_table
 
 __all__ = ['profile']
 
+PARTS = dict(operations='products', comparisons='firing', activations='spikes', low='data - 50 %', high='data + 50 %')
+
 
 @unfolded
 def profile(
@@ -23,7 +25,10 @@ def profile(
         batch_size: Annotated[int, typer.Option(min=1, max=MAX_BATCH_SIZE, help='Images per batch')] = 8,
         seed: Annotated[int, typer.Option(max=MAX_SEED, help='Seed of the choice of images')] = 0,
         what_is_spiking: Annotated[bool, typer.Option(
-            '--what-is-spiking', help='List every product and what enters it')] = False,
+            '--what-is-spiking', help='List every product and what enters it, and every function on currents')] = False,
+        constants: Annotated[Optional[Path], typer.Option(
+            help='JSON file with energies by name, in the place of the defaults')] = None,
+        constant: Annotated[Optional[List[str]], typer.Option(help='One of them, name=value; may be repeated')] = None,
         output: Annotated[Optional[Path], typer.Option(
             '--output', '-o', help='Folder for profile.json and CSV')] = None,
 ) -> None:
@@ -33,31 +38,40 @@ def profile(
         if output.exists() and not output.is_dir():
             raise SFormerError(f'{output} is a file, not a folder.')
     from ..conversion import calibration_batches
-    from ..profiling import energy, profile_operations, verdicts
+    from ..profiling import energy, profile_model, read_constants, verdicts
     from ..saving import open_model
+    energies = read_constants(constants, constant or ())
     network = open_model(model)
     batches, images = calibration_batches(network, dataset, split, num_images, batch_size, seed, 'Counting')
-    operations, sites, count = profile_operations(network, batches)
-    figures = energy(operations, sites)
+    operations, sites, floating, count = profile_model(network, batches)
+    figures = energy(operations, sites, floating, energies)
     if what_is_spiking:
         print_table('every product', ('product', 'kind', 'MACs [M]', 'spikes enter'), [
             (o.name, o.kind, f'{o.macs / 1e6:.2f}', 'yes' if o.operands else 'NO') for o in operations])
         print()
+        print_table('every function on currents, in floating point', ('module', 'function', 'elements [k]'), [
+            (f.name or '(root)', f.function, f'{f.elements / 1e3:.1f}') for f in floating])
+        print()
     print_table(f'{model}: {count} images of {images["name"]}, per image', (
         'products', 'MACs [M]', 'unary [M]', 'binary [M]', 'graded [M]'), by_kind(operations))
     print()
-    print_table('neurons', ('site', 'neurons [k]', 'activity', 'top level', 'unary', 'binary'), by_site(sites))
+    print_table('neurons', (
+        'site', 'neurons [k]', 'activity', 'dead', 'top level', 'unary', 'binary'), by_site(sites))
     print()
-    print_table('energy per image [mJ], estimated', ('', 'operations', 'comparisons', 'weights', 'spikes', 'total'), [
-        (name, *(f'{value:.4f}' for value in parts.values())) for name, parts in figures['account'].items()])
+    account = figures['account']
+    print_table('energy per image [mJ], estimated', ('', *(name.replace('quantised, ', '') for name in account)), [
+        (PARTS.get(part, part), *(f'{parts[part]:.4g}' for parts in account.values())) for part in account['graded']])
     print()
     for line in verdicts(figures):
         print(line)
-    print(f'Constants: {figures["constants"]["source"]}.')
+    print('Constants (see --constants), from:')
+    for source in dict.fromkeys(row['source'] for row in figures['constants']):
+        print(f'- {source}: ' + ', '.join(r['name'] for r in figures['constants'] if r['source'] == source))
     if output:
         write(output, dict(
             model=model, images=dict(images, num_images=count),
             operations=[dataclasses.asdict(o) for o in operations], sites=[dataclasses.asdict(s) for s in sites],
+            floating=[dataclasses.asdict(f) for f in floating],
             energy=figures, verdicts=verdicts(figures), command=command_line()))
         print(f'written to {output}/profile.json, operations.csv and sites.csv')
 
@@ -87,8 +101,9 @@ def by_site(sites: Any) -> List[tuple]:
     rows = []
     for kind, group in kinds.items():
         neurons = sum(s.neurons for s in group)
-        mean = [sum(s.neurons * value(s) for s in group) / neurons for value in (
-            lambda s: s.activity, lambda s: s.saturation, lambda s: s.spikes['unary'], lambda s: s.spikes['binary'])]
+        values = [(s.activity, s.dead or 0, s.saturation, s.spikes['unary'], s.spikes['binary']) for s in group]
+        mean = [sum(s.neurons * value for s, value in zip(group, column, strict=True)) / neurons
+                for column in zip(*values, strict=True)]
         rows.append((kind, f'{neurons / 1e3:.1f}', *(f'{value:.3f}' for value in mean)))
     return rows
 

@@ -78,12 +78,17 @@ class IntegerLinear(IntegerLayer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         spikes = self.neuron.encode(x)
-        out = _product(self._read(spikes.levels), self.weight).to(torch.float32) * self.weight_step
+        out = self.sums(spikes.levels).to(torch.float32) * self.weight_step
         if spikes.row is not None:
             out = out * spikes.row
         return (out if self.bias is None else out + self.bias).to(x.dtype)
 
-    def _read(self, levels: torch.Tensor) -> torch.Tensor:
+    def sums(self, levels: torch.Tensor) -> torch.Tensor:
+        """Sums (..., D) of products of levels (..., C) and weights, exact."""
+        return _product(self.read(levels), self.weight)
+
+    def read(self, levels: torch.Tensor) -> torch.Tensor:
+        """Levels that the columns of the weights read: outliers are split over several."""
         return levels if self.columns is None else levels[..., self.columns]
 
     def extra_repr(self) -> str:
@@ -113,9 +118,12 @@ class IntegerConv2d(IntegerLayer):
         self.register_buffer('bias', bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        levels = self.neuron.encode(x).levels.to(torch.float32)
-        out = F.conv2d(levels, self.weight.to(torch.float32), None, *self.geometry) * self.weight_step
+        out = self.sums(self.neuron.encode(x).levels).to(torch.float32) * self.weight_step
         return (out if self.bias is None else out + self.bias.view(-1, 1, 1)).to(x.dtype)
+
+    def sums(self, levels: torch.Tensor) -> torch.Tensor:
+        """Sums of products of levels and weights, exact."""
+        return F.conv2d(levels.to(torch.float32), self.weight.to(torch.float32), None, *self.geometry)
 
     def extra_repr(self) -> str:
         return f'{tuple(self.weight.shape)}, stride={tuple(self.geometry[0])}, int8 weights'

@@ -13,7 +13,7 @@ def test_profile(run_inside, model, tmp_path):
         'profile', 'out', '--dataset', 'digits', '--split', 'test', '--num-images', '20', '-o', 'report')
     assert code == 0, err
     assert '20 images of digits' in out and 'quantised' in out and 'By the literature' in out and 'ISSCC' in out
-    assert max(len(line) for line in out.splitlines() if line[:4] in ('attn', 'mlp.', 'quan', 'unar')) <= 80
+    assert max(len(line) for line in out.splitlines() if line[:4] in ('attn', 'mlp.', 'prod', 'tota')) <= 80
     result = json.loads((tmp_path / 'report' / 'profile.json').read_text())
     assert result['images']['num_images'] == 20 and result['command'].startswith('sformer')
     rows = list(csv.DictReader((tmp_path / 'report' / 'operations.csv').open()))
@@ -31,8 +31,19 @@ def test_what_is_spiking(run_inside, model, tmp_path):
 @pytest.mark.parametrize('args, message', [
     (('nothing',), 'nothing'), (('vit_tiny_patch16_224', '--dataset', 'nowhere/'), 'vit_tiny'),
     (('out', '--dataset', 'nowhere/'), 'nowhere'),
+    (('out', '--constant', 'hop=1', '--num-images', '1'), "'hop'"), (('out', '--constants', 'none.json'), 'none.json'),
     (('out', '-o', 'out/config.json', '--num-images', '1'), 'config.json')])
 def test_bad_input(run_inside, model, tmp_path, args, message):
     save_model(model, tmp_path / 'out')
     code, _, err = run_inside('profile', *args)
     assert code != 0 and message in err and err.count('\n') == 1 and 'Traceback' not in err
+
+
+def test_constants(run_inside, model, tmp_path):
+    save_model(model, tmp_path / 'out')
+    (tmp_path / 'mine.json').write_text('{"weight_bit": 0}')
+    code, out, err = run_inside(
+        'profile', 'out', '--num-images', '1', '--constants', 'mine.json', '--constant', 'hops=0')
+    assert code == 0, err
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line[:7] in ('weights', 'routing')}
+    assert rows == dict(weights=['0'] * 5, routing=['0'] * 5) and 'given; the default is 1: hops' in out
