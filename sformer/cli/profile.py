@@ -1,6 +1,6 @@
 """`sformer profile`."""
-import csv
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Annotated, Any, Dict, List, Optional
 
@@ -13,8 +13,6 @@ from .tables import print_table
 
 __all__ = ['profile']
 
-PARTS = dict(operations='products', comparisons='firing', activations='spikes', low='data - 50 %', high='data + 50 %')
-
 
 @unfolded
 def profile(
@@ -26,11 +24,15 @@ def profile(
         seed: Annotated[int, typer.Option(max=MAX_SEED, help='Seed of the choice of images')] = 0,
         what_is_spiking: Annotated[bool, typer.Option(
             '--what-is-spiking', help='List every product and what enters it, and every function on currents')] = False,
+        execute: Annotated[int, typer.Option(
+            min=0, max=MAX_BATCH_SIZE, help='Images of the first batch to run through bit planes')] = 1,
         constants: Annotated[Optional[Path], typer.Option(
             help='JSON file with energies by name, in the place of the defaults')] = None,
         constant: Annotated[Optional[List[str]], typer.Option(help='One of them, name=value; may be repeated')] = None,
+        curve: Annotated[Optional[Path], typer.Option(
+            help='JSON with points (levels, top1, perhaps energy) to draw in the page')] = None,
         output: Annotated[Optional[Path], typer.Option(
-            '--output', '-o', help='Folder for profile.json and CSV')] = None,
+            '--output', '-o', help='Folder for index.html, profile.json, CSV and PNG')] = None,
 ) -> None:
     """Count what an SFormer computes and fires, product by product, and what that would cost."""
     if output:
@@ -38,89 +40,72 @@ def profile(
         if output.exists() and not output.is_dir():
             raise SFormerError(f'{output} is a file, not a folder.')
     from ..conversion import calibration_batches
-    from ..profiling import energy, profile_model, read_constants, verdicts
+    from ..profiling import compare_codings, energy, profile_model, read_constants, spike_maps, verdicts
+    from ..publishing.profile_page import read_curve, write_profile
     from ..saving import open_model
-    energies = read_constants(constants, constant or ())
+    energies, points = read_constants(constants, constant or ()), read_curve(curve) if curve else []
     network = open_model(model)
     batches, images = calibration_batches(network, dataset, split, num_images, batch_size, seed, 'Counting')
-    operations, sites, floating, count = profile_model(network, batches)
-    figures = energy(operations, sites, floating, energies)
+    batches = iter(batches)
+    first = next(batches)  # there is one: a source without images is refused
+    counted = profile_model(network, itertools.chain([first], batches))
+    figures = energy(*counted[:3], energies)
+    result: Dict[str, Any] = dict(
+        model=model, images=dict(images, num_images=counted.images), energy=figures, verdicts=verdicts(figures),
+        operations=[dataclasses.asdict(o) for o in counted.operations],
+        sites=[dataclasses.asdict(s) for s in counted.sites],
+        floating=[dataclasses.asdict(f) for f in counted.floating],
+        executed=compare_codings(network, first[:execute]) if execute else None, command=command_line())
+    result['executed_line'] = executed_line(result['executed'])
+    print_profile(result, counted, what_is_spiking)
+    if output:
+        shown = first[0] * _column(network, 'std') + _column(network, 'mean')
+        names = write_profile(output, result, counted, shown, spike_maps(network, first[0]), points)
+        print(f'written to {output}: {", ".join(names)}')
+
+
+def executed_line(executed: Optional[Dict[str, Any]]) -> str:
+    """What a run through bit planes showed."""
+    if executed is None:
+        return ''
+    same = ('equal to those of graded spikes bit for bit' if executed['equal'] else
+            f'which differ from those of graded spikes by {executed["difference"]:.3g}')
+    return (f'Binary spikes, executed at T = 1 (images: {executed["images"]}): what meets weights and other spikes is '
+            f'0 or 1, in one plane per power of two and sign. Logits are {same}. The simulation rounds its sums, which '
+            f'takes a potential over a boundary now and then: its logits differ by up to {executed["simulation"]:.1g} '
+            f'of the largest.')
+
+
+def print_profile(result: Dict[str, Any], counted: Any, what_is_spiking: bool) -> None:
+    """Print tables and what they say."""
+    from ..publishing.profile_page import OTHER, PARTS, by_kind, by_site
+    figures = result['energy']
     if what_is_spiking:
         print_table('every product', ('product', 'kind', 'MACs [M]', 'spikes enter'), [
-            (o.name, o.kind, f'{o.macs / 1e6:.2f}', 'yes' if o.operands else 'NO') for o in operations])
+            (o.name, o.kind, f'{o.macs / 1e6:.2f}', 'yes' if o.operands else 'NO') for o in counted.operations])
         print()
         print_table('every function on currents, in floating point', ('module', 'function', 'elements [k]'), [
-            (f.name or '(root)', f.function, f'{f.elements / 1e3:.1f}') for f in floating])
+            (f.name or '(root)', f.function, f'{f.elements / 1e3:.1f}') for f in counted.floating])
         print()
-    print_table(f'{model}: {count} images of {images["name"]}, per image', (
-        'products', 'MACs [M]', 'unary [M]', 'binary [M]', 'graded [M]'), by_kind(operations))
+    print_table(f'{result["model"]}: {counted.images} images of {result["images"]["name"]}, per image', (
+        'products', 'MACs [M]', 'unary [M]', 'binary [M]', 'graded [M]'), by_kind(counted.operations))
     print()
     print_table('neurons', (
-        'site', 'neurons [k]', 'activity', 'dead', 'top level', 'unary', 'binary'), by_site(sites))
+        'site', 'neurons [k]', 'activity', 'dead', 'top level', 'unary', 'binary'), by_site(counted.sites))
     print()
     account = figures['account']
     print_table('energy per image [mJ], estimated', ('', *(name.replace('quantised, ', '') for name in account)), [
-        (PARTS.get(part, part), *(f'{parts[part]:.4g}' for parts in account.values())) for part in account['graded']])
+        (label, *(f'{parts[part]:.4g}' for parts in account.values())) for part, label in {**PARTS, **OTHER}.items()])
     print()
-    for line in verdicts(figures):
+    for line in [*result['verdicts'], *filter(None, [result['executed_line']])]:
         print(line)
     print('Constants (see --constants), from:')
     for source in dict.fromkeys(row['source'] for row in figures['constants']):
         print(f'- {source}: ' + ', '.join(r['name'] for r in figures['constants'] if r['source'] == source))
-    if output:
-        write(output, dict(
-            model=model, images=dict(images, num_images=count),
-            operations=[dataclasses.asdict(o) for o in operations], sites=[dataclasses.asdict(s) for s in sites],
-            floating=[dataclasses.asdict(f) for f in floating],
-            energy=figures, verdicts=verdicts(figures), command=command_line()))
-        print(f'written to {output}/profile.json, operations.csv and sites.csv')
 
 
-def kind_of(name: str) -> str:
-    """`blocks.3.mlp.fc2.neuron` -> `mlp.fc2`."""
-    parts = [part for part in name.split('.') if not part.isdigit() and part not in ('blocks', 'neuron', 'products')]
-    return '.'.join(parts)
-
-
-def by_kind(operations: Any) -> List[tuple]:
-    """Sums over blocks, and over all."""
-    kinds: Dict[str, List[Any]] = {}
-    for operation in operations:
-        kinds.setdefault(kind_of(operation.name), []).append(operation)
-    kinds['all'] = list(operations)
-    return [(kind, f'{sum(o.macs for o in group) / 1e6:.2f}', *(
-        f'{sum(o.synaptic_operations.get(coding, 0) for o in group) / 1e6:.2f}'
-        for coding in ('unary', 'binary', 'graded'))) for kind, group in kinds.items()]
-
-
-def by_site(sites: Any) -> List[tuple]:
-    """Means over blocks."""
-    kinds: Dict[str, List[Any]] = {}
-    for site in sites:
-        kinds.setdefault(kind_of(site.name), []).append(site)
-    rows = []
-    for kind, group in kinds.items():
-        neurons = sum(s.neurons for s in group)
-        values = [(s.activity, s.dead or 0, s.saturation, s.spikes['unary'], s.spikes['binary']) for s in group]
-        mean = [sum(s.neurons * value for s, value in zip(group, column, strict=True)) / neurons
-                for column in zip(*values, strict=True)]
-        rows.append((kind, f'{neurons / 1e3:.1f}', *(f'{value:.3f}' for value in mean)))
-    return rows
-
-
-def write(folder: Path, result: Dict[str, Any]) -> None:
-    """Write JSON, and tables as CSV, aside and renamed."""
-    from ..checkpoints import write_aside, write_json
-    from ..utils import library_versions
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / 'profile.json', dict(result, versions=library_versions()))
-    with write_aside(folder) as aside:
-        for name in ('operations', 'sites'):
-            rows = [{key: v for key, value in row.items() for key, v in (
-                [(f'{key}_{coding}', n) for coding, n in value.items()] if isinstance(value, dict) else
-                [(key, ' '.join(value) if isinstance(value, tuple) else value)])} for row in result[name]]
-            columns = list(dict.fromkeys(key for row in rows for key in row))
-            with open(aside / f'{name}.csv', 'w', newline='', encoding='utf-8') as file:
-                writer = csv.DictWriter(file, columns, restval='', lineterminator='\n')
-                writer.writeheader()
-                writer.writerows(rows)
+def _column(network: Any, key: str) -> Any:
+    """Mean or standard deviation of a network's normalisation, (C, 1, 1)."""
+    import torch
+    from timm.data import resolve_input_data_config
+    return torch.tensor(resolve_input_data_config(network)[key]).view(-1, 1, 1)

@@ -3,9 +3,9 @@ from .benchmark import EXECUTIONS, benchmark
 from .engines import EngineNetwork, load_onnx
 from .integer import IntegerReport, to_integer_
 from .onnx import export_onnx
-from .spikes import spike_trains, to_spikes_
+from .spikes import SPIKE_CODINGS, spike_planes, spike_trains, to_spikes_
 
 __all__ = [
-    'EXECUTIONS', 'EngineNetwork', 'IntegerReport', 'benchmark', 'export_onnx', 'load_onnx', 'spike_trains',
-    'to_integer_', 'to_spikes_',
+    'EXECUTIONS', 'SPIKE_CODINGS', 'EngineNetwork', 'IntegerReport', 'benchmark', 'export_onnx', 'load_onnx',
+    'spike_planes', 'spike_trains', 'to_integer_', 'to_spikes_',
 ]

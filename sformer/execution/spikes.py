@@ -17,7 +17,7 @@ from ..layers.products import softmax_numerators
 from ..neurons import Neuron, ScaleAndFire
 from .integer import IntegerConv2d, IntegerLinear
 
-__all__ = ['SPIKE_CODINGS', 'spike_trains', 'to_spikes_']
+__all__ = ['SPIKE_CODINGS', 'spike_planes', 'spike_trains', 'to_spikes_']
 
 SPIKE_CODINGS = ('binary', 'graded')
 WEIGHT_BITS = 30  # and 8 of a level, and 15 of a sum over 2^15 inputs: 53 of float64
@@ -51,6 +51,13 @@ def spike_trains(levels: torch.Tensor, coding: str = 'binary') -> Iterator[Tuple
             plane = (magnitude >> bit) & 1
             if plane.any():
                 yield sign * 2 ** bit, plane.to(torch.float64)
+
+
+def spike_planes(levels: torch.Tensor) -> torch.Tensor:
+    """Bit planes of levels with their signs, -1, 0 or 1, lowest first, float32, (planes, *levels.shape)."""
+    k = levels.to(torch.int64)
+    bits = torch.arange(int(k.abs().max()).bit_length() if k.numel() else 0, device=k.device)
+    return (((k.abs() >> bits.view(-1, *[1] * k.ndim)) & 1) * k.sign()).to(torch.float32)
 
 
 def _summed(levels: torch.Tensor, coding: str, product: Product) -> torch.Tensor:

@@ -168,13 +168,13 @@ def verdicts(figures: Dict[str, Any]) -> List[str]:
     account, proxy = figures['account'], figures['proxy']
     ratio = proxy['sformer'] / proxy['source']
     lines = [f'By the literature\'s proxy, which charges neither memory nor comparisons, the SFormer takes {ratio:.2f} '
-             f'of the energy of its float32 source.']
+             f'times the energy of its float32 source.']
     twin, skipping = account[TWIN], account[SKIPPING]
     for coding in ('graded', 'binary', 'unary'):
         parts, limit = account[coding], figures['break_even'][coding]
         ratio, low, high = (parts[edge] / twin[edge] for edge in ('total', 'low', 'high'))
         line = (f'In {coding} coding it takes {ratio:.2f} ({min(low, ratio, high):.2f} to {max(low, ratio, high):.2f}) '
-                f'of the energy of its bit-matched quantised twin')
+                f'times the energy of its bit-matched quantised twin')
         if ratio < 1 - ALIKE:
             line += ', less than that.'
         elif limit is None:
@@ -184,8 +184,8 @@ def verdicts(figures: Dict[str, Any]) -> List[str]:
                      f'{limit:.2f}.')
         lines.append(line)
     best = min(('graded', 'binary', 'unary'), key=lambda coding: account[coding]['total'])
-    lines.append(f'A twin on hardware that skips zeros as spikes do takes {skipping["total"] / twin["total"]:.2f} of '
-                 f'it, {best} coding {account[best]["total"] / skipping["total"]:.2f} of what that takes.')
+    lines.append(f'A twin on hardware that skips zeros as spikes do takes {skipping["total"] / twin["total"]:.2f} '
+                 f'times that, and {best} coding {account[best]["total"] / skipping["total"]:.2f} times as much again.')
     return lines
 
 

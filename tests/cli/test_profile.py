@@ -12,9 +12,14 @@ def test_profile(run_inside, model, tmp_path):
     code, out, err = run_inside(
         'profile', 'out', '--dataset', 'digits', '--split', 'test', '--num-images', '20', '-o', 'report')
     assert code == 0, err
+    assert 'Logits are equal to those of graded spikes bit for bit' in out.replace('\n', ' ')
     assert '20 images of digits' in out and 'quantised' in out and 'By the literature' in out and 'ISSCC' in out
     assert max(len(line) for line in out.splitlines() if line[:4] in ('attn', 'mlp.', 'prod', 'tota')) <= 80
     result = json.loads((tmp_path / 'report' / 'profile.json').read_text())
+    assert result['executed']['equal'] and result['executed']['images'] == 1
+    assert {path.name for path in (tmp_path / 'report').iterdir()} == {
+        'index.html', 'profile.json', 'operations.csv', 'sites.csv', 'floating.csv', 'activity.png', 'levels.png',
+        'energy.png', 'maps.png'}
     assert result['images']['num_images'] == 20 and result['command'].startswith('sformer')
     rows = list(csv.DictReader((tmp_path / 'report' / 'operations.csv').open()))
     assert [row['name'] for row in rows] == [o['name'] for o in result['operations']]
@@ -32,6 +37,7 @@ def test_what_is_spiking(run_inside, model, tmp_path):
     (('nothing',), 'nothing'), (('vit_tiny_patch16_224', '--dataset', 'nowhere/'), 'vit_tiny'),
     (('out', '--dataset', 'nowhere/'), 'nowhere'),
     (('out', '--constant', 'hop=1', '--num-images', '1'), "'hop'"), (('out', '--constants', 'none.json'), 'none.json'),
+    (('out', '--curve', 'none.json'), 'none.json'),
     (('out', '-o', 'out/config.json', '--num-images', '1'), 'config.json')])
 def test_bad_input(run_inside, model, tmp_path, args, message):
     save_model(model, tmp_path / 'out')
