@@ -40,7 +40,15 @@ def profile(
         if output.exists() and not output.is_dir():
             raise SFormerError(f'{output} is a file, not a folder.')
     from ..conversion import calibration_batches
-    from ..profiling import compare_codings, energy, profile_model, read_constants, spike_maps, verdicts
+    from ..profiling import (
+        compare_codings,
+        energy,
+        pixels_of,
+        profile_model,
+        read_constants,
+        spike_maps,
+        verdicts,
+    )
     from ..publishing.profile_page import read_curve, write_profile
     from ..saving import open_model
     energies, points = read_constants(constants, constant or ()), read_curve(curve) if curve else []
@@ -59,8 +67,8 @@ def profile(
     result['executed_line'] = executed_line(result['executed'])
     print_profile(result, counted, what_is_spiking)
     if output:
-        shown = first[0] * _column(network, 'std') + _column(network, 'mean')
-        names = write_profile(output, result, counted, shown, spike_maps(network, first[0]), points)
+        names = write_profile(
+            output, result, counted, pixels_of(network, first[0]), spike_maps(network, first[0]), points)
         print(f'written to {output}: {", ".join(names)}')
 
 
@@ -102,10 +110,3 @@ def print_profile(result: Dict[str, Any], counted: Any, what_is_spiking: bool) -
     print('Constants (see --constants), from:')
     for source in dict.fromkeys(row['source'] for row in figures['constants']):
         print(f'- {source}: ' + ', '.join(r['name'] for r in figures['constants'] if r['source'] == source))
-
-
-def _column(network: Any, key: str) -> Any:
-    """Mean or standard deviation of a network's normalisation, (C, 1, 1)."""
-    import torch
-    from timm.data import resolve_input_data_config
-    return torch.tensor(resolve_input_data_config(network)[key]).view(-1, 1, 1)

@@ -184,8 +184,9 @@ def verdicts(figures: Dict[str, Any]) -> List[str]:
                      f'{limit:.2f}.')
         lines.append(line)
     best = min(('graded', 'binary', 'unary'), key=lambda coding: account[coding]['total'])
-    lines.append(f'A twin on hardware that skips zeros as spikes do takes {skipping["total"] / twin["total"]:.2f} '
-                 f'times that, and {best} coding {account[best]["total"] / skipping["total"]:.2f} times as much again.')
+    lines.append(f'Hardware that skips zeros, as it skips silent neurons here, would take '
+                 f'{skipping["total"] / twin["total"]:.2f} times the energy of that twin; {best} coding takes '
+                 f'{account[best]["total"] / skipping["total"]:.2f} times as much as it would.')
     return lines
 
 

@@ -5,12 +5,13 @@ from typing import Any, Dict, List, Tuple
 
 import torch
 import torch.nn as nn
+from timm.data import resolve_input_data_config
 
 from ..execution import to_spikes_
 from ..layers import SpikingLinear, shared_copy
 from ..neurons import Neuron
 
-__all__ = ['compare_codings', 'spike_maps']
+__all__ = ['compare_codings', 'pixels_of', 'spike_maps']
 
 
 @torch.no_grad()
@@ -62,3 +63,10 @@ def spike_maps(model: nn.Module, image: torch.Tensor) -> Dict[str, torch.Tensor]
             layer.neuron.register_forward_hook(keep)
     view(image[None])
     return {block: torch.cat(parts, 1).mean(1).view(grid) for block, parts in sums.items()}
+
+
+def pixels_of(model: nn.Module, image: torch.Tensor) -> torch.Tensor:
+    """A normalised image (C, H, W) as it was before, in [0, 1] but for what resizing overshoots."""
+    config = resolve_input_data_config(model)
+    std, mean = (torch.tensor(config[key]).view(-1, 1, 1) for key in ('std', 'mean'))
+    return image * std + mean

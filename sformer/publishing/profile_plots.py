@@ -61,6 +61,7 @@ def plot_energy(account: Dict[str, Dict[str, float]], parts: Dict[str, str]) -> 
                 for name, values in account.items() if name not in shown]
     axes.set_title('Energy' + (f' (not drawn: {", ".join(left_out)})' if left_out else ''), fontsize=9)
     axes.invert_yaxis()
+    axes.locator_params(axis='x', nbins=5)
     axes.legend(ncols=3, fontsize=7, loc='upper center', bbox_to_anchor=(0.35, -0.3))
     return png(figure, dict(energy=account))
 

@@ -2,7 +2,7 @@
 import torch
 
 from sformer import named_neurons
-from sformer.profiling import compare_codings, spike_maps
+from sformer.profiling import compare_codings, pixels_of, spike_maps
 
 
 def test_codings_agree(model, images):
@@ -25,4 +25,5 @@ def test_maps_are_of_patches(model, images):
         handle.remove()
     spikes = [k for site in levels for k in site]
     assert maps['blocks.1'][2, 3].item() == sum(spikes) / len(spikes)
+    assert pixels_of(model, images[0]).equal(images[0] * 0.5 + 0.5)
     assert spike_maps(model.blocks, torch.zeros(1, 8, 8)) == {}

@@ -23,9 +23,9 @@ def measured(view, images):
         return benchmark.run(quiet=True)
 
 
-@pytest.mark.parametrize('coding', ['graded', 'binary'])
-@pytest.mark.parametrize('family', [
-    name if name in ('vit', 'eva02') else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES])
+@pytest.mark.parametrize('family, coding', [
+    (family, coding) if (family, coding) in (('vit', 'graded'), ('eva02', 'binary')) else
+    pytest.param(family, coding, marks=pytest.mark.slow) for family in FAMILIES for coding in ('graded', 'binary')])
 def test_totals_are_ours(family, coding):
     pytest.importorskip('neurobench', reason="neurobench is missing: pip install 'sformer[neurobench]'")
     model, images = convert(build(family), [pixels(8)]), pixels(4, seed=6)
