@@ -118,12 +118,9 @@ class IntegerConv2d(IntegerLayer):
         self.register_buffer('bias', bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = self.sums(self.neuron.encode(x).levels).to(torch.float32) * self.weight_step
+        levels = self.neuron.encode(x).levels.to(torch.float32)
+        out = F.conv2d(levels, self.weight.to(torch.float32), None, *self.geometry) * self.weight_step
         return (out if self.bias is None else out + self.bias.view(-1, 1, 1)).to(x.dtype)
-
-    def sums(self, levels: torch.Tensor) -> torch.Tensor:
-        """Sums of products of levels and weights, exact."""
-        return F.conv2d(levels.to(torch.float32), self.weight.to(torch.float32), None, *self.geometry)
 
     def extra_repr(self) -> str:
         return f'{tuple(self.weight.shape)}, stride={tuple(self.geometry[0])}, int8 weights'

@@ -125,9 +125,12 @@ class SpikeIntegerLinear(SpikeLayer, IntegerLinear):
 class SpikeIntegerConv2d(SpikeLayer, IntegerConv2d):
     """Convolution with int8 weights that reads spikes in a coding."""
 
-    def sums(self, levels: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = self.weight.to(torch.float64)
-        return _summed(levels, self.coding, lambda plane: F.conv2d(plane, weight, None, *self.geometry))
+        sums = _summed(self.neuron.encode(x).levels, self.coding,
+                       lambda plane: F.conv2d(plane, weight, None, *self.geometry))
+        out = sums.to(torch.float32) * self.weight_step
+        return (out if self.bias is None else out + self.bias.view(-1, 1, 1)).to(x.dtype)
 
 
 class SpikeAttention(AttentionProduct):
@@ -175,6 +178,7 @@ class SpikeGate(ScaleAndFire):
         return out.to(x.dtype)
 
 
+GATE_PARTS = ('gate_neuron', 'value_neuron')  # which meet in `products.multiply`
 SPIKE_LAYERS: Dict[Type[nn.Module], Type[nn.Module]] = {
     SpikingLinear: SpikeLinear, SpikingConv2d: SpikeConv2d, IntegerLinear: SpikeIntegerLinear,
     IntegerConv2d: SpikeIntegerConv2d, AttentionProduct: SpikeAttention,
@@ -198,7 +202,8 @@ def to_spikes_(model: nn.Module, coding: str = 'binary') -> nn.Module:
 
     Raises:
         UncalibratedError: If thresholds were never fitted.
-        SFormerError: If there is no such coding, or a layer has an adapter or neurons that it cannot execute.
+        SFormerError: If there is no such coding, or a layer has an adapter or is of a kind that this does not execute:
+            names it, and the model is unchanged.
     """
     if coding not in SPIKE_CODINGS:
         raise SFormerError(f'coding must be one of {", ".join(SPIKE_CODINGS)}, got {coding!r}.')
@@ -212,16 +217,17 @@ def to_spikes_(model: nn.Module, coding: str = 'binary') -> nn.Module:
 
 def _changed(model: nn.Module) -> Iterator[Tuple[nn.Module, Type[nn.Module]]]:
     """Modules that multiply, and what they become."""
+    executed = {**SPIKE_LAYERS, **{kind: kind for kind in SPIKE_LAYERS.values()}}
     for name, module in model.named_modules():
         if name.endswith('.base_layer'):
             raise SFormerError(f'{name.removesuffix(".base_layer")} has an adapter: merge it into the weights first.')
-        if type(module) in SPIKE_LAYERS.values():
-            yield module, type(module)
-        elif type(module) in SPIKE_LAYERS and getattr(module, 'neuron', True) is not None:
-            yield module, SPIKE_LAYERS[type(module)]
-        for part in ('gate_neuron', 'value_neuron'):
-            neuron = getattr(module, part, None)
-            if isinstance(neuron, ScaleAndFire):
+        if type(module) in executed and getattr(module, 'neuron', True) is not None:
+            yield module, executed[type(module)]
+            continue
+        for part, neuron in module.named_children():  # of a layer that multiplies in a way of its own
+            if isinstance(neuron, ScaleAndFire) and part in GATE_PARTS:
                 yield neuron, SpikeGate
-            elif neuron is not None:
-                raise SFormerError(f'{name}.{part} is no scale-and-fire neuron, so its products are not executed.')
+            elif isinstance(neuron, Neuron):
+                kinds = ', '.join(kind.__name__ for kind in SPIKE_LAYERS)
+                raise SFormerError(f'products of {name or "(root)"} ({type(module).__name__}) are not executed spike '
+                                   f'by spike: its kind is not among {kinds}.')

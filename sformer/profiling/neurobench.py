@@ -143,7 +143,8 @@ def neurobench_view(model: nn.Module, coding: str = 'graded') -> Any:
 
     Raises:
         UncalibratedError: If thresholds were never fitted.
-        SFormerError: If there is no such coding, or NeuroBench is missing.
+        SFormerError: If there is no such coding, a layer is of a kind that is not split (names it), or NeuroBench is
+            missing.
     """
     if coding not in SPIKE_CODINGS:
         raise SFormerError(f'coding must be one of {", ".join(SPIKE_CODINGS)}, got {coding!r}.')
@@ -162,9 +163,13 @@ def _split(view: nn.ModuleList, coding: str) -> nn.ModuleList:
     """Put a neuron and a product in the place of each layer below."""
     for name, module in list(view.named_modules()):
         new: Optional[nn.Module] = None
-        if isinstance(module, (SpikingLinear, SpikingConv2d)) and module.neuron is not None:
+        if name.endswith('.base_layer'):
+            adapted = name.removeprefix('0.').removesuffix('.base_layer')
+            raise SFormerError(f'{adapted} has an adapter: merge it into the weights first.')
+        # exact types: a subclass may multiply in a forward of its own
+        if type(module) in (SpikingLinear, SpikingConv2d) and isinstance(module.neuron, Neuron):
             new = SplitLayer(module, coding)
-        elif isinstance(module, AttentionProduct):
+        elif type(module) is AttentionProduct:
             new = SplitAttention(module, coding)
         if new is not None:
             view.set_submodule(name, new)
@@ -176,4 +181,8 @@ def _split(view: nn.ModuleList, coding: str) -> nn.ModuleList:
                 fired.__dict__['product'] = product  # of both, whichever comes first, and a module once
                 setattr(module, part, fired)
             module.add_module('gate_product', product)
+    for name, module in view.named_modules():
+        if not isinstance(module, FiredSpikes) and any(isinstance(child, Neuron) for child in module.children()):
+            raise SFormerError(f'{name.removeprefix("0.")} ({type(module).__name__}) is of a kind that is not split '
+                               f'into neurons and products.')
     return view

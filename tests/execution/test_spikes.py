@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sformer import SFormerError, UncalibratedError, convert, source_of, spiking_, to_integer_, to_spikes_
 from sformer.execution import spike_planes, spike_trains
+from sformer.layers import SpikingLinear
 
 aten = torch.ops.aten
 
@@ -40,7 +41,8 @@ def test_planes_are_zeros_and_ones_and_add_up(levels):
     assert len({weight for weight, _ in trains}) == len(trains) <= 2 * 14
     assert sum((weight * spikes for weight, spikes in trains), torch.zeros(len(k))).tolist() == levels
     planes = spike_planes(k)
-    assert planes.abs().max() <= 1 and (planes * 2. ** torch.arange(len(planes))[:, None]).sum(0).tolist() == levels
+    assert set(planes.flatten().tolist()) <= {-1, 0, 1}
+    assert (planes * 2. ** torch.arange(len(planes))[:, None]).sum(0).tolist() == levels
     assert sum(spikes.sum() for _, spikes in trains) == sum(abs(level).bit_count() for level in levels)
 
 
@@ -124,3 +126,12 @@ def test_bad_input(model):
         next(spike_trains(torch.ones(1, dtype=torch.int8), 'ternary'))
     with pytest.raises(UncalibratedError):
         to_spikes_(spiking_(build()))
+    other = copy.deepcopy(model)
+    other.blocks[1].mlp.fc1.__class__ = OwnLinear
+    with pytest.raises(SFormerError, match=r'blocks.1.mlp.fc1 \(OwnLinear\)'):  # instead of leaving it as it is
+        to_spikes_(other)
+    assert type(other.blocks[0].mlp.fc1) is SpikingLinear
+
+
+class OwnLinear(SpikingLinear):
+    """One that may multiply in a forward of its own."""

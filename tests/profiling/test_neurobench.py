@@ -1,5 +1,6 @@
 """NeuroBench's own metrics on the view: totals are those of our profile, to the unit."""
 import copy
+import importlib.util
 import sys
 
 import pytest
@@ -7,7 +8,12 @@ import torch
 from layer_tools import FAMILIES, build, pixels
 
 from sformer import SFormerError, UncalibratedError, convert, neurobench_view, spiking_
+from sformer.layers import SpikingLinear
 from sformer.profiling import profile_model
+
+
+class OwnLinear(SpikingLinear):
+    """One that may multiply in a forward of its own."""
 
 
 def measured(view, images):
@@ -64,6 +70,11 @@ def test_bad_input(model, monkeypatch):
         neurobench_view(model, 'unary')
     with pytest.raises(UncalibratedError):
         neurobench_view(spiking_(build()))
+    if 'neurobench' in sys.modules or importlib.util.find_spec('neurobench'):
+        other = copy.deepcopy(model)
+        other.blocks[1].mlp.fc1.__class__ = OwnLinear
+        with pytest.raises(SFormerError, match=r'blocks.1.mlp.fc1 \(OwnLinear\)'):
+            neurobench_view(other)
     monkeypatch.setitem(sys.modules, 'neurobench.models', None)
     with pytest.raises(SFormerError, match=r'sformer\[neurobench\]'):
         neurobench_view(model)
