@@ -40,6 +40,7 @@ def profile(
         if output.exists() and not output.is_dir():
             raise SFormerError(f'{output} is a file, not a folder.')
     from ..conversion import calibration_batches
+    from ..neurons import CODINGS
     from ..profiling import (
         compare_codings,
         energy,
@@ -47,6 +48,7 @@ def profile(
         profile_model,
         read_constants,
         spike_maps,
+        traffic,
         verdicts,
     )
     from ..publishing.profile_page import read_curve, write_profile
@@ -61,7 +63,8 @@ def profile(
     result: Dict[str, Any] = dict(
         model=model, images=dict(images, num_images=counted.images), energy=figures, verdicts=verdicts(figures),
         operations=[dataclasses.asdict(o) for o in counted.operations],
-        sites=[dataclasses.asdict(s) for s in counted.sites],
+        sites=[dict(dataclasses.asdict(s), bytes={c: traffic(s, c, energies)[0] / 8 for c in ('quantised', *CODINGS)})
+               for s in counted.sites],
         floating=[dataclasses.asdict(f) for f in counted.floating],
         executed=compare_codings(network, first[:execute]) if execute else None, command=command_line())
     result['executed_line'] = executed_line(result['executed'])

@@ -43,7 +43,7 @@ def energy(
         `operations`, `comparisons`, `weights`, `activations`, `routing`, `floating`, `total`, and `low` and `high`, the
         total where moving data costs half and half as much again. `activity`: that measured. `break_even`: per coding
         the activity below which it takes 5 % less than `quantised`, at as many spikes per firing neuron, None if at
-        none. `constants`: the table.
+        none. `bytes`: what is moved, `weights`, and spikes or activations by coding. `constants`: the table.
     """
     c = constants
     spiking = [operation for operation in operations if operation.kind != 'floating']
@@ -58,6 +58,8 @@ def energy(
         account=account, activity=activity, break_even={
             coding: _break_even(operations, sites, floating, c, coding, activity, (1 - ALIKE) * account[TWIN]['total'])
             for coding in CODINGS},
+        bytes={'weights': _weight_bits(operations) / 8, **{
+            coding: sum(traffic(site, coding, c)[0] for site in sites) / 8 for coding in (TWIN, *CODINGS)}},
         constants=constants_table(c))
 
 
@@ -107,8 +109,7 @@ def _account(
     # a level is found by halving: one comparison per bit of it; the twin scales and rounds
     comparisons = sum(site.neurons * site.bits for site in sites) * c.comparison
     rounding = neurons * c.int8_mac
-    weights = (sum(operation.weights for operation in spiking) * WEIGHT_BITS
-               + sum(operation.weights for operation in analog) * FLOAT_BITS) * c.weight_bit
+    weights = _weight_bits(operations) * c.weight_bit
     rest = sum(operation.macs for operation in analog) * c.float_mac + _functions(floating, c) * c.float_mac
     computed = {
         TWIN: (macs * c.int8_mac, rounding), SKIPPING: (caused['graded'] * c.int8_mac, rounding),
@@ -126,6 +127,10 @@ def _account(
         account[name] = {part: _mj(value) for part, value in dict(
             parts, total=total, low=total - (1 - LOW) * movement, high=total + (HIGH - 1) * movement).items()}
     return account
+
+
+def _weight_bits(operations: Sequence[Operation]) -> float:
+    return sum(o.weights * (FLOAT_BITS if o.kind == 'floating' else WEIGHT_BITS) for o in operations)
 
 
 def _functions(floating: Sequence[Floating], c: Constants) -> float:
@@ -187,6 +192,9 @@ def verdicts(figures: Dict[str, Any]) -> List[str]:
     lines.append(f'Hardware that skips zeros, as it skips silent neurons here, would take '
                  f'{skipping["total"] / twin["total"]:.2f} times the energy of that twin; {best} coding takes '
                  f'{account[best]["total"] / skipping["total"]:.2f} times as much as it would.')
+    moved = {name: f'{count / 1e3:.4g} kB' for name, count in figures['bytes'].items()}
+    lines.append(f'Moved per image: {moved.pop("weights")} of weights; of spikes, or activations of the twin, '
+                 f'{", ".join(f"{amount} {name}" for name, amount in moved.items())}.')
     return lines
 
 

@@ -1,5 +1,4 @@
 """Whether it spikes in the code, too: a batch through bit planes; and which patches of an image spike."""
-import copy
 import re
 from typing import Any, Dict, List, Tuple
 
@@ -27,7 +26,7 @@ def compare_codings(model: nn.Module, images: torch.Tensor) -> Dict[str, Any]:
         `difference`, the largest there is; `simulation`, the largest difference of both to the simulation, relative to
         its largest logit.
     """
-    model = copy.deepcopy(model).eval()
+    model = shared_copy(model).eval()
     simulated = model(images)
     binary, graded = (to_spikes_(model, coding)(images) for coding in ('binary', 'graded'))
     difference = (binary - simulated).abs().max() / simulated.abs().max().clamp_min(1e-12)

@@ -237,7 +237,8 @@ def _operations(
                 weights.numel()))
             macs = 0
         if macs > 0:
-            found.append(Operation(name or '(root)', 'floating', (), macs / images))
+            own = sum(p.numel() for p in module.parameters(recurse=False) if p.ndim > 1)
+            found.append(Operation(name or '(root)', 'floating', (), macs / images, weights=own))
     return found
 
 

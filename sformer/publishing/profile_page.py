@@ -50,7 +50,8 @@ def by_site(sites: Sequence[Any]) -> List[Tuple[str, ...]]:
     rows = []
     for kind, group in _grouped(sites).items():
         neurons = sum(s.neurons for s in group)
-        values = [(s.activity, s.dead or 0, s.saturation, s.spikes['unary'], s.spikes['binary']) for s in group]
+        values = [(s.activity, float('nan') if s.dead is None else s.dead, s.saturation,
+                   s.spikes['unary'], s.spikes['binary']) for s in group]
         mean = [sum(s.neurons * value for s, value in zip(group, column, strict=True)) / neurons
                 for column in zip(*values, strict=True)]
         rows.append((kind, f'{neurons / 1e3:.1f}', *(f'{value:.3f}' for value in mean)))

@@ -47,6 +47,8 @@ def test_by_hand():
     assert unary['operations'] == pytest.approx(1e6 * c.accumulate * 1e-9)
     assert figures['account']['quantised, skipping zeros']['operations'] == pytest.approx(graded['operations'])
     assert figures['activity'] == 0.5
+    assert figures['bytes'] == dict(weights=1000 + 10 * 4, quantised=5000, graded=5000, binary=5000, unary=11250)
+    assert '1.04 kB of weights' in verdicts(figures)[-1] and '5 kB graded' in verdicts(figures)[-1]
 
 
 @pytest.mark.parametrize('coding, activity, bits, hop', [
