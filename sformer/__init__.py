@@ -10,16 +10,17 @@ from .calibration import calibrate_
 from .conversion import convert
 from .errors import SFormerError, UncalibratedError, UnsupportedLayerError
 from .evaluation import EvaluationConfig, activity, evaluate, evaluate_all
-from .execution import export_onnx, load_onnx, to_integer_
+from .execution import export_onnx, load_onnx, to_integer_, to_spikes_
 from .layers import is_calibrated, named_neurons, source_of, source_view, spiking_
 from .models import SFormer
 from .neurons import FitConfig, SFNConfig
+from .profiling import neurobench_view
 from .saving import load_model, save_model
 
 __version__ = _metadata.version('sformer')
 __all__ = [
     'convert', 'evaluate', 'evaluate_all', 'activity', 'save_model', 'load_model', 'spiking_', 'calibrate_',
-    'to_integer_', 'export_onnx', 'load_onnx', 'is_calibrated', 'named_neurons', 'source_of', 'source_view',
-    'SFNConfig', 'FitConfig', 'EvaluationConfig', 'SFormer',
+    'to_integer_', 'to_spikes_', 'export_onnx', 'load_onnx', 'is_calibrated', 'named_neurons', 'source_of',
+    'source_view', 'neurobench_view', 'SFNConfig', 'FitConfig', 'EvaluationConfig', 'SFormer',
     'SFormerError', 'UncalibratedError', 'UnsupportedLayerError',
 ]

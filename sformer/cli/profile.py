@@ -1,6 +1,6 @@
 """`sformer profile`."""
-import csv
 import dataclasses
+import itertools
 import json
 import os
 from pathlib import Path
@@ -15,7 +15,7 @@ from .tables import print_table
 
 __all__ = ['profile']
 
-REPORT = ('profile.json', 'operations.csv', 'sites.csv')
+REPORT = ('profile.json', 'index.html', 'operations.csv', 'sites.csv', 'floating.csv')
 
 
 @unfolded
@@ -28,74 +28,96 @@ def profile(
         batch_size: Annotated[int, typer.Option(min=1, max=MAX_BATCH_SIZE, help='Images per batch')] = 8,
         seed: Annotated[int, typer.Option(max=MAX_SEED, help='Seed of the choice of images')] = 0,
         what_is_spiking: Annotated[bool, typer.Option(
-            '--what-is-spiking', help='List every product and what enters it')] = False,
+            '--what-is-spiking', help='List every product and what enters it, and every function on currents')] = False,
+        execute: Annotated[int, typer.Option(
+            min=0, max=MAX_BATCH_SIZE, help='Images of the first batch to run through bit planes')] = 1,
+        constants: Annotated[Optional[Path], typer.Option(
+            help='JSON file with energies by name, in the place of the defaults')] = None,
+        constant: Annotated[Optional[List[str]], typer.Option(help='One of them, name=value; may be repeated')] = None,
+        curve: Annotated[Optional[Path], typer.Option(
+            help='JSON with points (levels, top1, perhaps energy) to draw in the page')] = None,
         output: Annotated[Optional[Path], typer.Option(
-            '--output', '-o', help='Folder for profile.json and CSV')] = None,
+            '--output', '-o', help='Folder for index.html, profile.json, CSV and PNG')] = None,
 ) -> None:
     """Count what an SFormer computes and fires, product by product, and what that would cost."""
     if output:
         check_folder(output)
         check_report(output)
     from ..conversion import calibration_batches
-    from ..profiling import energy, profile_operations, verdicts
+    from ..neurons import CODINGS
+    from ..profiling import (
+        compare_codings,
+        energy,
+        pixels_of,
+        profile_model,
+        read_constants,
+        spike_maps,
+        traffic,
+        verdicts,
+    )
+    from ..publishing.profile_page import read_curve, write_profile
     from ..saving import open_model
+    energies, points = read_constants(constants, constant or ()), read_curve(curve) if curve else []
     network = open_model(model)
     batches, images = calibration_batches(
         network, dataset, split, num_images, batch_size, seed, 'Counting', columns.image_column)
-    operations, sites, count = profile_operations(network, batches)
-    figures = energy(operations, sites)
+    batches = iter(batches)
+    first = next(batches)  # there is one: a source without images is refused
+    counted = profile_model(network, itertools.chain([first], batches))
+    figures = energy(*counted[:3], energies)
+    result: Dict[str, Any] = dict(
+        model=model, images=dict(images, num_images=counted.images), energy=figures, verdicts=verdicts(figures),
+        operations=[dataclasses.asdict(o) for o in counted.operations],
+        sites=[dict(dataclasses.asdict(s), bytes={c: traffic(s, c, energies)[0] / 8 for c in ('quantised', *CODINGS)})
+               for s in counted.sites],
+        floating=[dataclasses.asdict(f) for f in counted.floating],
+        executed=compare_codings(network, first[:execute]) if execute else None, command=command_line())
+    result['executed_line'] = executed_line(result['executed'])
+    print_profile(result, counted, what_is_spiking)
+    if output:
+        names = write_profile(
+            output, result, counted, pixels_of(network, first[0]), spike_maps(network, first[0]), points)
+        print(f'written to {output}: {", ".join(names)}')
+
+
+def executed_line(executed: Optional[Dict[str, Any]]) -> str:
+    """What a run through bit planes showed."""
+    if executed is None:
+        return ''
+    same = ('equal to those of graded spikes bit for bit' if executed['equal'] else
+            f'which differ from those of graded spikes by {executed["difference"]:.3g}')
+    return (f'Binary spikes, executed at T = 1 (images: {executed["images"]}): what meets weights and other spikes is '
+            f'0 or 1, in one plane per power of two and sign. Logits are {same}. The simulation rounds its sums, which '
+            f'takes a potential over a boundary now and then: its logits differ by up to {executed["simulation"]:.1g} '
+            f'of the largest.')
+
+
+def print_profile(result: Dict[str, Any], counted: Any, what_is_spiking: bool) -> None:
+    """Print tables and what they say."""
+    from ..publishing.profile_page import OTHER, PARTS, by_kind, by_site
+    figures = result['energy']
     if what_is_spiking:
         print_table('every product', ('product', 'kind', 'MACs [M]', 'spikes enter'), [
-            (o.name, o.kind, f'{o.macs / 1e6:.2f}', 'yes' if o.operands else 'NO') for o in operations])
+            (o.name, o.kind, f'{o.macs / 1e6:.2f}', 'yes' if o.operands else 'NO') for o in counted.operations])
         print()
-    print_table(f'{model}: {count} images of {images["name"]}, per image', (
-        'products', 'MACs [M]', 'unary [M]', 'binary [M]', 'graded [M]'), by_kind(operations))
+        print_table('every function on currents, in floating point', ('module', 'function', 'elements [k]'), [
+            (f.name or '(root)', f.function, f'{f.elements / 1e3:.1f}') for f in counted.floating])
+        print()
+    print_table(f'{result["model"]}: {counted.images} images of {result["images"]["name"]}, per image', (
+        'products', 'MACs [M]', 'unary [M]', 'binary [M]', 'graded [M]'), by_kind(counted.operations))
     print()
-    print_table('neurons', ('site', 'neurons [k]', 'activity', 'top level', 'unary', 'binary'), by_site(sites))
+    print_table('neurons', (
+        'site', 'neurons [k]', 'activity', 'dead', 'top level', 'unary', 'binary'), by_site(counted.sites))
     print()
-    print_table('energy per image [mJ], estimated', ('', 'operations', 'comparisons', 'weights', 'spikes', 'total'), [
-        (name, *(f'{value:.4f}' for value in parts.values())) for name, parts in figures['account'].items()])
+    account = figures['account']
+    print_table('energy per image [mJ], estimated', ('', *(name.replace('quantised, ', '') for name in account)), [
+        (label, *(f'{parts[part]:.4g}' for parts in account.values())) for part, label in {**PARTS, **OTHER}.items()])
     print()
-    for line in verdicts(figures):
+    for line in [*result['verdicts'], *filter(None, [result['executed_line']])]:
         print(line)
-    print(f'Constants: {figures["constants"]["source"]}.')
-    if output:
-        write(output, dict(
-            model=model, images=dict(images, num_images=count),
-            operations=[dataclasses.asdict(o) for o in operations], sites=[dataclasses.asdict(s) for s in sites],
-            energy=figures, verdicts=verdicts(figures), command=command_line()))
-        print(f'written to {output}/profile.json, operations.csv and sites.csv')
-
-
-def kind_of(name: str) -> str:
-    """`blocks.3.mlp.fc2.neuron` -> `mlp.fc2`."""
-    parts = [part for part in name.split('.') if not part.isdigit() and part not in ('blocks', 'neuron', 'products')]
-    return '.'.join(parts)
-
-
-def by_kind(operations: Any) -> List[tuple]:
-    """Sums over blocks, and over all."""
-    kinds: Dict[str, List[Any]] = {}
-    for operation in operations:
-        kinds.setdefault(kind_of(operation.name), []).append(operation)
-    kinds['all'] = list(operations)
-    return [(kind, f'{sum(o.macs for o in group) / 1e6:.2f}', *(
-        f'{sum(o.synaptic_operations.get(coding, 0) for o in group) / 1e6:.2f}'
-        for coding in ('unary', 'binary', 'graded'))) for kind, group in kinds.items()]
-
-
-def by_site(sites: Any) -> List[tuple]:
-    """Means over blocks."""
-    kinds: Dict[str, List[Any]] = {}
-    for site in sites:
-        kinds.setdefault(kind_of(site.name), []).append(site)
-    rows = []
-    for kind, group in kinds.items():
-        neurons = sum(s.neurons for s in group)
-        mean = [sum(s.neurons * value(s) for s in group) / neurons for value in (
-            lambda s: s.activity, lambda s: s.saturation, lambda s: s.spikes['unary'], lambda s: s.spikes['binary'])]
-        rows.append((kind, f'{neurons / 1e3:.1f}', *(f'{value:.3f}' for value in mean)))
-    return rows
+    print('Constants (see --constants), from:')
+    for source in dict.fromkeys(row['source'] for row in figures['constants']):
+        print(f'- {source}: ' + ', '.join(r['name'] for r in figures['constants'] if r['source'] == source))
 
 
 def check_report(folder: Path) -> None:
@@ -114,20 +136,3 @@ def check_report(folder: Path) -> None:
         if not isinstance(found, dict) or not {'operations', 'sites', 'energy'} <= {*found}:
             raise SFormerError(f'{folder / there[0]} is there and of no profile, and would be replaced. '
                                f'Name another folder.')
-
-
-def write(folder: Path, result: Dict[str, Any]) -> None:
-    """Write JSON, and tables as CSV, aside and renamed."""
-    from ..checkpoints import write_aside, write_json
-    from ..utils import library_versions
-    with write_aside(folder) as aside:
-        write_json(aside / REPORT[0], dict(result, versions=library_versions()))
-        for name in ('operations', 'sites'):
-            rows = [{key: v for key, value in row.items() for key, v in (
-                [(f'{key}_{coding}', n) for coding, n in value.items()] if isinstance(value, dict) else
-                [(key, ' '.join(value) if isinstance(value, tuple) else value)])} for row in result[name]]
-            columns = list(dict.fromkeys(key for row in rows for key in row))
-            with open(aside / f'{name}.csv', 'w', newline='', encoding='utf-8') as file:
-                writer = csv.DictWriter(file, columns, restval='', lineterminator='\n')
-                writer.writeheader()
-                writer.writerows(rows)

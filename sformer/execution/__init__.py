@@ -3,5 +3,9 @@ from .benchmark import EXECUTIONS, benchmark
 from .engines import EngineNetwork, load_onnx
 from .integer import IntegerReport, to_integer_
 from .onnx import export_onnx
+from .spikes import SPIKE_CODINGS, spike_planes, spike_trains, to_spikes_
 
-__all__ = ['EXECUTIONS', 'EngineNetwork', 'IntegerReport', 'benchmark', 'export_onnx', 'load_onnx', 'to_integer_']
+__all__ = [
+    'EXECUTIONS', 'SPIKE_CODINGS', 'EngineNetwork', 'IntegerReport', 'benchmark', 'export_onnx', 'load_onnx',
+    'spike_planes', 'spike_trains', 'to_integer_', 'to_spikes_',
+]

@@ -88,12 +88,17 @@ class IntegerLinear(IntegerLayer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         spikes = self.neuron.encode(x)
-        out = _product(self._read(spikes.levels), self.weight).to(torch.float32) * self.weight_step
+        out = self.sums(spikes.levels).to(torch.float32) * self.weight_step
         if spikes.row is not None:
             out = out * spikes.row
         return (out if self.bias is None else out + self.bias).to(x.dtype)
 
-    def _read(self, levels: torch.Tensor) -> torch.Tensor:
+    def sums(self, levels: torch.Tensor) -> torch.Tensor:
+        """Sums (..., D) of products of levels (..., C) and weights, exact."""
+        return _product(self.read(levels), self.weight)
+
+    def read(self, levels: torch.Tensor) -> torch.Tensor:
+        """Levels that the columns of the weights read: outliers are split over several."""
         return levels if self.columns is None else levels[..., self.columns]
 
     def extra_repr(self) -> str:

@@ -34,7 +34,8 @@ def linear(
 
 def multiply(a_neuron: Neuron, a: torch.Tensor, b_neuron: Neuron, b: torch.Tensor) -> torch.Tensor:
     """Elementwise product of the spikes on two currents, as of a gate and a value, whose shapes broadcast."""
-    return a_neuron(a) * b_neuron(b)
+    product = getattr(a_neuron, 'multiply', None)  # of an execution whose neurons do so spike by spike
+    return a_neuron(a) * b_neuron(b) if product is None else product(a, b_neuron, b)
 
 
 @torch.fx.wrap

@@ -4,7 +4,7 @@ No timm, no files: currents are tensors, and everything here works on any of the
 `Neuron` with `encode`, `statistics` and `fit`.
 """
 from .base import Float32Buffers, Neuron, Spikes
-from .coding import CODINGS, count_spikes, spikes_in
+from .coding import CODINGS, count_levels, count_spikes, spikes_in
 from .config import DEFAULT_RANGE, FIRE_FUNCTIONS, FitConfig, SFNConfig, as_config
 from .functional import (
     MAX_LEVEL,
@@ -25,5 +25,5 @@ __all__ = [
     'MAX_LEVEL', 'MAX_WIDE_LEVEL', 'FIRE_FUNCTIONS', 'DEFAULT_RANGE', 'SFNConfig', 'FitConfig', 'as_config',
     'integrate_and_fire', 'multi_threshold', 'max_levels', 'level_values', 'firing_boundaries', 'fire',
     'straight_through', 'Float32Buffers', 'Neuron', 'Spikes', 'ScaleAndFire', 'GradedCoding', 'CurrentStatistics',
-    'CODINGS', 'count_spikes', 'spikes_in',
+    'CODINGS', 'count_levels', 'count_spikes', 'spikes_in',
 ]

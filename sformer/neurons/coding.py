@@ -4,7 +4,7 @@ from typing import Dict
 
 import torch
 
-__all__ = ['CODINGS', 'count_spikes', 'spikes_in']
+__all__ = ['CODINGS', 'count_levels', 'count_spikes', 'spikes_in']
 
 CODINGS = ('unary', 'binary', 'graded')  # |k| spikes, one per set bit of |k|, one that carries k
 
@@ -36,3 +36,12 @@ def count_spikes(levels: torch.Tensor) -> Dict[str, int]:
     histogram = torch.bincount(k.view(torch.uint8) if k.dtype == torch.int8 else k)
     sums = (_spikes_per_level(k.device)[:, :len(histogram)] * histogram).sum(1).tolist()
     return dict(zip(CODINGS, sums, strict=True))
+
+
+def count_levels(levels: torch.Tensor) -> Dict[int, int]:
+    """How often each level is fired: those that are, with their signs, in ascending order. Levels of any integer dtype
+    and shape."""
+    k = levels.flatten().to(torch.int64)
+    lowest = int(k.min()) if len(k) else 0
+    histogram = torch.bincount(k - lowest)
+    return {lowest + i: int(histogram[i]) for i in histogram.nonzero().flatten().tolist()}

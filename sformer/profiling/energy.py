@@ -1,103 +1,201 @@
-"""What operations would cost: every constant named and sourced, and the fair twin beside.
+"""What operations would cost, beside the fair twin: an account of arithmetic, memory and routing.
 
-Figures are estimates of arithmetic and of one reading of weights and spikes from memory, for comparing networks with
-one another. No chip was measured.
+The account follows arXiv 2409.08290, `E = E_op + E_compare + E_weights + E_activations + E_routing + E_non-spiking`.
+Figures are estimates, for comparing networks with one another. No chip was measured.
 """
+import dataclasses
 import math
-from dataclasses import asdict, dataclass
-from typing import Any, Dict, List, Sequence
+from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 from ..neurons import CODINGS
+from .constants import Constants, constants_table
+from .floating import FUNCTIONS, Floating
 from .operations import Operation, Site
 
-__all__ = ['Constants', 'energy', 'verdicts']
+__all__ = ['MOVEMENT', 'energy', 'traffic', 'verdicts']
 
-SOURCE = "M. Horowitz, Computing's energy problem (and what we can do about it), ISSCC 2014; 45 nm, 0.9 V"
-
-
-@dataclass(frozen=True)
-class Constants:
-    """Energy per operation [pJ] (Horowitz, ISSCC 2014, figure 1.1.9: 45 nm).
-
-    Args:
-        fp32_mac: Multiply (3.7) and add (0.9) in float32: what the literature charges a network without spikes.
-        fp32_add: Add in float32: what the literature charges a spike.
-        int8_mac: Multiply of int8 (0.2), accumulated in int32 (0.1).
-        int32_add: Accumulation of an int8 weight in int32.
-        comparison: Comparison with a threshold, an addition in int32.
-        byte: Reading a byte from an SRAM of 1 MB (100 pJ for 64 bits); +- 50 % with size and layout.
-    """
-    fp32_mac: float = 4.6
-    fp32_add: float = 0.9
-    int8_mac: float = 0.3
-    int32_add: float = 0.1
-    comparison: float = 0.1
-    byte: float = 12.5
+WEIGHT_BITS, FLOAT_BITS = 8, 32
+MOVEMENT = ('weights', 'activations', 'routing')  # data that is moved, of which figures are +- 50 %
+LOW, HIGH = 0.5, 1.5
+TWIN = 'quantised'
+SKIPPING = 'quantised, skipping zeros'
+ALIKE = 0.05  # what differs by less is no win
 
 
 def energy(
         operations: Sequence[Operation],
         sites: Sequence[Site],
+        floating: Sequence[Floating] = (),
         constants: Constants = Constants(),
 ) -> Dict[str, Any]:
-    """Energy per image [mJ] of the source, of its quantised twin, and of the SFormer by coding.
+    """Energy per image [mJ] of the source, of its bit-matched quantised twin, and of the SFormer by coding.
 
     Args:
-        operations: Products, as `profile_operations` counts them.
+        operations: Products, as `profile_model` counts them.
         sites: Neurons, likewise.
-        constants: Energy per operation [pJ].
+        floating: Functions on currents, likewise.
+        constants: Energy per operation and bit.
 
     Returns:
         `proxy`: what the literature compares, float32 multiply-accumulates against additions per unary spike, by which
-        the memory and the comparisons are free. `account`: for `quantised` (int8 weights and activations, the same
-        bits, every product computed) and for each coding, `operations`, `comparisons`, `weights`, `spikes`, `total`.
-        `constants` with their source.
+        memory, comparisons and functions are free. `account`: for `quantised` (int8 weights, activations of
+        ceil(log2(2 N + 1)) bits, every product computed), for the same where hardware skips zeros, and for each coding:
+        `operations`, `comparisons`, `weights`, `activations`, `routing`, `floating`, `total`, and `low` and `high`, the
+        total where moving data costs half and half as much again. `activity`: that measured. `break_even`: per coding
+        the activity below which it takes 5 % less than `quantised`, at as many spikes per firing neuron, None if at
+        none. `bytes`: what is moved, `weights`, and spikes or activations by coding. `constants`: the table.
     """
     c = constants
     spiking = [operation for operation in operations if operation.kind != 'floating']
-    floating = sum(operation.macs for operation in operations if operation.kind == 'floating')
-    macs = sum(operation.macs for operation in spiking)
-    planes = {site.name: site.planes for site in sites}
-    caused = {coding: sum(operation.synaptic_operations[coding] for operation in spiking) for coding in CODINGS}
+    macs = sum(operation.macs for operation in operations)
+    analog = macs - sum(operation.macs for operation in spiking)
+    unary = sum(operation.synaptic_operations['unary'] for operation in spiking)
+    account = _account(operations, sites, floating, c)
     neurons = sum(site.neurons for site in sites)
-    # a level is found by halving: one comparison per bit of it
-    comparisons = sum(site.neurons * (2 * (site.levels or 127)).bit_length() for site in sites)
-    weights = sum(operation.weights for operation in spiking) * c.byte
-    # a spike is a byte: in unary and binary code its address among 256 neurons, else its level, which may take two
-    sent = {coding: sum(site.neurons * site.spikes[coding] * (site.planes if coding == 'graded' else 1)
-                        for site in sites) for coding in CODINGS}
-    # and a multiplier of int8 takes a level of two bytes in two steps
+    activity = sum(site.neurons * site.activity for site in sites) / max(neurons, 1)
+    return dict(
+        proxy=dict(source=_mj(macs * c.fp32_mac), sformer=_mj(unary * c.fp32_add + analog * c.fp32_mac)),
+        account=account, activity=activity, break_even={
+            coding: _break_even(operations, sites, floating, c, coding, activity, (1 - ALIKE) * account[TWIN]['total'])
+            for coding in CODINGS},
+        bytes={'weights': _weight_bits(operations) / 8, **{
+            coding: sum(traffic(site, coding, c)[0] for site in sites) / 8 for coding in (TWIN, *CODINGS)}},
+        constants=constants_table(c))
+
+
+def traffic(site: Site, coding: str, constants: Constants = Constants()) -> Tuple[float, float]:
+    """Bits per image that a site's spikes take in a buffer, and the energy [pJ] that one hop of them takes.
+
+    They are sent as events, each spike with its address, sign and (graded) level or (binary) plane, or as a dense
+    stream, silent neurons included, whichever takes less: as many bits as tell the levels apart in graded coding and
+    for the `quantised` twin, one bit per bit plane (and sign) in binary, one per possible spike in unary coding.
+
+    Args:
+        site: Neurons.
+        coding: One of `CODINGS`, or `quantised`, which has no events.
+        constants: Energy per bit.
+    """
+    c = constants
+    width = site.top.bit_length()
+    dense = site.neurons * {'unary': (1 + site.signed) * site.top, 'binary': width + site.signed}.get(coding, site.bits)
+    stream = dense, dense * c.dense_hop
+    if coding not in CODINGS:
+        return stream
+    payload = {'unary': 0, 'binary': (width - 1).bit_length()}.get(coding, site.bits - site.signed) + site.signed
+    spikes = site.neurons * site.spikes[coding]
+    events = spikes * (c.address_bits + payload), spikes * (c.event_hop + payload * c.dense_hop)
+
+    def cost(way: Tuple[float, float]) -> float:
+        bits, hop = way
+        return 2 * bits * c.activation_bit + hop * c.hops
+    return min(events, stream, key=cost)
+
+
+def _account(
+        operations: Sequence[Operation],
+        sites: Sequence[Site],
+        floating: Sequence[Floating],
+        c: Constants,
+) -> Dict[str, Dict[str, float]]:
+    spiking = [operation for operation in operations if operation.kind != 'floating']
+    analog = [operation for operation in operations if operation.kind == 'floating']
+    planes = {site.name: site.planes for site in sites}
+    macs = sum(operation.macs for operation in spiking)
+    caused = {coding: sum(operation.synaptic_operations[coding] for operation in spiking) for coding in CODINGS}
+    # a multiplier of int8 takes a level of two bytes in two steps
     multiplied = sum(operation.synaptic_operations['graded'] * math.prod(planes[name] for name in operation.operands)
                      for operation in spiking)
-    computed = {'unary': caused['unary'] * c.int32_add, 'binary': caused['binary'] * c.int32_add,
-                'graded': multiplied * c.int8_mac}
-    account = {'quantised': _parts(macs * c.int8_mac, neurons * c.int32_add, weights, neurons * c.byte)}
-    for coding in CODINGS:
-        account[coding] = _parts(computed[coding], comparisons * c.comparison, weights, sent[coding] * c.byte)
-    return dict(
-        proxy=dict(source=_mj((macs + floating) * c.fp32_mac), sformer=_mj(
-            caused['unary'] * c.fp32_add + floating * c.fp32_mac)),
-        account=account, constants=dict(asdict(c), source=SOURCE))
+    neurons = sum(site.neurons for site in sites)
+    # a level is found by halving: one comparison per bit of it; the twin scales and rounds
+    comparisons = sum(site.neurons * site.bits for site in sites) * c.comparison
+    rounding = neurons * c.int8_mac
+    weights = _weight_bits(operations) * c.weight_bit
+    rest = sum(operation.macs for operation in analog) * c.float_mac + _functions(floating, c) * c.float_mac
+    computed = {
+        TWIN: (macs * c.int8_mac, rounding), SKIPPING: (caused['graded'] * c.int8_mac, rounding),
+        'graded': (multiplied * c.int8_mac, comparisons), 'binary': (caused['binary'] * c.accumulate, comparisons),
+        'unary': (caused['unary'] * c.accumulate, comparisons)}
+    account = {}
+    for name, (products, fired) in computed.items():
+        moved = [traffic(site, name, c) for site in sites]
+        parts = dict(
+            operations=products, comparisons=fired, weights=weights,
+            activations=2 * sum(bits for bits, _ in moved) * c.activation_bit,  # written and read
+            routing=sum(hop for _, hop in moved) * c.hops, floating=rest)
+        movement = sum(parts[part] for part in MOVEMENT)
+        total = sum(parts.values())
+        account[name] = {part: _mj(value) for part, value in dict(
+            parts, total=total, low=total - (1 - LOW) * movement, high=total + (HIGH - 1) * movement).items()}
+    return account
+
+
+def _weight_bits(operations: Sequence[Operation]) -> float:
+    return sum(o.weights * (FLOAT_BITS if o.kind == 'floating' else WEIGHT_BITS) for o in operations)
+
+
+def _functions(floating: Sequence[Floating], c: Constants) -> float:
+    """Multiply-adds of all functions on currents."""
+    return sum(f.elements * (macs + divisions * c.division_macs + exps * c.exp_macs)
+               for f in floating for macs, divisions, exps in [FUNCTIONS[f.function]])
+
+
+def _break_even(
+        operations: Sequence[Operation],
+        sites: Sequence[Site],
+        floating: Sequence[Floating],
+        c: Constants,
+        coding: str,
+        activity: float,
+        budget: float,
+) -> float | None:
+    """Activity below which a coding takes less than a budget [mJ], if all sites spike less often by one factor."""
+    def total(factor: float) -> float:
+        fewer = [dataclasses.replace(o, synaptic_operations={
+            key: n * factor ** len(o.operands) for key, n in o.synaptic_operations.items()}) for o in operations]
+        silent = [dataclasses.replace(s, spikes={key: n * factor for key, n in s.spikes.items()}) for s in sites]
+        return _account(fewer, silent, floating, c)[coding]['total']
+    if not activity or total(0) >= budget:
+        return None
+    most = 1 / activity
+    return activity * (most if total(most) < budget else _root(lambda factor: total(factor) - budget, 0, most))
+
+
+def _root(function: Callable[[float], float], low: float, high: float) -> float:
+    """Where a function that increases is zero, by halving."""
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if function(middle) < 0 else (low, middle)
+    return (low + high) / 2
 
 
 def verdicts(figures: Dict[str, Any]) -> List[str]:
-    """What the figures say, in words: who wins, and by how much."""
+    """What the figures of `energy` say, in words: who wins, by how much, and from which activity on it would."""
     account, proxy = figures['account'], figures['proxy']
-    twin = account['quantised']['total']
     ratio = proxy['sformer'] / proxy['source']
     lines = [f'By the literature\'s proxy, which charges neither memory nor comparisons, the SFormer takes {ratio:.2f} '
-             f'of the energy of its float32 source.']
+             f'times the energy of its float32 source.']
+    twin, skipping = account[TWIN], account[SKIPPING]
     for coding in ('graded', 'binary', 'unary'):
-        ratio = account[coding]['total'] / twin
-        less = 'less' if ratio < 1 else 'no less'
-        lines.append(f'In {coding} coding it takes {ratio:.2f} of the energy of a network quantised to int8: {less} '
-                     f'than that.')
+        parts, limit = account[coding], figures['break_even'][coding]
+        ratio, low, high = (parts[edge] / twin[edge] for edge in ('total', 'low', 'high'))
+        line = (f'In {coding} coding it takes {ratio:.2f} ({min(low, ratio, high):.2f} to {max(low, ratio, high):.2f}) '
+                f'times the energy of its bit-matched quantised twin')
+        if ratio < 1 - ALIKE:
+            line += ', less than that.'
+        elif limit is None:
+            line += ': it does not win, nor would it at any activity.'
+        else:
+            line += (f': it does not win, at an activity of {figures["activity"]:.2f}. It would take less below '
+                     f'{limit:.2f}.')
+        lines.append(line)
+    best = min(('graded', 'binary', 'unary'), key=lambda coding: account[coding]['total'])
+    lines.append(f'Hardware that skips zeros, as it skips silent neurons here, would take '
+                 f'{skipping["total"] / twin["total"]:.2f} times the energy of that twin; {best} coding takes '
+                 f'{account[best]["total"] / skipping["total"]:.2f} times as much as it would.')
+    moved = {name: f'{count / 1e3:.4g} kB' for name, count in figures['bytes'].items()}
+    lines.append(f'Moved per image: {moved.pop("weights")} of weights; of spikes, or activations of the twin, '
+                 f'{", ".join(f"{amount} {name}" for name, amount in moved.items())}.')
     return lines
-
-
-def _parts(operations: float, comparisons: float, weights: float, spikes: float) -> Dict[str, float]:
-    parts = dict(operations=operations, comparisons=comparisons, weights=weights, spikes=spikes)
-    return {key: _mj(value) for key, value in dict(parts, total=sum(parts.values())).items()}
 
 
 def _mj(picojoules: float) -> float:

@@ -3,8 +3,9 @@
 Products are found where they are computed: torch's own counter sees each matrix product and convolution, by module. A
 product that no spikes enter is listed as floating.
 """
+from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -20,10 +21,11 @@ from ..layers import (
     shared_copy,
     uncalibrated,
 )
-from ..neurons import CODINGS, MAX_LEVEL, Neuron, ScaleAndFire, count_spikes, spikes_in
+from ..neurons import CODINGS, MAX_LEVEL, Neuron, ScaleAndFire, count_levels, count_spikes, spikes_in
 from ..utils import ForwardWatch, num_images
+from .floating import Floating, FloatingCount
 
-__all__ = ['Operation', 'Site', 'profile_operations']
+__all__ = ['Operation', 'Profile', 'Site', 'profile_model', 'profile_operations']
 
 
 @dataclass
@@ -38,6 +40,11 @@ class Site:
         spikes: Spikes per neuron in each coding.
         levels: Number of levels N per branch.
         planes: Bytes that hold a level: 2 for softmax levels beyond 127.
+        bits: Bits that tell its levels apart, ceil(log2(2 N + 1)): those of the bit-matched activation.
+        top: Largest level that it can fire.
+        signed: Whether it has a negative branch.
+        dead: Share of neurons that were silent on all images; None where their number differs between images.
+        histogram: How often each level was fired, with its sign.
     """
     name: str
     neurons: float
@@ -46,6 +53,11 @@ class Site:
     spikes: Dict[str, float]
     levels: Optional[int]
     planes: int = 1
+    bits: int = 8
+    top: int = MAX_LEVEL
+    signed: bool = True
+    dead: Optional[float] = None
+    histogram: Dict[int, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -69,6 +81,21 @@ class Operation:
     weights: int = 0
 
 
+class Profile(NamedTuple):
+    """What an SFormer computes and fires, per image.
+
+    Args:
+        operations: Products, in the order of the modules.
+        sites: Neurons, likewise.
+        floating: Functions that act on currents, in the order in which they are met.
+        images: Number of images.
+    """
+    operations: List[Operation]
+    sites: List[Site]
+    floating: List[Floating]
+    images: int
+
+
 class _Counts:
     """Sums over images of what a neuron fires, and of its spikes along the axes that a product shares."""
 
@@ -76,6 +103,9 @@ class _Counts:
         self.neuron = neuron
         self.total, self.saturated = 0, 0
         self.spikes = dict.fromkeys(CODINGS, 0)
+        self.histogram: Counter = Counter()
+        self.fired: Optional[torch.Tensor] = None  # which neurons did so on any image
+        self.varies = False
         self.latest: Optional[torch.Tensor] = None  # levels of the batch at hand
         self.tops: Optional[torch.Tensor] = None  # of each branch, (branches, *shape)
         if isinstance(neuron, ScaleAndFire):
@@ -84,8 +114,12 @@ class _Counts:
     def add(self, x: torch.Tensor) -> None:
         k = self.latest = self.neuron.encode(x).levels
         self.total += k.numel()
+        self.histogram.update(count_levels(k))
         for coding, count in count_spikes(k).items():
             self.spikes[coding] += count
+        fired = k.ne(0).any(0)
+        self.varies |= self.fired is not None and self.fired.shape != fired.shape
+        self.fired = fired if self.fired is None or self.varies else self.fired | fired
         for sign, top in zip((1, -1), () if self.tops is None else self.tops, strict=False):
             self.saturated += int((k == sign * top).sum())
 
@@ -117,36 +151,47 @@ class _FanOut:
 
 
 class _ProductWatch(ForwardWatch):
-    """Floating-point operations of products, by the module in whose own forward they are, as torch counts them."""
+    """Floating-point operations of products, by the module in whose own forward they are, as torch counts them, and
+    what else is computed outside of neurons."""
 
     def __init__(self, module: nn.Module):
         super().__init__(module)
         self.flops: Dict[str, int] = {}
+        self.floating = FloatingCount()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         count = flop_registry.get(func._overloadpacket)
+        name, module = self.stack[-1]
+        if not isinstance(module, Neuron):
+            self.floating.add(name, func, args, out)
         if count is not None:
-            name, _ = self.stack[-1]
             self.flops[name] = self.flops.get(name, 0) + count(*args, **(kwargs or {}), out_val=out)
         return out
 
 
-@torch.no_grad()  # in inference mode a linear layer is no matrix product yet
 def profile_operations(
         model: nn.Module,
         batches: Iterable[Any],
         forward_fn: Optional[Callable[[nn.Module, Any], Any]] = None,
 ) -> Tuple[List[Operation], List[Site], int]:
+    """Operations, neurons and number of images of `profile_model`."""
+    profile = profile_model(model, batches, forward_fn)
+    return profile.operations, profile.sites, profile.images
+
+
+@torch.no_grad()  # in inference mode a linear layer is no matrix product yet
+def profile_model(
+        model: nn.Module,
+        batches: Iterable[Any],
+        forward_fn: Optional[Callable[[nn.Module, Any], Any]] = None,
+) -> Profile:
     """Run a calibrated SFormer on images and count.
 
     Args:
         model: SFormer, or any module that `spiking_` and `calibrate_` have been through; it is not changed.
         batches: Normalised images (B, C, H, W), lists of images, or whatever else the model reads, which counts as one.
         forward_fn: Called with a view of the model and a batch; `model(batch)` if None.
-
-    Returns:
-        Operations in the order of the modules, neurons likewise, and the number of images.
 
     Raises:
         UncalibratedError: If thresholds were never fitted.
@@ -184,8 +229,8 @@ def profile_operations(
         images += num_images(batch)
     if not images:
         raise SFormerError('a profile needs at least one image, got none.')
-    operations = _operations(view, counts, pairs, fan_outs, watch.flops, images)
-    return operations, [_site(name, c, images) for name, c in counts.items()], images
+    return Profile(_operations(view, counts, pairs, fan_outs, watch.flops, images),
+                   [_site(name, c, images) for name, c in counts.items()], watch.floating.per_image(images), images)
 
 
 def _add_attention(sums: Dict[str, Dict[str, int]], q: Any, k: Any, v: Any, attn: Any) -> None:
@@ -236,15 +281,24 @@ def _operations(
                 {coding: caused[coding] / images for coding in CODINGS}, weights.numel()))
             macs = 0
         if macs > 0:
-            found.append(Operation(name or '(root)', 'floating', (), macs / images))
+            own = sum(p.numel() for p in module.parameters(recurse=False) if p.ndim > 1)
+            found.append(Operation(name or '(root)', 'floating', (), macs / images, weights=own))
     return found
 
 
 def _site(name: str, counts: _Counts, images: int) -> Site:
     total = max(counts.total, 1)
     neuron: Any = counts.neuron
-    return Site(
+    site = Site(
         name, counts.total / images, counts.spikes['graded'] / total, counts.saturated / total,
-        {coding: counts.spikes[coding] / total for coding in CODINGS},
-        neuron.config.levels if isinstance(neuron, ScaleAndFire) else None,
-        1 if counts.tops is None or counts.tops.max() <= MAX_LEVEL else 2)
+        {coding: counts.spikes[coding] / total for coding in CODINGS}, None,
+        histogram=dict(sorted(counts.histogram.items())))
+    if isinstance(neuron, ScaleAndFire) and counts.tops is not None:
+        site.levels, site.signed, site.top = neuron.config.levels, neuron.signed, int(counts.tops.max())
+        site.bits = ((1 + site.signed) * site.levels).bit_length()
+        site.planes = 1 if site.top <= MAX_LEVEL else 2
+    elif counts.histogram:  # what was seen is all that is known
+        site.top = max(map(abs, counts.histogram))
+    if counts.fired is not None and not counts.varies:
+        site.dead = 1 - counts.fired.double().mean().item()
+    return site

@@ -3,14 +3,14 @@ import io
 import json
 import re
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from .record import Record
 
-__all__ = ['plot_accuracy', 'plot_activity', 'render_plots', 'is_own_plot']
+__all__ = ['plot_accuracy', 'plot_activity', 'png', 'render_plots', 'is_own_plot']
 
 CHUNK = 'sformer'  # text chunk of a PNG that holds its numbers
 
@@ -40,15 +40,15 @@ def plot_accuracy(accuracy: Dict[int, float], source: float) -> bytes:
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(loc='lower right')
-    return _png(figure, dict(top1=accuracy, source_top1=source))
+    return png(figure, dict(top1=accuracy, source_top1=source))
 
 
-def plot_activity(activity: Dict[str, float], levels: int) -> bytes:
+def plot_activity(activity: Dict[str, float], levels: Optional[int] = None) -> bytes:
     """Draw activity, the share of neurons that fire, as a map of sites and blocks.
 
     Args:
         activity: Share in [0, 1] per neuron path, `activity_per_site` of `sformer.evaluate`.
-        levels: Number of levels N, for the title.
+        levels: Number of levels N, for the title, if it is one.
 
     Returns:
         PNG as of `plot_accuracy`.
@@ -61,7 +61,7 @@ def plot_activity(activity: Dict[str, float], levels: int) -> bytes:
         cells.setdefault(site.replace('.neuron', '').replace('_neuron', ''), {})[column] = share
     columns: List[Any] = list(dict.fromkeys(column for row in cells.values() for column in row))
     figure = Figure(figsize=(1.6 + 0.75 * len(columns), 1.2 + 0.42 * len(cells)), layout='constrained')
-    axes = figure.add_subplot(title=f'Activity, N = {levels}', xlabel='block')
+    axes = figure.add_subplot(title='Activity' + (f', N = {levels}' if levels else ''), xlabel='block')
     grid = [[row.get(column, float('nan')) for column in columns] for row in cells.values()]
     image = axes.imshow(grid, vmin=0, vmax=1, cmap='viridis', aspect='auto')
     for y, row in enumerate(grid):
@@ -72,7 +72,7 @@ def plot_activity(activity: Dict[str, float], levels: int) -> bytes:
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(cells)), list(cells))
     figure.colorbar(image, label='share of neurons that fire')
-    return _png(figure, dict(levels=levels, activity_per_site=activity))
+    return png(figure, dict(levels=levels, activity_per_site=activity))
 
 
 def render_plots(record: Record) -> Dict[str, Tuple[str, bytes]]:
@@ -101,7 +101,8 @@ def is_own_plot(path: Path) -> bool:
         return False
 
 
-def _png(figure: Any, values: Dict[str, Any]) -> bytes:
+def png(figure: Any, values: Dict[str, Any]) -> bytes:
+    """A figure of matplotlib as a PNG that carries its numbers."""
     drawn, out, text = io.BytesIO(), io.BytesIO(), PngInfo()
     figure.savefig(drawn, dpi=150)
     text.add_text(CHUNK, json.dumps(values, sort_keys=True))

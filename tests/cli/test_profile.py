@@ -12,9 +12,14 @@ def test_profile(run_inside, model, tmp_path):
     code, out, err = run_inside(
         'profile', 'out', '--dataset', 'digits', '--split', 'test', '--num-images', '20', '-o', 'report')
     assert code == 0, err
+    assert 'Logits are equal to those of graded spikes bit for bit' in out.replace('\n', ' ')
     assert '20 images of digits' in out and 'quantised' in out and 'By the literature' in out and 'ISSCC' in out
-    assert max(len(line) for line in out.splitlines() if line[:4] in ('attn', 'mlp.', 'quan', 'unar')) <= 80
+    assert max(len(line) for line in out.splitlines() if line[:4] in ('attn', 'mlp.', 'prod', 'tota')) <= 80
     result = json.loads((tmp_path / 'report' / 'profile.json').read_text())
+    assert result['executed']['equal'] and result['executed']['images'] == 1
+    assert {path.name for path in (tmp_path / 'report').iterdir()} == {
+        'index.html', 'profile.json', 'operations.csv', 'sites.csv', 'floating.csv', 'activity.png', 'levels.png',
+        'energy.png', 'maps.png'}
     assert result['images']['num_images'] == 20 and result['command'].startswith('sformer')
     rows = list(csv.DictReader((tmp_path / 'report' / 'operations.csv').open()))
     assert [row['name'] for row in rows] == [o['name'] for o in result['operations']]
@@ -37,7 +42,7 @@ def test_reports_of_others_are_kept(run_inside, model, tmp_path):
     assert [(p.name, p.read_text()) for p in (tmp_path / 'report').iterdir()] == [('sites.csv', 'mine')]
     for _ in range(2):
         assert run_inside('profile', 'out', '--num-images', '1', '-o', 'other')[0] == 0
-    assert {p.name for p in (tmp_path / 'other').iterdir()} == {'profile.json', 'operations.csv', 'sites.csv'}
+    assert (tmp_path / 'other' / 'profile.json').is_file()
 
 
 def test_report_that_cannot_be_written_is_noticed_before_the_work(run_inside, tmp_path, monkeypatch):
@@ -49,8 +54,20 @@ def test_report_that_cannot_be_written_is_noticed_before_the_work(run_inside, tm
 @pytest.mark.parametrize('args, message', [
     (('nothing',), 'nothing'), (('vit_tiny_patch16_224', '--dataset', 'nowhere/'), 'vit_tiny'),
     (('out', '--dataset', 'nowhere/'), 'nowhere'), (('out', '--image-column', 'x'), "no columns, so 'x'"),
+    (('out', '--constant', 'hop=1', '--num-images', '1'), "'hop'"), (('out', '--constants', 'none.json'), 'none.json'),
+    (('out', '--curve', 'none.json'), 'none.json'),
     (('out', '-o', 'out/config.json', '--num-images', '1'), 'config.json')])
 def test_bad_input(run_inside, model, tmp_path, args, message):
     save_model(model, tmp_path / 'out')
     code, _, err = run_inside('profile', *args)
     assert code != 0 and message in err and err.count('\n') == 1 and 'Traceback' not in err
+
+
+def test_constants(run_inside, model, tmp_path):
+    save_model(model, tmp_path / 'out')
+    (tmp_path / 'mine.json').write_text('{"weight_bit": 0}')
+    code, out, err = run_inside(
+        'profile', 'out', '--num-images', '1', '--constants', 'mine.json', '--constant', 'hops=0')
+    assert code == 0, err
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line[:7] in ('weights', 'routing')}
+    assert rows == dict(weights=['0'] * 5, routing=['0'] * 5) and 'given; the default is 1: hops' in out

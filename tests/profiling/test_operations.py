@@ -153,6 +153,7 @@ def test_what_does_not_spike_is_listed():
     floating = [o for o in profile_operations(model, [pixels(2)])[0] if o.kind == 'floating']
     assert [o.name for o in floating] == ['blocks.1.mlp.fc1', 'blocks.1.mlp.fc2', 'head']
     assert [o.macs for o in floating] == [17 * 32 * 128, 17 * 32 * 128, 32 * 7] and not floating[0].operands
+    assert [o.weights for o in floating] == [32 * 128, 32 * 128, 32 * 7]
 
 
 def test_what_has_no_profile():

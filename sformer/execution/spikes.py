@@ -1,0 +1,233 @@
+"""Spikes, executed: products of bit planes of zeros and ones, T = 1, one plane per power of two and branch.
+
+`to_spikes_(model)` changes every product of a model such that what meets weights, or other spikes, are tensors of 0 and
+1; with `coding='graded'` the same products read whole levels. All sums are exact, so both give the same logits bit for
+bit: weights are fixed-point numbers of 30 bits (or int8, after `to_integer_`) and sums of less than 53 bits are taken
+in float64. It shows and counts; it is slow.
+"""
+from typing import Any, Callable, Dict, Iterator, Optional, Tuple, Type
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from ..errors import SFormerError, UncalibratedError
+from ..layers import AttentionProduct, SpikingConv2d, SpikingLayer, SpikingLinear, is_calibrated, uncalibrated
+from ..layers.products import softmax_numerators
+from ..neurons import Neuron, ScaleAndFire
+from .integer import IntegerConv2d, IntegerLinear
+
+__all__ = ['SPIKE_CODINGS', 'spike_planes', 'spike_trains', 'to_spikes_']
+
+SPIKE_CODINGS = ('binary', 'graded')
+WEIGHT_BITS = 30  # and 8 of a level, and 15 of a sum over 2^15 inputs: 53 of float64
+
+Product = Callable[[torch.Tensor], torch.Tensor]
+
+
+def spike_trains(levels: torch.Tensor, coding: str = 'binary') -> Iterator[Tuple[int, torch.Tensor]]:
+    """What a coding sends of levels: spikes and what each of them counts; their products sum up to the levels.
+
+    Args:
+        levels: Any integer dtype and shape.
+        coding: `binary`: bit planes of 0 and 1, of the positive and then of the negative branch, those of which any
+            spike fires; `graded`: the levels, once.
+
+    Yields:
+        Weight (+- 2^b) and spikes, float64, the shape of levels.
+
+    Raises:
+        SFormerError: If there is no such coding.
+    """
+    if coding not in SPIKE_CODINGS:
+        raise SFormerError(f'coding must be one of {", ".join(SPIKE_CODINGS)}, got {coding!r}.')
+    k = levels.to(torch.int64)
+    if coding == 'graded':
+        yield 1, k.to(torch.float64)
+        return
+    for sign in (1, -1):
+        magnitude = (sign * k).clamp_min(0)
+        for bit in range(int(magnitude.max()).bit_length() if k.numel() else 0):
+            plane = (magnitude >> bit) & 1
+            if plane.any():
+                yield sign * 2 ** bit, plane.to(torch.float64)
+
+
+def spike_planes(levels: torch.Tensor) -> torch.Tensor:
+    """Bit planes of levels with their signs, -1, 0 or 1, lowest first, float32, (planes, *levels.shape)."""
+    k = levels.to(torch.int64)
+    bits = torch.arange(int(k.abs().max()).bit_length() if k.numel() else 0, device=k.device)
+    return (((k.abs() >> bits.view(-1, *[1] * k.ndim)) & 1) * k.sign()).to(torch.float32)
+
+
+def _summed(levels: torch.Tensor, coding: str, product: Product) -> torch.Tensor:
+    """Sum of a product over what a coding sends, float64."""
+    total: Any = 0
+    for weight, spikes in spike_trains(levels, coding):
+        total = total + weight * product(spikes)
+    return total if isinstance(total, torch.Tensor) else product(torch.zeros_like(levels, dtype=torch.float64))
+
+
+def _fixed_point(values: torch.Tensor) -> torch.Tensor:
+    """Values as multiples of one power of two, of 30 bits, float64: closer to them than float32 is to the largest."""
+    values = values.detach().to(torch.float64)
+    unit = 2. ** (values.abs().max().clamp_min(1e-300).log2().ceil() - WEIGHT_BITS)
+    return (values / unit).round() * unit
+
+
+class SpikeLayer(SpikingLayer):
+    """A layer whose products are of spikes in a coding, for inference."""
+    coding: str
+    neuron: Any
+
+    def remove_neurons(self) -> None:
+        raise SFormerError('products of this network are executed spike by spike: keep a copy of the model that '
+                           'to_spikes_() is given.')
+
+
+class SpikeLinear(SpikeLayer, SpikingLinear):
+    """Linear layer on spikes, exact: `y = (sum over planes of 2^b plane @ (step W)^T) row + b`."""
+
+    def forward(self, x: torch.Tensor, fired: bool = False) -> torch.Tensor:
+        spikes = self.neuron.encode(x)
+        weight = _fixed_point(self.weight * spikes.step)
+        out = _summed(spikes.levels, self.coding, lambda plane: F.linear(plane, weight))
+        if spikes.row is not None:
+            out = out * spikes.row
+        if spikes.center is not None:
+            out = out + F.linear(spikes.center.expand(x.shape[-1:]), self.weight)
+        return (out if self.bias is None else out + self.bias).to(x.dtype)
+
+
+class SpikeConv2d(SpikeLayer, SpikingConv2d):
+    """Convolution of spikes, exact; what the centre of its input gives is a current of its own."""
+
+    def forward(self, x: torch.Tensor, fired: bool = False) -> torch.Tensor:
+        spikes = self.neuron.encode(x)
+        step = spikes.step.flatten().expand(self.in_channels)
+        group = self.weight.shape[1]
+        per_filter = step.view(-1, group).repeat_interleave(self.out_channels // self.groups, 0)
+        weight = _fixed_point(self.weight * per_filter[:, :, None, None])
+        out = _summed(spikes.levels, self.coding, lambda plane: self._conv_forward(plane, weight, None))
+        if spikes.center is not None:
+            out = out + self._conv_forward(spikes.center.expand(x.shape[1:])[None].to(x.dtype), self.weight, None)
+        return (out if self.bias is None else out + self.bias.view(-1, 1, 1)).to(x.dtype)
+
+
+class SpikeIntegerLinear(SpikeLayer, IntegerLinear):
+    """Linear layer with int8 weights that reads spikes in a coding."""
+
+    def sums(self, levels: torch.Tensor) -> torch.Tensor:
+        weight = self.weight.to(torch.float64)
+        return _summed(self.read(levels), self.coding, lambda plane: F.linear(plane, weight))
+
+
+class SpikeIntegerConv2d(SpikeLayer, IntegerConv2d):
+    """Convolution with int8 weights that reads spikes in a coding."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight.to(torch.float64)
+        sums = _summed(self.neuron.encode(x).levels, self.coding,
+                       lambda plane: F.conv2d(plane, weight, None, *self.geometry))
+        out = sums.to(torch.float32) * self.weight_step
+        return (out if self.bias is None else out + self.bias.view(-1, 1, 1)).to(x.dtype)
+
+
+class SpikeAttention(AttentionProduct):
+    """QK^T and AV of spikes with spikes, exact. The centre of keys is left out, to which the softmax is blind; steps of
+    the softmax numerators cancel with those of their sum."""
+    coding: str
+
+    def forward(
+            self,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            attn_mask: Optional[torch.Tensor] = None,
+            dropout_p: float = 0.,
+            is_causal: bool = False,
+            scale: Optional[float] = None,
+    ) -> torch.Tensor:
+        q, k, v = self.q_neuron.encode(query), self.k_neuron.encode(key), self.v_neuron.encode(value)
+        steps = q.step.to(torch.float64) * k.step  # one per head: what a channel of q gains, that of k gives
+        step = steps.amax(-1, keepdim=True)
+        relative = _fixed_point(steps / step)
+        scores = self._meet(q.levels, k.levels.transpose(-2, -1), relative) * step
+        for row in (q.row, None if k.row is None else k.row.transpose(-2, -1)):
+            scores = scores if row is None else scores * row
+        scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
+        attn = self.attn_neuron.encode(softmax_numerators(scores.to(query.dtype), attn_mask, is_causal))
+        total = attn.levels.sum(dim=-1, keepdim=True)  # int64
+        out = self._meet(attn.levels, v.levels) * v.step / total.clamp_min(1)
+        return out.to(value.dtype)
+
+    def _meet(self, a: torch.Tensor, b: torch.Tensor, relative: Any = 1.) -> torch.Tensor:
+        """`(a relative) @ b`, planes of one with planes of the other."""
+        return _summed(a, self.coding, lambda plane: _summed(b, self.coding, lambda other: (plane * relative) @ other))
+
+
+class SpikeGate(ScaleAndFire):
+    """Neuron of a gate or of its value, whose spikes meet those of the other one by one."""
+    coding: str
+
+    def multiply(self, x: torch.Tensor, other: Neuron, y: torch.Tensor) -> torch.Tensor:
+        a, b = self.encode(x), other.encode(y)
+        out = _summed(a.levels, self.coding, lambda plane: _summed(b.levels, self.coding, lambda more: plane * more))
+        for spikes in (a, b):
+            out = out * spikes.step if spikes.row is None else out * spikes.step * spikes.row
+        return out.to(x.dtype)
+
+
+GATE_PARTS = ('gate_neuron', 'value_neuron')  # which meet in `products.multiply`
+SPIKE_LAYERS: Dict[Type[nn.Module], Type[nn.Module]] = {
+    SpikingLinear: SpikeLinear, SpikingConv2d: SpikeConv2d, IntegerLinear: SpikeIntegerLinear,
+    IntegerConv2d: SpikeIntegerConv2d, AttentionProduct: SpikeAttention,
+}
+
+
+def to_spikes_(model: nn.Module, coding: str = 'binary') -> nn.Module:
+    """Let every product of a calibrated spiking model meet spikes as a coding sends them, in place, for inference.
+
+    Neurons fire as they do; LayerNorm, softmax and activation functions act on currents. Logits of the two codings are
+    equal bit for bit. They differ from those of the simulation by the rounding of its sums in float32, and where that
+    puts a potential on the other side of a boundary.
+
+    Args:
+        model: Calibrated SFormer, or any module that `spiking_` and `calibrate_`, and perhaps `to_integer_`, have been
+            through. Called again, the coding changes.
+        coding: `binary`: bit planes of 0 and 1; `graded`: whole levels.
+
+    Returns:
+        The same model, which has no source and can be neither trained nor saved.
+
+    Raises:
+        UncalibratedError: If thresholds were never fitted.
+        SFormerError: If there is no such coding, or a layer has an adapter or is of a kind that this does not execute:
+            names it, and the model is unchanged.
+    """
+    if coding not in SPIKE_CODINGS:
+        raise SFormerError(f'coding must be one of {", ".join(SPIKE_CODINGS)}, got {coding!r}.')
+    if not is_calibrated(model):
+        raise UncalibratedError(f'{uncalibrated(model)}; fit it with sformer.convert() or calibrate_() first.')
+    module: Any
+    for module, kind in list(_changed(model)):
+        module.__class__, module.coding = kind, coding
+    return model
+
+
+def _changed(model: nn.Module) -> Iterator[Tuple[nn.Module, Type[nn.Module]]]:
+    """Modules that multiply, and what they become."""
+    executed = {**SPIKE_LAYERS, **{kind: kind for kind in SPIKE_LAYERS.values()}}
+    for name, module in model.named_modules():
+        if name.endswith('.base_layer'):
+            raise SFormerError(f'{name.removesuffix(".base_layer")} has an adapter: merge it into the weights first.')
+        if type(module) in executed and getattr(module, 'neuron', True) is not None:
+            yield module, executed[type(module)]
+            continue
+        for part, neuron in module.named_children():  # of a layer that multiplies in a way of its own
+            if isinstance(neuron, ScaleAndFire) and part in GATE_PARTS:
+                yield neuron, SpikeGate
+            elif isinstance(neuron, Neuron):
+                kinds = ', '.join(kind.__name__ for kind in SPIKE_LAYERS)
+                raise SFormerError(f'products of {name or "(root)"} ({type(module).__name__}) are not executed spike '
+                                   f'by spike: its kind is not among {kinds}.')

@@ -1,0 +1,71 @@
+"""Whether it spikes in the code, too: a batch through bit planes; and which patches of an image spike."""
+import re
+from typing import Any, Dict, List, Tuple
+
+import torch
+import torch.nn as nn
+from timm.data import resolve_input_data_config
+
+from ..execution import to_spikes_
+from ..layers import SpikingLinear, shared_copy
+from ..neurons import Neuron
+
+__all__ = ['compare_codings', 'pixels_of', 'spike_maps']
+
+
+@torch.no_grad()
+def compare_codings(model: nn.Module, images: torch.Tensor) -> Dict[str, Any]:
+    """Run images through bit planes, through graded spikes, and through the simulation.
+
+    Args:
+        model: Calibrated SFormer; it is not changed.
+        images: Normalised images (B, C, H, W); a plane at a time they take minutes where networks are large.
+
+    Returns:
+        `images`, their number; `equal`, whether logits by bit planes equal those by graded spikes bit for bit;
+        `difference`, the largest there is; `simulation`, the largest difference of both to the simulation, relative to
+        its largest logit.
+    """
+    model = shared_copy(model).eval()
+    simulated = model(images)
+    binary, graded = (to_spikes_(model, coding)(images) for coding in ('binary', 'graded'))
+    difference = (binary - simulated).abs().max() / simulated.abs().max().clamp_min(1e-12)
+    return dict(images=len(images), equal=torch.equal(binary, graded), simulation=difference.item(),
+                difference=(binary - graded).abs().max().item())
+
+
+@torch.no_grad()
+def spike_maps(model: nn.Module, image: torch.Tensor) -> Dict[str, torch.Tensor]:
+    """Spikes per neuron and patch of an image, block by block.
+
+    Args:
+        model: Calibrated SFormer of a network that embeds patches.
+        image: Normalised image (C, H, W).
+
+    Returns:
+        Path of a block, or of whatever repeated part it is -> mean unary spikes per neuron of the linear layers in it,
+        (rows, columns) of patches; empty where tokens are no grid of patches.
+    """
+    view: Any = shared_copy(model).eval()
+    grid: Tuple[int, int] = tuple(getattr(getattr(view, 'patch_embed', None), 'grid_size', None) or ())
+    if len(grid) != 2:
+        return {}
+    patches = grid[0] * grid[1]
+    sums: Dict[str, List[torch.Tensor]] = {}
+    for name, layer in view.named_modules():
+        block = re.match(r'(.*?\d+)\.', name)
+        if isinstance(layer, SpikingLinear) and block and isinstance(layer.neuron, Neuron):
+            def keep(neuron: Any, args: Tuple[Any, ...], out: Any, block: str = block[1]) -> None:
+                levels = neuron.encode(args[0]).levels
+                if levels.ndim == 3 and levels.shape[1] >= patches:  # prefix tokens come first
+                    sums.setdefault(block, []).append(levels[0, -patches:].abs().double())
+            layer.neuron.register_forward_hook(keep)
+    view(image[None])
+    return {block: torch.cat(parts, 1).mean(1).view(grid) for block, parts in sums.items()}
+
+
+def pixels_of(model: nn.Module, image: torch.Tensor) -> torch.Tensor:
+    """A normalised image (C, H, W) as it was before, in [0, 1] but for what resizing overshoots."""
+    config = resolve_input_data_config(model)
+    std, mean = (torch.tensor(config[key]).view(-1, 1, 1) for key in ('std', 'mean'))
+    return image * std + mean

@@ -1,0 +1,157 @@
+"""The report of `sformer profile`: JSON, tables as CSV, pictures, and one HTML page that holds all of it."""
+import base64
+import csv
+import json
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+
+import jinja2
+import torch
+
+from ..checkpoints import write_aside
+from ..errors import SFormerError
+from ..profiling import Profile
+from ..utils import library_versions
+from .plots import plot_activity
+from .profile_plots import plot_energy, plot_levels, plot_maps, plot_trade_off
+
+__all__ = ['OTHER', 'PARTS', 'by_kind', 'by_site', 'kind_of', 'read_curve', 'write_profile']
+
+# parts of the account, and what a reader finds them called
+PARTS = dict(operations='products', comparisons='firing', weights='weights', activations='spikes', routing='routing',
+             floating='floating')
+OTHER = dict(total='total', low='data - 50 %', high='data + 50 %')
+TABLES = ('operations', 'sites', 'floating')
+
+
+def kind_of(name: str) -> str:
+    """`blocks.3.mlp.fc2.neuron` -> `mlp.fc2`."""
+    parts = [part for part in name.split('.') if not part.isdigit() and part not in ('blocks', 'neuron', 'products')]
+    return '.'.join(parts)
+
+
+def _grouped(items: Sequence[Any]) -> Dict[str, List[Any]]:
+    kinds: Dict[str, List[Any]] = {}
+    for item in items:
+        kinds.setdefault(kind_of(item.name), []).append(item)
+    return kinds
+
+
+def by_kind(operations: Sequence[Any]) -> List[Tuple[str, ...]]:
+    """Kind, MACs and synaptic operations in unary, binary and graded coding [M]: sums over blocks, and over all."""
+    return [(kind, f'{sum(o.macs for o in group) / 1e6:.2f}', *(
+        f'{sum(o.synaptic_operations.get(coding, 0) for o in group) / 1e6:.2f}'
+        for coding in ('unary', 'binary', 'graded')))
+        for kind, group in {**_grouped(operations), 'all': operations}.items()]
+
+
+def by_site(sites: Sequence[Any]) -> List[Tuple[str, ...]]:
+    """Kind, neurons [k], activity, dead, top level, unary and binary spikes per neuron: means over blocks."""
+    rows = []
+    for kind, group in _grouped(sites).items():
+        neurons = sum(s.neurons for s in group)
+        values = [(s.activity, float('nan') if s.dead is None else s.dead, s.saturation,
+                   s.spikes['unary'], s.spikes['binary']) for s in group]
+        mean = [sum(s.neurons * value for s, value in zip(group, column, strict=True)) / neurons
+                for column in zip(*values, strict=True)]
+        rows.append((kind, f'{neurons / 1e3:.1f}', *(f'{value:.3f}' for value in mean)))
+    return rows
+
+
+def read_curve(path: Path) -> List[Dict[str, Any]]:
+    """Points `levels`, `top1` and perhaps `energy` [mJ] and `source_top1` of a JSON file: a list of them, or an object
+    with such a list as its `curve`.
+
+    Raises:
+        SFormerError: If it is not that.
+    """
+    try:
+        content = json.loads(path.read_text(encoding='utf-8'))
+        points = content['curve'] if isinstance(content, dict) else content
+        return [{key: float(point[key]) for key in ('levels', 'top1', 'energy', 'source_top1')
+                 if key in point or key in ('levels', 'top1')} for point in points]
+    except OSError as e:
+        raise SFormerError(f'{path}: {e.strerror or e}') from e
+    except (ValueError, KeyError, TypeError) as e:
+        raise SFormerError(f'{path} must hold a list of points with levels and top1: {e!r}.') from e
+
+
+def write_profile(
+        folder: Path,
+        result: Dict[str, Any],
+        profile: Profile,
+        image: Optional[torch.Tensor] = None,
+        maps: Optional[Mapping[str, torch.Tensor]] = None,
+        curve: Sequence[Dict[str, Any]] = (),
+) -> List[str]:
+    """Write `profile.json`, CSVs, PNGs and `index.html`, which needs none of the others, aside and renamed.
+
+    Args:
+        folder: Where to; made if it is not there.
+        result: What goes into the JSON, with `energy` as of `profiling.energy`, `verdicts`, `model` and `images`.
+        profile: What was counted.
+        image: An image (C, H, W), values in [0, 1], for the maps.
+        maps: As of `profiling.spike_maps`.
+        curve: As of `read_curve`.
+
+    Returns:
+        Names of the files.
+    """
+    pictures = _pictures(result, profile, image, dict(maps or {}), curve)
+    result = dict(result, versions=library_versions())
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader('sformer.publishing'), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True)
+    constants = result['energy']['constants']
+    page = environment.get_template('profile.html').render(
+        result=result, profile=profile, kinds=by_kind(profile.operations), sites=by_site(profile.sites),
+        parts={**PARTS, **OTHER}, sources=list(dict.fromkeys(row['source'] for row in constants)),
+        # a map of many blocks would be too small to read on a phone, so it scrolls
+        pictures=[(title, base64.b64encode(data).decode(), name == 'activity.png')
+                  for name, (title, data) in pictures.items()])
+    with write_aside(folder) as aside:
+        (aside / 'index.html').write_text(page, encoding='utf-8')
+        (aside / 'profile.json').write_text(json.dumps(result, indent=2, allow_nan=False) + '\n', encoding='utf-8')
+        for name in TABLES:
+            _write_csv(aside / f'{name}.csv', result[name])
+        for name, (_, data) in pictures.items():
+            (aside / name).write_bytes(data)
+        return sorted(path.name for path in aside.iterdir())
+
+
+def _pictures(
+        result: Dict[str, Any],
+        profile: Profile,
+        image: Optional[torch.Tensor],
+        maps: Dict[str, torch.Tensor],
+        curve: Sequence[Dict[str, Any]],
+) -> Dict[str, Tuple[str, bytes]]:
+    """File name -> title and PNG."""
+    levels = {site.levels for site in profile.sites if site.levels}
+    pictures = {'activity.png': ('Activity per block and site', plot_activity(
+        {site.name: site.activity for site in profile.sites}, levels.pop() if len(levels) == 1 else None))}
+    histograms: Dict[str, Dict[int, int]] = {}
+    for kind, group in _grouped(profile.sites).items():
+        found = sorted({level for site in group for level in site.histogram})
+        histograms[kind] = {level: sum(site.histogram.get(level, 0) for site in group) for level in found}
+    pictures['levels.png'] = 'How often each level is fired', plot_levels(histograms)
+    pictures['energy.png'] = 'Where energy would go', plot_energy(result['energy']['account'], PARTS)
+    if curve:
+        source = next((point['source_top1'] for point in curve if 'source_top1' in point), None)
+        pictures['accuracy.png'] = 'Accuracy against levels and energy', plot_trade_off(curve, source)
+    if image is not None and maps:
+        pictures['maps.png'] = ('Spikes per neuron over an image: which patches spike most, block by block, unary',
+                                plot_maps(image, maps))
+    return pictures
+
+
+def _write_csv(path: Path, rows: Sequence[Dict[str, Any]]) -> None:
+    """Rows as CSV, spikes by coding in columns of their own; histograms are in the JSON."""
+    flat = [{column: cell for key, value in row.items() if key != 'histogram' for column, cell in (
+        [(f'{key}_{coding}', n) for coding, n in value.items()] if isinstance(value, dict) else
+        [(key, ' '.join(value) if isinstance(value, tuple) else value)])} for row in rows]
+    with open(path, 'w', newline='', encoding='utf-8') as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in flat for key in row)), restval='',
+                                lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(flat)

@@ -1,0 +1,111 @@
+"""Pictures of a profile: level histograms, energy, spike maps, accuracy against levels and energy."""
+from typing import Any, Dict, List, Optional, Sequence
+
+import torch
+
+from .plots import png
+
+__all__ = ['plot_energy', 'plot_levels', 'plot_maps', 'plot_trade_off']
+
+WIDTH = 4.6  # inches: what is readable on a phone
+COLOURS = {'products': '#4c78a8', 'firing': '#f58518', 'weights': '#54a24b', 'spikes': '#e45756', 'routing': '#b279a2',
+           'floating': '#9d9da1'}
+
+
+def plot_levels(histograms: Dict[str, Dict[int, int]]) -> bytes:
+    """Draw how often each level is fired, site by site, on a logarithmic axis.
+
+    Args:
+        histograms: Site -> level, with its sign -> how often.
+
+    Returns:
+        PNG that carries its numbers, as of `plots.plot_accuracy`.
+    """
+    from matplotlib.figure import Figure
+    rows = -(-len(histograms) // 2)
+    figure = Figure(figsize=(WIDTH, 1.4 * rows), layout='constrained')
+    for i, (site, counts) in enumerate(histograms.items()):
+        axes = figure.add_subplot(rows, 2, i + 1, yscale='log')
+        total = sum(counts.values())
+        axes.vlines(list(counts), 1e-7, [n / total for n in counts.values()], linewidth=1.2, color='#4c78a8')
+        axes.set_ylim(max(0.5 / total, 1e-7), 1)
+        axes.set_title(f'{site}: {counts.get(0, 0) / total:.1%} silent', fontsize=8)
+        axes.tick_params(labelsize=7)
+        if i % 2 == 0:
+            axes.set_ylabel('share', fontsize=8)
+        if i >= len(histograms) - 2:
+            axes.set_xlabel('level', fontsize=8)
+    return png(figure, dict(levels={site: {str(k): n for k, n in c.items()} for site, c in histograms.items()}))
+
+
+def plot_energy(account: Dict[str, Dict[str, float]], parts: Dict[str, str]) -> bytes:
+    """Draw where energy goes, with the range that half and half as much again for moving data gives.
+
+    Args:
+        account: As of `profiling.energy`, mJ per image.
+        parts: Its parts and what they are called.
+    """
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(WIDTH, 0.9 + 0.5 * len(account)), layout='constrained')
+    axes = figure.add_subplot(xlabel='energy per image, estimated [mJ]')
+    twin = account['quantised']['total']
+    axes.tick_params(labelsize=8)
+    shown = [name for name, values in account.items() if values['total'] <= 4 * twin]  # or the others are a line
+    for name in shown:
+        values, left, row = account[name], 0., name.replace(', ', ',\n')
+        for part, label in parts.items():
+            axes.barh(row, values[part], left=left, color=COLOURS[label], label=label if name == shown[0] else None)
+            left += values[part]
+        axes.errorbar(left, row, xerr=[[left - values['low']], [values['high'] - left]], color='black', capsize=3)
+    left_out = [f'{name} {values["total"] / twin:.0f} times quantised'
+                for name, values in account.items() if name not in shown]
+    axes.set_title('Energy' + (f' (not drawn: {", ".join(left_out)})' if left_out else ''), fontsize=9)
+    axes.invert_yaxis()
+    axes.locator_params(axis='x', nbins=5)
+    axes.legend(ncols=3, fontsize=7, loc='upper center', bbox_to_anchor=(0.35, -0.3))
+    return png(figure, dict(energy=account))
+
+
+def plot_maps(image: torch.Tensor, maps: Dict[str, torch.Tensor]) -> bytes:
+    """Draw an image, and over it which of its patches spike most, block by block.
+
+    Args:
+        image: (C, H, W), values in [0, 1].
+        maps: Name -> spikes per neuron, (rows, columns) of patches.
+    """
+    from matplotlib.figure import Figure
+    columns, size = 3, tuple(image.shape[1:])
+    rows = -(-(len(maps) + 1) // columns)
+    figure = Figure(figsize=(WIDTH, 1.7 * rows), layout='constrained')
+    pixels = image.clamp(0, 1).permute(1, 2, 0).expand(-1, -1, 3).numpy()
+    for i, (name, values) in enumerate({'image': None, **maps}.items()):
+        axes = figure.add_subplot(rows, columns, i + 1)
+        axes.imshow(pixels, extent=(0, size[1], size[0], 0))
+        axes.set_axis_off()
+        axes.set_title(name, fontsize=8)
+        if values is not None:
+            axes.imshow(values.numpy(), extent=(0, size[1], size[0], 0), cmap='inferno', alpha=0.55)
+            axes.set_title(f'{name}: {values.min():.1f} to {values.max():.1f}', fontsize=7)
+    return png(figure, dict(spikes_per_neuron={name: values.tolist() for name, values in maps.items()}))
+
+
+def plot_trade_off(points: Sequence[Dict[str, Any]], source: Optional[float]) -> bytes:
+    """Draw accuracy against N and, where it is given, against energy.
+
+    Args:
+        points: `levels`, `top1` in percent and perhaps `energy` in mJ per image.
+        source: Top-1 of the source in percent, if known.
+    """
+    from matplotlib.figure import Figure
+    axes_of = ['levels'] + ['energy'] * all('energy' in point for point in points)
+    figure = Figure(figsize=(WIDTH, 2.6 * len(axes_of)), layout='constrained')
+    names = dict(levels='levels N per branch', energy='energy per image, estimated [mJ]')
+    for i, key in enumerate(axes_of):
+        axes = figure.add_subplot(len(axes_of), 1, i + 1, xlabel=names[key], ylabel='top-1 [%]')
+        ordered: List[Dict[str, Any]] = sorted(points, key=lambda point: point[key])
+        axes.plot([p[key] for p in ordered], [p['top1'] for p in ordered], marker='o')
+        if source is not None:
+            axes.axhline(source, color='grey', linestyle='--', label=f'source, {source:.1f} %')
+            axes.legend(fontsize=8)
+        axes.grid(alpha=0.3)
+    return png(figure, dict(points=list(points), source_top1=source))
