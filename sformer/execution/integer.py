@@ -15,7 +15,7 @@ from ..layers import SpikingConv2d, SpikingLayer, SpikingLinear, is_calibrated, 
 from ..neurons import Float32Buffers, Neuron
 from .rounding import IntegerWeights, integer_weights, rounded
 
-__all__ = ['to_integer_', 'IntegerLinear', 'IntegerConv2d', 'IntegerReport', 'MAX_WEIGHT_ERROR']
+__all__ = ['to_integer_', 'folded_bias', 'IntegerLinear', 'IntegerConv2d', 'IntegerReport', 'MAX_WEIGHT_ERROR']
 
 MAX_WEIGHT_ERROR = 0.03
 MOMENTS_MEMORY = 2 ** 30  # bytes that second moments of levels may take at once
@@ -229,7 +229,7 @@ def _linear(
 ) -> Tuple[Optional[nn.Module], IntegerReport]:
     weights = integer_weights(layer.weight * layer.neuron.step, moments)
     columns = weights.weight.shape[1] / layer.in_features
-    return IntegerLinear(layer, weights, _bias(layer)), IntegerReport(name, weights.error, columns)
+    return IntegerLinear(layer, weights, folded_bias(layer)), IntegerReport(name, weights.error, columns)
 
 
 def _convolution(name: str, layer: SpikingConv2d) -> Tuple[Optional[nn.Module], IntegerReport]:
@@ -240,10 +240,10 @@ def _convolution(name: str, layer: SpikingConv2d) -> Tuple[Optional[nn.Module], 
         return None, IntegerReport(name, 0., integer=False, reason='its padding or its groups depend on the channel')
     weight = layer.weight.detach().to(torch.float32)
     weights = rounded((weight * neuron.step.view(1, -1, 1, 1)).flatten(1))
-    return IntegerConv2d(layer, weights, _bias(layer)), IntegerReport(name, weights.error)
+    return IntegerConv2d(layer, weights, folded_bias(layer)), IntegerReport(name, weights.error)
 
 
-def _bias(layer: Any) -> Optional[torch.Tensor]:
+def folded_bias(layer: Any) -> Optional[torch.Tensor]:
     """Bias of a layer, into which the centre of its input is folded, float32, (D,); None if there is neither."""
     bias = None if layer.bias is None else layer.bias.detach().to(torch.float32)
     center = getattr(layer.neuron, 'center', None)

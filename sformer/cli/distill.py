@@ -1,0 +1,67 @@
+"""`sformer distill`."""
+import time
+from pathlib import Path
+from typing import Annotated, Any, Iterator, List, Optional
+
+import typer
+
+from ..errors import SFormerError
+from .arguments import command_line
+from .options import MAX_BATCH_SIZE, MAX_IMAGES, MAX_SEED, Dataset, unfolded
+
+__all__ = ['distill']
+
+
+@unfolded
+def distill(
+        model: Annotated[str, typer.Argument(help='Folder of an SFormer, hf-hub:ID, or name of one with weights')],
+        output: Annotated[Path, typer.Option('--output', '-o', help='Folder for the trained SFormer')],
+        dataset: Annotated[str, typer.Option(help=f'Images to train on: dead-leaves (generated), {Dataset}')],
+        split: Annotated[Optional[str], typer.Option(help='Split of the data set')] = None,
+        num_images: Annotated[int, typer.Option(min=1, max=MAX_IMAGES, help='Number of images')] = 10_000,
+        steps: Annotated[int, typer.Option(min=1, max=MAX_IMAGES, help='Steps, one batch each')] = 1000,
+        batch_size: Annotated[int, typer.Option(min=1, max=MAX_BATCH_SIZE, help='Images per step')] = 64,
+        learning_rate: Annotated[float, typer.Option(min=0, help='Highest learning rate of AdamW')] = 3e-4,
+        price: Annotated[float, typer.Option(
+            min=0, help='What a unary spike per neuron costs, in squared relative errors of the logits')] = 0.01,
+        seed: Annotated[int, typer.Option(max=MAX_SEED, help='Seed of the choice and the order of images')] = 0,
+        overwrite: Annotated[bool, typer.Option('--overwrite', help='Replace a model that is there')] = False,
+) -> None:
+    """Train an SFormer to follow its source with fewer spikes. This is training, but reads no labels."""
+    import dataclasses
+
+    import torch
+
+    from ..conversion import calibration_batches
+    from ..distillation import DistillConfig, distill_
+    from ..saving import check_output, open_model, save_model
+    check_output(output, overwrite)
+    network: Any = open_model(model)
+    batches, used = calibration_batches(network, dataset, split, num_images, batch_size, seed, 'Reading')
+    images = torch.cat([*batches])
+    if len(images) < batch_size:
+        raise SFormerError(f'{used["name"]} has {len(images)} images, fewer than a batch of {batch_size}.')
+    recent: List[Any] = []
+
+    def shuffled() -> Iterator[torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            order = torch.randperm(len(images), generator=generator)
+            yield from (images[index] for index in order.split(batch_size) if len(index) == batch_size)
+
+    def report(step: int, error: float, spikes: float) -> None:
+        recent.append((error, spikes))
+        if step % 100 == 0 or step == steps:
+            error, spikes = (sum(values) / len(recent) for values in zip(*recent, strict=True))
+            print(f'step {step}: relative error {error ** 0.5:.4f}, {spikes:.3f} unary spikes per neuron', flush=True)
+            recent.clear()
+
+    start = time.perf_counter()
+    distill_(network, shuffled(), steps, DistillConfig(learning_rate, price), report)
+    seconds = time.perf_counter() - start
+    if network.conversion:
+        network.conversion = dataclasses.replace(
+            network.conversion, distillation=f'{steps} steps of {batch_size} of {len(images)} images of {used["name"]} '
+            f'{used["split"] or ""}, {seconds:.0f} s: {command_line()}')
+    save_model(network, output, overwrite)
+    print(f'trained for {seconds:.0f} s, saved to {output}')
