@@ -114,8 +114,7 @@ class unary_spikes:  # noqa: N801  used as a function
         assert isinstance(neuron, ScaleAndFire)
         levels = (out if neuron.center is None else out - neuron.center).abs() / neuron.step
         if neuron.token:
-            largest = levels.detach().amax(-1, keepdim=True)
-            levels = levels * (neuron.levels[-1] / largest.clamp_min(1e-30))
+            levels = levels * (neuron.levels[-1] / levels.amax(-1, keepdim=True).clamp_min(1e-30))
         self.sums.append(levels.sum())
         self.neurons += out.numel()
 

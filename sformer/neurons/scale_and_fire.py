@@ -154,6 +154,11 @@ class ScaleAndFire(Neuron):
         x = x.float()  # as thresholds are, so that bfloat16 currents fire where float32 ones do
         return x if self.center is None else x - self.center
 
+    def _loud(self, x: torch.Tensor) -> torch.Tensor:
+        """Membrane potential, 0 where it is silent whatever the thresholds are."""
+        h = self._potential(x)
+        return h if self.quiet is None else torch.where(h.abs() < self.quiet, 0., h)
+
     # Each branch by itself, and their sum, which is exact: a select per element takes torch six times as long on CPUs.
     # In place where it may be: large tensors are as slow to come by as to compute.
 
@@ -171,10 +176,7 @@ class ScaleAndFire(Neuron):
 
     def _fire(self, x: torch.Tensor, threshold: torch.Tensor) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
         """Levels before they are multiplied, and factor per token."""
-        config, h, row = self.config, self._potential(x), None
-        if self.quiet is not None:
-            h = torch.where(h.abs() < self.quiet, 0., h)
-        u = self._divided(h, threshold)
+        config, u, row = self.config, self._divided(self._loud(x), threshold), None
         if self.token:
             # torch's vector_norm is not vectorised
             largest = torch.maximum(u.amax(-1, keepdim=True), -u.amin(-1, keepdim=True)).clamp_min(TINY)
@@ -231,7 +233,7 @@ class ScaleAndFire(Neuron):
             return None  # each row of attention is divided by its own spike sum
         x = x.float()
         # in steps, so that each channel counts alike, whatever its unit
-        h, out = self._potential(x) / self.step, self._potential(self.encode(x).decode()) / self.step
+        h, out = self._loud(x) / self.step, self._potential(self.encode(x).decode()) / self.step
         return torch.stack([(h * h).sum(), (h * out).sum()]).to('cpu', torch.float64)
 
     def correct(self, moments: torch.Tensor) -> None:
