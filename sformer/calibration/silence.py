@@ -4,11 +4,13 @@ A current x that is silent instead of fired costs `w x^2`, where w is the square
 its price. So silence is worth it for |x| < q with `w q^2 = price`: one price for the whole network puts silence where it
 is cheapest, without a search (a Lagrangian over all neurons).
 """
+import math
 from typing import Any, Callable, List
 
 import torch
 import torch.nn as nn
 
+from ..errors import SFormerError
 from ..neurons import ScaleAndFire
 
 __all__ = ['Sensitivity', 'set_quiet_']
@@ -55,15 +57,23 @@ def set_quiet_(
         sites: Where neurons are in the network that `outputs` runs.
         batches: Images, or whatever the network reads.
         outputs: Output of the source network on a batch, with a graph.
+
+    Raises:
+        SFormerError: If the output is no tensor.
     """
     generator, power, images = torch.Generator().manual_seed(0), 0., 0
     with torch.inference_mode(False), torch.enable_grad():
         for batch in batches:
             out = outputs(batch)
+            if not isinstance(out, torch.Tensor):
+                raise SFormerError(f'a price of activity (silence) needs an output that is one tensor, got a '
+                                   f'{type(out).__name__}: let forward_fn return it.')
             power += out.detach().double().square().sum().item()
             images += len(out)
             signs = torch.randint(0, 2, out.shape, generator=generator) * 2 - 1
             out.backward(signs.to(out))
+    if not math.isfinite(power):
+        return  # whoever observes the network next says where
     total = sum(site.count for site in sites)
     for site in sites:
         # squared relative error of the output per squared error of one neuron
@@ -71,4 +81,4 @@ def set_quiet_(
         # activity counts each of `total / images` neurons alike
         quiet = (site.neuron.config.silence / (total / images) / weight.clamp_min(TINY)).sqrt()
         # the strongest key of a row, whose numerator is 1, fires whatever it costs: rows are divided by their spike sum
-        site.neuron.quiet.copy_(quiet if site.neuron.signed else quiet.clamp_max(1.))
+        site.neuron.set_quiet(quiet if site.neuron.signed else quiet.clamp_max(1.))

@@ -43,9 +43,6 @@ class BenchOptions:
         batches, used = calibration_batches(
             network, self.dataset, self.split, count, self.batch_size, self.seed, 'Reading')
         images = torch.cat([*batches])
-        if len(images) <= self.num_calibration:
-            raise SFormerError(f'{used["name"]} has {len(images)} images: none is left beside {self.num_calibration} '
-                               f'to calibrate with. Choose fewer (--num-calibration).')
         # the data may be sorted
         images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed))]
         fit = [network.conversion.fit] if network.conversion else []

@@ -125,6 +125,14 @@ class ScaleAndFire(Neuron):
             **({} if center is None else {'center': center}))
         self.calibrated.fill_(True)
 
+    def set_quiet(self, quiet: torch.Tensor) -> None:
+        """Set the magnitudes below which potentials are silent, (*shape), in the unit of the current.
+
+        Raises:
+            ValueError: If a value is not finite, negative or of another shape.
+        """
+        self._set(quiet=quiet)
+
     def encode(self, x: torch.Tensor) -> Spikes:
         """Spikes on a current (B, ...): levels int8, or int16 of softmax numerators; step (*shape); row (..., 1) where
         thresholds follow the token."""

@@ -181,11 +181,11 @@ def search(
         points.extend(Point(**{**t.user_attrs['point'], 'config': SFNConfig(**t.user_attrs['point']['config'])})
                       for t in done)
         for values in first:
-            study.enqueue_trial(values, skip_if_exists=True)
+            study.enqueue_trial(values, dict(origin='closed form'), skip_if_exists=True)
 
         def objective(trial: Any) -> List[float]:
             config = replaced(base, **propose(trial))
-            point = bench.measure(config, 'closed form' if 'fixed_params' in trial.system_attrs else name)
+            point = bench.measure(config, trial.user_attrs.get('origin', name))
             trial.set_user_attr('point', dataclasses.asdict(point))
             points.append(point)
             report(point)

@@ -109,7 +109,10 @@ def _recipe(record: Record) -> List[Tuple[str, Any]]:
     if c.get('weights_sha256'):
         rows.append((f'SHA-256 of `{WEIGHTS_NAME}`', f'`{c["weights_sha256"]}`'))
     fit = {k: v for k, v in record.fit.items() if k != 'quantile' or record.fit.get('estimator') == 'quantile'}
-    rows += [(NEURONS.get(key, key.replace('_', ' ')), value) for key, value in {**record.sfn, **fit}.items()]
+    sfn = {k: v for k, v in record.sfn.items() if k != 'silence' or v}
+    rows += [(NEURONS.get(key, key.replace('_', ' ')), value) for key, value in {**sfn, **fit}.items()]
+    if c.get('distillation'):
+        rows.append(('trained to follow its source', c['distillation']))
     if c.get('calibration'):
         rows.append(('calibration', _calibration(record)))
     if c.get('versions'):

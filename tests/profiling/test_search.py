@@ -19,7 +19,7 @@ def test_front_and_recommendation():
 
 @pytest.fixture(scope='module')
 def bench(source, images):
-    return Bench(source, images[:24], images[24:])
+    return Bench(source, images[:16], images[16:32])
 
 
 def test_points_say_what_others_measure(bench, source):
@@ -46,9 +46,9 @@ def test_more_levels_than_a_fire_function_has(bench):
 def test_a_search_continues_from_its_journal(bench, tmp_path):
     pytest.importorskip('optuna')
     journal, seen = tmp_path / 'journal', []
-    first = search(bench, SFNConfig(levels=8), 5, journal, report=seen.append)
+    first = search(bench, SFNConfig(), 5, journal, report=seen.append)
     assert len(first) == len(seen) == 5 and [p.origin for p in first].count('lambda') == 1
-    again = search(bench, SFNConfig(levels=8), 10, journal, report=seen.append)
+    again = search(bench, SFNConfig(), 10, journal, report=seen.append)
     assert len(again) == 10 and len(seen) == 10 and set(first) <= set(again)
     assert {p.origin for p in again} == {'closed form', 'search', 'lambda'}
     with pytest.raises(SFormerError, match='another search'):
