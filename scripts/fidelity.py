@@ -104,7 +104,7 @@ def measure(
           f'activity {spikes["graded"]:.3f}, unary spikes {spikes["unary"]:.2f}, '
           f'blocks {" ".join(f"{e:.3f}" for e in errors[:-1])}', flush=True)
     result: dict[str, Any] = dict(
-        tokens=errors[-1], patch_tokens=patches, blocks=errors[:-1], activity=spikes['graded'], spikes_per_neuron=spikes)
+        tokens=errors[-1], patch_tokens=patches, blocks=errors[:-1], spikes_per_neuron=spikes)
     if sites:
         result['sites'], few = {}, images[:SITES_IMAGES]
         for kind in sorted({kind_of(name) for name, _ in named_neurons(model)}):

@@ -1,11 +1,11 @@
 """Distillation: training, without labels, that makes a converted network more silent or brings it closer to its source.
 
-Conversion needs none of this. Whoever wants fewer spikes than thresholds alone allow lets the weights follow: the source
-is the teacher, gradients are straight-through (`neurons.functional.straight_through`), and a spike has a price.
+Conversion needs none of this. Whoever wants fewer spikes than thresholds alone allow lets the weights follow: the
+source is the teacher, gradients are straight-through (`neurons.functional.straight_through`), and a spike has a price.
 """
 import dataclasses
 import math
-from typing import Any, Callable, Iterable, List
+from typing import Any, Callable, Iterable, Iterator, List
 
 import torch
 import torch.nn as nn
@@ -15,7 +15,7 @@ from .errors import SFormerError, UncalibratedError
 from .layers import is_calibrated, named_neurons, source_of, uncalibrated
 from .neurons import Neuron, ScaleAndFire
 
-__all__ = ['DistillConfig', 'distill_', 'unary_spikes']
+__all__ = ['DistillConfig', 'distill_', 'shuffled', 'unary_spikes']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +86,21 @@ def distill_(
     if getattr(model, 'conversion', None):
         student.conversion = dataclasses.replace(student.conversion, changed=True)
     return model
+
+
+def shuffled(batches: Iterable[torch.Tensor], batch_size: int, seed: int = 0) -> Iterator[torch.Tensor]:
+    """Batches of another size without end, from all images of some batches, in another order each time.
+
+    Raises:
+        SFormerError: If there are fewer images than a batch has.
+    """
+    images = torch.cat([*batches])
+    if len(images) < batch_size:
+        raise SFormerError(f'{len(images)} images are fewer than a batch of {batch_size}.')
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(len(images), generator=generator)
+        yield from (images[index] for index in order.split(batch_size) if len(index) == batch_size)
 
 
 class unary_spikes:  # noqa: N801  used as a function

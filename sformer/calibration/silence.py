@@ -1,8 +1,8 @@
 """Where a network may be silent: how much each site matters to the output, and so what a spike on it is worth.
 
-A current x that is silent instead of fired costs `w x^2`, where w is the squared gradient of the output; a spike costs
-its price. So silence is worth it for |x| < q with `w q^2 = price`: one price for the whole network puts silence where it
-is cheapest, without a search (a Lagrangian over all neurons).
+A potential h that is silent instead of fired costs `w h^2`, where w is the mean squared gradient of the output; a spike
+costs its price. So silence is worth it for |h| < q with `w q^2 = price`: one price for the whole network puts silence
+where it is cheapest, without a search (a Lagrangian over all neurons).
 """
 import math
 from typing import Any, Callable, List

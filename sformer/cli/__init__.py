@@ -1,5 +1,5 @@
-"""Command line: `sformer convert | evaluate | compare | export | benchmark | profile | sweep | search | distill | list |
-demo | publish | card`.
+"""Command line: `sformer convert | evaluate | compare | export | benchmark | profile | sweep | search | distill`, and
+`list | demo | publish | card`.
 
 Commands import what is slow to load when they run.
 """

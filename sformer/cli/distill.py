@@ -1,11 +1,11 @@
 """`sformer distill`."""
+import dataclasses
 import time
 from pathlib import Path
-from typing import Annotated, Any, Iterator, List, Optional
+from typing import Annotated, Any, List, Optional
 
 import typer
 
-from ..errors import SFormerError
 from .arguments import command_line
 from .options import MAX_BATCH_SIZE, MAX_IMAGES, MAX_SEED, Dataset, unfolded
 
@@ -28,26 +28,13 @@ def distill(
         overwrite: Annotated[bool, typer.Option('--overwrite', help='Replace a model that is there')] = False,
 ) -> None:
     """Train an SFormer to follow its source with fewer spikes. This is training, but reads no labels."""
-    import dataclasses
-
-    import torch
-
     from ..conversion import calibration_batches
-    from ..distillation import DistillConfig, distill_
+    from ..distillation import DistillConfig, distill_, shuffled
     from ..saving import check_output, open_model, save_model
     check_output(output, overwrite)
     network: Any = open_model(model)
     batches, used = calibration_batches(network, dataset, split, num_images, batch_size, seed, 'Reading')
-    images = torch.cat([*batches])
-    if len(images) < batch_size:
-        raise SFormerError(f'{used["name"]} has {len(images)} images, fewer than a batch of {batch_size}.')
     recent: List[Any] = []
-
-    def shuffled() -> Iterator[torch.Tensor]:
-        generator = torch.Generator().manual_seed(seed)
-        while True:
-            order = torch.randperm(len(images), generator=generator)
-            yield from (images[index] for index in order.split(batch_size) if len(index) == batch_size)
 
     def report(step: int, error: float, spikes: float) -> None:
         recent.append((error, spikes))
@@ -57,11 +44,11 @@ def distill(
             recent.clear()
 
     start = time.perf_counter()
-    distill_(network, shuffled(), steps, DistillConfig(learning_rate, price), report)
+    distill_(network, shuffled(batches, batch_size, seed), steps, DistillConfig(learning_rate, price), report)
     seconds = time.perf_counter() - start
     if network.conversion:
         network.conversion = dataclasses.replace(
-            network.conversion, distillation=f'{steps} steps of {batch_size} of {len(images)} images of {used["name"]} '
-            f'{used["split"] or ""}, {seconds:.0f} s: {command_line()}')
+            network.conversion, distillation=f'{steps} steps of {batch_size} of {num_images} images of {used["name"]} '
+            f'({used["split"]}), {seconds:.0f} s: {command_line()}')
     save_model(network, output, overwrite)
     print(f'trained for {seconds:.0f} s, saved to {output}')

@@ -33,21 +33,12 @@ class BenchOptions:
 
     def open(self, model: str) -> Tuple[Any, Any, Dict[str, Any]]:
         """What measures, the SFormer that is varied, and what a record says of images."""
-        import torch
-
-        from ..conversion import calibration_batches
         from ..profiling.search import Bench
         from ..saving import open_model
         network: Any = open_model(model)
-        count = self.num_images + self.num_calibration
-        batches, used = calibration_batches(
-            network, self.dataset, self.split, count, self.batch_size, self.seed, 'Reading')
-        images = torch.cat([*batches])
-        # the data may be sorted
-        images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed))]
-        fit = [network.conversion.fit] if network.conversion else []
-        bench = Bench(network, images[:self.num_calibration], images[self.num_calibration:], *fit)
-        return bench, network, dict(used, num_images=len(bench.images), num_calibration=self.num_calibration)
+        bench, used = Bench.open(network, self.dataset, self.split, self.num_images, self.num_calibration,
+                                 self.batch_size, self.seed)
+        return bench, network, used
 
     def write(self, model: str, used: Dict[str, Any], bench: Any, points: Sequence[Any], **more: Any) -> None:
         """Write results as JSON, if they are wanted."""

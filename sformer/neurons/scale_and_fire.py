@@ -231,7 +231,7 @@ class ScaleAndFire(Neuron):
         step, multiplier = fit_steps(statistics, values, boundaries, config, most)
         step = step.view(shape) * relative
         if self.quiet is not None and octaves is None:
-            # what is loud only now and then may not lie far beyond the top level, where it would be the scale of a token
+            # what is loud now and then may not lie far beyond the top level, or it would be the scale of a token
             step = torch.maximum(step, self.quiet.to(step.device) / values[-1])
         self.set_state(step * self.config.scale,
                        multiplier.view(-1, *shape).expand(self.multiplier.shape), values, center)

@@ -5,13 +5,13 @@ Nothing here reads labels. An SFormer is compared with its source on images that
 import dataclasses
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
 
 from ..checkpoints import state_hash
-from ..conversion import all_tokens, convert
+from ..conversion import all_tokens, calibration_batches, convert
 from ..errors import SFormerError
 from ..layers import named_neurons, source_of
 from ..neurons import CODINGS, FitConfig, Neuron, ScaleAndFire, SFNConfig, count_spikes
@@ -60,10 +60,37 @@ class Bench:
         forward_passes: Images that went through a network so far, in calibration and comparison.
     """
 
-    def __init__(self, source: nn.Module, calibration: torch.Tensor, images: torch.Tensor, fit: FitConfig = FitConfig()):
+    def __init__(
+            self,
+            source: nn.Module,
+            calibration: torch.Tensor,
+            images: torch.Tensor,
+            fit: FitConfig = FitConfig(),
+    ):
         self.source, self.calibration, self.images, self.fit = source_of(source).eval(), calibration, images, fit
         self.seconds, self.forward_passes = 0., 0
         self.expected = self._outputs(self.source)
+
+    @classmethod
+    def open(
+            cls,
+            model: Any,
+            dataset: str,
+            split: Optional[str],
+            num_images: int,
+            num_calibration: int,
+            batch_size: int,
+            seed: int,
+    ) -> Tuple['Bench', Dict[str, Any]]:
+        """A bench for the source of an SFormer, with images of a data set by name, and what a record says of these."""
+        batches, used = calibration_batches(
+            model, dataset, split, num_images + num_calibration, batch_size, seed, 'Reading')
+        images = torch.cat([*batches])
+        # the data may be sorted
+        images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))]
+        bench = cls(model, images[:num_calibration], images[num_calibration:],
+                    model.conversion.fit if model.conversion else FitConfig())
+        return bench, dict(used, num_images=len(bench.images), num_calibration=num_calibration)
 
     @torch.inference_mode()
     def _outputs(self, network: Any) -> torch.Tensor:
@@ -161,43 +188,52 @@ def search(
     Raises:
         SFormerError: If the journal is of another search.
     """
-    import optuna
-    from optuna.storages.journal import JournalFileBackend
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    journal = None if storage is None else optuna.storages.JournalStorage(JournalFileBackend(str(storage)))
+    propose: Dict[str, Callable[[Any], Dict[str, Any]]] = {
+        'search': lambda trial: dict(
+            silence=trial.suggest_float('silence', *SILENCE_RANGE, log=True),
+            levels=trial.suggest_int('levels', 2, max(SWEPT_LEVELS), log=True),
+            scale=trial.suggest_float('scale', *SCALE_RANGE)),
+        'lambda': lambda trial: dict(silence=0., scale=trial.suggest_float('scale', *SCALE_RANGE))}
     points: List[Point] = []
+    for name, count, objectives in (
+            ('search', budget - budget // 5, ('error', spikes)), ('lambda', budget // 5, ('error',))):
+        study, done = _study(name, objectives, count, seed, storage, dict(
+            base=dataclasses.asdict(base), objectives=list(objectives), images=state_hash(
+                dict(images=bench.images, calibration=bench.calibration, expected=bench.expected))))
+        points.extend(done)
+        for silence in SILENCES if name == 'search' else ():
+            study.enqueue_trial(dict(silence=silence, levels=base.levels, scale=base.scale),
+                                dict(origin='closed form'), skip_if_exists=True)
 
-    def run(name: str, count: int, propose: Callable[[Any], Dict[str, Any]], objectives: Sequence[str],
-            first: Sequence[Dict[str, Any]] = ()) -> None:
-        study = optuna.create_study(
-            storage=journal, study_name=name, load_if_exists=True, directions=['minimize'] * len(objectives),
-            sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=min(10, count // 2)))
-        identity = dict(base=dataclasses.asdict(base), objectives=list(objectives), images=state_hash(
-            dict(images=bench.images, calibration=bench.calibration, expected=bench.expected)))
-        if study.user_attrs.get('identity', identity) != identity:
-            raise SFormerError(f'{storage} has trials of another search: choose another file, or remove it.')
-        study.set_user_attr('identity', identity)
-        done = [t for t in study.trials if t.state == optuna.trial.TrialState.COMPLETE]
-        points.extend(Point(**{**t.user_attrs['point'], 'config': SFNConfig(**t.user_attrs['point']['config'])})
-                      for t in done)
-        for values in first:
-            study.enqueue_trial(values, dict(origin='closed form'), skip_if_exists=True)
-
-        def objective(trial: Any) -> List[float]:
-            config = replaced(base, **propose(trial))
-            point = bench.measure(config, trial.user_attrs.get('origin', name))
+        def objective(trial: Any, name: str = name, objectives: Tuple[str, ...] = objectives) -> List[float]:
+            point = bench.measure(replaced(base, **propose[name](trial)), trial.user_attrs.get('origin', name))
             trial.set_user_attr('point', dataclasses.asdict(point))
             points.append(point)
             report(point)
-            return [getattr(point, name) for name in objectives]
+            return [getattr(point, key) for key in objectives]
 
         study.optimize(objective, n_trials=max(0, count - len(done)))
-
-    lambdas = budget // 5
-    run('search', budget - lambdas, lambda trial: dict(
-        silence=trial.suggest_float('silence', *SILENCE_RANGE, log=True),
-        levels=trial.suggest_int('levels', 2, max(SWEPT_LEVELS), log=True),
-        scale=trial.suggest_float('scale', *SCALE_RANGE)), ['error', spikes],
-        [dict(silence=silence, levels=base.levels, scale=base.scale) for silence in SILENCES])
-    run('lambda', lambdas, lambda trial: dict(silence=0., scale=trial.suggest_float('scale', *SCALE_RANGE)), ['error'])
     return points
+
+
+def _study(
+        name: str,
+        objectives: Sequence[str],
+        count: int,
+        seed: int,
+        storage: Optional[Path],
+        identity: Dict[str, Any],
+) -> Tuple[Any, List[Point]]:
+    """A study, which continues one of this identity, and the points that it has."""
+    import optuna
+    from optuna.storages.journal import JournalFileBackend
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(
+        storage=None if storage is None else optuna.storages.JournalStorage(JournalFileBackend(str(storage))),
+        study_name=name, load_if_exists=True, directions=['minimize'] * len(objectives),
+        sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=min(10, count // 2)))
+    if study.user_attrs.get('identity', identity) != identity:
+        raise SFormerError(f'{storage} has trials of another search: choose another file, or remove it.')
+    study.set_user_attr('identity', identity)
+    points = [trial.user_attrs['point'] for trial in study.trials if trial.state.name == 'COMPLETE']
+    return study, [Point(**{**point, 'config': SFNConfig(**point['config'])}) for point in points]

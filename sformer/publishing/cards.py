@@ -42,8 +42,8 @@ SINGLE = (
 NEURONS = dict(
     levels='levels N per branch', fire='fire function', attention_fire='fire function of the softmax',
     activation_fire='fire function after activation functions',
-    initial_potential='initial membrane potential [steps]', dead_zone='dead zone [steps]', scale='scaling factor', silence='price of activity',
-    estimator='threshold estimator')
+    initial_potential='initial membrane potential [steps]', dead_zone='dead zone [steps]', scale='scaling factor',
+    silence='price of activity', estimator='threshold estimator')
 SETTINGS = (
     ('benchmark', 'benchmark'), ('image size', 'img_size'), ('crop', 'crop_pct'), ('interpolation', 'interpolation'),
     ('mixed precision', 'amp'), ('device', 'device'), ('processes', 'world_size'), ('images per batch', 'batch_size'),
