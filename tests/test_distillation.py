@@ -23,8 +23,8 @@ def trained():
     source, x = build(), pixels(64)
     model = convert(source, [x[:32]], SFNConfig(levels=4, silence=0.1))
     before, seen = copy.deepcopy(model), []
-    batches = (x[:32] for _ in range(40))
-    distill_(model, batches, 40, DistillConfig(learning_rate=1e-3, price=0.01), lambda *args: seen.append(args))
+    batches = (x[:32] for _ in range(24))
+    distill_(model, batches, 24, DistillConfig(learning_rate=1e-3, price=0.01), lambda *args: seen.append(args))
     return source, before, model, x, seen
 
 
@@ -32,7 +32,7 @@ def test_it_comes_closer_to_its_source(trained):
     source, before, model, x, seen = trained
     with torch.no_grad():
         errors = [relative_error(network(x[:32]), source(x[:32])) for network in (before, model)]
-    assert errors[1] < 0.7 * errors[0] and [step for step, *_ in seen] == [*range(1, 41)]
+    assert errors[1] < 0.7 * errors[0] and [step for step, *_ in seen] == [*range(1, 25)]
     assert model.conversion.changed and not before.conversion.changed
 
 
@@ -42,6 +42,7 @@ def test_thresholds_stay(trained):
     assert not torch.equal(model.blocks[0].mlp.fc1.weight, before.blocks[0].mlp.fc1.weight)
 
 
+@pytest.mark.slow
 def test_a_price_takes_spikes(trained):
     _, before, _, x, _ = trained
     model = copy.deepcopy(before)
@@ -49,7 +50,7 @@ def test_a_price_takes_spikes(trained):
     assert spikes_of(model, x[:32]) < 0.9 * spikes_of(before, x[:32])
 
 
-@pytest.mark.parametrize('family', ['vit', 'eva02'])
+@pytest.mark.parametrize('family', ['eva02', pytest.param('vit', marks=pytest.mark.slow)])
 def test_spikes_that_are_paid_for_are_those_that_are_sent(family):
     model, x = convert(build(family), [pixels(32)], SFNConfig(levels=8, silence=0.01)), pixels(8)
     with torch.no_grad(), unary_spikes(model) as spikes:

@@ -52,7 +52,8 @@ def test_the_strongest_key_of_a_row_fires_at_any_price():
     assert all(share < 0.01 for name, share in per_site.items() if name not in softmax)
 
 
-@pytest.mark.parametrize('family', ['vit', 'eva02', 'map pooling', 'gated attention'])
+@pytest.mark.parametrize('family', ['gated attention', *(
+    pytest.param(family, marks=pytest.mark.slow) for family in ('vit', 'eva02', 'map pooling', 'differential'))])
 def test_a_price_buys_silence(family):
     source, x = build(family), pixels(48)
     shares, errors = [], []
@@ -75,7 +76,7 @@ def test_levels_lie_beyond_the_dead_zone():
         h = args[0] if neuron.center is None else args[0] - neuron.center
         k = neuron.encode(args[0]).levels
         assert (k[h.abs() < neuron.quiet] == 0).all()
-        assert torch.equal(neuron(args[0]), neuron.encode(args[0]).decode())
+        assert torch.equal(neuron.forward(args[0]), neuron.encode(args[0]).decode())
         checked += int((h.abs() < neuron.quiet).sum())
 
     for _, neuron in named_neurons(model):

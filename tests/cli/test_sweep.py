@@ -5,7 +5,7 @@ import pytest
 
 from sformer import load_model, save_model
 
-DIGITS = '--dataset', 'digits', '--split', 'train', '--num-images', '24', '--num-calibration', '16'
+DIGITS = '--dataset', 'digits', '--split', 'train', '--num-images', '16', '--num-calibration', '16'
 
 
 def test_sweep(run_inside, model, tmp_path):
@@ -16,10 +16,11 @@ def test_sweep(run_inside, model, tmp_path):
     few, many = result['points']
     assert [p['config']['levels'] for p in (few, many)] == [4, 20]
     assert few['error'] > many['error'] and few['activity'] < many['activity']
-    assert f'{few["error"]:.4f}' in out and result['images']['num_images'] == 24 and result['seconds'] > 0
-    assert result['forward_passes'] == 24 + 2 * (24 + 16)
+    assert f'{few["error"]:.4f}' in out and result['images']['num_images'] == 16 and result['seconds'] > 0
+    assert result['forward_passes'] == 16 + 2 * (16 + 16)
 
 
+@pytest.mark.slow
 def test_search(run_inside, model, tmp_path):
     pytest.importorskip('optuna')
     save_model(model, tmp_path / 'out')

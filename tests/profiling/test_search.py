@@ -43,6 +43,7 @@ def test_more_levels_than_a_fire_function_has(bench):
         sweep(bench, SFNConfig(levels=4, fire='power2'), [4, 8])
 
 
+@pytest.mark.slow
 def test_a_search_continues_from_its_journal(bench, tmp_path):
     pytest.importorskip('optuna')
     journal, seen = tmp_path / 'journal', []
