@@ -27,7 +27,7 @@ class DistillConfig:
         price: What a unary spike per neuron costs, in squared relative errors of the output.
         max_norm: Gradients are scaled down to this norm.
     """
-    learning_rate: float = 3e-4
+    learning_rate: float = 5e-5
     price: float = 0.01
     max_norm: float = 1.
 

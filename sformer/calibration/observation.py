@@ -17,7 +17,7 @@ from ..layers.spiking import left_alone
 from ..neurons import FitConfig, Neuron, ScaleAndFire
 from ..neurons.statistics import check_finite
 from ..utils import ForwardWatch
-from .silence import Sensitivity, set_quiet_
+from .silence import RowSensitivity, Sensitivity, set_quiet_
 
 __all__ = ['calibrate_', 'correct', 'observe', 'OBSERVED_BATCH']
 
@@ -69,8 +69,12 @@ def calibrate_(
 
 def _fit_silence(module: nn.Module, batches: List[Any], forward_fn: Optional[Forward]) -> None:
     """Say below which current each neuron is silent, by the gradients of the source on some batches."""
-    view, sites = _view(module, lambda name, neuron: Sensitivity(neuron)
-                        if isinstance(neuron, ScaleAndFire) else _Observer(name, None))
+    def stand_in(name: str, neuron: Neuron) -> nn.Module:
+        if not isinstance(neuron, ScaleAndFire):
+            return _Observer(name, None)
+        return Sensitivity(neuron) if neuron.signed else RowSensitivity(neuron)
+
+    view, sites = _view(module, stand_in)
     for layer in list(view.modules()):  # gradients of currents alone, and none left on what others train
         for name, parameter in list(layer.named_parameters(recurse=False)):
             setattr(layer, name, nn.Parameter(parameter.detach(), requires_grad=False))

@@ -10,7 +10,7 @@ from layer_tools import build, named_neurons, pixels, relative_error, rng
 from neuron_tools import prop
 
 from sformer import SFNConfig, activity, calibrate_, convert, spiking_
-from sformer.calibration.silence import Sensitivity, set_quiet_
+from sformer.calibration.silence import RowSensitivity, Sensitivity, set_quiet_
 from sformer.neurons import ScaleAndFire
 from sformer.neurons.statistics import silent_center
 
@@ -41,6 +41,26 @@ def test_the_dead_zone_of_a_linear_layer_is_the_price_over_its_columns():
     # w q^2 = price per neuron, of five, with w the squared norm of a column over the power of the output
     expected = (price / 5 * power / layer.weight.detach().square().sum(0)).sqrt()
     torch.testing.assert_close(neuron.quiet, expected, rtol=0.05, atol=0)
+
+
+def test_what_is_silent_in_a_row_errs_together():
+    n, v = torch.rand(8, 2, 5, 30, generator=rng()) ** 6, torch.randn(30, 1, generator=rng(1))
+    n = n / n.amax(-1, keepdim=True)
+    neuron = ScaleAndFire((2, 1, 1), SFNConfig(silence=0.4), signed=False)
+    site = RowSensitivity(neuron)
+
+    def attend(x):
+        return (x @ v) / x.sum(-1, keepdim=True)
+
+    set_quiet_([site], [n], lambda x: attend(site(x)))
+    t = site.thresholds[:-1]
+    quieter = attend(torch.where(n[..., None, :, :] < t.view(-1, 1, 1), 0., n[..., None, :, :]))  # (B, H, K, L, 1)
+    errors = (quieter - attend(n)[:, :, None]).square().sum((0, 3, 4))
+    torch.testing.assert_close(site.errors[:, :-1].float(), errors, rtol=1e-3, atol=1e-5)
+    silent = (n[..., None, :, :] < t.view(-1, 1, 1)).sum((0, 3, 4))
+    assert torch.equal(site.silent[:, :-1].long(), silent)
+    best = (errors / attend(n).square().sum() - 0.4 / n.numel() * silent).argmin(1)
+    assert torch.equal(neuron.quiet.flatten(), t[best]) and (best > 0).all()
 
 
 def test_the_strongest_key_of_a_row_fires_at_any_price():
