@@ -23,6 +23,7 @@ from timm.data import resolve_input_data_config
 import sformer
 from sformer.checkpoints import file_hash, state_hash, write_json
 from sformer.data import ImageData, open_images
+from sformer.evaluation.activity import Activity
 from sformer.layers import named_neurons, shared_copy
 from sformer.neurons import FitConfig, SFNConfig
 from sformer.utils import library_versions
@@ -92,13 +93,18 @@ def measure(
         calibration: Optional[list[torch.Tensor]],
 ) -> dict[str, Any]:
     """Errors of one SFormer, printed as they come."""
-    actual = outputs(model, images)
+    counts = Activity()
+    with counts.observe(model):
+        actual = outputs(model, images)
+    spikes = counts.spikes_per_neuron() or {}
     errors = [relative_error(a, b) for a, b in zip(expected, actual, strict=True)]
     num_prefix = model.num_prefix_tokens
     patches = relative_error(expected[-1][:, num_prefix:], actual[-1][:, num_prefix:])
     print(f'N = {model.sfn_config.levels}: tokens {errors[-1]:.4f}, patch tokens {patches:.4f}, '
+          f'activity {spikes["graded"]:.3f}, unary spikes {spikes["unary"]:.2f}, '
           f'blocks {" ".join(f"{e:.3f}" for e in errors[:-1])}', flush=True)
-    result: dict[str, Any] = dict(tokens=errors[-1], patch_tokens=patches, blocks=errors[:-1])
+    result: dict[str, Any] = dict(
+        tokens=errors[-1], patch_tokens=patches, blocks=errors[:-1], spikes_per_neuron=spikes)
     if sites:
         result['sites'], few = {}, images[:SITES_IMAGES]
         for kind in sorted({kind_of(name) for name, _ in named_neurons(model)}):

@@ -20,7 +20,7 @@ from .record import CalibrationRecord, Conversion
 from .sources import Source, create_source
 from .utils import enough_memory, library_versions, progress
 
-__all__ = ['Images', 'calibration_batches', 'convert']
+__all__ = ['Images', 'all_tokens', 'calibration_batches', 'convert']
 
 _logger = logging.getLogger(__name__)
 
@@ -91,12 +91,19 @@ def convert(
             model, calibration, split, num_images, batch_size, seed, image_column=image_column)
         with enough_memory('the source is observed on 16 images at a time, whatever the batch size. Choose a smaller '
                            'input (img_size) or a device with more memory.'):
-            count = calibrate_(model, batches, fit)
+            count = calibrate_(model, batches, fit, None if model.num_classes else all_tokens)
         model.conversion = Conversion(**record, calibration=CalibrationRecord(**images, num_images=count))
         return model
     except BaseException:
         revert_(model).train(training).__dict__.update({k: v for k, v in before.items() if v is not None})
         raise
+
+
+def all_tokens(network: Any, batch: torch.Tensor) -> torch.Tensor:
+    """Run a network without a classifier, whose output is all of its tokens, not what pooling leaves of them."""
+    tokens = network.forward_features(batch)
+    network.forward_head(tokens)
+    return tokens
 
 
 def _record_of(model: nn.Module, weights: Optional[str], fit: FitConfig, command: Optional[str]) -> Dict[str, Any]:

@@ -45,6 +45,7 @@ class Conversion:
         versions: Versions of libraries.
         command: Command line that converted, if one did.
         changed: Whether the weights are not those of the source any more.
+        distillation: How they were trained to follow it, in words; None if they were not.
         weights_sha256: SHA-256 of the file of weights.
         zoo_entry: Line of a table of conversions that this one is of, as `scripts/publish_zoo.py` has one.
     """
@@ -58,6 +59,7 @@ class Conversion:
     versions: Dict[str, str] = dataclasses.field(default_factory=dict)
     command: Optional[str] = None
     changed: bool = False
+    distillation: Optional[str] = None
     weights_sha256: Optional[str] = None
     zoo_entry: Optional[str] = None
 

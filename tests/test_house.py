@@ -24,7 +24,7 @@ ORDER = (
     ('models',),
     ('calibration', 'data', 'record', 'sources'),
     ('conversion', 'model_config'),
-    ('hub',),
+    ('distillation', 'hub'),
     ('pretrained', 'saving'),
     ('entrypoints',),
     ('execution',),
@@ -39,7 +39,7 @@ DATA_ONLY = {'weights'}
 
 # Imported where they are used, since `import sformer` is to take as long as `import timm`.
 SLOW = {'accelerate', 'datasets', 'huggingface_hub', 'matplotlib', 'neurobench', 'onnx', 'onnxruntime', 'onnxscript',
-        'openvino', 'pyarrow', 'rich', 'sklearn'}
+        'openvino', 'optuna', 'pyarrow', 'rich', 'sklearn'}
 NOT_EVERYWHERE = {'fcntl', 'resource'}  # not on Windows
 
 MAX_LINES, MAX_FUNCTION = 400, 60

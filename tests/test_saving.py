@@ -68,7 +68,8 @@ def test_round_trip_through_timm(model, folder, images):
 @pytest.mark.parametrize('config', [
     SFNConfig(levels=8), SFNConfig(levels=5, fire='density', attention_fire='density'),
     SFNConfig(levels=7, fire='power2', attention_fire='power2'), SFNConfig(initial_potential=0),
-    SFNConfig(levels=1), SFNConfig(levels=127, fire='quadratic'), SFNConfig(scale=0.9, dead_zone=1.)], ids=str)
+    SFNConfig(levels=1), SFNConfig(levels=127, fire='quadratic'), SFNConfig(scale=0.9, dead_zone=1.),
+    SFNConfig(levels=8, silence=0.03)], ids=str)
 def test_every_kind_of_neuron_comes_back(source, images, tmp_path, config):
     model = convert(source, [images], config)
     assert_same(timm_load(save_model(model, tmp_path / 'x')), model, images)

@@ -6,7 +6,7 @@ whatever the size they come in, so that thresholds do not depend on it.
 """
 import contextlib
 import itertools
-from typing import Any, Callable, Dict, Iterable, Iterator, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -14,12 +14,14 @@ import torch.nn as nn
 from ..errors import SFormerError, UnsupportedLayerError
 from ..layers import FLOATING_LAYERS, SPIKING_LAYERS, AttentionProduct, named_neurons, shared_copy
 from ..layers.spiking import left_alone
-from ..neurons import FitConfig, Neuron
+from ..neurons import FitConfig, Neuron, ScaleAndFire
 from ..neurons.statistics import CurrentStatistics, check_finite
 from ..utils import ForwardWatch, num_images
+from .silence import RowSensitivity, Sensitivity, set_quiet_
 
 __all__ = ['calibrate_', 'correct', 'observe', 'OBSERVED_BATCH']
 
+SENSITIVITY_BATCHES = 8
 OBSERVED_BATCH = 16  # images; small enough that currents of a large network at 500 pixels are no burden
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -36,7 +38,8 @@ def calibrate_(
     Args:
         module: Any module that `spiking_` converted.
         batches: What the module reads. Tensors (B, ...) are observed in batches of `OBSERVED_BATCH`; anything else,
-            such as lists of images, as it comes. The first batch is read twice where the fit is `unbiased`.
+            such as lists of images, as it comes. The first batch is read twice where the fit is `unbiased`, the first
+            eight where neurons have a price of activity, then with gradients.
         fit: How thresholds are fitted.
         forward_fn: Called with the source network and a batch; `network(batch)` if None.
 
@@ -49,7 +52,10 @@ def calibrate_(
         UnsupportedLayerError: If a module multiplies currents in a forward of its own; names it.
     """
     batches = iter(_rebatched(batches))
-    first = list(itertools.islice(batches, 1))
+    silent = any(isinstance(neuron, ScaleAndFire) and neuron.config.silence for _, neuron in named_neurons(module))
+    first = list(itertools.islice(batches, SENSITIVITY_BATCHES if silent else 1))
+    if silent:
+        _fit_silence(module, first, forward_fn)
     statistics, count = observe(module, itertools.chain(first, batches), forward_fn)
     unmet = [name for name, seen in statistics.items() if isinstance(seen, CurrentStatistics) and not seen.counted]
     if unmet:
@@ -66,6 +72,21 @@ def calibrate_(
     if fit.unbiased:
         correct(module, first[0], forward_fn)
     return count
+
+
+def _fit_silence(module: nn.Module, batches: List[Any], forward_fn: Optional[Forward]) -> None:
+    """Say below which current each neuron is silent, by the gradients of the source on some batches."""
+    def stand_in(name: str, neuron: Neuron) -> nn.Module:
+        if not isinstance(neuron, ScaleAndFire):
+            return _Observer(name, None)
+        return Sensitivity(neuron) if neuron.signed else RowSensitivity(neuron)
+
+    view, sites = _view(module, stand_in)
+    for layer in list(view.modules()):  # gradients of currents alone, and none left on what others train
+        for name, parameter in list(layer.named_parameters(recurse=False)):
+            setattr(layer, name, nn.Parameter(parameter.detach(), requires_grad=False))
+    set_quiet_([site for site in sites.values() if isinstance(site, Sensitivity)], batches,
+               lambda batch: _forward(module, view, batch, forward_fn))
 
 
 @torch.inference_mode()

@@ -1,4 +1,5 @@
-"""Command line: `sformer convert | evaluate | compare | export | benchmark | profile | list | demo | publish | card`.
+"""Command line: `sformer convert | evaluate | compare | export | benchmark | profile | sweep | search | distill`, and
+`list | demo | publish | card`.
 
 Commands import what is slow to load when they run.
 """
@@ -12,7 +13,7 @@ from typing import Annotated, Any, List, Optional
 import typer
 
 from ..errors import SFormerError
-from . import benchmark, card, compare, convert, demo, evaluate, export, list_models, profile, publish
+from . import benchmark, card, compare, convert, demo, distill, evaluate, export, list_models, profile, publish, sweep
 from .arguments import expand_home, spread
 from .errors import RunInterruptedError, fail
 
@@ -29,6 +30,9 @@ app.command()(compare.compare)
 app.command()(export.export)
 app.command()(benchmark.benchmark)
 app.command()(profile.profile)
+app.command()(sweep.sweep)
+app.command()(sweep.search)
+app.command()(distill.distill)
 app.command('list')(list_models.list_models)
 app.command()(demo.demo)
 app.command()(publish.publish)

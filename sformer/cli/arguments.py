@@ -14,7 +14,8 @@ __all__ = ['spread', 'expand_home', 'parse_kwargs', 'parse_dataset_ids', 'comman
 
 # options that take several values up to the next option, as in timm's own scripts
 MULTI_VALUE = ('--model-kwargs', '--mean', '--std')
-MULTI_VALUE_OF = {'benchmark': ('--execution', '--against', '--batch-size')}  # of one command only
+MULTI_VALUE_OF = {  # of one command only
+    'benchmark': ('--execution', '--against', '--batch-size'), 'sweep': ('--levels',)}
 AMP_DTYPES = ('bfloat16', 'bf16', 'float16', 'fp16', 'half')
 
 

@@ -30,6 +30,8 @@ class NeuronOptions:
     scale: Annotated[float, typer.Option(help='Scaling factor lambda on top of all thresholds')] = 1.
     token_scale: Annotated[bool, typer.Option(
         help='Let thresholds follow each token where the factor is free after the product')] = True
+    silence: Annotated[float, typer.Option(
+        help='Price of activity: the higher, the fewer neurons fire; 0.003 to 0.1 are usual')] = 0.
     estimator: Annotated[str, typer.Option(help='Threshold estimator: mse, quantile or max')] = 'mse'
     quantile: Annotated[float, typer.Option(help='Share of currents that the quantile estimator covers')] = 0.999
     unbiased: Annotated[bool, typer.Option(

@@ -15,7 +15,7 @@ from ..layers import AttentionProduct, SpikingConv2d, SpikingConvTranspose2d, Sp
 from ..layers.products import softmax_numerators
 from ..neurons import MAX_LEVEL, GradedCoding, Neuron, ScaleAndFire, fire, firing_boundaries
 from ..neurons.scale_and_fire import TINY
-from .integer import IntegerConv2d, IntegerConvTranspose2d, IntegerLinear
+from .integer import IntegerConv2d, IntegerConvTranspose2d, IntegerLinear, folded_bias
 
 __all__ = ['to_graph_']
 
@@ -74,6 +74,7 @@ class _Levels(nn.Module):
     values: torch.Tensor
     inverse: torch.Tensor
     center: Optional[torch.Tensor]
+    quiet: Optional[torch.Tensor]
     multiplier: Optional[torch.Tensor]
     inward: Optional[torch.Tensor]
     outward: Optional[torch.Tensor]
@@ -91,6 +92,7 @@ class _Levels(nn.Module):
         self.register_buffer('values', neuron.levels.to(torch.float32))
         self.register_buffer('inverse', 1 / neuron.threshold[0])
         self.register_buffer('center', neuron.center)
+        self.register_buffer('quiet', neuron.quiet)
         self.register_buffer('multiplier', None if (m[0] == 1).all() else m[0])
         self.register_buffer('inward', m[0] / m[1] if uneven else None)
         self.register_buffer('outward', m[1] / m[0] if uneven else None)
@@ -110,7 +112,10 @@ class _Levels(nn.Module):
         return torch.cat([torch.zeros(1), self.values])[index]
 
     def forward(self, x: torch.Tensor) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
-        u = _by_branch((x if self.center is None else x - self.center) * self.inverse, self.inward)
+        h = x if self.center is None else x - self.center
+        if self.quiet is not None:
+            h = torch.where(h.abs() < self.quiet, 0., h)
+        u = _by_branch(h * self.inverse, self.inward)
         row = None
         if self.token:
             largest = torch.maximum(u.amax(-1, keepdim=True), -u.amin(-1, keepdim=True)).clamp_min(TINY)
@@ -177,7 +182,7 @@ class _Linear(nn.Module):
         self.register_buffer('weight', weight.t().contiguous())
         self.register_buffer('step', layer.weight_step if self.integer else None)
         self.register_buffer('columns', layer.columns if self.integer else None)
-        self.register_buffer('bias', None if layer.bias is None else layer.bias.detach())
+        self.register_buffer('bias', layer.bias if self.integer else folded_bias(layer))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.ndim == 2:  # OpenVINO 2026.4 takes a step per channel for one per row there
@@ -230,6 +235,7 @@ class _Attention(nn.Module):
     """QK^T and AV, each row divided by its spike sum; arguments as of `AttentionProduct`."""
     score_step: torch.Tensor
     v_step: torch.Tensor
+    v_center: Optional[torch.Tensor]
 
     def __init__(self, product: AttentionProduct):
         super().__init__()
@@ -238,6 +244,7 @@ class _Attention(nn.Module):
         # powers of two per channel cancel, so what remains is one step per head
         self.register_buffer('score_step', (product.q_neuron.step * product.k_neuron.step)[..., :1].clone())
         self.register_buffer('v_step', product.v_neuron.step)
+        self.register_buffer('v_center', product.v_neuron.center)
 
     def forward(
             self,
@@ -259,4 +266,6 @@ class _Attention(nn.Module):
         if self.attn.largest <= MAX_LEVEL:
             attn = _int8(attn)
         out = attn @ _int8(v)  # of wide levels in float32, which OpenVINO does faster than two planes of int8
-        return out / attn.sum(dim=-1, keepdim=True).clamp_min(1.) * self.v_step
+        total = attn.sum(dim=-1, keepdim=True)
+        out = out / total.clamp_min(1.) * self.v_step
+        return out if self.v_center is None else out + self.v_center * total.clamp(max=1.)  # none of no key

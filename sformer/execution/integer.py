@@ -24,7 +24,8 @@ from ..neurons import Float32Buffers, Neuron
 from .rounding import IntegerWeights, integer_weights, rounded
 
 __all__ = [
-    'to_integer_', 'IntegerLinear', 'IntegerConv2d', 'IntegerConvTranspose2d', 'IntegerReport', 'MAX_WEIGHT_ERROR',
+    'to_integer_', 'folded_bias', 'IntegerLinear', 'IntegerConv2d', 'IntegerConvTranspose2d', 'IntegerReport',
+    'MAX_WEIGHT_ERROR',
 ]
 
 MAX_WEIGHT_ERROR = 0.03
@@ -289,7 +290,7 @@ def _linear(
 ) -> Tuple[Optional[nn.Module], IntegerReport]:
     weights = integer_weights(layer.weight * layer.neuron.step, moments)
     columns = weights.weight.shape[1] / layer.in_features
-    return IntegerLinear(layer, weights, _bias(layer)), IntegerReport(name, weights.error, columns)
+    return IntegerLinear(layer, weights, folded_bias(layer)), IntegerReport(name, weights.error, columns)
 
 
 def _convolution(name: str, layer: Any) -> Tuple[Optional[nn.Module], IntegerReport]:
@@ -299,10 +300,10 @@ def _convolution(name: str, layer: Any) -> Tuple[Optional[nn.Module], IntegerRep
     weight = _by_output(layer)
     weights = rounded((weight * _per_output(layer, neuron.step)).flatten(1))
     kind = IntegerConvTranspose2d if isinstance(layer, nn.ConvTranspose2d) else IntegerConv2d
-    return kind(layer, weights, _bias(layer)), IntegerReport(name, weights.error)
+    return kind(layer, weights, folded_bias(layer)), IntegerReport(name, weights.error)
 
 
-def _bias(layer: Any) -> Optional[torch.Tensor]:
+def folded_bias(layer: Any) -> Optional[torch.Tensor]:
     """Bias of a layer, into which the centre of its input is folded, float32, (D,); None if there is neither."""
     bias = None if layer.bias is None else layer.bias.detach().to(torch.float32)
     center = getattr(layer.neuron, 'center', None)

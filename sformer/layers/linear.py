@@ -43,7 +43,7 @@ class SpikingLinear(SpikingLayer, nn.Linear):
 
     def add_neurons(self, config: SFNConfig, activated: bool = False) -> None:
         self.neuron = ScaleAndFire(
-            (self.in_features,), config, token=True, activated=activated, device=self.weight.device)
+            (self.in_features,), config, folds=True, token=True, activated=activated, device=self.weight.device)
 
     def forward(self, x: torch.Tensor, fired: bool = False) -> torch.Tensor:
         return products.linear(None if fired else self.neuron, x, self.weight, self.bias)

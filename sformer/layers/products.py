@@ -71,7 +71,8 @@ class AttentionProduct(nn.Module):
         head_dim: Channels D of queries and keys per head.
         v_head_dim: Channels of values per head, if they are others.
         config: Neurons: of q and k a step per head times a power of two per channel, which cancel in QK^T, and of k a
-            centre per channel; of v a step per channel, of the softmax a step per head.
+            centre per channel; of v a step per channel (and a centre, with `config.silence`, which is free as rows sum
+            to one), of the softmax a step per head.
         device: Device of the neurons.
         group_size: Heads of queries that share a head of keys, which so fires once for all of them.
 
@@ -93,7 +94,7 @@ class AttentionProduct(nn.Module):
         head, channel = (num_heads, 1, 1), (num_heads, 1, head_dim)
         self.q_neuron = ScaleAndFire(channel, config, token=True, device=device)
         self.k_neuron = ScaleAndFire(channel, config, center_shape=channel, token=True, device=device)
-        self.v_neuron = ScaleAndFire((num_heads, 1, v_head_dim or head_dim), config, device=device)
+        self.v_neuron = ScaleAndFire((num_heads, 1, v_head_dim or head_dim), config, folds=True, device=device)
         self.attn_neuron = ScaleAndFire(head, config, signed=False, device=device)
 
     def fit(self, statistics: Dict[str, Any], config: FitConfig) -> None:

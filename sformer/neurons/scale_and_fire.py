@@ -25,6 +25,9 @@ class ScaleAndFire(Neuron):
     A spike may carry `gain` thresholds instead of one, as rounding and clipping would shrink the signal otherwise:
     `step` is what a spike carries, and the threshold is `step * m / gain`.
 
+    With `config.silence` potentials of a magnitude below `quiet`, in the unit of the current, are silent, whatever the
+    thresholds are.
+
     Source: arXiv 2510.23383, scale-and-fire neuron, extended by commensurate thresholds per branch.
 
     Args:
@@ -35,6 +38,8 @@ class ScaleAndFire(Neuron):
             `config.attention_fire`, with levels of up to 14 bits.
         activated: Currents come from an activation function; signed levels by `config.activation_fire`.
         center_shape: If given, a buffer `center` of this shape is subtracted from the input before it fires.
+        folds: Whether a constant is free after the product that follows; with `config.silence`, `center` is one per
+            element of `shape`.
         token: Whether a factor per token, over the last dimension, is free after the product that follows; it is used
             if `config.token_scale` says so. The last of `shape` is the number of potentials that share it.
         device: Device of the buffers; they are float32 on every device.
@@ -47,6 +52,7 @@ class ScaleAndFire(Neuron):
     multiplier: torch.Tensor
     levels: torch.Tensor
     center: Optional[torch.Tensor]
+    quiet: Optional[torch.Tensor]
 
     def __init__(
             self,
@@ -54,6 +60,7 @@ class ScaleAndFire(Neuron):
             config: SFNConfig = SFNConfig(),
             signed: bool = True,
             center_shape: Optional[Sequence[int]] = None,
+            folds: bool = False,
             token: bool = False,
             activated: bool = False,
             device=None,
@@ -79,7 +86,10 @@ class ScaleAndFire(Neuron):
         self.register_buffer('multiplier', torch.ones((2 if signed else 1, *shape), **dd))
         # int32, which gloo and NCCL broadcast, int16 where it is saved
         self.register_buffer('levels', values.to(self.step.device, torch.int32))
+        if folds and config.silence:
+            center_shape = shape
         self.register_buffer('center', None if center_shape is None else torch.zeros(tuple(center_shape), **dd))
+        self.register_buffer('quiet', torch.zeros(tuple(shape), **dd) if config.silence else None)
 
     @property
     def threshold(self) -> torch.Tensor:
@@ -116,6 +126,14 @@ class ScaleAndFire(Neuron):
             **({} if center is None else {'center': center}))
         self.calibrated.fill_(True)
 
+    def set_quiet(self, quiet: torch.Tensor) -> None:
+        """Set the magnitudes below which potentials are silent, (*shape), in the unit of the current.
+
+        Raises:
+            ValueError: If a value is not finite, negative or of another shape.
+        """
+        self._set(quiet=quiet)
+
     def encode(self, x: torch.Tensor) -> Spikes:
         """Spikes on a current (B, ...): levels int8, or int16 of softmax numerators; step (*shape); row (..., 1) where
         thresholds follow the token."""
@@ -145,6 +163,11 @@ class ScaleAndFire(Neuron):
         x = x.float()  # as thresholds are, so that bfloat16 currents fire where float32 ones do
         return x if self.center is None else x - self.center
 
+    def _loud(self, x: torch.Tensor) -> torch.Tensor:
+        """Membrane potential, 0 where it is silent whatever the thresholds are."""
+        h = self._potential(x)
+        return h if self.quiet is None else torch.where(h.abs() < self.quiet, 0., h)
+
     # Each branch by itself, and their sum, which is exact: a select per element takes torch six times as long on CPUs.
     # In place where it may be: large tensors are as slow to come by as to compute.
 
@@ -162,7 +185,7 @@ class ScaleAndFire(Neuron):
 
     def _fire(self, x: torch.Tensor, threshold: torch.Tensor) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
         """Levels before they are multiplied, and factor per token."""
-        config, u, row = self.config, self._divided(self._potential(x), threshold), None
+        config, u, row = self.config, self._divided(self._loud(x), threshold), None
         if self.token:
             # torch's vector_norm is not vectorised
             largest = torch.maximum(u.amax(-1, keepdim=True), -u.amin(-1, keepdim=True)).clamp_min(TINY)
@@ -175,7 +198,7 @@ class ScaleAndFire(Neuron):
         if not self.signed and self.fire_function != 'density':
             return None  # the strongest key of a row is exactly 1, whatever the image
         center = None if self.center is None else tuple(self.center.shape)
-        return CurrentStatistics(tuple(self.step.shape), self.signed, center)
+        return CurrentStatistics(tuple(self.step.shape), self.signed, center, self.quiet)
 
     def fit(
             self,
@@ -198,12 +221,20 @@ class ScaleAndFire(Neuron):
             return
         boundaries = firing_boundaries(values, self.config.initial_potential, self.config.dead_zone)
         center, relative = statistics.center, torch.ones(())
+        if self.quiet is not None:
+            statistics = statistics.loud()
         shape: Tuple[int, ...] = tuple(self.step.shape)
         if octaves is not None:
             shape, relative = (*shape[:-1], 1), 2. ** octaves
             statistics = statistics.pooled(octaves, shape)
-        step, multiplier = fit_steps(statistics, values, boundaries, config)
-        self.set_state(step.view(shape) * relative * self.config.scale,
+        # silent networks have one threshold for both branches: a multiplier takes as many times the unary spikes
+        most = 1 if self.config.silence else MAX_LEVEL // int(values[-1])
+        step, multiplier = fit_steps(statistics, values, boundaries, config, most)
+        step = step.view(shape) * relative
+        if self.quiet is not None and octaves is None:
+            # what is loud now and then may not lie far beyond the top level, or it would be the scale of a token
+            step = torch.maximum(step, self.quiet.to(step.device) / values[-1])
+        self.set_state(step * self.config.scale,
                        multiplier.view(-1, *shape).expand(self.multiplier.shape), values, center)
 
     def moments(self, x: torch.Tensor) -> Optional[torch.Tensor]:
@@ -211,7 +242,7 @@ class ScaleAndFire(Neuron):
             return None  # each row of attention is divided by its own spike sum
         x = x.float()
         # in steps, so that each channel counts alike, whatever its unit
-        h, out = self._potential(x) / self.step, self._potential(self.encode(x).decode()) / self.step
+        h, out = self._loud(x) / self.step, self._potential(self.encode(x).decode()) / self.step
         return torch.stack([(h * h).sum(), (h * out).sum()]).to('cpu', torch.float64)
 
     def correct(self, moments: torch.Tensor) -> None:
@@ -229,6 +260,8 @@ class ScaleAndFire(Neuron):
         problem = super()._problem(name, value, state)
         if problem or value.is_meta:
             return problem
+        if name == 'quiet' and (value < 0).any():
+            return 'is negative'
         if name == 'levels':
             v = value.to(torch.int64)
             if (v < 1).any() or (v > self.top).any() or (v.diff() <= 0).any():
@@ -254,6 +287,8 @@ class ScaleAndFire(Neuron):
             extra.append(f'initial_potential={c.initial_potential:g}')
         if c.dead_zone:
             extra.append(f'dead_zone={c.dead_zone:g}')
+        if self.quiet is not None:
+            extra.append(self._range_repr('quiet', self.quiet))
         return ', '.join([*extra, self._range_repr('threshold', self.threshold)]) + self._state_repr()
 
 

@@ -14,6 +14,7 @@ __all__ = ['CurrentStatistics', 'NUM_BINS', 'LOW', 'HIGH', 'SUB_BITS', 'bin_edge
 # Bins are the leading bits of the float itself: 2^SUB_BITS of them per octave, from 2^LOW to 2^HIGH.
 SUB_BITS = 3
 LOW, HIGH = -28, 20
+NUM_CENTERS, CENTER_STEPS = 65, 3  # candidates of a silent centre, and how often they are moved to the mean around them
 NUM_BINS = (HIGH - LOW) << SUB_BITS
 
 
@@ -34,6 +35,8 @@ class CurrentStatistics:
         signed: Keep a histogram of the negative branch too.
         center_shape: If given, `center` is the mean of the first batch over all but these dimensions, and the
             histogram is of what is left after subtracting it.
+        quiet: If given, magnitude below which the neuron is silent, `shape`: `center` is then what leaves the most of
+            the first batch silent.
 
     Attributes:
         counts: Histograms, int32, (2 or 1, groups, NUM_BINS). They are complete once a bin could overflow, after 2^31
@@ -41,7 +44,14 @@ class CurrentStatistics:
         peak: Largest current per branch and group, (2 or 1, groups).
     """
 
-    def __init__(self, shape: Tuple[int, ...], signed: bool, center_shape: Optional[Tuple[int, ...]] = None):
+    def __init__(
+            self,
+            shape: Tuple[int, ...],
+            signed: bool,
+            center_shape: Optional[Tuple[int, ...]] = None,
+            quiet: Optional[torch.Tensor] = None,
+    ):
+        self.quiet = None if quiet is None else quiet.to('cpu')
         self.shape = shape
         self.branches = 2 if signed else 1
         self.center_shape = center_shape
@@ -66,6 +76,9 @@ class CurrentStatistics:
             if self.center is None:
                 dims = [d for d in range(x.ndim) if self._padded(self.center_shape, x.ndim)[d] == 1]
                 self.center = x.mean(dim=dims, keepdim=True).reshape(self.center_shape)
+                if self.quiet is not None:
+                    rows = x.movedim(dims, [*range(len(dims))]).reshape(-1, self.center.numel())
+                    self.center = silent_center(rows.T, self.quiet.flatten()).view(self.center_shape)
             x = x - self.center
         groups = self._padded(self.shape, x.ndim)
         rest = [d for d in range(x.ndim) if groups[d] == 1]
@@ -91,6 +104,15 @@ class CurrentStatistics:
         counts = self.counts.sum(0).to(torch.float64)
         return (counts @ squares / counts.sum(1).clamp_min(1)).sqrt().view(self.shape)
 
+    def loud(self) -> 'CurrentStatistics':
+        """Statistics of what is not silent; what is counts as no current."""
+        out = CurrentStatistics(self.shape, self.branches == 2, self.center_shape)
+        out.center, out.peak, out.counted = self.center, self.peak, self.counted
+        edges = bin_edges()
+        silent = (edges[:-1] + edges[1:]) / 2 < self.quiet.flatten()[:, None]
+        out.counts = self.counts.masked_fill(silent, 0)
+        return out
+
     def pooled(self, octaves: torch.Tensor, shape: Tuple[int, ...]) -> 'CurrentStatistics':
         """Statistics of the currents divided by powers of two, of groups put together.
 
@@ -112,6 +134,35 @@ class CurrentStatistics:
     @staticmethod
     def _padded(shape: Tuple[int, ...], ndim: int) -> Tuple[int, ...]:
         return (1,) * (ndim - len(shape)) + tuple(shape)
+
+
+def silent_center(x: torch.Tensor, quiet: torch.Tensor) -> torch.Tensor:
+    """Centre c of each row of currents around which silence brings the most: where `sum (q^2 - (x - c)^2)` over
+    |x - c| < q is largest. A spike that costs q^2 is saved for an error of (x - c)^2, so this is the mode of a kernel
+    density with Epanechnikov's kernel.
+
+    Sorted currents have the sum over any window in closed form; the best of some quantiles is moved to the mean of its
+    window.
+
+    Args:
+        x: Currents, (groups, n).
+        quiet: Magnitude q below which a potential is silent, (groups,).
+
+    Returns:
+        Centres, (groups,).
+    """
+    x, q = x.to(torch.float64).contiguous().sort().values, quiet.to(torch.float64)[:, None]
+    first, second = (torch.nn.functional.pad(power.cumsum(1), (1, 0)) for power in (x, x * x))
+    quantiles = torch.linspace(0, x.shape[1] - 1, NUM_CENTERS).long()
+    centers = torch.cat([x[:, quantiles], x.mean(1, keepdim=True)], 1)
+    for _ in range(CENTER_STEPS):
+        low, high = torch.searchsorted(x, centers - q), torch.searchsorted(x, centers + q)
+        count, s, ss = (high - low), first.gather(1, high) - first.gather(1, low), \
+            second.gather(1, high) - second.gather(1, low)
+        value = count * (q * q - centers * centers) + 2 * centers * s - ss
+        best = centers.gather(1, value.argmax(1, keepdim=True))
+        centers = torch.where(count > 0, s / count, centers)
+    return best[:, 0].to(torch.float32)
 
 
 def check_finite(x: torch.Tensor) -> torch.Tensor:

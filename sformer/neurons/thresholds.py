@@ -1,7 +1,7 @@
 """From observed currents to steps, branch multipliers and levels."""
 import functools
 import math
-from typing import List, Tuple
+from typing import List, Optional, Tuple
 
 import torch
 
@@ -91,6 +91,7 @@ def fit_steps(
         values: torch.Tensor,
         boundaries: torch.Tensor,
         config: FitConfig = FitConfig(),
+        most: Optional[int] = None,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """One step per group, and the multipliers of its two branches, whose thresholds are step times multiplier.
 
@@ -103,13 +104,14 @@ def fit_steps(
         values: Level values y_1 ... y_N, (N,).
         boundaries: Firing boundaries, (N,).
         config: Estimator and its parameters.
+        most: Largest multiplier; what int8 levels allow if None.
 
     Returns:
         Steps, float32, (groups,), and multipliers, uint8, (2, groups).
     """
     with torch.device('cpu'):  # where statistics are, whatever the default device is
         heard = statistics.counts[:, :, 1:].sum(-1) > 0  # (2, groups)
-        pairs = torch.tensor(multiplier_pairs(MAX_LEVEL // int(values[-1])))  # (P, 2)
+        pairs = torch.tensor(multiplier_pairs(most or MAX_LEVEL // int(values[-1])))  # (P, 2)
         shifts = pairs.to(torch.float64).log2()[:, :, None] * PER_OCTAVE
         if config.estimator == 'mse':
             errors = torch.stack([branch_error(counts, values, boundaries) for counts in statistics.counts])

@@ -43,7 +43,7 @@ NEURONS = dict(
     levels='levels N per branch', fire='fire function', attention_fire='fire function of the softmax',
     activation_fire='fire function after activation functions',
     initial_potential='initial membrane potential [steps]', dead_zone='dead zone [steps]', scale='scaling factor',
-    estimator='threshold estimator')
+    silence='price of activity', estimator='threshold estimator')
 SETTINGS = (
     ('benchmark', 'benchmark'), ('image size', 'img_size'), ('crop', 'crop_pct'), ('interpolation', 'interpolation'),
     ('mixed precision', 'amp'), ('device', 'device'), ('processes', 'world_size'), ('images per batch', 'batch_size'),
@@ -109,7 +109,10 @@ def _recipe(record: Record) -> List[Tuple[str, Any]]:
     if c.get('weights_sha256'):
         rows.append((f'SHA-256 of `{WEIGHTS_NAME}`', f'`{c["weights_sha256"]}`'))
     fit = {k: v for k, v in record.fit.items() if k != 'quantile' or record.fit.get('estimator') == 'quantile'}
-    rows += [(NEURONS.get(key, key.replace('_', ' ')), value) for key, value in {**record.sfn, **fit}.items()]
+    sfn = {k: v for k, v in record.sfn.items() if k != 'silence' or v}
+    rows += [(NEURONS.get(key, key.replace('_', ' ')), value) for key, value in {**sfn, **fit}.items()]
+    if c.get('distillation'):
+        rows.append(('trained to follow its source', c['distillation']))
     if c.get('calibration'):
         rows.append(('calibration', _calibration(record)))
     if c.get('versions'):

@@ -107,6 +107,8 @@ def test_engines_agree_with_torch_in_every_family(family, tmp_path):
     (127, dict(token_scale=False, attention_fire='uniform')),
     pytest.param(6, dict(dead_zone=0.8), marks=pytest.mark.slow),
     pytest.param(20, dict(fire='quarter_square'), marks=pytest.mark.slow),
+    pytest.param(8, dict(silence=0.03), marks=pytest.mark.slow),
+    pytest.param(40, dict(silence=0.03), marks=pytest.mark.slow),
     pytest.param(12, dict(fire='density', attention_fire='density'), marks=pytest.mark.slow),
     pytest.param(7, dict(fire='power2', attention_fire='power2'), marks=pytest.mark.slow),
     pytest.param(9, dict(fire='quadratic', initial_potential=0.), marks=pytest.mark.slow),

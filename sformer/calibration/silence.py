@@ -1,0 +1,128 @@
+"""Where a network may be silent: how much each site matters to the output, and so what a spike on it is worth.
+
+A potential h that is silent instead of fired costs `w h^2`, where w is the mean squared gradient of the output; a spike
+costs its price. So silence is worth it for |h| < q with `w q^2 = price`: one price for the whole network puts silence
+where it is cheapest, without a search (a Lagrangian over all neurons).
+
+Softmax numerators are another matter: whatever is silent in a row is missed with one sign, so errors do not average out
+(on a ViT-S they are 18 times what independent ones would be). There a row as a whole is what is counted.
+"""
+import math
+from typing import Any, Callable, List
+
+import torch
+import torch.nn as nn
+
+from ..errors import SFormerError
+from ..neurons import ScaleAndFire
+
+__all__ = ['RowSensitivity', 'Sensitivity', 'set_quiet_']
+
+TINY = 1e-30  # what the output does not depend on is silent at any price
+
+
+class Sensitivity(nn.Module):
+    """Stands where a neuron is, lets currents pass, and sums up the squared gradients that come back.
+
+    Attributes:
+        squares: Sums per element of the neuron's step, float64, (*shape).
+        count: Currents that passed.
+    """
+
+    def __init__(self, neuron: ScaleAndFire):
+        super().__init__()
+        self.neuron, self.count = neuron, 0
+        self.squares = torch.zeros(neuron.step.shape, dtype=torch.float64, device=neuron.step.device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.count += x.numel()
+        # a node of its own, which has the gradient of this site alone; the first one of a path starts it
+        x = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+        current = x.detach()
+        x.register_hook(lambda gradient: self._add(current, gradient))
+        return x
+
+    def _add(self, current: torch.Tensor, gradient: torch.Tensor) -> None:
+        rest = [d for d, n in enumerate((1,) * (gradient.ndim - self.squares.ndim) + self.squares.shape) if n == 1]
+        self.squares += gradient.double().square().sum(rest, keepdim=True).view(self.squares.shape)
+
+    def quiet(self, price: float, power: float) -> torch.Tensor:
+        """Magnitude below which silence is worth it, (*shape).
+
+        Args:
+            price: Price of a spike, in squared relative errors of the output.
+            power: Sum of squares of all outputs.
+        """
+        weight = self.squares / (self.count / self.squares.numel() * power)
+        return (price / weight.clamp_min(TINY)).sqrt()
+
+
+class RowSensitivity(Sensitivity):
+    """The same of softmax numerators n (B, H, L, S), of which each row is divided by its own sum.
+
+    Where those below a threshold t are silent, the output moves by `d = sum_(n < t) g n * sum(n) / sum_(n >= t) n`,
+    with the gradient g: exactly that of AV, and to first order that of the network.
+
+    Attributes:
+        errors: Sums of d^2 per head and threshold, float64, (H, K).
+        silent: Number of silent numerators likewise.
+    """
+
+    def __init__(self, neuron: ScaleAndFire):
+        super().__init__(neuron)
+        self.thresholds = 2. ** torch.linspace(-16, 0, 65, device=self.squares.device)
+        self.errors = torch.zeros(len(self.squares), 65, dtype=torch.float64, device=self.squares.device)
+        self.silent = torch.zeros_like(self.errors)
+
+    def _add(self, current: torch.Tensor, gradient: torch.Tensor) -> None:
+        n = current.float()
+        index = torch.bucketize(n, self.thresholds, right=True).clamp_max(len(self.thresholds) - 1)
+        zeros = n.new_zeros(*n.shape[:-1], len(self.thresholds))
+        parts = gradient.float() * n, n, torch.ones_like(n)
+        below = [zeros.scatter_add(-1, index, part).cumsum(-1) for part in parts]
+        # the strongest of a row is 1, and never below a threshold; it is in the last bin, where nothing is left
+        total = below[1][..., -1:]
+        moved = below[0] * total / (total - below[1]).clamp_min(TINY)
+        self.errors[:, :-1] += moved[..., :-1].double().square().sum((0, 2))
+        self.silent[:, :-1] += below[2][..., :-1].double().sum((0, 2))
+
+    def quiet(self, price: float, power: float) -> torch.Tensor:
+        cost = self.errors / power - price * self.silent
+        best = cost[:, :-1].argmin(1)
+        quiet = torch.where(cost.gather(1, best[:, None])[:, 0] < 0, self.thresholds[best], 0.)
+        return quiet.view(self.squares.shape)
+
+
+def set_quiet_(
+        sites: List[Sensitivity],
+        batches: List[Any],
+        outputs: Callable[[Any], torch.Tensor],
+) -> None:
+    """Set the magnitude below which each neuron is silent, by the price of activity in its config.
+
+    The squared gradient of all outputs together is estimated without bias by that of a sum of them with random signs
+    (Hutchinson).
+
+    Args:
+        sites: Where neurons are in the network that `outputs` runs.
+        batches: Images, or whatever the network reads.
+        outputs: Output of the source network on a batch, with a graph.
+
+    Raises:
+        SFormerError: If the output is no tensor.
+    """
+    generator, power = torch.Generator().manual_seed(0), 0.
+    with torch.inference_mode(False), torch.enable_grad():
+        for batch in batches:
+            out = outputs(batch)
+            if not isinstance(out, torch.Tensor):
+                raise SFormerError(f'a price of activity (silence) needs an output that is one tensor, got a '
+                                   f'{type(out).__name__}: let forward_fn return it.')
+            power += out.detach().double().square().sum().item()
+            signs = torch.randint(0, 2, out.shape, generator=generator) * 2 - 1
+            out.backward(signs.to(out))
+    if not math.isfinite(power):
+        return  # whoever observes the network next says where
+    total = sum(site.count for site in sites)
+    for site in sites:
+        site.neuron.set_quiet(site.quiet(site.neuron.config.silence / total, power))  # all neurons count alike

@@ -1,0 +1,54 @@
+"""`sformer distill`."""
+import dataclasses
+import time
+from pathlib import Path
+from typing import Annotated, Any, List, Optional
+
+import typer
+
+from .arguments import command_line
+from .options import MAX_BATCH_SIZE, MAX_IMAGES, MAX_SEED, Dataset, unfolded
+
+__all__ = ['distill']
+
+
+@unfolded
+def distill(
+        model: Annotated[str, typer.Argument(help='Folder of an SFormer, hf-hub:ID, or name of one with weights')],
+        output: Annotated[Path, typer.Option('--output', '-o', help='Folder for the trained SFormer')],
+        dataset: Annotated[str, typer.Option(help=f'Images to train on: dead-leaves (generated), {Dataset}')],
+        split: Annotated[Optional[str], typer.Option(help='Split of the data set')] = None,
+        num_images: Annotated[int, typer.Option(min=1, max=MAX_IMAGES, help='Number of images')] = 10_000,
+        steps: Annotated[int, typer.Option(min=1, max=MAX_IMAGES, help='Steps, one batch each')] = 1000,
+        batch_size: Annotated[int, typer.Option(min=1, max=MAX_BATCH_SIZE, help='Images per step')] = 64,
+        learning_rate: Annotated[float, typer.Option(min=0, help='Highest learning rate of AdamW')] = 5e-5,
+        price: Annotated[float, typer.Option(
+            min=0, help='What a unary spike per neuron costs, in squared relative errors of the logits')] = 0.01,
+        seed: Annotated[int, typer.Option(max=MAX_SEED, help='Seed of the choice and the order of images')] = 0,
+        overwrite: Annotated[bool, typer.Option('--overwrite', help='Replace a model that is there')] = False,
+) -> None:
+    """Train an SFormer to follow its source with fewer spikes. This is training, but reads no labels."""
+    from ..conversion import calibration_batches
+    from ..distillation import DistillConfig, distill_, shuffled
+    from ..saving import check_output, open_model, save_model
+    check_output(output, overwrite)
+    network: Any = open_model(model)
+    batches, used = calibration_batches(network, dataset, split, num_images, batch_size, seed, 'Reading')
+    recent: List[Any] = []
+
+    def report(step: int, error: float, spikes: float) -> None:
+        recent.append((error, spikes))
+        if step % 100 == 0 or step == steps:
+            error, spikes = (sum(values) / len(recent) for values in zip(*recent, strict=True))
+            print(f'step {step}: relative error {error ** 0.5:.4f}, {spikes:.3f} unary spikes per neuron', flush=True)
+            recent.clear()
+
+    start = time.perf_counter()
+    distill_(network, shuffled(batches, batch_size, seed), steps, DistillConfig(learning_rate, price), report)
+    seconds = time.perf_counter() - start
+    if network.conversion:
+        network.conversion = dataclasses.replace(
+            network.conversion, distillation=f'{steps} steps of {batch_size} of {num_images} images of {used["name"]} '
+            f'({used["split"]}), {seconds:.0f} s: {command_line()}')
+    save_model(network, output, overwrite)
+    print(f'trained for {seconds:.0f} s, saved to {output}')

@@ -1,0 +1,120 @@
+"""`sformer sweep` and `sformer search`: SFormers of one source with other neurons, beside it."""
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Dict, List, Optional, Sequence, Tuple
+
+import typer
+
+from ..errors import SFormerError
+from .arguments import check_folder, command_line
+from .options import MAX_BATCH_SIZE, MAX_IMAGES, MAX_SEED, Dataset, unfolded
+from .tables import print_table
+
+__all__ = ['search', 'sweep']
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions:
+    """Which images SFormers are fitted to and compared on; no labels are read."""
+    dataset: Annotated[str, typer.Option(help=f'Images: dead-leaves (generated), {Dataset}')] = 'dead-leaves'
+    split: Annotated[Optional[str], typer.Option(help='Split of the data set')] = None
+    num_images: Annotated[int, typer.Option(min=1, max=MAX_IMAGES, help='Images to compare on')] = 512
+    num_calibration: Annotated[int, typer.Option(min=1, max=MAX_IMAGES, help='Other images to calibrate with')] = 128
+    batch_size: Annotated[int, typer.Option(min=1, max=MAX_BATCH_SIZE, help='Images per batch that is read')] = 32
+    seed: Annotated[int, typer.Option(max=MAX_SEED, help='Seed of the choice of images')] = 0
+    results_file: Annotated[Optional[Path], typer.Option(help='JSON file for the results')] = None
+
+    def __post_init__(self) -> None:
+        if self.results_file:
+            check_folder(self.results_file.parent)
+            if self.results_file.is_dir():
+                raise SFormerError(f'{self.results_file} is a folder, not a file.')
+
+    def open(self, model: str) -> Tuple[Any, Any, Dict[str, Any]]:
+        """What measures, the SFormer that is varied, and what a record says of images."""
+        from ..profiling.search import Bench
+        from ..saving import open_model
+        network: Any = open_model(model)
+        bench, used = Bench.open(network, self.dataset, self.split, self.num_images, self.num_calibration,
+                                 self.batch_size, self.seed)
+        return bench, network, used
+
+    def write(self, model: str, used: Dict[str, Any], bench: Any, points: Sequence[Any], **more: Any) -> None:
+        """Write results as JSON, if they are wanted."""
+        from ..checkpoints import write_json
+        from ..utils import library_versions
+        if self.results_file:
+            self.results_file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.results_file, dict(
+                model=model, images=used, fit=dataclasses.asdict(bench.fit),
+                points=[dataclasses.asdict(point) for point in points], seconds=bench.seconds,
+                forward_passes=bench.forward_passes, **more, command=command_line(), versions=library_versions()))
+            print(f'written to {self.results_file}')
+
+
+HEADS = ('N', 'silence', 'lambda', 'agreement [%]', 'relative error', 'activity', 'unary', 'binary')
+
+
+def cells(point: Any) -> Tuple[str, ...]:
+    """A row of a table."""
+    config = point.config
+    agreement = '' if point.agreement is None else f'{100 * point.agreement:.2f}'
+    return (str(config.levels), f'{config.silence:.3g}', f'{config.scale:.3g}', agreement, f'{point.error:.4f}',
+            f'{point.activity:.3f}', f'{point.unary:.2f}', f'{point.binary:.2f}')
+
+
+def cost(bench: Any) -> str:
+    return f'{bench.seconds:.0f} s, {bench.forward_passes} images through a network'
+
+
+@unfolded
+def sweep(
+        model: Annotated[str, typer.Argument(help='Folder of an SFormer, hf-hub:ID, or name of one with weights')],
+        bench: BenchOptions,
+        levels: Annotated[Optional[List[int]], typer.Option(
+            help='Numbers of levels N  [default: 2 4 8 16 32 63]')] = None,
+        silence: Annotated[Optional[float], typer.Option(help="Price of activity, if not the model's own")] = None,
+) -> None:
+    """Convert the source of an SFormer with several numbers of levels, and compare each with it."""
+    from ..profiling.search import SWEPT_LEVELS, replaced, sweep
+    bench_, network, used = bench.open(model)
+    base = network.sfn_config if silence is None else replaced(network.sfn_config, silence=silence)
+    points = list(sweep(bench_, base, levels or SWEPT_LEVELS))
+    print_table(f'{model}: {used["num_images"]} images of {used["name"]}, beside the source',
+                HEADS, [cells(point) for point in points])
+    print(f'\n{cost(bench_)}')
+    bench.write(model, used, bench_, points)
+
+
+@unfolded
+def search(
+        model: Annotated[str, typer.Argument(help='Folder of an SFormer, hf-hub:ID, or name of one with weights')],
+        bench: BenchOptions,
+        budget: Annotated[int, typer.Option(min=5, max=10 ** 4, help='Trials, conversions with other neurons')] = 40,
+        spikes: Annotated[str, typer.Option(help='What is to be few: activity, unary or binary')] = 'activity',
+        max_error: Annotated[float, typer.Option(
+            min=0, help='Relative error of the logits that the recommended point may have')] = 0.1,
+        storage: Annotated[Optional[Path], typer.Option(
+            help='Journal of the trials; a search that was ended continues from it')] = None,
+) -> None:
+    """Search for neurons that fire little and stay close to the source (Optuna, `pip install optuna`)."""
+    if spikes not in ('activity', 'unary', 'binary'):
+        raise SFormerError(f'--spikes is activity, unary or binary, not {spikes!r}.')
+    if storage:
+        check_folder(storage.parent)
+        storage.parent.mkdir(parents=True, exist_ok=True)
+    from ..profiling.search import pareto_front, recommended, search
+    bench_, network, used = bench.open(model)
+    points = search(bench_, network.sfn_config, budget, storage, spikes, bench.seed)
+    front, best = pareto_front(points, spikes), recommended(points, max_error, spikes)
+    closed = [point for point in points if point.origin == 'closed form']
+    lambdas = [point for point in points if point.origin == 'lambda']
+    rows = [('front', point) for point in front] + [('closed form', point) for point in closed]
+    rows += [('lambda alone', min(lambdas, key=lambda p: p.error))] if lambdas else []
+    rows += [('recommended', best)]
+    print_table(f'{model}: {used["num_images"]} images of {used["name"]}, beside the source',
+                ('', *HEADS), [(name, *cells(point)) for name, point in rows])
+    print(f'\n{len(points)} trials, {cost(bench_)}')
+    bench.write(model, used, bench_, points, spikes=spikes, budget=budget, max_error=max_error,
+                front=[dataclasses.asdict(point) for point in front], recommended=dataclasses.asdict(best))

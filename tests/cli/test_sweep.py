@@ -1,0 +1,60 @@
+"""`sformer sweep`, `search` and `distill`."""
+import json
+
+import pytest
+
+from sformer import load_model, save_model
+
+DIGITS = '--dataset', 'digits', '--split', 'train', '--num-images', '16', '--num-calibration', '16'
+
+
+def test_sweep(run_inside, model, tmp_path):
+    save_model(model, tmp_path / 'out')
+    code, out, err = run_inside('sweep', 'out', *DIGITS, '--levels', '4', '20', '--results-file', 'r/sweep.json')
+    assert code == 0, err
+    result = json.loads((tmp_path / 'r' / 'sweep.json').read_text())
+    few, many = result['points']
+    assert [p['config']['levels'] for p in (few, many)] == [4, 20]
+    assert few['error'] > many['error'] and few['activity'] < many['activity']
+    assert f'{few["error"]:.4f}' in out and result['images']['num_images'] == 16 and result['seconds'] > 0
+    assert result['forward_passes'] == 16 + 2 * (16 + 16)
+
+
+@pytest.mark.slow
+def test_search(run_inside, model, tmp_path):
+    pytest.importorskip('optuna')
+    save_model(model, tmp_path / 'out')
+    args = 'search', 'out', *DIGITS, '--budget', '5', '--storage', 'trials', '--results-file', 'search.json'
+    code, out, err = run_inside(*args)
+    assert code == 0, err
+    result = json.loads((tmp_path / 'search.json').read_text())
+    assert len(result['points']) == 5 and result['recommended'] in result['points']
+    assert all(point in result['points'] for point in result['front'])
+    assert 'recommended' in out and 'lambda alone' in out and '5 trials' in out
+    code, out, _ = run_inside(*args)  # all trials are in the journal
+    assert code == 0 and json.loads((tmp_path / 'search.json').read_text())['points'] == result['points']
+
+
+def test_distill(run_inside, model, tmp_path):
+    save_model(model, tmp_path / 'out')
+    code, out, err = run_inside('distill', 'out', '--dataset', 'digits', '--split', 'train', '--num-images', '40',
+                                '--steps', '3', '--batch-size', '16', '-o', 'trained')
+    assert code == 0, err
+    assert 'step 3: relative error' in out
+    trained = load_model(tmp_path / 'trained')
+    assert trained.conversion.changed and trained.conversion.distillation.startswith('3 steps of 16 of 40 images')
+
+
+@pytest.mark.parametrize('args, message', [
+    (('sweep', 'out', *DIGITS, '--levels', '200'), 'levels must be'),
+    (('sweep', 'out', '--dataset', 'digits', '--num-images', '4', '--num-calibration', '5000'), 'has only 1257'),
+    (('sweep', 'out', *DIGITS, '--results-file', 'out'), 'out is a folder'),
+    (('search', 'out', *DIGITS, '--spikes', 'few'), '--spikes is'),
+    (('search', 'out', *DIGITS, '--budget', '2'), 'budget'),
+    (('distill', 'out', '--dataset', 'digits', '-o', 'out'), 'out'),
+    (('distill', 'out', '--dataset', 'digits', '-o', 'new', '--num-images', '4'), 'fewer than a batch')])
+def test_bad_input(run_inside, model, tmp_path, args, message):
+    save_model(model, tmp_path / 'out')
+    code, _, err = run_inside(*args)
+    assert code != 0 and message in err and err.count('\n') == 1 and 'Traceback' not in err
+    assert not (tmp_path / 'new').exists()

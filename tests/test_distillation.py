@@ -1,0 +1,69 @@
+"""Distillation: weights follow the source with fewer spikes; no labels, and a record that says so."""
+import copy
+
+import pytest
+import torch
+from layer_tools import build, pixels, relative_error
+
+import sformer
+from sformer import SFNConfig, SFormerError, UncalibratedError, convert
+from sformer.distillation import DistillConfig, distill_, unary_spikes
+from sformer.evaluation.activity import Activity
+
+
+def spikes_of(model, x):
+    counts = Activity()
+    with counts.observe(model), torch.no_grad():
+        model(x)
+    return counts.spikes_per_neuron()['unary']
+
+
+@pytest.fixture(scope='module')
+def trained():
+    source, x = build(), pixels(64)
+    model = convert(source, [x[:32]], SFNConfig(levels=4, silence=0.1))
+    before, seen = copy.deepcopy(model), []
+    batches = (x[:32] for _ in range(24))
+    distill_(model, batches, 24, DistillConfig(learning_rate=1e-3, price=0.01), lambda *args: seen.append(args))
+    return source, before, model, x, seen
+
+
+def test_it_comes_closer_to_its_source(trained):
+    source, before, model, x, seen = trained
+    with torch.no_grad():
+        errors = [relative_error(network(x[:32]), source(x[:32])) for network in (before, model)]
+    assert errors[1] < 0.7 * errors[0] and [step for step, *_ in seen] == [*range(1, 25)]
+    assert model.conversion.changed and not before.conversion.changed
+
+
+def test_thresholds_stay(trained):
+    _, before, model, *_ = trained
+    assert all(torch.equal(b, dict(before.named_buffers())[name]) for name, b in model.named_buffers())
+    assert not torch.equal(model.blocks[0].mlp.fc1.weight, before.blocks[0].mlp.fc1.weight)
+
+
+@pytest.mark.slow
+def test_a_price_takes_spikes(trained):
+    _, before, _, x, _ = trained
+    model = copy.deepcopy(before)
+    distill_(model, (x[:32] for _ in range(25)), 25, DistillConfig(learning_rate=5e-3, price=1.))
+    assert spikes_of(model, x[:32]) < 0.9 * spikes_of(before, x[:32])
+
+
+@pytest.mark.parametrize('family', ['eva02', pytest.param('vit', marks=pytest.mark.slow)])
+def test_spikes_that_are_paid_for_are_those_that_are_sent(family):
+    model, x = convert(build(family), [pixels(32)], SFNConfig(levels=8, silence=0.01)), pixels(8)
+    with torch.no_grad(), unary_spikes(model) as spikes:
+        model(x)
+        assert spikes.mean().item() == pytest.approx(spikes_of(model, x), rel=0.03)
+
+
+def test_what_cannot_be_trained():
+    model = sformer.spiking_(build(), SFNConfig())
+    with pytest.raises(UncalibratedError):
+        distill_(model, [pixels()], 1)
+    model = convert(build(), [pixels()])
+    with pytest.raises(SFormerError, match='2 steps need as many batches, got 1'):
+        distill_(model, [pixels()], 2)
+    with pytest.raises(SFormerError, match='not finite in step 1'):
+        distill_(model, [pixels() * float('nan')], 1)
