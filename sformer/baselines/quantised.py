@@ -1,4 +1,5 @@
 """Quantised networks by a plain method: symmetric and uniform, with the least squared error."""
+import copy
 import math
 from typing import Any, Iterable, Optional
 
@@ -6,8 +7,8 @@ import torch
 import torch.nn as nn
 
 from ..calibration import calibrate_
-from ..conversion import convert
 from ..layers import named_neurons
+from ..models import spiking_model_
 from ..neurons import CurrentStatistics, FitConfig, Neuron, ScaleAndFire, SFNConfig, Spikes
 from ..neurons.functional import firing_boundaries, level_values
 from ..neurons.thresholds import branch_error, candidate_tops
@@ -111,13 +112,12 @@ def quantised(
 
     Args:
         source: timm model; it is not changed.
-        batches: Images to calibrate with, normalised; read twice, so a list.
+        batches: Images to calibrate with, normalised.
         activation_bits: Bits of what enters products, QK^T and AV included.
         weight_bits: Bits of weights, of all layers; None leaves them in floating point.
         fine: As of `Quantiser`.
     """
-    batches = list(batches)
-    model = convert(source, batches, SFNConfig())
+    model = spiking_model_(copy.deepcopy(source)).eval()
     for name, neuron in list(named_neurons(model)):
         if isinstance(neuron, ScaleAndFire):
             model.set_submodule(name, Quantiser(neuron, activation_bits, fine))

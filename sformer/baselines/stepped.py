@@ -190,7 +190,8 @@ def integrate_and_fire_network(
         batches: Images to calibrate with, normalised.
         steps: Timesteps T, 1 to 127.
         membranes: 2 for a pair of neurons, each with its own; 1 for a signed neuron, which can take a spike back.
-        synchronous: Each layer waits for the T timesteps of the one before. Equal to the multi-threshold network.
+        synchronous: Each layer waits for the T timesteps of the one before. With two membranes, equal to the
+            multi-threshold network.
         fit: How thresholds are fitted.
 
     Returns:
