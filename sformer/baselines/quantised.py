@@ -9,7 +9,7 @@ import torch.nn as nn
 from ..calibration import calibrate_
 from ..layers import named_neurons
 from ..models import spiking_model_
-from ..neurons import CurrentStatistics, FitConfig, Neuron, ScaleAndFire, SFNConfig, Spikes
+from ..neurons import CurrentStatistics, FitConfig, Neuron, ScaleAndFire, Spikes
 from ..neurons.functional import firing_boundaries, level_values
 from ..neurons.thresholds import branch_error, candidate_tops
 
@@ -29,6 +29,7 @@ class Quantiser(Neuron):
             the tensor.
     """
     step: torch.Tensor
+    center: Optional[torch.Tensor]
 
     def __init__(self, neuron: ScaleAndFire, bits: int, fine: bool = False):
         super().__init__(device=neuron.step.device)
@@ -37,8 +38,8 @@ class Quantiser(Neuron):
         self.fine = fine and self.signed
         self.register_buffer('step', torch.full(
             self.shape if self.fine else (1,) * len(self.shape), 1 / self.top, device=neuron.step.device))
-        keeps = self.fine and neuron.center is not None
-        self.register_buffer('center', torch.zeros_like(neuron.center) if keeps else None)
+        center = neuron.center if self.fine else None
+        self.register_buffer('center', None if center is None else torch.zeros_like(center))
 
     def encode(self, x: torch.Tensor) -> Spikes:
         h = x.detach().float()
@@ -65,10 +66,11 @@ class Quantiser(Neuron):
                 relative, shape = octaves, (*self.shape[:-1], 1)
             pooled = statistics.pooled(relative, shape)
             values = level_values('uniform', self.top)
-            error = sum(branch_error(counts, values, firing_boundaries(values)) for counts in pooled.counts)
+            error = branch_error(pooled.counts.sum(0), values, firing_boundaries(values))
             step = (candidate_tops()[error.argmin(-1)] / self.top).to(torch.float32).view(shape)
-            self._set(step=(step * 2. ** relative).expand_as(self.step) if self.fine else step,
-                      **({} if self.center is None else dict(center=statistics.center)))
+            self._set(step=(step * 2. ** relative).expand_as(self.step) if self.fine else step)
+            if self.center is not None and statistics.center is not None:
+                self._set(center=statistics.center)
         self.calibrated.fill_(True)
 
     def extra_repr(self) -> str:
@@ -131,5 +133,5 @@ def twin_bits(levels: int) -> int:
 
 
 def quantised_twin(source: nn.Module, batches: Iterable[torch.Tensor], levels: int) -> nn.Module:
-    """The fair twin of an SFormer with N levels: as many bits, the same sites and granularity, weights of the source."""
+    """The fair twin of an SFormer with N levels: as many bits, the same sites and granularity, the source's weights."""
     return quantised(source, batches, twin_bits(levels), fine=True)

@@ -75,7 +75,8 @@ class SteppedNeuron(Neuron):
             x: Mean current of all timesteps up to and with this one, (B, ...).
         """
         self._advance(x)
-        levels = sum(k.clamp_min(0) * self.multiplier[0] + k.clamp_max(0) * self.multiplier[1] for k in self.latest)
+        levels = torch.stack(
+            [k.clamp_min(0) * self.multiplier[0] + k.clamp_max(0) * self.multiplier[1] for k in self.latest]).sum(0)
         return Spikes(levels.to(torch.int8), self.step)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -123,6 +124,7 @@ class MultiThreshold(SteppedNeuron):
         window: Likewise.
         count: Number of thresholds per branch.
     """
+    levels: torch.Tensor
 
     def __init__(self, neuron: ScaleAndFire, span: int = 1, window: int = 1, count: int = POWERS):
         super().__init__(neuron, span, window)

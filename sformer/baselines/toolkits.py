@@ -56,9 +56,8 @@ def nncf_int8(source: nn.Module, batches: Iterable[torch.Tensor]) -> Run:
 
 
 def torchao_int8(source: nn.Module) -> nn.Module:
-    """W8A8 by torchao: int8 weights per channel, int8 activations per token, of all linear layers; it has no
-    counterpart for products of two activations and convolutions, which stay in float32. Nothing is calibrated: a token's
-    range is its own.
+    """W8A8 by torchao: int8 weights per channel, int8 activations per token, of all linear layers. Products of two
+    activations and convolutions stay in float32. Nothing is calibrated: the range of a token is its own.
 
     Raises:
         SFormerError: If torchao is missing.
