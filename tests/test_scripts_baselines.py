@@ -48,6 +48,7 @@ def test_all_rows_say_what_they_cost(run):
     assert all(rows[name]['error'] > 0 for name in ROWS[1:])
 
 
+@pytest.mark.slow
 def test_timings_come_beside_figures(run):
     before = run(only=['source'])
     rows = run(only=['source', 'W8A8'], timings=True)

@@ -29,7 +29,7 @@ def test_spikes_and_operations_of_a_layer_are_those_of_a_loop():
 
 def test_every_operation_of_a_network_is_counted():
     images = pixels(3)
-    network, model = multi_threshold_network(build('eva02'), [images], 3)
+    network, model = multi_threshold_network(build('eva02', depth=1), [images], 3)
     operations, sites, _ = profile_operations(model, [images])
     counted, neurons, _ = profile_steps(network, [images], operations, sites)
     assert [o.name for o in counted] == [o.name for o in operations] and [s.name for s in neurons] == [

@@ -65,9 +65,9 @@ def test_weights_are_integers_times_a_step_per_output(bits):
         assert (row - old).square().sum() <= ((old / nearest).round() * nearest - old).square().sum() + 1e-9
 
 
-@pytest.mark.parametrize('family', ['vit', 'eva02'])
+@pytest.mark.parametrize('family', ['vit', pytest.param('eva02', marks=pytest.mark.slow)])
 def test_more_bits_are_nearer_to_the_source(family):
-    source, images = build(family), pixels(8)
+    source, images = build(family, depth=1), pixels(8)
     state = state_of(source)
     with torch.no_grad():
         expected = source(images)
@@ -78,8 +78,8 @@ def test_more_bits_are_nearer_to_the_source(family):
 
 
 def test_a_twin_has_a_quantiser_at_each_site():
-    source, images = build(), pixels(8)
-    twin, sformer = quantised_twin(source, [images], 8), spiking_(build(), SFNConfig(levels=8))
+    source, images = build(depth=1), pixels(8)
+    twin, sformer = quantised_twin(source, [images], 8), spiking_(build(depth=1), SFNConfig(levels=8))
     calibrate_(sformer, [images])
     assert is_calibrated(twin)
     sites = dict(named_neurons(twin))
