@@ -44,7 +44,7 @@ def test_all_rows_say_what_they_cost(run):
     rows = run()
     spikes = rows['SFN, N = 8']['spikes']
     assert spikes['unary'] > spikes['binary'] > spikes['graded'] > 0
-    assert rows['IF layer-synchronous = MTN, T = 2']['equivalence_error'] < 1e-3
+    assert rows['IF layer-synchronous = MTN, T = 2']['unequal'] < 1e-6
     assert all(rows[name]['error'] > 0 for name in ROWS[1:])
 
 

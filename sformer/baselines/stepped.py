@@ -61,11 +61,11 @@ class SteppedNeuron(Neuron):
     def reset(self) -> None:
         """To before the first timestep: nothing was sent, and membranes are at half a threshold."""
         self.time = 0
-        self.sent: List[Any] = [0., 0.]  # potential that was subtracted from each membrane
+        self.sent: Any = 0.  # levels, in steps
         self.latest = ()
 
     def fired(self, charge: torch.Tensor) -> torch.Tensor:
-        """Let a timestep pass, given all charge that came in since the first: potential that was sent since then."""
+        """Let a timestep pass, given all charge that came in since the first: levels, in steps, that are sent now."""
         raise NotImplementedError
 
     def encode(self, x: torch.Tensor) -> Spikes:
@@ -74,23 +74,22 @@ class SteppedNeuron(Neuron):
         Args:
             x: Mean current of all timesteps up to and with this one, (B, ...).
         """
-        self._advance(x)
-        levels = torch.stack(
-            [k.clamp_min(0) * self.multiplier[0] + k.clamp_max(0) * self.multiplier[1] for k in self.latest]).sum(0)
-        return Spikes(levels.to(torch.int8), self.step)
+        return Spikes(self._advance(x).to(torch.int8), self.step)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.window > 1:
             self.reset()
         for _ in range(self.window):
-            sent = self._advance(x)
-        out = sent * (self.gain / self.time)
+            self._advance(x)
+        out = self.sent * (self.step / self.time)
         return (out if self.center is None else out + self.center).to(x.dtype)
 
     def _advance(self, x: torch.Tensor) -> torch.Tensor:
         x = x.detach().float()
         self.time += 1
-        return self.fired(self.time * (x if self.center is None else x - self.center))
+        levels = self.fired(self.time * (x if self.center is None else x - self.center))
+        self.sent = self.sent + levels
+        return levels
 
     def statistics(self) -> None:
         return None
@@ -105,13 +104,16 @@ class IntegrateAndFire(SteppedNeuron):
     `h(t) = v(t - 1) + x(t)`, `s(t) = [h(t) >= threshold]`, `v(t) = h(t) - threshold s(t)`, `v(0) = threshold / 2`.
     """
 
+    def reset(self) -> None:
+        super().reset()
+        self.counts: List[Any] = [0., 0.]  # spikes of each branch
+
     def fired(self, charge: torch.Tensor) -> torch.Tensor:
-        spikes = [sign * charge - sent >= threshold / 2
-                  for sign, sent, threshold in zip((1, -1), self.sent, self.threshold, strict=True)]
+        spikes = [sign * charge - threshold * count >= threshold / 2
+                  for sign, threshold, count in zip((1, -1), self.threshold, self.counts, strict=True)]
+        self.counts = [count + s for count, s in zip(self.counts, spikes, strict=True)]
         self.latest = [spikes[0].to(torch.int8), -spikes[1].to(torch.int8)]
-        self.sent = [sent + threshold * s
-                     for sent, threshold, s in zip(self.sent, self.threshold, spikes, strict=True)]
-        return self.sent[0] - self.sent[1]
+        return spikes[0] * self.multiplier[0] - spikes[1] * self.multiplier[1]
 
 
 class MultiThreshold(SteppedNeuron):
@@ -131,12 +133,11 @@ class MultiThreshold(SteppedNeuron):
         self.register_buffer('levels', level_values('power2', count).to(self.step.device))
 
     def fired(self, charge: torch.Tensor) -> torch.Tensor:
-        h = charge - self.sent[0]
+        h = charge - self.sent * (self.step / self.gain)
         u = h.clamp_min(0).div_(self.threshold[0]).add_(h.clamp_max(0).div_(self.threshold[1]))
         k = fire(u, 'power2' if len(self.levels) > 1 else 'uniform', self.levels)
         self.latest = [k.to(torch.int8)]
-        self.sent[0] = self.sent[0] + (k.clamp_min(0) * self.threshold[0] + k.clamp_max(0) * self.threshold[1])
-        return self.sent[0]
+        return k.clamp_min(0) * self.multiplier[0] + k.clamp_max(0) * self.multiplier[1]
 
 
 class MultiStep(nn.Module):
