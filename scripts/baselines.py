@@ -65,8 +65,8 @@ class Built:
     equal_to: Optional[baselines.MultiStep] = None
 
 
-def step_by_step(source: nn.Module, batches: Batches, steps: int, membranes: int) -> Built:
-    network, model = baselines.integrate_and_fire_network(source, batches, steps, membranes=membranes)
+def step_by_step(source: nn.Module, batches: Batches, steps: int, signed: bool) -> Built:
+    network, model = baselines.integrate_and_fire_network(source, batches, steps, signed=signed)
     return Built(network, 'unary', model, network)
 
 
@@ -115,8 +115,8 @@ ROWS: dict[str, Callable[[nn.Module, Batches], Built]] = {
     'W8A8, torchao (linear layers)': lambda source, batches: Built(baselines.torchao_int8(source)),
     **{f'multi-threshold (ECMT), T = {t}': functools.partial(multi_threshold, steps=t) for t in (1, 4, 8)},
     **{f'IF layer-synchronous = MTN, T = {t}': functools.partial(synchronous, steps=t) for t in TIMESTEPS},
-    **{f'IF step by step, T = {t}': functools.partial(step_by_step, steps=t, membranes=2) for t in TIMESTEPS},
-    **{f'signed IF step by step, T = {t}': functools.partial(step_by_step, steps=t, membranes=1) for t in (4, 8, 16)},
+    **{f'IF step by step, T = {t}': functools.partial(step_by_step, steps=t, signed=False) for t in TIMESTEPS},
+    **{f'signed IF step by step, T = {t}': functools.partial(step_by_step, steps=t, signed=True) for t in (4, 8, 16)},
 }
 
 

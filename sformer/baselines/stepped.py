@@ -6,6 +6,7 @@ came in so far ("expectation compensation", arXiv 2502.21193). So a whole networ
 source's own forward on running means, once per timestep, and only neurons have a state: one that is given X(t) knows
 x(t) = t X(t) - (t - 1) X(t - 1), and gives the mean of what it sent so far.
 """
+import functools
 from typing import Any, Callable, Iterable, List, Optional, Sequence, Tuple
 
 import torch
@@ -147,15 +148,15 @@ class MultiStep(nn.Module):
         model: Calibrated SFormer; it is not changed, and shares its parameters.
         steps: Timesteps T.
         neuron: Called with each scale-and-fire neuron, makes the one that takes its place.
+
+    Raises:
+        ValueError: If there are no timesteps.
     """
 
-    def __init__(
-            self,
-            model: nn.Module,
-            steps: int,
-            neuron: Callable[[ScaleAndFire], SteppedNeuron],
-    ):
+    def __init__(self, model: nn.Module, steps: int, neuron: Callable[[ScaleAndFire], SteppedNeuron]):
         super().__init__()
+        if steps < 1:
+            raise ValueError(f'steps must be at least 1, got {steps!r}.')
         self.network = shared_copy(model).eval()
         self.steps = steps
         for name, old in list(named_neurons(self.network)):
@@ -179,7 +180,7 @@ def integrate_and_fire_network(
         batches: Iterable[torch.Tensor],
         steps: int,
         *,
-        membranes: int = 2,
+        signed: bool = False,
         synchronous: bool = False,
         fit: FitConfig = FitConfig(),
 ) -> Tuple[MultiStep, nn.Module]:
@@ -192,9 +193,9 @@ def integrate_and_fire_network(
         source: timm model.
         batches: Images to calibrate with, normalised.
         steps: Timesteps T, 1 to 127.
-        membranes: 2 for a pair of neurons, each with its own; 1 for a signed neuron, which can take a spike back.
-        synchronous: Each layer waits for the T timesteps of the one before. With two membranes, equal to the
-            multi-threshold network.
+        signed: One membrane for both branches, so that a spike can be taken back, instead of a pair of neurons.
+        synchronous: Each layer waits for the T timesteps of the one before. Pairs are equal to the multi-threshold
+            network then.
         fit: How thresholds are fitted.
 
     Returns:
@@ -203,10 +204,8 @@ def integrate_and_fire_network(
     model = convert(source, batches, SFNConfig(
         levels=steps, fire='uniform', attention_fire='uniform', activation_fire='uniform', token_scale=False), fit)
     window = steps if synchronous else 1
-    neuron: Callable[[ScaleAndFire], SteppedNeuron] = {
-        1: lambda old: MultiThreshold(old, steps, window, count=1),
-        2: lambda old: IntegrateAndFire(old, steps, window)}[membranes]
-    return MultiStep(model, 1 if synchronous else steps, neuron), model
+    kind: Callable[..., SteppedNeuron] = functools.partial(MultiThreshold, count=1) if signed else IntegrateAndFire
+    return MultiStep(model, 1 if synchronous else steps, lambda old: kind(old, steps, window)), model
 
 
 def multi_threshold_network(

@@ -190,3 +190,8 @@ def test_models_are_left_as_they_are():
         assert torch.equal(model(images), before)
         assert not list(named_neurons(source))
         assert all(a is b for a, b in zip(model.parameters(), shared_copy(model).parameters(), strict=True))
+
+
+def test_no_timesteps_are_refused():
+    with pytest.raises(ValueError, match='steps must be at least 1'):
+        MultiStep(nn.Sequential(), 0, MultiThreshold)
