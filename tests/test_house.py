@@ -29,7 +29,7 @@ ORDER = (
     ('entrypoints',),
     ('execution',),
     ('evaluation', 'profiling'),
-    ('publishing',),
+    ('baselines', 'publishing'),
     ('demo',),
     ('cli',),
     ('__init__', '__main__'),
@@ -38,8 +38,8 @@ RANK = {part: i for i, parts in enumerate(ORDER) for part in parts}
 DATA_ONLY = {'weights'}
 
 # Imported where they are used, since `import sformer` is to take as long as `import timm`.
-SLOW = {'accelerate', 'datasets', 'huggingface_hub', 'matplotlib', 'neurobench', 'onnx', 'onnxruntime', 'onnxscript',
-        'openvino', 'optuna', 'pyarrow', 'rich', 'sklearn'}
+SLOW = {'accelerate', 'datasets', 'huggingface_hub', 'matplotlib', 'neurobench', 'nncf', 'onnx', 'onnxruntime',
+        'onnxscript', 'openvino', 'optuna', 'pyarrow', 'rich', 'sklearn', 'torchao'}
 NOT_EVERYWHERE = {'fcntl', 'resource'}  # not on Windows
 
 MAX_LINES, MAX_FUNCTION = 400, 60

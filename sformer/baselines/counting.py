@@ -1,0 +1,75 @@
+"""Spikes and operations of a network of several timesteps, in the terms of `sformer.profiling`."""
+import dataclasses
+from typing import Dict, Iterable, List, Tuple
+
+import torch
+
+from ..layers import named_neurons
+from ..neurons import CODINGS, count_spikes
+from ..profiling import Operation, Site
+from .stepped import MultiStep, SteppedNeuron
+
+__all__ = ['profile_steps']
+
+
+def profile_steps(
+        network: MultiStep,
+        batches: Iterable[torch.Tensor],
+        operations: Iterable[Operation],
+        sites: Iterable[Site],
+) -> Tuple[List[Operation], List[Site], int]:
+    """Run a network of several timesteps on images and count all spikes of all timesteps.
+
+    A spike that meets weights causes an operation per weight. In a product of two activations each operand waits as the
+    sum of its spikes so far, and a spike of the other causes an operation per element of it that it meets: an upper
+    bound in the first timesteps, when sums have zeros. Weights are read once per timestep, pixels are coded once.
+
+    Args:
+        network: Network of several timesteps, not layer-synchronous.
+        batches: Normalised images (B, C, H, W).
+        operations: Operations of the one-step network that it was made of, by `profile_operations`.
+        sites: Neurons, likewise.
+
+    Returns:
+        Operations and neurons per image, of all timesteps together, and the number of images; potentials of neurons
+        count once per timestep.
+    """
+    spikes: Dict[str, Dict[str, int]] = {}
+    handles = []
+    for name, neuron in named_neurons(network.network):
+        if isinstance(neuron, SteppedNeuron):
+            sums = spikes[name] = dict.fromkeys(CODINGS, 0)
+
+            def add(neuron, args, out, sums=sums):
+                for levels in neuron.latest:
+                    for coding, count in count_spikes(levels).items():
+                        sums[coding] += count
+            handles.append(neuron.register_forward_hook(add))
+    images = 0
+    try:
+        for batch in batches:
+            network(batch)
+            images += len(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    per_image = {name: {coding: count / images for coding, count in sums.items()} for name, sums in spikes.items()}
+    neurons = {site.name: site.neurons for site in sites}
+    steps = network.steps
+    counted = [
+        dataclasses.replace(
+            operation, weights=operation.weights * steps,
+            synaptic_operations={coding: sum(per_image[name][coding] * operation.macs / neurons[name]
+                                             for name in operation.operands) for coding in CODINGS})
+        if operation.operands and all(name in per_image for name in operation.operands)
+        else operation for operation in operations]
+    return counted, [_over_time(site, per_image[site.name], steps) if site.name in per_image else site
+                     for site in sites], images
+
+
+def _over_time(site: Site, spikes: Dict[str, float], steps: int) -> Site:
+    """A neuron that is looked at once per timestep."""
+    potentials = site.neurons * steps
+    return dataclasses.replace(
+        site, neurons=potentials, activity=spikes['graded'] / potentials, saturation=float('nan'), levels=1, planes=1,
+        spikes={coding: spikes[coding] / potentials for coding in CODINGS})

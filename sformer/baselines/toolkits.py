@@ -1,0 +1,71 @@
+"""Quantised networks by the libraries that users would take: NNCF on OpenVINO, and torchao."""
+import copy
+from typing import Any, Callable, Iterable, List
+
+import torch
+import torch.nn as nn
+
+from ..errors import SFormerError
+from ..execution.engines import compile_graph, openvino_config
+from ..execution.onnx import to_onnx
+
+__all__ = ['nncf_int8', 'openvino_float', 'torchao_int8']
+
+Run = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _missing(e: ImportError) -> SFormerError:
+    return SFormerError(f"{e.name} is missing: pip install 'sformer[baselines]'.")
+
+
+def openvino_float(source: nn.Module) -> Run:
+    """The source in float32 on OpenVINO, on the CPU: what `nncf_int8` is compared with.
+
+    Raises:
+        SFormerError: If packages are missing.
+    """
+    run = compile_graph(to_onnx(source).SerializeToString(), 'openvino')
+    return lambda images: torch.from_numpy(run(images.numpy()))
+
+
+def nncf_int8(source: nn.Module, batches: Iterable[torch.Tensor]) -> Run:
+    """W8A8 by NNCF's post-training quantisation, as its documentation says for transformers, on OpenVINO.
+
+    Args:
+        source: timm model on the CPU.
+        batches: Images to calibrate with, normalised, all of which are used.
+
+    Returns:
+        Images to outputs.
+
+    Raises:
+        SFormerError: If packages are missing.
+    """
+    try:
+        import nncf
+        import openvino
+    except ImportError as e:
+        raise _missing(e) from None
+    core = openvino.Core()
+    images: List[Any] = [batch.numpy() for batch in batches]
+    quantised = nncf.quantize(
+        core.read_model(to_onnx(source).SerializeToString()), nncf.Dataset(images), subset_size=len(images),
+        model_type=nncf.ModelType.TRANSFORMER)
+    compiled = core.compile_model(quantised, 'CPU', openvino_config())
+    return lambda x: torch.from_numpy(compiled([x.numpy()])[0].copy())
+
+
+def torchao_int8(source: nn.Module) -> nn.Module:
+    """W8A8 by torchao: int8 weights per channel, int8 activations per token, of all linear layers. Products of two
+    activations and convolutions stay in float32. Nothing is calibrated: the range of a token is its own.
+
+    Raises:
+        SFormerError: If torchao is missing.
+    """
+    try:
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+    except ImportError as e:
+        raise _missing(e) from None
+    network = copy.deepcopy(source)
+    quantize_(network, Int8DynamicActivationInt8WeightConfig())
+    return network
