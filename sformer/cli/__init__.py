@@ -1,4 +1,4 @@
-"""Command line: `sformer convert | evaluate | compare | export | benchmark | profile | list | demo | publish | card`.
+"""Command line: `sformer convert | evaluate | compare | export | benchmark | profile | detect | list | demo | publish | card`.
 
 Commands import what is slow to load when they run.
 """
@@ -12,7 +12,7 @@ from typing import Annotated, Any, List, Optional
 import typer
 
 from ..errors import SFormerError
-from . import benchmark, card, compare, convert, demo, evaluate, export, list_models, profile, publish
+from . import benchmark, card, compare, convert, demo, detect, evaluate, export, list_models, profile, publish
 from .arguments import expand_home, spread
 from .errors import RunInterruptedError, fail
 
@@ -29,6 +29,7 @@ app.command()(compare.compare)
 app.command()(export.export)
 app.command()(benchmark.benchmark)
 app.command()(profile.profile)
+app.add_typer(detect.app, name='detect')
 app.command('list')(list_models.list_models)
 app.command()(demo.demo)
 app.command()(publish.publish)

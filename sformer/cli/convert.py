@@ -8,6 +8,7 @@ import typer
 
 from ..errors import SFormerError
 from .arguments import check_folder, check_source, command_line, parse_kwargs
+from .detect import convert_detector
 from .options import MAX_BATCH_SIZE, MAX_IMAGES, MAX_SEED, Dataset, unfolded
 
 __all__ = ['convert']
@@ -52,7 +53,7 @@ class NeuronOptions:
 
 @unfolded
 def convert(
-        source: Annotated[str, typer.Argument(help='timm model to convert')],
+        source: Annotated[str, typer.Argument(help='timm model to convert, or folder of a detector')],
         output: Annotated[Path, typer.Option('--output', '-o', help='Folder for the SFormer')],
         neurons: NeuronOptions,
         checkpoint: Annotated[Optional[Path], typer.Option(
@@ -73,6 +74,12 @@ def convert(
     """Convert a trained timm model into an SFormer, without training."""
     check_source(source)
     check_folder(output)
+    if Path(source).is_dir():
+        from ..detection import is_detector
+        if is_detector(source):
+            convert_detector(
+                Path(source), output, neurons.configs(), calibration, split, num_images, seed, overwrite)
+            return
     from ..conversion import convert as convert_model
     from ..saving import check_output, save_model
     from ..sources import create_source, set_data_config_

@@ -14,11 +14,12 @@ from torchvision.transforms.v2 import functional as F
 from ..checkpoints import file_hash
 from ..errors import SFormerError
 
-__all__ = ['CocoData', 'open_coco']
+__all__ = ['CocoData', 'mask_tools', 'open_coco', 'read_image']
 
 _logger = logging.getLogger(__name__)
 
 SLACK = 1.  # pixels that a box may reach beyond its image: annotations are rounded
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what PIL raises
 NAMED = 5  # problems in a message
 
 Target = Dict[str, Any]
@@ -80,11 +81,7 @@ class CocoData:
 
     def image(self, id: int) -> torch.Tensor:
         """An image as RGB in [0, 1], (3, H, W)."""
-        try:
-            with Image.open(self.folder / self.images[id]['file_name']) as image:
-                return F.to_dtype(F.to_image(image.convert('RGB')), torch.float32, scale=True).as_subclass(torch.Tensor)
-        except (OSError, ValueError, SyntaxError) as e:  # since it was checked
-            raise SFormerError(f'image {id}: {self.images[id]["file_name"]} cannot be read: {e}') from e
+        return read_image(self.folder / self.images[id]['file_name'])
 
     def target(self, id: int) -> Target:
         """Boxes (N, 4) in pixels x0, y0, x1, y1, labels (N) from 1 in the order of category ids, masks (N, H, W) if
@@ -98,8 +95,7 @@ class CocoData:
             torch.stack([x, y, x + w, y + h], dim=1), format='XYXY', canvas_size=size))
         target = dict(boxes=boxes, labels=torch.tensor([labels[a['category_id']] for a in found], dtype=torch.int64))
         if self.masks:
-            from pycocotools import mask
-            masks = [torch.from_numpy(mask.decode(rle(a['segmentation'], *size))) for a in found]
+            masks = [torch.from_numpy(mask_tools().decode(rle(a['segmentation'], *size))) for a in found]
             target['masks'] = tv_tensors.Mask(torch.stack(masks) if masks else torch.zeros(0, *size, dtype=torch.uint8))
         return target
 
@@ -130,7 +126,7 @@ class CocoData:
         try:
             with Image.open(self.folder / name) as image:
                 image.load()
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+        except UNREADABLE as e:
             return f'is unreadable ({name}: {e})'
         return None if image.size == size else f'is of {image.size} pixels, not {size} ({name})'
 
@@ -152,27 +148,52 @@ class CocoData:
         return self._mask_problem(entry.get('segmentation'), image) if self.masks else None
 
     def _mask_problem(self, segmentation: Any, image: Dict[str, Any]) -> Optional[str]:
-        from pycocotools import mask
         if not segmentation:
             return 'has no mask'
         size = image['height'], image['width']
         if isinstance(segmentation, dict) and tuple(segmentation.get('size', ())) != size:
             return f'has a mask of {segmentation.get("size")} pixels, not {list(size)}'
         try:
-            area = int(mask.area(rle(segmentation, *size)))
+            area = int(mask_tools().area(rle(segmentation, *size)))
         except (TypeError, ValueError, KeyError, IndexError) as e:
             return f'has no valid mask ({e})'
         return None if area else 'has an empty mask'
 
 
+def read_image(path: Path) -> torch.Tensor:
+    """An image file as RGB in [0, 1], (3, H, W).
+
+    Raises:
+        SFormerError: If it is missing or unreadable.
+    """
+    try:
+        with Image.open(path) as image:
+            return F.to_dtype(F.to_image(image.convert('RGB')), torch.float32, scale=True).as_subclass(torch.Tensor)
+    except UNREADABLE as e:
+        raise SFormerError(f'{path} cannot be read as an image: {e}') from e
+
+
 def rle(segmentation: Any, height: int, width: int) -> Dict[str, Any]:
     """Run-length code of a mask, of polygons, or of a code that is compressed or not."""
-    from pycocotools import mask
+    tools = mask_tools()
     if isinstance(segmentation, list):
-        return mask.merge(mask.frPyObjects(segmentation, height, width))
+        return tools.merge(tools.frPyObjects(segmentation, height, width))
     if isinstance(segmentation['counts'], list):
-        return mask.frPyObjects(segmentation, height, width)
+        return tools.frPyObjects(segmentation, height, width)
     return segmentation
+
+
+def mask_tools() -> Any:
+    """pycocotools' functions of run-length codes.
+
+    Raises:
+        SFormerError: If it is not installed.
+    """
+    try:
+        from pycocotools import mask
+    except ImportError as e:
+        raise SFormerError('masks and COCO metrics need pycocotools: pip install "sformer[detection]".') from e
+    return mask
 
 
 def _read(file: Path) -> Dict[str, Any]:
@@ -193,6 +214,12 @@ def open_coco(
         skip_bad: bool = False,
 ) -> CocoData:
     """A split of a folder in COCO format: SPLIT.json or annotations/instances_SPLIT.json, and images in SPLIT/.
+
+    Args:
+        root: The folder.
+        split: Its split.
+        masks: As of `CocoData`.
+        skip_bad: As of `CocoData`.
 
     Raises:
         SFormerError: If there is no such split, or as `CocoData` raises.

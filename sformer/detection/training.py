@@ -1,10 +1,10 @@
 """Training of a detector's pyramid and heads on a backbone that is frozen, whose maps are kept on disk."""
 import dataclasses
-import functools
 import hashlib
-import itertools
+import json
 import logging
 import random
+import shutil
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
@@ -20,7 +20,7 @@ from ..errors import SFormerError
 from ..utils import progress
 from .coco import CocoData
 
-__all__ = ['TrainingConfig', 'train']
+__all__ = ['TrainingConfig', 'remove_state', 'train']
 
 _logger = logging.getLogger(__name__)
 
@@ -70,17 +70,19 @@ def train(
         SFormerError: If a loss is NaN or infinite, or the state in `directory` is of another training.
     """
     model: Any = detector.to(device or 'cpu').train()
+    backbone = state_hash(model.backbone.vit.state_dict())
     _freeze_(model, config.trained_blocks)
     maps = None if config.trained_blocks else _Maps(model, directory)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.lr, weight_decay=config.weight_decay)
     steps = sum(1 for _ in _batches(data, config, 0))
-    schedule = functools.partial(
-        torch.optim.lr_scheduler.OneCycleLR, optimizer, config.lr, total_steps=steps * config.epochs, pct_start=0.1)
-    key = _digest([dataclasses.asdict(config), dataclasses.asdict(model.config), data.fingerprint, len(data)])
+    key = _digest([dataclasses.asdict(config), dataclasses.asdict(model.config), data.fingerprint, len(data), backbone])
     done = _resume(directory / STATE_NAME, key, parameters, optimizer)
-    scheduler = schedule(last_epoch=done * steps - 1 if done else -1)
-    history = []
+    history: List[Dict[str, float]] = []
+    if done == config.epochs:
+        return history
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, config.lr, total_steps=steps * config.epochs, pct_start=0.1, last_epoch=done * steps - 1)
     for epoch in range(done, config.epochs):
         torch.manual_seed(config.seed + epoch)  # what the losses sample
         total: Dict[str, float] = {}
@@ -150,6 +152,13 @@ def _losses(model: Any, data: CocoData, batch: Batch, maps: Optional['_Maps']) -
     return {**losses, **box_losses}
 
 
+def remove_state(directory: Path) -> None:
+    """Remove what `train` left for a run that goes on."""
+    (directory / STATE_NAME).unlink(missing_ok=True)
+    for maps in directory.glob('maps-*'):
+        shutil.rmtree(maps, ignore_errors=True)
+
+
 class _Maps:
     """Maps of a frozen backbone, computed once per image and kept on disk in half precision."""
 
@@ -188,9 +197,10 @@ def _save(
     state: Dict[str, torch.Tensor] = {name: p.detach() for name, p in parameters.items()}
     for name, p in parameters.items():
         state.update({f'{name}:{part}': value for part, value in optimizer.state[p].items()})
+    group = {key: value for key, value in optimizer.param_groups[0].items() if key != 'params'}
     with write_aside(path.parent) as aside:
         save_file({name: t.cpu().contiguous() for name, t in state.items()}, aside / path.name,
-                  metadata=dict(key=key, epochs=str(epochs)))
+                  metadata=dict(key=key, epochs=str(epochs), group=json.dumps(group)))
 
 
 def _resume(path: Path, key: str, parameters: Dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
@@ -205,7 +215,8 @@ def _resume(path: Path, key: str, parameters: Dict[str, nn.Parameter], optimizer
     state = load_file(path)
     for name, p in parameters.items():
         p.data.copy_(state[name])
-        for part in itertools.chain(key for key in ('step', 'exp_avg', 'exp_avg_sq')):
+        for part in ('step', 'exp_avg', 'exp_avg_sq'):
             value = state[f'{name}:{part}']
             optimizer.state[p][part] = value if part == 'step' else value.to(p.device)
+    optimizer.param_groups[0].update(json.loads(metadata['group']))  # which the schedule goes on from
     return int(metadata['epochs'])

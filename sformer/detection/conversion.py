@@ -1,0 +1,101 @@
+"""Conversion of a whole detector: backbone, pyramid, proposals and heads."""
+import itertools
+import random
+from pathlib import Path
+from typing import Any, Iterator, Optional, Union
+
+import torch
+import torch.nn as nn
+
+from ..calibration import calibrate_
+from ..checkpoints import check_weights, state_hash
+from ..data.generator import dead_leaves
+from ..layers import revert_, spiking_
+from ..models import set_pixel_range_
+from ..neurons import FitConfig, SFNConfig
+from ..record import CalibrationRecord, Conversion
+from ..utils import enough_memory, library_versions, progress
+from .coco import CocoData
+
+__all__ = ['convert_detector', 'spiking_detector_']
+
+OBSERVED_BATCH = 8  # images of one size, so that none is padded to another's
+
+
+def spiking_detector_(detector: nn.Module, sfn: SFNConfig = SFNConfig()) -> nn.Module:
+    """Turn a detector into an uncalibrated SFormer, in place.
+
+    Raises:
+        UnsupportedLayerError: If a layer has no spiking counterpart; names it, and the detector is unchanged.
+    """
+    model: Any = spiking_(detector, sfn)
+    set_pixel_range_(model, model.config.mean, model.config.std)
+    model.sfn = sfn
+    return model
+
+
+def convert_detector(
+        detector: nn.Module,
+        calibration: Union[CocoData, str] = 'dead-leaves',
+        config: SFNConfig = SFNConfig(),
+        fit: FitConfig = FitConfig(),
+        *,
+        num_images: int = 64,
+        seed: int = 0,
+        name: Optional[str] = None,
+        split: Optional[str] = None,
+        command: Optional[str] = None,
+) -> nn.Module:
+    """Convert a trained detector into a calibrated single-timestep SFormer, in place and without training.
+
+    Args:
+        detector: As of `create_detector`, trained; an SFormer stands for its own source.
+        calibration: Images, whose annotations are not read, or `dead-leaves` for generated ones.
+        config: How neurons fire.
+        fit: How their thresholds are fitted.
+        num_images: Number of calibration images.
+        seed: Seed of their choice or generation.
+        name: Name of the data set, for the record.
+        split: Split of it, for the record.
+        command: Command line to record.
+
+    Returns:
+        The detector in eval mode; `detector.conversion` records how it came about.
+
+    Raises:
+        SFormerError: If the weights of the detector or the images are not usable.
+        UnsupportedLayerError: If a layer has no spiking counterpart; the detector is unchanged then.
+    """
+    model: Any = revert_(detector)
+    check_weights(model, 'the detector')
+    images = _generated(model, num_images, seed) if isinstance(calibration, str) else _drawn(
+        calibration, num_images, seed)
+    source_sha256 = state_hash(model.state_dict())
+    spiking_detector_(model.eval(), config)
+    groups = [list(group) for _, group in itertools.groupby(images, key=lambda image: image.shape)]
+    batches = [group[i:i + OBSERVED_BATCH] for group in groups for i in range(0, len(group), OBSERVED_BATCH)]
+    count = sum(map(len, groups))
+    try:
+        with enough_memory(f'the source is observed on {OBSERVED_BATCH} images at a time.'):
+            calibrate_(model, progress(batches, 'Calibrating', len(batches)), fit)
+    except BaseException:
+        revert_(model)
+        raise
+    record = CalibrationRecord(
+        name or 'dead-leaves', split, seed, getattr(calibration, 'fingerprint', None), num_images=count)
+    model.conversion = Conversion(
+        source=model.config.backbone, source_sha256=source_sha256, fit=fit, calibration=record,
+        versions=library_versions(), command=command)
+    return model
+
+
+def _drawn(data: CocoData, num_images: int, seed: int) -> Iterator[torch.Tensor]:
+    """Random images, those of one size after one another."""
+    ids = random.Random(seed).sample(sorted(data.images), min(num_images, len(data)))
+    for id in sorted(ids, key=lambda id: (data.images[id]['height'], data.images[id]['width'])):
+        yield data.image(id)
+
+
+def _generated(model: Any, num_images: int, seed: int) -> Iterator[torch.Tensor]:
+    for image in dead_leaves(num_images, (3, *model.config.image_size), seed):
+        yield torch.from_numpy(image).permute(2, 0, 1).float() / 255
