@@ -1,4 +1,5 @@
-"""Command line: `sformer convert | evaluate | compare | export | benchmark | profile | detect | list | demo | publish | card`.
+"""Command line: `sformer convert | evaluate | compare | export | benchmark | profile | list | demo | publish | card |
+detect`.
 
 Commands import what is slow to load when they run.
 """

@@ -31,7 +31,8 @@ def train(
         split: Annotated[str, typer.Option(help='Split to train on')] = 'train',
         masks: Annotated[bool, typer.Option(help='Segment what is detected: Mask R-CNN, not Faster R-CNN')] = False,
         image_size: Annotated[Tuple[int, int], typer.Option(
-            min=32, max=MAX_IMG_SIZE, help='Height and width that images are fitted into, multiples of 32')] = (512, 512),
+            min=32, max=MAX_IMG_SIZE, help='Height and width that images are fitted into, multiples of 32')
+        ] = (512, 512),
         finest_stride: Annotated[int, typer.Option(
             help='Of the levels of the pyramid, in pixels: 4, 8 or 16; small objects need 4')] = 4,
         channels: Annotated[int, typer.Option(min=1, max=4096, help='Channels of the pyramid')] = 128,
@@ -113,10 +114,11 @@ def convert_detector(
     from ..saving import check_output
     check_output(output, overwrite)
     detector = load_detector(source)
-    images: Any = calibration if calibration == 'dead-leaves' else open_coco(calibration, split or 'train', skip_bad=True)
+    generated = calibration == 'dead-leaves'
+    images: Any = calibration if generated else open_coco(calibration, split or 'train', skip_bad=True)
     converted: Any = convert(
         detector, images, *configs, num_images=num_images, seed=seed, name=Path(calibration).name,
-        split=None if images == calibration else split or 'train', command=command_line())
+        split=None if generated else split or 'train', command=command_line())
     save_detector(converted, output, overwrite)
     used = converted.conversion.calibration
     print(f'{source} -> {output}: N = {configs[0].levels}, calibrated on {used.num_images} {used.name} images')

@@ -1,7 +1,6 @@
 """Conversion of a whole detector: backbone, pyramid, proposals and heads."""
 import itertools
 import random
-from pathlib import Path
 from typing import Any, Iterator, Optional, Union
 
 import torch

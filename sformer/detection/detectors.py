@@ -129,11 +129,16 @@ def create_detector(
     return build_detector(dataclasses.replace(config, mean=cfg['mean'], std=cfg['std']), vit)
 
 
-def _create_vit(config: DetectorConfig, pretrained: bool, *weights: Any) -> nn.Module:
-    arguments = dict(
+def _create_vit(
+        config: DetectorConfig,
+        pretrained: bool,
+        checkpoint: Union[str, Path, None] = None,
+        allow_pickle: bool = False,
+) -> nn.Module:
+    arguments: Dict[str, Any] = dict(
         num_classes=0, img_size=config.image_size, patch_size=PATCH_SIZE, dynamic_img_size=True)
     if pretrained:
-        vit = create_source(config.backbone, *weights, filter_fn=_resize, **arguments).network
+        vit = create_source(config.backbone, checkpoint, allow_pickle, _resize, **arguments).network
     else:
         try:
             vit = timm.create_model(config.backbone, pretrained=False, **arguments)

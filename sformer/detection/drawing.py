@@ -13,7 +13,12 @@ from .evaluation import detect
 __all__ = ['draw_detections', 'picture', 'token_activity']
 
 
-def picture(detector: nn.Module, image: torch.Tensor, min_score: float = 0.5, side_by_side: bool = True) -> torch.Tensor:
+def picture(
+        detector: nn.Module,
+        image: torch.Tensor,
+        min_score: float = 0.5,
+        side_by_side: bool = True,
+) -> torch.Tensor:
     """A picture of what a detector finds in an image.
 
     Args:
@@ -98,7 +103,7 @@ def _coloured(values: torch.Tensor) -> torch.Tensor:
 
 def _palette() -> List[Tuple[int, int, int]]:
     import matplotlib
-    return [tuple(int(255 * value) for value in colour) for colour in matplotlib.colormaps['tab10'].colors]
+    return [(int(r), int(g), int(b)) for r, g, b, _ in matplotlib.colormaps['tab10'](range(10), bytes=True)]
 
 
 def _font() -> str:

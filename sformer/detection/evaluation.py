@@ -74,7 +74,7 @@ def evaluate_detector(
     if spiking and source:
         networks['source_'] = source_view(model).eval()
     ids = list(data.images)[:num_images]
-    key = dict(
+    key: Dict[str, Any] = dict(
         models=[state_hash(model.state_dict())], sources=[*networks], dataset=data.fingerprint, num_images=len(ids),
         config=repr(dataclasses.asdict(model.config)), device=group.device.type,
         **{name: library_versions().get(name) for name in ('sformer', 'torch', 'timm')})

@@ -9,7 +9,7 @@ import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ..checkpoints import first_line, file_hash, read_safetensors, restore, state_hash, write_aside
+from ..checkpoints import file_hash, first_line, read_safetensors, restore, state_hash, write_aside
 from ..errors import SFormerError, UncalibratedError
 from ..layers import is_calibrated, named_neurons, uncalibrated
 from ..model_config import CONFIG_NAME, WEIGHTS_NAME

@@ -90,7 +90,8 @@ def train(
             losses = _losses(model, data, batch, maps)
             loss = torch.stack([*losses.values()]).sum()
             if not torch.isfinite(loss):
-                raise SFormerError(f'the loss became {loss.item()} in epoch {epoch + 1}: lower the learning rate (--lr).')
+                raise SFormerError(f'the loss became {loss.item()} in epoch {epoch + 1}: lower the learning rate '
+                                   f'(--lr).')
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(parameters.values(), 1.)
@@ -137,12 +138,9 @@ def _losses(model: Any, data: CocoData, batch: Batch, maps: Optional['_Maps']) -
     device = next(model.parameters()).device
     images, targets = [], []
     for id, mirrored in batch:
-        image, target = data.image(id), data.target(id)
-        if mirrored:
-            image = F.horizontal_flip(image)
-            target.update({key: F.horizontal_flip(target[key]) for key in ('boxes', 'masks') if key in target})
+        image, target = _example(data, id, mirrored)
         images.append(image.to(device))
-        targets.append({key: value.as_subclass(torch.Tensor).to(device) for key, value in target.items()})
+        targets.append({key: value.to(device) for key, value in target.items()})
     if maps is None:
         return model(images, targets)
     resized, targets = model.transform(images, targets)
@@ -157,6 +155,15 @@ def remove_state(directory: Path) -> None:
     (directory / STATE_NAME).unlink(missing_ok=True)
     for maps in directory.glob('maps-*'):
         shutil.rmtree(maps, ignore_errors=True)
+
+
+def _example(data: CocoData, id: int, mirrored: bool) -> Tuple[torch.Tensor, Dict[str, torch.Tensor]]:
+    """An image (3, H, W) and its target, mirrored or not."""
+    image, target = data.image(id), data.target(id)
+    if mirrored:
+        image = F.horizontal_flip(image)
+        target.update({key: F.horizontal_flip(target[key]) for key in ('boxes', 'masks') if key in target})
+    return image, {key: value.as_subclass(torch.Tensor) for key, value in target.items()}
 
 
 class _Maps:
