@@ -9,7 +9,7 @@ from ..neurons import GradedCoding, Neuron, ScaleAndFire, SFNConfig
 from . import products
 from .table import SpikingLayer, register_spiking
 
-__all__ = ['SpikingLinear', 'SpikingConv2d', 'SpikingPatchEmbed']
+__all__ = ['SpikingLinear', 'SpikingConv2d', 'SpikingConvTranspose2d', 'SpikingPatchEmbed']
 
 
 @register_spiking(nn.Linear)
@@ -49,27 +49,43 @@ class SpikingLinear(SpikingLayer, nn.Linear):
         return products.linear(None if fired else self.neuron, x, self.weight, self.bias)
 
 
-@register_spiking(nn.Conv2d)
-class SpikingConv2d(SpikingLayer, nn.Conv2d):
-    """Convolution on spikes, one step for the tensor; made by `spiking_` of an `nn.Conv2d`.
+class SpikingConvMixin(SpikingLayer):
+    """A convolution on spikes, with a step per input channel, which folds into the weights, grouped or not.
+
+    Zeros around an image are no spikes: these neurons have no centre.
 
     Shape:
-        Input (B, C, H, W), output as of `nn.Conv2d`. With `fired`, the input is what the neuron fired already.
+        Input (B, C, H, W), output and further arguments as of the layer. With `fired`, the input is what the neuron
+        fired already.
+
+    Raises:
+        AssertionError: If the input has another number of channels; the neuron would spread one over all.
     """
     spiking_parts = ('neuron',)
     neuron: Optional[Neuron]
+    in_channels: int
+    weight: torch.Tensor
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.neuron = None  # as in the layers of this class that peft adds to one that fires
 
     def add_neurons(self, config: SFNConfig) -> None:
-        self.neuron = ScaleAndFire((1,), config, device=self.weight.device)
+        self.neuron = ScaleAndFire((self.in_channels, 1, 1), config, device=self.weight.device)
 
-    def forward(self, x: torch.Tensor, fired: bool = False) -> torch.Tensor:
-        if self.neuron is not None and not fired:
-            x = self.neuron(x)
-        return self._conv_forward(x, self.weight, self.bias)
+    def forward(self, x: torch.Tensor, *args: Any, fired: bool = False, **kwargs: Any) -> torch.Tensor:
+        torch._assert(x.shape[-3] == self.in_channels, 'currents have another number of channels than the weights')
+        return super().forward(x if self.neuron is None or fired else self.neuron(x), *args, **kwargs)
+
+
+@register_spiking(nn.Conv2d)
+class SpikingConv2d(SpikingConvMixin, nn.Conv2d):
+    """Convolution on spikes; made by `spiking_` of an `nn.Conv2d`."""
+
+
+@register_spiking(nn.ConvTranspose2d)
+class SpikingConvTranspose2d(SpikingConvMixin, nn.ConvTranspose2d):
+    """Transposed convolution on spikes; made by `spiking_` of an `nn.ConvTranspose2d`."""
 
 
 @register_spiking(PatchEmbed)

@@ -5,6 +5,9 @@ import torch.nn as nn
 from timm import layers as tl
 from timm.models import beit, eva
 from timm.models import vision_transformer as vit
+from torchvision import ops
+from torchvision.models.detection import anchor_utils, transform
+from torchvision.ops import feature_pyramid_network as fpn
 
 from ..neurons import SFNConfig
 
@@ -32,16 +35,21 @@ class SpikingLayer(nn.Module):
 SPIKING_LAYERS: Dict[Type[nn.Module], Type[nn.Module]] = {}
 
 # Layers that stay as they are: they act on currents once per image (norms, activation functions, residual sums,
-# LayerScale, rotary embedding, dropout) or only call their children.
+# LayerScale, rotary embedding, dropout, pooling and resampling) or only call their children. Batch norm in eval mode is
+# a factor and an offset per output channel of the convolution before it, as the steps of int8 weights are: it stays
+# where it is, under the names that its parameters have.
 FLOATING_LAYERS: Set[Type[nn.Module]] = {
-    nn.Identity, nn.Dropout, nn.Sequential, nn.ModuleList,
+    nn.Identity, nn.Dropout, nn.Dropout2d, nn.Sequential, nn.ModuleList, nn.Flatten,
     nn.LayerNorm, tl.LayerNorm, tl.RmsNorm, tl.SimpleNorm, tl.LayerNormFp32, tl.RmsNormFp32, tl.SimpleNormFp32,
+    tl.LayerNorm2d, tl.LayerNorm2dFp32, nn.GroupNorm, nn.BatchNorm2d, nn.SyncBatchNorm, ops.FrozenBatchNorm2d,
     nn.GELU, nn.ReLU, nn.SiLU, nn.Sigmoid, nn.Tanh, tl.GELU, tl.GELUTanh, tl.QuickGELU, tl.Sigmoid, tl.Tanh,
     tl.DropPath, tl.LayerScale, tl.PatchDropout, tl.PatchDropoutWithIndices,
     tl.RotaryEmbedding, tl.RotaryEmbeddingCat, tl.RotaryEmbeddingMixed, tl.RotaryEmbeddingDinoV3,
     tl.RotaryEmbeddingMRope,
     vit.Block, vit.ResPostBlock, vit.ParallelThingsBlock,
     eva.EvaBlock, eva.EvaBlockPostNorm, beit.Block, beit.RelativePositionBias,
+    nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Upsample, nn.PixelShuffle, fpn.LastLevelMaxPool,
+    ops.RoIAlign, ops.MultiScaleRoIAlign, anchor_utils.AnchorGenerator, transform.GeneralizedRCNNTransform,
 }
 
 Layer = TypeVar('Layer', bound=Type[nn.Module])

@@ -54,12 +54,14 @@ class CurrentStatistics:
         self.offset = (torch.arange(groups, dtype=torch.int32, device='cpu') * NUM_BINS).view(shape)
 
     def update(self, x: torch.Tensor) -> None:
-        """Add a batch of currents (B, ...) that `shape` broadcasts against.
+        """Add a batch of currents (B, ...), which may be empty, that `shape` broadcasts against.
 
         Raises:
             SFormerError: If a current is NaN or infinite.
         """
         x = check_finite(x)
+        if not x.numel():  # no object was detected, say
+            return
         if self.center_shape is not None:
             if self.center is None:
                 dims = [d for d in range(x.ndim) if self._padded(self.center_shape, x.ndim)[d] == 1]

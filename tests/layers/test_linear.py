@@ -8,7 +8,7 @@ from layer_tools import randomise_, relative_error, rng, same_state, spiking, st
 from timm import layers as tl
 
 from sformer import SFNConfig, calibrate_, spiking_
-from sformer.layers import SpikingConv2d, SpikingLinear, SpikingPatchEmbed
+from sformer.layers import SpikingConv2d, SpikingConvTranspose2d, SpikingLinear, SpikingPatchEmbed
 from sformer.neurons import GradedCoding, ScaleAndFire
 
 
@@ -21,14 +21,66 @@ def test_linear_multiplies_spikes_with_weights(bias):
     assert not torch.allclose(layer(x), nn.Linear.forward(layer, x))
 
 
-@pytest.mark.parametrize('kwargs', [
-    dict(stride=2, padding=1), dict(groups=3), dict(padding=1, padding_mode='circular')])
-def test_convolution_multiplies_spikes_with_weights(kwargs):
-    conv = randomise_(nn.Conv2d(3, 6, 3, **kwargs))
-    x = torch.randn(2, 3, 8, 8, generator=rng(3))
+CONVOLUTIONS = {
+    'strided': nn.Conv2d(4, 6, 3, stride=2, padding=1),
+    'grouped': nn.Conv2d(4, 6, 3, groups=2),
+    'depthwise': nn.Conv2d(4, 8, 3, groups=4, padding='same'),
+    'circular': nn.Conv2d(4, 6, 3, padding=1, padding_mode='circular'),
+    'transposed': nn.ConvTranspose2d(4, 6, 4, stride=2, padding=1),
+    'transposed grouped': nn.ConvTranspose2d(4, 6, 3, stride=2, output_padding=1, groups=2, bias=False),
+}
+
+
+@pytest.mark.parametrize('kind', CONVOLUTIONS)
+def test_convolution_multiplies_spikes_with_weights(kind):
+    conv = randomise_(copy.deepcopy(CONVOLUTIONS[kind]))
+    x = torch.randn(2, 4, 8, 8, generator=rng(3))
     layer = spiking(conv, x, SFNConfig(levels=4))
-    assert type(layer) is SpikingConv2d and type(layer.neuron) is ScaleAndFire
-    assert torch.equal(layer(x), conv(layer.neuron(x))) and not torch.allclose(layer(x), conv(x))
+    assert type(layer) in (SpikingConv2d, SpikingConvTranspose2d) and isinstance(layer, type(conv))
+    assert type(layer.neuron) is ScaleAndFire and layer.neuron.step.shape == (4, 1, 1)
+    decoded = layer.neuron.encode(x).decode()
+    assert torch.equal(layer(x), conv(decoded)) and not torch.allclose(layer(x), conv(x))
+    # a step per channel folds into the weights, whatever the groups: levels are all that the product has to read
+    folded, levels = copy.deepcopy(conv), layer.neuron.encode(x).levels.float()
+    weight = folded.weight.data
+    if isinstance(conv, nn.ConvTranspose2d):
+        weight.mul_(layer.neuron.step[..., None])
+    else:
+        steps = layer.neuron.step.view(conv.groups, -1, 1, 1)
+        weight.mul_(steps.repeat_interleave(conv.out_channels // conv.groups, 0))
+    torch.testing.assert_close(folded(levels), layer(x))
+
+
+def test_transposed_convolution_takes_an_output_size():
+    conv = randomise_(nn.ConvTranspose2d(4, 6, 3, stride=2))
+    x = torch.randn(2, 4, 5, 5, generator=rng(3))
+    layer = spiking(conv, x)
+    assert layer(x, output_size=(12, 12)).shape == conv(x, output_size=(12, 12)).shape == (2, 6, 12, 12)
+
+
+def test_channels_of_a_convolution_have_steps_of_their_own():
+    # a channel that is a hundred times the others costs them nothing
+    conv = randomise_(nn.Conv2d(4, 6, 3))
+    x = torch.randn(8, 4, 8, 8, generator=rng(3)) * torch.tensor([100., 1., 1., 1.]).view(-1, 1, 1)
+    conv.weight.data[:, 0] /= 100
+    assert relative_error(spiking(conv, x, SFNConfig(levels=32))(x), conv(x)) < 0.03
+
+
+@pytest.mark.parametrize('levels', [4, 32, 127])
+def test_a_site_after_a_relu_wastes_no_level_on_the_branch_that_never_fires(levels):
+    x = torch.randn(4, 3, 16, 16, generator=rng()).relu() * torch.tensor([1., 5., 0.]).view(-1, 1, 1)
+    neuron = spiking(randomise_(nn.Conv2d(3, 2, 1)), x, SFNConfig(levels=levels)).neuron
+    k = neuron.encode(x).levels
+    assert (neuron.multiplier == 1).all() and k.min() == 0 and k.amax((0, 2, 3)).tolist() == [levels, levels, 0]
+    # no step of an unsigned neuron with as many levels does better, by the grid that a fit knows
+    for channel in (0, 1):
+        current = x[:, channel]
+
+        def error(step, current=current):
+            return ((current / step).round().clamp(0, levels) * step - current).square().mean().item()
+
+        best = min(error(current.max().item() / levels * 2 ** (-i / 32)) for i in range(96))
+        assert error((neuron.step / neuron.gain)[channel].item()) < 1.05 * best
 
 
 def test_zeros_around_an_image_stay_zeros():
@@ -75,6 +127,13 @@ def test_gradients_of_weights_are_the_spikes():
     torch.testing.assert_close(layer.weight.grad, torch.einsum('blo,bli->oi', upstream, spikes))
     inside = layer.neuron(x.detach().requires_grad_()).requires_grad
     assert inside and torch.isfinite(x.grad).all() and x.grad.any()
+
+
+@pytest.mark.parametrize('kind', [nn.Conv2d, nn.ConvTranspose2d])
+def test_one_channel_of_an_image_is_not_spread_over_all(kind):
+    layer = spiking(nn.Sequential(kind(4, 2, 3)), torch.randn(2, 4, 8, 8))
+    with pytest.raises(AssertionError, match='another number of channels'):
+        layer(torch.randn(2, 1, 8, 8))
 
 
 def test_one_channel_is_not_spread_over_all():
