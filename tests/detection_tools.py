@@ -39,8 +39,9 @@ def write_annotations(root, data, split='train'):
 
 
 def small_config(**kwargs):
-    return DetectorConfig('test_vit2', {c['id']: c['name'] for c in CATEGORIES}, **{**dict(
-        image_size=(64, 96), channels=8, hidden=16, max_detections=5), **kwargs})
+    return DetectorConfig(**{**dict(
+        backbone='test_vit2', categories={c['id']: c['name'] for c in CATEGORIES}, image_size=(64, 96), channels=8,
+        hidden=16, max_detections=5), **kwargs})
 
 
 def small_detector(seed=0, **kwargs):

@@ -12,7 +12,7 @@ from .options import MAX_IMG_SIZE, MAX_SEED, EvaluationOptions
 if TYPE_CHECKING:
     from ..neurons import FitConfig, SFNConfig
 
-__all__ = ['app', 'convert_detector', 'detection_summary', 'run_detection']
+__all__ = ['app', 'convert_detector', 'detection_summary', 'detector_batches', 'run_detection']
 
 app = typer.Typer(help='Object detection and instance segmentation.', rich_markup_mode=None)
 
@@ -110,18 +110,40 @@ def convert_detector(
 ) -> None:
     """What `sformer convert` does with the folder of a detector."""
     from ..detection import convert_detector as convert
-    from ..detection import load_detector, open_coco, save_detector
+    from ..detection import load_detector, save_detector
     from ..saving import check_output
     check_output(output, overwrite)
     detector = load_detector(source)
-    generated = calibration == 'dead-leaves'
-    images: Any = calibration if generated else open_coco(calibration, split or 'train', skip_bad=True)
+    images, split = unlabelled(calibration, split)
     converted: Any = convert(
-        detector, images, *configs, num_images=num_images, seed=seed, name=Path(calibration).name,
-        split=None if generated else split or 'train', command=command_line())
+        detector, images, *configs, num_images=num_images, seed=seed, name=Path(calibration).name, split=split,
+        command=command_line())
     save_detector(converted, output, overwrite)
     used = converted.conversion.calibration
     print(f'{source} -> {output}: N = {configs[0].levels}, calibrated on {used.num_images} {used.name} images')
+
+
+def unlabelled(name: str, split: Optional[str]) -> Tuple[Any, Optional[str]]:
+    """Images that no annotation is read of, and the split that they are of."""
+    from ..detection import open_coco
+    if name == 'dead-leaves':
+        return name, None
+    return open_coco(name, split or 'train', skip_bad=True), split or 'train'
+
+
+def detector_batches(
+        name: str,
+        dataset: str,
+        split: Optional[str],
+        num_images: int,
+        seed: int,
+) -> Tuple[Any, Any, Dict[str, Any]]:
+    """A detector, batches of images as it reads them, and what a record says of these."""
+    from ..detection import image_batches, load_detector
+    detector = load_detector(name)
+    images, split = unlabelled(dataset, split)
+    return detector, image_batches(detector, images, num_images, seed), dict(
+        name=Path(dataset).name, split=split, seed=seed, fingerprint=getattr(images, 'fingerprint', None))
 
 
 # of `sformer evaluate`, what says something to a detector

@@ -8,6 +8,7 @@ import typer
 
 from ..errors import SFormerError
 from .arguments import check_folder, command_line
+from .detect import detector_batches
 from .options import MAX_BATCH_SIZE, MAX_IMAGES, MAX_SEED, Dataset, unfolded
 from .tables import print_table
 
@@ -33,10 +34,16 @@ def profile(
         if output.exists() and not output.is_dir():
             raise SFormerError(f'{output} is a file, not a folder.')
     from ..conversion import calibration_batches
+    from ..detection import is_detector
     from ..profiling import energy, profile_operations, verdicts
     from ..saving import open_model
-    network = open_model(model)
-    batches, images = calibration_batches(network, dataset, split, num_images, batch_size, seed, 'Counting')
+    network: Any
+    batches: Any
+    if is_detector(model):
+        network, batches, images = detector_batches(model, dataset, split, num_images, seed)
+    else:
+        network = open_model(model)
+        batches, images = calibration_batches(network, dataset, split, num_images, batch_size, seed, 'Counting')
     operations, sites, count = profile_operations(network, batches)
     figures = energy(operations, sites)
     if what_is_spiking:

@@ -1,7 +1,7 @@
 """Conversion of a whole detector: backbone, pyramid, proposals and heads."""
 import itertools
 import random
-from typing import Any, Iterator, Optional, Union
+from typing import Any, Iterator, List, Optional, Union
 
 import torch
 import torch.nn as nn
@@ -16,7 +16,7 @@ from ..record import CalibrationRecord, Conversion
 from ..utils import enough_memory, library_versions, progress
 from .coco import CocoData
 
-__all__ = ['convert_detector', 'spiking_detector_']
+__all__ = ['convert_detector', 'image_batches', 'spiking_detector_']
 
 OBSERVED_BATCH = 8  # images of one size, so that none is padded to another's
 
@@ -67,13 +67,9 @@ def convert_detector(
     """
     model: Any = revert_(detector)
     check_weights(model, 'the detector')
-    images = _generated(model, num_images, seed) if isinstance(calibration, str) else _drawn(
-        calibration, num_images, seed)
+    batches = image_batches(model, calibration, num_images, seed)
     source_sha256 = state_hash(model.state_dict())
     spiking_detector_(model.eval(), config)
-    groups = [list(group) for _, group in itertools.groupby(images, key=lambda image: image.shape)]
-    batches = [group[i:i + OBSERVED_BATCH] for group in groups for i in range(0, len(group), OBSERVED_BATCH)]
-    count = sum(map(len, groups))
     try:
         with enough_memory(f'the source is observed on {OBSERVED_BATCH} images at a time.'):
             calibrate_(model, progress(batches, 'Calibrating', len(batches)), fit)
@@ -81,11 +77,24 @@ def convert_detector(
         revert_(model)
         raise
     record = CalibrationRecord(
-        name or 'dead-leaves', split, seed, getattr(calibration, 'fingerprint', None), num_images=count)
+        name or 'dead-leaves', split, seed, getattr(calibration, 'fingerprint', None),
+        num_images=sum(map(len, batches)))
     model.conversion = Conversion(
         source=model.config.backbone, source_sha256=source_sha256, fit=fit, calibration=record,
         versions=library_versions(), command=command)
     return model
+
+
+def image_batches(
+        detector: nn.Module,
+        images: Union[CocoData, str] = 'dead-leaves',
+        num_images: int = 64,
+        seed: int = 0,
+) -> List[List[torch.Tensor]]:
+    """Images as detectors read them, in batches of one size; arguments as of `convert_detector`."""
+    found = _generated(detector, num_images, seed) if isinstance(images, str) else _drawn(images, num_images, seed)
+    groups = [list(group) for _, group in itertools.groupby(found, key=lambda image: image.shape)]
+    return [group[i:i + OBSERVED_BATCH] for group in groups for i in range(0, len(group), OBSERVED_BATCH)]
 
 
 def _drawn(data: CocoData, num_images: int, seed: int) -> Iterator[torch.Tensor]:
@@ -95,6 +104,6 @@ def _drawn(data: CocoData, num_images: int, seed: int) -> Iterator[torch.Tensor]
         yield data.image(id)
 
 
-def _generated(model: Any, num_images: int, seed: int) -> Iterator[torch.Tensor]:
-    for image in dead_leaves(num_images, (3, *model.config.image_size), seed):
+def _generated(detector: Any, num_images: int, seed: int) -> Iterator[torch.Tensor]:
+    for image in dead_leaves(num_images, (3, *detector.config.image_size), seed):
         yield torch.from_numpy(image).permute(2, 0, 1).float() / 255

@@ -25,7 +25,8 @@ def files(tmp_path):
 def test_train_convert_evaluate_show(files, run_inside):
     code, out, _ = run_inside(
         'detect', 'train', '--backbone', 'test_vit2', '--checkpoint', 'backbone.safetensors', '--data', 'shapes', '-o',
-        'det', '--masks', '--image-size', '64', '96', '--channels', '16', '--epochs', '40', '--lr', '0.003', '--device', 'cpu')
+        'det', '--masks', '--image-size', '64', '96', '--channels', '16', '--epochs', '40', '--lr', '0.003',
+        '--device', 'cpu')
     assert code == 0 and out == 'detector of disc, square on test_vit2, trained on 6 images, saved to det\n'
     assert {path.name for path in (files / 'det').iterdir()} == {'model.safetensors', 'config.json'}
     code, out, _ = run_inside('convert', 'det', '--calibration', 'shapes', '--num-images', '4', '-o', 'det-s')
@@ -51,7 +52,7 @@ def test_mistakes(files, run):
     assert_mistake(run('evaluate', det, '--data', shapes, '--crop-pct', '0.5'), 'is a detector: leave out --crop-pct')
     assert_mistake(run('compare', det, det, '--data', shapes), 'is a detector')
     assert_mistake(run('evaluate', det, '--data', shapes, '--results-file', files / 'r.csv'), 'written as JSON')
-    assert_mistake(run('convert', det, '--calibration', shapes, '--split', 'none', '-o', files / 'x'), "no split 'none'")
+    assert_mistake(run('convert', det, '--calibration', shapes, '--split', 'no', '-o', files / 'x'), "no split 'no'")
     assert_mistake(run('detect', 'show', det, files / 'backbone.safetensors', '-o', files / 'o.png'), 'as an image')
     assert_mistake(run('detect', 'show', det, shapes / 'val' / '0.png', '-o', files / 'o.txt'), 'neither a PNG nor')
     assert not (files / 'x').exists() and not (files / 'o.png').exists()

@@ -48,8 +48,8 @@ def broken(data, folder):
         'annotation 4 has an empty mask', r'annotation 5 has a mask of \[5, 5\] pixels',
         'annotation 6 has a box of no size', 'annotation 1 is there twice',
         'annotation 50 is of the unknown image 99', 'annotation 51 has no box of four numbers',
-        'annotation 52 has no mask', 'image 40 is missing', 'image 41 is unreadable', r'image 42 is of \(96, 64\) pixels',
-        'image 10 is there twice']
+        'annotation 52 has no mask', 'image 40 is missing', 'image 41 is unreadable',
+        r'image 42 is of \(96, 64\) pixels', 'image 10 is there twice']
 
 
 def test_mistakes_are_named_and_left_out_only_if_asked(tmp_path, caplog):
@@ -90,8 +90,8 @@ def test_splits_are_found_as_coco_has_them(tmp_path):
         open_coco(tmp_path, 'test')
 
 
-@pytest.mark.parametrize('text, message', [('{', 'cannot be read as JSON'), ('{"images": []}', 'no list of annotations'),
-                                           ('[]', 'no list of images')])
+@pytest.mark.parametrize('text, message', [
+    ('{', 'cannot be read as JSON'), ('{"images": []}', 'no list of annotations'), ('[]', 'no list of images')])
 def test_what_is_no_coco(text, message, tmp_path):
     (tmp_path / 'train').mkdir()
     (tmp_path / 'train.json').write_text(text)

