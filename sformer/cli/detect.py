@@ -50,8 +50,6 @@ def train(
 ) -> None:
     """Train a detector on a timm backbone. A run that was ended goes on where its last epoch ended."""
     check_folder(output)
-    import torch
-
     from ..detection import DetectorConfig, TrainingConfig, create_detector, open_coco, save_detector
     from ..detection import train as train_detector
     from ..detection.training import remove_state
@@ -62,10 +60,9 @@ def train(
     config = DetectorConfig(
         backbone, images.categories, masks, image_size, channels,
         tuple(16 / stride for stride in (4, 8, 16, 32) if stride >= finest_stride), max_detections=max_detections)
-    torch.manual_seed(seed)
-    detector = create_detector(config, checkpoint, allow_pickle)
+    detector = create_detector(config, checkpoint, allow_pickle, seed)
     how = TrainingConfig(epochs, batch_size, lr, trained_blocks=trained_blocks, seed=seed)
-    train_detector(detector, images, how, output, Group(device).device)
+    train_detector(detector, images, how, output, Group(device).device, report=print)
     save_detector(detector, output, overwrite)
     remove_state(output)
     print(f'detector of {", ".join(images.categories.values())} on {backbone}, trained on {len(images)} images, saved '
@@ -83,18 +80,11 @@ def show(
 ) -> None:
     """Draw what a detector finds; of an SFormer between its source and the share of neurons that fire per patch."""
     check_folder(output.parent)
-    from PIL import Image
-    from torchvision.transforms.v2 import functional as F
-
-    from ..checkpoints import write_aside
     from ..detection import load_detector
-    from ..detection.coco import read_image
-    from ..detection.drawing import picture
+    from ..detection.drawing import draw_file
     if output.suffix.lower() not in ('.png', '.jpg', '.jpeg'):
         raise SFormerError(f'{output} is neither a PNG nor a JPEG file by its name.')
-    drawn: Image.Image = F.to_pil_image(picture(load_detector(model), read_image(image), min_score, not alone))
-    with write_aside(output.parent) as aside:
-        drawn.save(aside / output.name)
+    draw_file(load_detector(model), image, output, min_score, not alone)
     print(f'{model} on {image}: {output}')
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, Dict, Optional, Tuple, Union
 
 import timm
+import torch
 import torch.nn as nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -110,6 +111,7 @@ def create_detector(
         config: DetectorConfig,
         checkpoint: Union[str, Path, None] = None,
         allow_pickle: bool = False,
+        seed: int = 0,
 ) -> nn.Module:
     """A detector on a trained backbone, with a new pyramid and new heads, which are to be trained.
 
@@ -120,13 +122,16 @@ def create_detector(
         config: What it is built of; mean and std become those that the backbone was trained with.
         checkpoint: Weights of the backbone; its published ones if None.
         allow_pickle: Load a pickled checkpoint, with torch's `weights_only` unpickler.
+        seed: Seed of the new weights.
 
     Raises:
         SFormerError: If there is no such backbone, or its weights cannot be had or do not fit.
     """
-    vit: Any = _create_vit(config, True, checkpoint, allow_pickle)
-    cfg = vit.pretrained_cfg
-    return build_detector(dataclasses.replace(config, mean=cfg['mean'], std=cfg['std']), vit)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vit: Any = _create_vit(config, True, checkpoint, allow_pickle)
+        cfg = vit.pretrained_cfg
+        return build_detector(dataclasses.replace(config, mean=cfg['mean'], std=cfg['std']), vit)
 
 
 def _create_vit(

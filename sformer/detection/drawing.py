@@ -7,10 +7,12 @@ import torch.nn as nn
 from torchvision.transforms.v2 import functional as F
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
+from ..checkpoints import write_aside
 from ..layers import SpikingLinear, named_neurons, source_view
+from .coco import read_image
 from .evaluation import detect
 
-__all__ = ['draw_detections', 'picture', 'token_activity']
+__all__ = ['draw_detections', 'draw_file', 'picture', 'token_activity']
 
 
 def picture(
@@ -40,6 +42,17 @@ def picture(
         draw_detections(detector, image, detect(source, image), min_score),
         draw_detections(detector, image, found, min_score),
         (0.35 * pixels + 0.65 * heat).to(torch.uint8)], dim=-1)
+
+
+def draw_file(detector: nn.Module, image: Path, output: Path, *args: Any) -> None:
+    """Write a picture of what a detector finds in an image file; further arguments are those of `picture`.
+
+    Raises:
+        SFormerError: If the image is missing or unreadable.
+    """
+    drawn = F.to_pil_image(picture(detector, read_image(image), *args))
+    with write_aside(output.parent) as aside:
+        drawn.save(aside / output.name)
 
 
 def draw_detections(

@@ -6,7 +6,7 @@ import logging
 import random
 import shutil
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -53,6 +53,7 @@ def train(
         config: TrainingConfig,
         directory: Path,
         device: Optional[torch.device] = None,
+        report: Callable[[str], None] = _logger.info,
 ) -> List[Dict[str, float]]:
     """Train a detector, in place. After each epoch its state is written to `directory`, from where it goes on.
 
@@ -62,6 +63,7 @@ def train(
         config: How to train.
         directory: Folder for the state of the training and for the maps of a frozen backbone.
         device: Where to train.
+        report: Called with a line about each epoch.
 
     Returns:
         Mean losses of every epoch of this run.
@@ -100,7 +102,7 @@ def train(
             for name, value in losses.items():
                 total[name] = total.get(name, 0.) + value.item() / steps
         history.append(total)
-        _logger.info(f'epoch {epoch + 1}: ' + ', '.join(f'{name} {value:.4f}' for name, value in total.items()))
+        report(f'epoch {epoch + 1}: ' + ', '.join(f'{name} {value:.4f}' for name, value in total.items()))
         _save(directory / STATE_NAME, key, epoch + 1, parameters, optimizer)
     return history
 
