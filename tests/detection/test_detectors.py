@@ -10,7 +10,7 @@ from sformer.errors import SFormerError
 
 
 @pytest.mark.parametrize('name, kwargs', [
-    ('test_vit2', dict(img_size=112, patch_size=14, num_classes=5)), ('test_vit3', dict(num_classes=0))])
+    ('test_vit', dict(img_size=112, patch_size=14, num_classes=5)), ('test_vit3', dict(num_classes=0))])
 def test_checkpoint_is_resized_to_the_input(name, kwargs, tmp_path):
     torch.manual_seed(0)
     source = timm.create_model(name, **kwargs)
@@ -30,7 +30,7 @@ def test_checkpoint_is_resized_to_the_input(name, kwargs, tmp_path):
 def test_checkpoint_of_another_network(tmp_path):
     save_file(timm.create_model('test_vit3', num_classes=0).state_dict(), tmp_path / 'b.safetensors')
     with pytest.raises(SFormerError, match='not a checkpoint of test_vit2'):
-        create_detector(small_config(), tmp_path / 'b.safetensors')
+        create_detector(small_config(backbone='test_vit2'), tmp_path / 'b.safetensors')
 
 
 @pytest.mark.parametrize('kwargs, message', [
