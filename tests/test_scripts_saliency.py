@@ -1,4 +1,4 @@
-"""scripts/saliency_source.py, fidelity.py and heatmaps.py, on networks that are small and made here."""
+"""scripts/saliency_*.py, fidelity.py and heatmaps.py, on networks that are small and made here."""
 import copy
 import importlib
 import sys
@@ -17,7 +17,8 @@ from sformer.sources import set_data_config_
 
 with pytest.MonkeyPatch.context() as patch:  # they import one another
     patch.syspath_prepend(Path(__file__).parents[1] / 'scripts')
-    saliency_source, fidelity, heatmaps = map(importlib.import_module, ('saliency_source', 'fidelity', 'heatmaps'))
+    saliency_source, saliency_network, fidelity, heatmaps = map(
+        importlib.import_module, ('saliency_source', 'saliency_network', 'fidelity', 'heatmaps'))
 
 GRID, DIM = 4, 8
 
@@ -134,13 +135,12 @@ def test_the_onnx_is_found_in_a_wheel_a_folder_or_a_file(runnable, tmp_path):
             saliency_source.read_onnx(path)
 
 
-def test_the_decoder_goes_on_where_the_backbone_ends(runnable):
+def test_what_the_onnx_computes(runnable):
     pytest.importorskip('onnxruntime')
     images, before = torch.randn(2, 1, 2, 3), runnable.SerializeToString()
     tokens = saliency_source.onnx_tokens(runnable, images)
     assert torch.equal(tokens, images[:, 0] + torch.arange(3.))
-    maps = heatmaps.decoder(runnable)(torch.zeros_like(images), 2 * tokens)  # tokens of another backbone
-    torch.testing.assert_close(maps, (2 * tokens).sigmoid())
+    torch.testing.assert_close(saliency_network.onnx_maps(runnable, images), tokens.sigmoid())
     assert runnable.SerializeToString() == before
 
 
@@ -156,6 +156,44 @@ def source():
 @pytest.fixture(scope='module')
 def model(source):
     return sformer.convert(source, 'digits', split='train')
+
+
+def test_backbone_and_decoder_come_back_from_the_onnx(onnx, network, monkeypatch):
+    widths = (DIM, 4, 2)
+    whole = saliency_network.SaliencyNetwork(copy.deepcopy(network), saliency_network.Decoder(widths)).eval()
+    with torch.no_grad():
+        for value in whole.decoder.state_dict().values():
+            value.copy_(torch.rand(value.shape) + 0.1)
+        whole.decoder.final_conv.bias.fill_(-2.)
+    graph = exported(onnx, network.state_dict())
+    graph.initializer.extend(
+        onnx.numpy_helper.from_array(value.numpy(), f'decoder.{name}')
+        for name, value in whole.decoder.state_dict().items() if not name.endswith('num_batches_tracked'))
+    monkeypatch.setattr(saliency_network, 'WIDTHS', widths)
+    monkeypatch.setattr(saliency_network.timm, 'create_model', lambda name, **kwargs: copy.deepcopy(network))
+    model, images = onnx.helper.make_model(graph), torch.randn(2, 3, 4 * GRID, 4 * GRID)
+    found = saliency_network.saliency_network(model)
+    with torch.no_grad():
+        maps = whole(images)
+        assert maps.shape == (2, 4 * GRID, 4 * GRID) and 0 <= maps.min() < maps.max() <= 1
+        assert torch.equal(found(images), maps)
+    del model.graph.initializer[-1]
+    with pytest.raises(SystemExit, match='another one than expected: decoder.final_conv.bias'):
+        saliency_network.saliency_network(model)
+
+
+def test_a_network_with_a_decoder_converts_whole():
+    torch.manual_seed(0)
+    backbone = timm.create_model('vit_tiny_patch16_224', img_size=8, patch_size=2, in_chans=1, embed_dim=16, depth=1,
+                                 num_heads=2, num_classes=0)
+    network = saliency_network.SaliencyNetwork(backbone, saliency_network.Decoder((16, 8, 4))).eval()
+    test, others = torch.randint(0, 256, (24, 1, 8, 8)).div(127.5).sub(1).split([8, 16])
+    coarse, model = (heatmaps.converted(network, others, levels, [0.5], [0.5]) for levels in (4, 32))
+    with torch.inference_mode():
+        found = [heatmaps.correlations(network(test), m(test)).min() for m in (coarse, model)]
+    assert found[0] < found[1] and 0.99 < found[1] < 1
+    assert {'decoder.upconv1.neuron', 'decoder.final_conv.neuron'} < {name for name, _ in named_neurons(model)}
+    assert model.backbone.patch_embed.proj.neuron.step.item() == pytest.approx(2 / 255)
 
 
 def test_one_kind_of_site_spikes_and_the_model_stays_as_it_is(model, source):

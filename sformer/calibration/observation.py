@@ -15,8 +15,8 @@ from ..errors import SFormerError, UnsupportedLayerError
 from ..layers import FLOATING_LAYERS, SPIKING_LAYERS, AttentionProduct, named_neurons, shared_copy
 from ..layers.spiking import left_alone
 from ..neurons import FitConfig, Neuron
-from ..neurons.statistics import check_finite
-from ..utils import ForwardWatch
+from ..neurons.statistics import CurrentStatistics, check_finite
+from ..utils import ForwardWatch, num_images
 
 __all__ = ['calibrate_', 'correct', 'observe', 'OBSERVED_BATCH']
 
@@ -35,21 +35,28 @@ def calibrate_(
 
     Args:
         module: Any module that `spiking_` converted.
-        batches: What the module reads. Tensors (B, ...) are observed in batches of `OBSERVED_BATCH`; anything else as
-            it comes. The first batch is read twice where the fit is `unbiased`.
+        batches: What the module reads. Tensors (B, ...) are observed in batches of `OBSERVED_BATCH`; anything else,
+            such as lists of images, as it comes. The first batch is read twice where the fit is `unbiased`.
         fit: How thresholds are fitted.
         forward_fn: Called with the source network and a batch; `network(batch)` if None.
 
     Returns:
-        Number of images (of batches, if those are no tensors).
+        Number of images; a batch that is neither a tensor nor a list counts as one.
 
     Raises:
-        SFormerError: If there are no images, or a current is NaN or infinite; names the first such neuron.
+        SFormerError: If there are no images, a current is NaN or infinite, or none reached a neuron, such as that of a
+            mask head on images without objects; names the first such neuron.
         UnsupportedLayerError: If a module multiplies currents in a forward of its own; names it.
     """
     batches = iter(_rebatched(batches))
     first = list(itertools.islice(batches, 1))
     statistics, count = observe(module, itertools.chain(first, batches), forward_fn)
+    unmet = [name for name, seen in statistics.items() if isinstance(seen, CurrentStatistics) and not seen.counted]
+    if unmet:
+        raise SFormerError(
+            f'no current reached {unmet[0]}{f" and {len(unmet) - 1} more" if len(unmet) > 1 else ""}, so no threshold '
+            f'can be fitted. Use images on which all of the network runs, such as ones with objects that a detector '
+            f'finds, or leave that part out (filter_fn of spiking_).')
     with torch.device('cpu'):  # where statistics are, whatever the default device is
         for name, child in module.named_modules():
             if isinstance(child, AttentionProduct):
@@ -75,7 +82,7 @@ def observe(
             out = _forward(module, view, batch, forward_fn)
         if isinstance(out, torch.Tensor) and not torch.isfinite(out.float().sum()):
             raise SFormerError('NaN or infinite values in the output of the source network.')
-        count += len(batch) if isinstance(batch, torch.Tensor) else 1
+        count += num_images(batch)
     if not count:
         raise SFormerError('calibration needs at least one image, got none.')
     return {name: observer.statistics for name, observer in observers.items()}, count
@@ -102,11 +109,16 @@ def _view(module: nn.Module, stand_in: Callable[[str, Neuron], nn.Module]) -> Tu
 
 
 def _forward(module: nn.Module, view: nn.Module, batch: Any, forward_fn: Optional[Forward]) -> Any:
-    if isinstance(batch, torch.Tensor):
-        # a layer without parameters, such as a pool, has only what its neurons have
-        tensors = itertools.chain(module.parameters(), module.buffers())
-        parameter = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
-        batch = batch.to(parameter.device, parameter.dtype if batch.is_floating_point() else batch.dtype)
+    # a layer without parameters, such as a pool, has only what its neurons have
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    parameter = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
+
+    def moved(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor):
+            return [moved(item) for item in x] if isinstance(x, list) else x
+        return x.to(parameter.device, parameter.dtype if x.is_floating_point() else x.dtype)
+
+    batch = moved(batch)
     try:
         return view(batch) if forward_fn is None else forward_fn(view, batch)
     except AssertionError as e:  # timm's way to refuse an image size

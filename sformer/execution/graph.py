@@ -11,11 +11,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ..errors import SFormerError
-from ..layers import AttentionProduct, SpikingConv2d, SpikingLinear, named_neurons
+from ..layers import AttentionProduct, SpikingConv2d, SpikingConvTranspose2d, SpikingLinear, named_neurons
 from ..layers.products import softmax_numerators
 from ..neurons import MAX_LEVEL, GradedCoding, Neuron, ScaleAndFire, fire, firing_boundaries
 from ..neurons.scale_and_fire import TINY
-from .integer import IntegerConv2d, IntegerLinear
+from .integer import IntegerConv2d, IntegerConvTranspose2d, IntegerLinear
 
 __all__ = ['to_graph_']
 
@@ -32,7 +32,7 @@ def to_graph_(network: nn.Module) -> None:
             new = _Linear(layer)
         elif isinstance(layer, IntegerConv2d):
             new = _Conv2d(layer)
-        elif isinstance(layer, SpikingConv2d):
+        elif isinstance(layer, (SpikingConv2d, SpikingConvTranspose2d)):
             new = nn.Sequential(_Decoded(layer.neuron), layer)
             layer.neuron = None
         elif isinstance(layer, AttentionProduct):
@@ -198,13 +198,18 @@ class _Conv2d(nn.Module):
     def __init__(self, layer: IntegerConv2d):
         super().__init__()
         self.neuron = _levels_of(layer.neuron)
-        self.geometry = layer.geometry
+        self.geometry, self.transposed = layer.geometry, isinstance(layer, IntegerConvTranspose2d)
         self.register_buffer('weight', layer.weight)
         self.register_buffer('step', layer.weight_step.flatten())
         self.register_buffer('bias', layer.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.conv2d(_int8(self.neuron(x)[0]), _weights(self.weight, self.step, axis=0), self.bias, *self.geometry)
+        levels = _int8(self.neuron(x)[0])
+        if not self.transposed:
+            return F.conv2d(levels, _weights(self.weight, self.step, axis=0), self.bias, *self.geometry)
+        # ONNX has no axis for the output channels of its weights where they are grouped
+        out = F.conv_transpose2d(levels, self.weight.to(torch.float32), None, *self.geometry) * self.step.view(-1, 1, 1)
+        return out if self.bias is None else out + self.bias.view(-1, 1, 1)
 
 
 class _Pixels(nn.Module):

@@ -11,11 +11,21 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ..errors import SFormerError, UncalibratedError
-from ..layers import SpikingConv2d, SpikingLayer, SpikingLinear, is_calibrated, shared_copy, uncalibrated
+from ..layers import (
+    SpikingConv2d,
+    SpikingConvTranspose2d,
+    SpikingLayer,
+    SpikingLinear,
+    is_calibrated,
+    shared_copy,
+    uncalibrated,
+)
 from ..neurons import Float32Buffers, Neuron
 from .rounding import IntegerWeights, integer_weights, rounded
 
-__all__ = ['to_integer_', 'IntegerLinear', 'IntegerConv2d', 'IntegerReport', 'MAX_WEIGHT_ERROR']
+__all__ = [
+    'to_integer_', 'IntegerLinear', 'IntegerConv2d', 'IntegerConvTranspose2d', 'IntegerReport', 'MAX_WEIGHT_ERROR',
+]
 
 MAX_WEIGHT_ERROR = 0.03
 MOMENTS_MEMORY = 2 ** 30  # bytes that second moments of levels may take at once
@@ -94,8 +104,12 @@ class IntegerLinear(IntegerLayer):
 class IntegerConv2d(IntegerLayer):
     """Convolution on spikes with int8 weights; the centre of its input is folded into the bias.
 
-    The sums of an embedding of patches are below 2^24, so float32 holds them exactly, and torch has no convolution of
-    integers.
+    torch has no convolution of integers: sums below 2^24, as nearly all are, are exact in float32, others in float64.
+
+    Args:
+        layer: Calibrated layer.
+        weights: Its weights in integers, a row per output channel.
+        bias: Its bias, with what the centre of its input adds, float32 (D,), if there is one.
 
     Shape:
         As of `nn.Conv2d`.
@@ -104,21 +118,62 @@ class IntegerConv2d(IntegerLayer):
     weight_step: torch.Tensor
     bias: Optional[torch.Tensor]
 
-    def __init__(self, layer: SpikingConv2d, weights: IntegerWeights, bias: Optional[torch.Tensor]):
+    def __init__(self, layer: Any, weights: IntegerWeights, bias: Optional[torch.Tensor]):
         super().__init__()
         self.neuron: Any = layer.neuron
         self.geometry: Any = (layer.stride, layer.padding, layer.dilation, layer.groups)
-        self.register_buffer('weight', weights.weight.view(layer.weight.shape))
+        self.in_channels = layer.in_channels
+        largest = weights.weight.abs().sum(1, dtype=torch.int64).max().item() * 128
+        self.exact = torch.float32 if largest < 2 ** 24 else torch.float64
+        self.register_buffer('weight', _by_output(layer, weights.weight.view(_by_output(layer).shape)))
         self.register_buffer('weight_step', weights.step.view(-1, 1, 1))
         self.register_buffer('bias', bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        levels = self.neuron.encode(x).levels.to(torch.float32)
-        out = F.conv2d(levels, self.weight.to(torch.float32), None, *self.geometry) * self.weight_step
+        return self._current(x, F.conv2d(self._levels(x), self.weight.to(self.exact), None, *self.geometry))
+
+    def _levels(self, x: torch.Tensor) -> torch.Tensor:
+        torch._assert(x.shape[-3] == self.in_channels, 'currents have another number of channels than the weights')
+        return self.neuron.encode(x).levels.to(self.exact)
+
+    def _current(self, x: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
+        out = sums.to(torch.float32) * self.weight_step
         return (out if self.bias is None else out + self.bias.view(-1, 1, 1)).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f'{tuple(self.weight.shape)}, stride={tuple(self.geometry[0])}, int8 weights'
+
+
+class IntegerConvTranspose2d(IntegerConv2d):
+    """Transposed convolution on spikes with int8 weights.
+
+    Shape:
+        As of `nn.ConvTranspose2d`.
+    """
+
+    def __init__(self, layer: Any, weights: IntegerWeights, bias: Optional[torch.Tensor]):
+        super().__init__(layer, weights, bias)
+        self.geometry = (layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._current(x, F.conv_transpose2d(self._levels(x), self.weight.to(self.exact), None, *self.geometry))
+
+
+def _by_output(layer: Any, weight: Optional[torch.Tensor] = None) -> torch.Tensor:
+    """Weights of a convolution as (D, C / groups, *kernel), whose rows are output channels, or such ones as the layer
+    has them: those of a transposed convolution are (C, D / groups, *kernel)."""
+    if weight is None:
+        weight = layer.weight.detach().to(torch.float32)
+    if not isinstance(layer, nn.ConvTranspose2d):
+        return weight
+    # the same both ways: within each group, input and output channels change places
+    return weight.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1).contiguous()
+
+
+def _per_output(layer: Any, values: torch.Tensor) -> torch.Tensor:
+    """Values (C, 1, 1) of input channels as (D or 1, C / groups, 1, 1), for the rows that read them."""
+    grouped = values.expand(layer.in_channels, 1, 1).reshape(layer.groups, -1, 1, 1)
+    return grouped if layer.groups == 1 else grouped.repeat_interleave(layer.out_channels // layer.groups, 0)
 
 
 def _product(levels: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -160,7 +215,7 @@ def to_integer_(
     if not is_calibrated(model):
         raise UncalibratedError(f'{uncalibrated(model)}; fit it with sformer.convert() or calibrate_() first.')
     layers = [(name, layer) for name, layer in model.named_modules()
-              if isinstance(layer, (SpikingLinear, SpikingConv2d)) and layer.neuron is not None]
+              if isinstance(layer, (SpikingLinear, SpikingConv2d, SpikingConvTranspose2d)) and layer.neuron is not None]
     for name, _ in layers:
         if not name:
             raise SFormerError('a layer cannot be replaced in itself: hand over a module that it is part of.')
@@ -232,15 +287,14 @@ def _linear(
     return IntegerLinear(layer, weights, _bias(layer)), IntegerReport(name, weights.error, columns)
 
 
-def _convolution(name: str, layer: SpikingConv2d) -> Tuple[Optional[nn.Module], IntegerReport]:
+def _convolution(name: str, layer: Any) -> Tuple[Optional[nn.Module], IntegerReport]:
     neuron: Any = layer.neuron
-    padded = layer.padding not in ((0, 0), 'valid')
-    if (layer.padding_mode != 'zeros' or isinstance(layer.padding, str) or (padded and neuron.center is not None)
-            or (layer.groups > 1 and neuron.step.numel() > 1)):
-        return None, IntegerReport(name, 0., integer=False, reason='its padding or its groups depend on the channel')
-    weight = layer.weight.detach().to(torch.float32)
-    weights = rounded((weight * neuron.step.view(1, -1, 1, 1)).flatten(1))
-    return IntegerConv2d(layer, weights, _bias(layer)), IntegerReport(name, weights.error)
+    if layer.padding_mode != 'zeros' or (layer.padding not in ((0, 0), 'valid') and neuron.center is not None):
+        return None, IntegerReport(name, 0., integer=False, reason='what it pads with is no zero')
+    weight = _by_output(layer)
+    weights = rounded((weight * _per_output(layer, neuron.step)).flatten(1))
+    kind = IntegerConvTranspose2d if isinstance(layer, nn.ConvTranspose2d) else IntegerConv2d
+    return kind(layer, weights, _bias(layer)), IntegerReport(name, weights.error)
 
 
 def _bias(layer: Any) -> Optional[torch.Tensor]:
@@ -249,6 +303,8 @@ def _bias(layer: Any) -> Optional[torch.Tensor]:
     center = getattr(layer.neuron, 'center', None)
     if center is None:
         return bias
-    weight = layer.weight.detach().to(torch.float32)
-    folded = (weight.flatten(2).sum(-1) if weight.ndim > 2 else weight) @ center.flatten()
+    if isinstance(layer, SpikingLinear):
+        folded = layer.weight.detach().to(torch.float32) @ center.flatten()
+    else:
+        folded = (_by_output(layer) * _per_output(layer, center)).flatten(1).sum(1)
     return folded if bias is None else folded + bias

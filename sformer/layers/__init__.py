@@ -2,14 +2,15 @@
 from . import adapters as _adapters  # noqa: F401  whoever adapts a spiking layer reads its spikes
 from .attention import SpikingAttention, SpikingAttentionMixin
 from .linear import SpikingConv2d, SpikingConvTranspose2d, SpikingLinear, SpikingPatchEmbed
-from .mlp import SpikingGluMlp, SpikingMlp, SpikingSwiGLU
+from .mlp import SpikingGluMlp, SpikingMlp, SpikingSqueezeExcitation, SpikingSwiGLU
 from .products import AttentionProduct
 from .spiking import is_calibrated, named_neurons, revert_, shared_copy, source_of, source_view, spiking_, uncalibrated
 from .table import FLOATING_LAYERS, SPIKING_LAYERS, SpikingLayer, register_floating, register_spiking
 
 __all__ = [
     'AttentionProduct', 'SpikingAttention', 'SpikingAttentionMixin', 'SpikingConv2d', 'SpikingConvTranspose2d',
-    'SpikingGluMlp', 'SpikingLayer', 'SpikingLinear', 'SpikingMlp', 'SpikingPatchEmbed', 'SpikingSwiGLU',
+    'SpikingGluMlp', 'SpikingLayer', 'SpikingLinear', 'SpikingMlp', 'SpikingPatchEmbed', 'SpikingSqueezeExcitation',
+    'SpikingSwiGLU',
     'FLOATING_LAYERS', 'SPIKING_LAYERS', 'register_floating', 'register_spiking',
     'spiking_', 'revert_', 'shared_copy', 'source_of', 'source_view', 'named_neurons', 'is_calibrated', 'uncalibrated',
 ]

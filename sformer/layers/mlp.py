@@ -1,16 +1,17 @@
-"""MLPs: their linear layers spike, and so do both operands where two activations are multiplied."""
+"""MLPs and gates: their layers with weights spike, and so do both operands where two activations are multiplied."""
 from typing import Any, Tuple
 
 import torch
 import torch.nn as nn
 from timm.layers import GluMlp, Mlp, SwiGLU
+from torchvision.ops import SqueezeExcitation
 
 from ..neurons import ScaleAndFire, SFNConfig
 from . import products
 from .linear import SpikingLinear
 from .table import SpikingLayer, register_spiking
 
-__all__ = ['SpikingMlp', 'SpikingGluMlp', 'SpikingSwiGLU']
+__all__ = ['SpikingMlp', 'SpikingGluMlp', 'SpikingSwiGLU', 'SpikingSqueezeExcitation']
 
 
 @register_spiking(Mlp)
@@ -72,3 +73,21 @@ class SpikingSwiGLU(SpikingGateMixin, SwiGLU):
 
     def gate_and_value(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         return self.fc1_g(x), self.fc1_x(x)
+
+
+@register_spiking(SqueezeExcitation)
+class SpikingSqueezeExcitation(SpikingLayer, SqueezeExcitation):
+    """Gate per channel, made of the mean over all places, that spikes before it multiplies the value.
+
+    Shape:
+        Input and output (B, C, H, W).
+    """
+    spiking_parts = ('gate_neuron', 'value_neuron')
+
+    def add_neurons(self, config: SFNConfig) -> None:
+        shape, device = (self.fc2.out_channels, 1, 1), self.fc2.weight.device
+        self.gate_neuron = ScaleAndFire(shape, config, device=device)
+        self.value_neuron = ScaleAndFire(shape, config, device=device)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return products.multiply(self.gate_neuron, self._scale(input), self.value_neuron, input)

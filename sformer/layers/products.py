@@ -33,7 +33,7 @@ def linear(
 
 
 def multiply(a_neuron: Neuron, a: torch.Tensor, b_neuron: Neuron, b: torch.Tensor) -> torch.Tensor:
-    """Elementwise product of the spikes on two currents of one shape, as of a gate and a value."""
+    """Elementwise product of the spikes on two currents, as of a gate and a value, whose shapes broadcast."""
     return a_neuron(a) * b_neuron(b)
 
 

@@ -4,16 +4,24 @@ Products are found where they are computed: torch's own counter sees each matrix
 product that no spikes enter is listed as floating.
 """
 from dataclasses import dataclass, field
-from typing import Any, Dict, Iterable, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
 from torch.utils.flop_counter import flop_registry
 
 from ..errors import SFormerError, UncalibratedError
-from ..layers import AttentionProduct, is_calibrated, named_neurons, shared_copy, uncalibrated
+from ..layers import (
+    AttentionProduct,
+    SpikingConv2d,
+    SpikingConvTranspose2d,
+    is_calibrated,
+    named_neurons,
+    shared_copy,
+    uncalibrated,
+)
 from ..neurons import CODINGS, MAX_LEVEL, Neuron, ScaleAndFire, count_spikes, spikes_in
-from ..utils import ForwardWatch
+from ..utils import ForwardWatch, num_images
 
 __all__ = ['Operation', 'Site', 'profile_operations']
 
@@ -66,7 +74,7 @@ class _Counts:
 
     def __init__(self, neuron: Neuron):
         self.neuron = neuron
-        self.total, self.images, self.saturated = 0, 0, 0
+        self.total, self.saturated = 0, 0
         self.spikes = dict.fromkeys(CODINGS, 0)
         self.latest: Optional[torch.Tensor] = None  # levels of the batch at hand
         self.tops: Optional[torch.Tensor] = None  # of each branch, (branches, *shape)
@@ -76,11 +84,36 @@ class _Counts:
     def add(self, x: torch.Tensor) -> None:
         k = self.latest = self.neuron.encode(x).levels
         self.total += k.numel()
-        self.images += len(k)
         for coding, count in count_spikes(k).items():
             self.spikes[coding] += count
         for sign, top in zip((1, -1), () if self.tops is None else self.tops, strict=False):
             self.saturated += int((k == sign * top).sum())
+
+
+class _FanOut:
+    """Spikes that enter a convolution by their place, of which those at a border may meet fewer weights."""
+
+    def __init__(self, layer: Any, counts: _Counts):
+        self.layer, self.counts = layer, counts
+        self.spikes: Dict[Tuple[torch.Size, torch.Size], Dict[str, Any]] = {}  # by size of the input and of the output
+
+    def add(self, layer: nn.Module, args: Any, out: torch.Tensor) -> None:
+        k: Any = self.counts.latest
+        sums = self.spikes.setdefault((k.shape[-2:], out.shape[-2:]), dict.fromkeys(CODINGS, 0))
+        for coding in CODINGS:
+            sums[coding] = sums[coding] + spikes_in(k, coding).flatten(0, -3).sum(0, dtype=torch.float64)
+
+    def synaptic_operations(self, coding: str) -> float:
+        layer, total = self.layer, 0.
+        transposed = isinstance(layer, nn.ConvTranspose2d)
+        ones = (nn.ConvTranspose2d if transposed else nn.Conv2d)(
+            1, 1, layer.kernel_size, layer.stride, layer.padding, dilation=layer.dilation, bias=False,
+            padding_mode=layer.padding_mode, device=self.counts.neuron.calibrated.device, dtype=torch.float64)
+        nn.init.ones_(ones.weight)
+        for (_, size), sums in self.spikes.items():
+            met = ones(sums[coding][None, None], *([size] if transposed else []))
+            total += met.sum().item() * layer.out_channels / layer.groups
+        return total
 
 
 class _ProductWatch(ForwardWatch):
@@ -102,13 +135,15 @@ class _ProductWatch(ForwardWatch):
 @torch.no_grad()  # in inference mode a linear layer is no matrix product yet
 def profile_operations(
         model: nn.Module,
-        batches: Iterable[torch.Tensor],
+        batches: Iterable[Any],
+        forward_fn: Optional[Callable[[nn.Module, Any], Any]] = None,
 ) -> Tuple[List[Operation], List[Site], int]:
     """Run a calibrated SFormer on images and count.
 
     Args:
-        model: SFormer; it is not changed.
-        batches: Normalised images (B, C, H, W).
+        model: SFormer, or any module that `spiking_` and `calibrate_` have been through; it is not changed.
+        batches: Normalised images (B, C, H, W), lists of images, or whatever else the model reads, which counts as one.
+        forward_fn: Called with a view of the model and a batch; `model(batch)` if None.
 
     Returns:
         Operations in the order of the modules, neurons likewise, and the number of images.
@@ -123,6 +158,7 @@ def profile_operations(
     counts = {name: _Counts(neuron) for name, neuron in named_neurons(view)}
     names = {neuron: name for name, neuron in named_neurons(view)}
     pairs: Dict[str, Dict[str, Dict[str, int]]] = {}
+    fan_outs: Dict[str, _FanOut] = {}
     for name, module in view.named_modules():
         add: Any = None
         operands: Tuple[str, ...] = ()
@@ -132,6 +168,9 @@ def profile_operations(
             add, operands = _add_attention, ('q', 'k', 'v', 'attn')
         elif isinstance(getattr(module, 'gate_neuron', None), Neuron):
             add, operands = _add_gate, ('gate', 'value')
+        elif isinstance(module, (SpikingConv2d, SpikingConvTranspose2d)) and module.neuron is not None:
+            fan_outs[name] = _FanOut(module, counts[f'{name}.neuron' if name else 'neuron'])
+            module.register_forward_hook(fan_outs[name].add)
         if add is not None:
             pairs[name] = {}
             fired = [counts[f'{name}.{operand}_neuron' if name else f'{operand}_neuron'] for operand in operands]
@@ -141,11 +180,12 @@ def profile_operations(
     images, watch = 0, _ProductWatch(view)
     for batch in batches:
         with watch:
-            view(batch)
-        images += len(batch)
+            view(batch) if forward_fn is None else forward_fn(view, batch)
+        images += num_images(batch)
     if not images:
         raise SFormerError('a profile needs at least one image, got none.')
-    return _operations(view, counts, pairs, watch.flops, images), [_site(name, c) for name, c in counts.items()], images
+    operations = _operations(view, counts, pairs, fan_outs, watch.flops, images)
+    return operations, [_site(name, c, images) for name, c in counts.items()], images
 
 
 def _add_attention(sums: Dict[str, Dict[str, int]], q: Any, k: Any, v: Any, attn: Any) -> None:
@@ -159,9 +199,9 @@ def _add_attention(sums: Dict[str, Dict[str, int]], q: Any, k: Any, v: Any, attn
 
 
 def _add_gate(sums: Dict[str, Dict[str, int]], gate: Any, value: Any) -> None:
-    """Pairs of spikes that meet where two currents of one shape are multiplied."""
+    """Pairs of spikes that meet where two currents are multiplied, whose shapes broadcast."""
     both = sums.setdefault('gate', dict.fromkeys((*CODINGS, 'macs'), 0))
-    both['macs'] += gate.numel()
+    both['macs'] += max(gate.numel(), value.numel())
     for coding in CODINGS:
         both[coding] += int((spikes_in(gate, coding) * spikes_in(value, coding)).sum())
 
@@ -173,10 +213,12 @@ def _operations(
         view: nn.Module,
         counts: Dict[str, _Counts],
         pairs: Dict[str, Dict[str, Dict[str, int]]],
+        fan_outs: Dict[str, _FanOut],
         flops: Dict[str, int],
         images: int,
 ) -> List[Operation]:
     found: List[Operation] = []
+    module: Any
     for name, module in view.named_modules():
         macs = flops.get(name, 0) // 2
         for kind, sums in pairs.get(name, {}).items():
@@ -185,25 +227,24 @@ def _operations(
                 {coding: sums[coding] / images for coding in CODINGS}))
             macs -= sums['macs'] if kind != 'gate' else 0  # torch counts matrix products only
         if macs and isinstance(getattr(module, 'neuron', None), Neuron):
-            entered = counts[f'{name}.neuron']
-            fan_out = macs / entered.total  # exact but for the borders of padded convolutions
-            weights: Any = module.weight
-            kind = 'convolution' if isinstance(module, nn.Conv2d) else 'linear'
+            neuron = f'{name}.neuron' if name else 'neuron'
+            entered, weights, fan_out = counts[neuron], module.weight, fan_outs.get(name)
+            caused = {coding: entered.spikes[coding] * macs / entered.total if fan_out is None
+                      else fan_out.synaptic_operations(coding) for coding in CODINGS}
             found.append(Operation(
-                name, kind, (f'{name}.neuron',), macs / images,
-                {coding: entered.spikes[coding] * fan_out / images for coding in CODINGS},
-                weights.numel()))
+                name, 'linear' if fan_out is None else 'convolution', (neuron,), macs / images,
+                {coding: caused[coding] / images for coding in CODINGS}, weights.numel()))
             macs = 0
         if macs > 0:
             found.append(Operation(name or '(root)', 'floating', (), macs / images))
     return found
 
 
-def _site(name: str, counts: _Counts) -> Site:
+def _site(name: str, counts: _Counts, images: int) -> Site:
     total = max(counts.total, 1)
     neuron: Any = counts.neuron
     return Site(
-        name, counts.total / max(counts.images, 1), counts.spikes['graded'] / total, counts.saturated / total,
+        name, counts.total / images, counts.spikes['graded'] / total, counts.saturated / total,
         {coding: counts.spikes[coding] / total for coding in CODINGS},
         neuron.config.levels if isinstance(neuron, ScaleAndFire) else None,
         1 if counts.tops is None or counts.tops.max() <= MAX_LEVEL else 2)

@@ -1,11 +1,13 @@
 """Graphs in ONNX: both engines agree with integers in torch, for every family and fire function; files are checked."""
 import copy
+import importlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
 import torch
+import torch.nn as nn
 from filelock import FileLock
 from layer_tools import FAMILIES, build, pixels, relative_error
 
@@ -13,7 +15,8 @@ import sformer
 from sformer import SFNConfig, SFormerError, UncalibratedError, convert, export_onnx, load_onnx, spiking_, to_integer_
 from sformer.execution import EXECUTIONS, benchmark
 from sformer.execution.engines import openvino_config
-from sformer.execution.onnx import METADATA
+from sformer.execution.graph import to_graph_
+from sformer.execution.onnx import METADATA, to_onnx
 from sformer.neurons import Neuron
 
 onnx = pytest.importorskip('onnx')
@@ -65,6 +68,31 @@ def test_engines_agree_with_torch(model, graph):
     networks = [load_onnx(graph, engine) for engine in ENGINES]
     agree(networks, whole, pixels(12))
     agree(networks, whole, pixels(1))
+
+
+@pytest.mark.slow
+def test_convolutions_agree_with_torch():
+    # strided, grouped, transposed, with batch norm and ReLU between them
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1, groups=2),
+        nn.BatchNorm2d(8), nn.ReLU(), nn.ConvTranspose2d(8, 6, 4, stride=2, padding=1), nn.BatchNorm2d(6), nn.ReLU(),
+        nn.ConvTranspose2d(6, 4, 3, stride=2, output_padding=1, groups=2), nn.Conv2d(4, 2, 1)).eval()
+    for norm in (network[1], network[4], network[7]):
+        norm.running_var.uniform_(0.5, 2.)
+    network.pretrained_cfg = dict(input_size=(3, 16, 16))
+    images = torch.randn(16, 3, 16, 16)
+    sformer.calibrate_(spiking_(network), [images])
+    assert all(report.integer for report in to_integer_(network))
+    graph = copy.deepcopy(network)
+    to_graph_(graph)
+    exported = to_onnx(graph).SerializeToString()
+    session = importlib.import_module('onnxruntime').InferenceSession(exported, providers=['CPUExecutionProvider'])
+    found = torch.from_numpy(session.run(None, {'images': images.numpy()})[0])
+    with torch.no_grad():
+        expected = network(images)
+    each = (found - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
+    assert (each < 1e-5).float().mean() >= 0.5 and each.max() < 0.05, each
 
 
 @pytest.mark.slow  # exporting each takes seconds

@@ -21,7 +21,7 @@ from sformer import (
     spiking_,
     to_integer_,
 )
-from sformer.execution.integer import IntegerConv2d, IntegerLinear
+from sformer.execution.integer import IntegerConv2d, IntegerConvTranspose2d, IntegerLinear
 from sformer.execution.rounding import MAX_SPLIT, TARGET_ERROR, integer_weights
 from sformer.layers import SpikingConv2d, SpikingLinear
 
@@ -134,16 +134,48 @@ def test_every_family_computes_in_integers(family):
         assert relative_error(whole(pixels(1)), whole(pixels(4))[:1]) < 1e-4
 
 
-@pytest.mark.parametrize('kwargs', [
-    dict(padding=1), dict(padding=1, stride=2), dict(padding=1, groups=2), dict(bias=False)])
-def test_convolutions(kwargs):
-    x = torch.randn(4, 4, 9, 9, generator=rng(0))
-    layer = spiking(nn.Sequential(nn.Conv2d(4, 6, 3, **kwargs)), x, SFNConfig(127))
+@pytest.mark.parametrize('conv', [
+    nn.Conv2d(4, 6, 3, padding=1), nn.Conv2d(4, 6, 3, padding='same', dilation=2),
+    nn.Conv2d(4, 6, 3, padding=1, stride=2), nn.Conv2d(4, 6, 3, padding=1, groups=2),
+    nn.Conv2d(4, 8, 3, groups=4), nn.Conv2d(4, 6, 3, bias=False),
+    nn.ConvTranspose2d(4, 6, 4, stride=2, padding=1),
+    nn.ConvTranspose2d(4, 6, 3, stride=2, output_padding=1, groups=2, bias=False)], ids=str)
+def test_convolutions(conv):
+    # channels of very different steps, which have to fold into the weights that read them
+    x = torch.randn(4, 4, 9, 9, generator=rng(0)) * torch.tensor([1., 8., 0.1, 30.]).view(-1, 1, 1)
+    layer = spiking(nn.Sequential(conv), x, SFNConfig(127))
     whole = copy.deepcopy(layer)
     report, = to_integer_(whole)
-    assert type(whole[0]) is IntegerConv2d and report.integer
+    kind = IntegerConvTranspose2d if isinstance(conv, nn.ConvTranspose2d) else IntegerConv2d
+    assert type(whole[0]) is kind and report.integer and whole[0].weight.dtype == torch.int8
+    assert whole[0].weight.shape == conv.weight.shape
     with torch.no_grad():
         assert relative_error(whole(x), layer(x)) < 0.02
+        # exact but for the steps: the same with sums of integers
+        exact, levels = copy.deepcopy(conv).double(), layer[0].neuron.encode(x).levels.double()
+        exact.weight.copy_(whole[0].weight)
+        sums = exact(levels) - (0 if conv.bias is None else exact.bias.view(-1, 1, 1))
+        expected = sums.float() * whole[0].weight_step + (0 if conv.bias is None else conv.bias.view(-1, 1, 1))
+        assert torch.equal(whole(x), expected)
+
+
+def test_sums_that_float32_would_round_are_exact():
+    x = torch.randn(2, 2048, 3, 3, generator=rng(0)).sign()
+    conv = nn.Conv2d(2048, 1, 3, bias=False)
+    nn.init.ones_(conv.weight)
+    layer = spiking(nn.Sequential(conv), x, SFNConfig(127))
+    to_integer_(layer)
+    assert layer[0].exact == torch.float64
+    sums = layer[0].neuron.encode(x).levels.sum((1, 2, 3), dtype=torch.int64) * 127
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x).flatten(), sums.float() * layer[0].weight_step.item())
+
+
+def test_a_convolution_whose_padding_is_no_zero_is_listed():
+    conv = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1, padding_mode='reflect'))
+    layer = spiking(conv, torch.randn(4, 4, 9, 9, generator=rng(0)))
+    report, = to_integer_(layer)
+    assert not report.integer and 'pads' in report.reason and type(layer[0]) is SpikingConv2d
 
 
 def test_layers_that_would_lose_too_much_stay_as_they_are():

@@ -3,7 +3,8 @@ import copy
 
 import pytest
 import torch
-from layer_tools import FAMILIES, build, pixels
+import torch.nn as nn
+from layer_tools import FAMILIES, build, mask_rcnn, photographs, pixels, rng, spiking
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -78,6 +79,46 @@ def test_spikes_are_counted_one_by_one(coding):
         (k[f'{mlp}.gate_neuron'] * k[f'{mlp}.value_neuron']).sum().item() / 3)
     pixel = k['patch_embed.proj.neuron'].sum().item() * 32 / 3
     assert operations['patch_embed.proj'] == pytest.approx(pixel)
+
+
+@pytest.mark.parametrize('conv', [
+    nn.Conv2d(4, 6, 3, padding=1), nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2),
+    nn.Conv2d(4, 6, 3, padding=1, padding_mode='circular'), nn.Conv2d(4, 4, 3, padding='same', dilation=2),
+    nn.ConvTranspose2d(4, 6, 4, stride=2, padding=1), nn.ConvTranspose2d(4, 6, 3, 2, 1, 1, groups=2)], ids=str)
+def test_spikes_of_a_convolution_meet_the_weights_that_they_reach(conv):
+    images = torch.randn(3, 4, 7, 8, generator=rng(0))
+    model = spiking(conv, images, SFNConfig(5))
+    (operation,), (site,), count = profile_operations(model, images.split(2))
+    assert (count, operation.kind, site.neurons) == (3, 'convolution', 4 * 7 * 8)
+    assert operation.weights == conv.weight.numel()
+    everywhere = copy.deepcopy(conv).requires_grad_(False)  # one by one: what a spike adds is summed over all outputs
+    everywhere.weight.fill_(1.)
+    everywhere.bias.fill_(0.)
+    k = model.neuron.encode(images).levels.long()
+    for coding in CODINGS:
+        expected = everywhere(counted(k, coding).float()).sum().item()
+        assert operation.synaptic_operations[coding] == pytest.approx(expected / 3)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        conv(images)
+    assert operation.macs == pytest.approx(counter.get_total_flops() / 2 / 3)
+
+
+def test_a_detector_is_counted_per_image():
+    # lists of images; layers that see objects instead of images, several times per batch, or both
+    model, images = spiking(mask_rcnn(), photographs(), SFNConfig(5)), photographs(2)
+    operations, sites, count = profile_operations(model, [images])
+    assert count == 2 and all(o.kind in ('convolution', 'linear') for o in operations) and len(operations) == 13
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        sformer.source_of(model)(images)
+    by_name = {o.name: o for o in operations}
+    neurons = {site.name: site.neurons for site in sites}
+    assert neurons['roi_heads.box_head.fc6.neuron'] == 20 * 8 * 49  # 20 proposals, 6 detections per image
+    assert neurons['roi_heads.mask_predictor.conv5_mask.neuron'] == 6 * 8 * 14 * 14
+    assert by_name['roi_heads.box_head.fc6'].macs == 20 * 8 * 49 * 24
+    assert by_name['roi_heads.mask_predictor.conv5_mask'].macs == 6 * 14 * 14 * 8 * 8 * 2 * 2
+    assert sum(o.macs for o in operations) == pytest.approx(counter.get_total_flops() / 2 / 2)
+    own = profile_operations(model, [dict(images=images)], lambda network, batch: network(batch['images']))
+    assert own[2] == 1 and own[0][0].macs == pytest.approx(2 * operations[0].macs)
 
 
 def test_sites_are_those_of_an_evaluation():
