@@ -79,12 +79,12 @@ class SpikingConvMixin(SpikingLayer):
 
 
 @register_spiking(nn.Conv2d)
-class SpikingConv2d(SpikingConvMixin, nn.Conv2d):
+class SpikingConv2d(SpikingConvMixin, nn.Conv2d):  # type: ignore[misc]
     """Convolution on spikes; made by `spiking_` of an `nn.Conv2d`."""
 
 
 @register_spiking(nn.ConvTranspose2d)
-class SpikingConvTranspose2d(SpikingConvMixin, nn.ConvTranspose2d):
+class SpikingConvTranspose2d(SpikingConvMixin, nn.ConvTranspose2d):  # type: ignore[misc]
     """Transposed convolution on spikes; made by `spiking_` of an `nn.ConvTranspose2d`."""
 
 

@@ -83,6 +83,8 @@ class SpikingSqueezeExcitation(SpikingLayer, SqueezeExcitation):
         Input and output (B, C, H, W).
     """
     spiking_parts = ('gate_neuron', 'value_neuron')
+    fc2: Any
+    _scale: Any
 
     def add_neurons(self, config: SFNConfig) -> None:
         shape, device = (self.fc2.out_channels, 1, 1), self.fc2.weight.device
