@@ -77,6 +77,10 @@ def convert(
     if Path(source).is_dir():
         from ..detection import is_detector
         if is_detector(source):
+            for name, value in dict(checkpoint=checkpoint, model_kwargs=model_kwargs, mean=mean, std=std,
+                                    crop_pct=crop_pct, interpolation=interpolation).items():
+                if value:
+                    raise SFormerError(f'{source} is a detector: leave out --{name.replace("_", "-")}.')
             convert_detector(
                 Path(source), output, neurons.configs(), calibration, split, num_images, seed, overwrite)
             return

@@ -33,7 +33,7 @@ def test_train_convert_evaluate_show(files, run_inside):
     assert {path.name for path in (files / 'det').iterdir()} == {'model.safetensors', 'config.json'}
     code, out, _ = run_inside('convert', 'det', '--calibration', 'shapes', '--num-images', '4', '-o', 'det-s')
     assert code == 0 and out == 'det -> det-s: N = 32, calibrated on 4 shapes images\n'
-    assert load_detector(files / 'det-s').conversion.command.startswith('sformer convert det --calibration shapes')
+    assert load_detector(files / 'det-s').conversion.calibration.split == 'train'
     code, out, _ = run_inside('evaluate', 'det-s', '--data', 'shapes', '--split', 'train', '--results-file', 'r.json')
     assert code == 0 and 'det-s on 6 images of shapes (train)' in out and 'source: mAP' in out
     result = json.loads((files / 'r.json').read_text())
@@ -52,6 +52,8 @@ def test_mistakes(files, run):
                    "no split 'test'")
     assert_mistake(run(*train, '--backbone', 'test_vit9', '--data', shapes, '-o', files / 'x'), 'timm has no model')
     assert_mistake(run('evaluate', det, '--data', shapes, '--crop-pct', '0.5'), 'is a detector: leave out --crop-pct')
+    assert_mistake(run('compare', det, '--data', shapes), 'is a detector: sformer evaluate takes it')
+    assert_mistake(run('convert', det, '-o', files / 'x', '--crop-pct', '0.9'), 'is a detector: leave out --crop-pct')
     assert_mistake(run('compare', det, det, '--data', shapes), 'is a detector')
     assert_mistake(run('evaluate', det, '--data', shapes, '--results-file', files / 'r.csv'), 'written as JSON')
     assert_mistake(run('convert', det, '--calibration', shapes, '--split', 'no', '-o', files / 'x'), "no split 'no'")
