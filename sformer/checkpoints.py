@@ -9,7 +9,7 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional, Union
+from typing import Any, Callable, Dict, Iterator, Optional, Union
 
 import timm
 import torch
@@ -56,8 +56,19 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(f, 'sha256').hexdigest()
 
 
-def load_source_weights_(model: nn.Module, path: Union[str, Path], allow_pickle: bool = False) -> None:
+def load_source_weights_(
+        model: nn.Module,
+        path: Union[str, Path],
+        allow_pickle: bool = False,
+        filter_fn: Optional[Callable[[Dict[str, Any], nn.Module], Dict[str, Any]]] = None,
+) -> None:
     """Load a checkpoint of exactly this architecture, in place.
+
+    Args:
+        model: Model to load it into.
+        path: Checkpoint.
+        allow_pickle: Load a pickled one, with torch's `weights_only` unpickler.
+        filter_fn: Adapts the state dict to the model, as timm's filters resize embeddings.
 
     Raises:
         SFormerError: If the file is missing, damaged, pickled, of another architecture, or has NaN or infinity in it.
@@ -81,6 +92,8 @@ def load_source_weights_(model: nn.Module, path: Union[str, Path], allow_pickle:
                 f'{path} cannot be unpickled safely: it is damaged, or holds more than tensors. Save the state dict '
                 f'as safetensors.') from e
     state = clean_state_dict(state)  # DataParallel and torch.compile put prefixes before names
+    if filter_fn is not None:
+        state = filter_fn(state, model)
     expected = model.state_dict()
     wrong = [f'{k} is missing' for k in expected if k not in state]
     wrong += [f'{k} is not part of the model' for k in state if k not in expected]

@@ -2,7 +2,7 @@
 import dataclasses
 import difflib
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, Callable, Dict, Optional, Union
 
 import timm
 import torch.nn as nn
@@ -34,6 +34,7 @@ def create_source(
         name: str,
         checkpoint: Union[str, Path, None] = None,
         allow_pickle: bool = False,
+        filter_fn: Optional[Callable[[Dict[str, Any], nn.Module], Dict[str, Any]]] = None,
         **kwargs: Any,
 ) -> Source:
     """Create a timm model with trained weights.
@@ -42,6 +43,7 @@ def create_source(
         name: Model name, as for `timm.create_model`.
         checkpoint: Weights to load; the published pretrained ones if None.
         allow_pickle: Load a pickled checkpoint, with torch's `weights_only` unpickler.
+        filter_fn: Adapts the state dict of a checkpoint to the model.
         **kwargs: Passed to `timm.create_model`.
 
     Raises:
@@ -66,7 +68,7 @@ def create_source(
     except Exception as e:  # timm leaves it to whatever a wrong value breaks first
         raise SFormerError(f'{name} cannot be built with {kwargs}: {type(e).__name__}: {first_line(e)}') from e
     if checkpoint is not None:
-        load_source_weights_(model, checkpoint, allow_pickle)
+        load_source_weights_(model, checkpoint, allow_pickle, filter_fn)
         return Source(model.eval())
     cfg: Any = model.pretrained_cfg
     own = kwargs.get('checkpoint_path') or cfg.get('file') or cfg.get('state_dict')

@@ -29,7 +29,7 @@ ORDER = (
     ('entrypoints',),
     ('execution',),
     ('evaluation', 'profiling'),
-    ('baselines', 'publishing'),
+    ('baselines', 'detection', 'publishing'),
     ('demo',),
     ('cli',),
     ('__init__', '__main__'),
@@ -39,7 +39,7 @@ DATA_ONLY = {'weights'}
 
 # Imported where they are used, since `import sformer` is to take as long as `import timm`.
 SLOW = {'accelerate', 'datasets', 'huggingface_hub', 'matplotlib', 'neurobench', 'nncf', 'onnx', 'onnxruntime',
-        'onnxscript', 'openvino', 'optuna', 'pyarrow', 'rich', 'sklearn', 'torchao'}
+        'onnxscript', 'openvino', 'optuna', 'pyarrow', 'pycocotools', 'rich', 'sklearn', 'torchao'}
 NOT_EVERYWHERE = {'fcntl', 'resource'}  # not on Windows
 
 MAX_LINES, MAX_FUNCTION = 400, 60

@@ -1,5 +1,5 @@
 """Command line: `sformer convert | evaluate | compare | export | benchmark | profile | sweep | search | distill`, and
-`list | demo | publish | card`.
+`list | demo | publish | card | detect`.
 
 Commands import what is slow to load when they run.
 """
@@ -13,7 +13,21 @@ from typing import Annotated, Any, List, Optional
 import typer
 
 from ..errors import SFormerError
-from . import benchmark, card, compare, convert, demo, distill, evaluate, export, list_models, profile, publish, sweep
+from . import (
+    benchmark,
+    card,
+    compare,
+    convert,
+    demo,
+    detect,
+    distill,
+    evaluate,
+    export,
+    list_models,
+    profile,
+    publish,
+    sweep,
+)
 from .arguments import expand_home, spread
 from .errors import RunInterruptedError, fail
 
@@ -33,6 +47,7 @@ app.command()(profile.profile)
 app.command()(sweep.sweep)
 app.command()(sweep.search)
 app.command()(distill.distill)
+app.add_typer(detect.app, name='detect')
 app.command('list')(list_models.list_models)
 app.command()(demo.demo)
 app.command()(publish.publish)

@@ -4,7 +4,8 @@ from typing import Annotated, Any, Dict, List
 
 import typer
 
-from .evaluate import run_evaluation
+from ..errors import SFormerError
+from .evaluate import detectors, run_evaluation
 from .options import EvaluationOptions, Format, TableFormat, unfolded
 from .tables import print_csv, print_table
 
@@ -27,6 +28,8 @@ def compare(
         format: TableFormat = Format.table,
 ) -> None:
     """Evaluate several models in one pass over the images, and print one table."""
+    if detectors(models):
+        raise SFormerError(f'{models[0]} is a detector: sformer evaluate takes it.')
     results = run_evaluation(models, options)
     if not results:
         return

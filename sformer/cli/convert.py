@@ -8,6 +8,7 @@ import typer
 
 from ..errors import SFormerError
 from .arguments import check_folder, check_source, command_line, parse_kwargs
+from .detect import convert_detector
 from .options import MAX_BATCH_SIZE, MAX_IMAGES, MAX_SEED, ColumnOptions, Dataset, unfolded
 
 __all__ = ['convert']
@@ -54,7 +55,7 @@ class NeuronOptions:
 
 @unfolded
 def convert(
-        source: Annotated[str, typer.Argument(help='timm model to convert')],
+        source: Annotated[str, typer.Argument(help='timm model to convert, or folder of a detector')],
         output: Annotated[Path, typer.Option('--output', '-o', help='Folder for the SFormer')],
         neurons: NeuronOptions,
         columns: ColumnOptions,
@@ -76,6 +77,16 @@ def convert(
     """Convert a trained timm model into an SFormer, without training."""
     check_source(source)
     check_folder(output)
+    if Path(source).is_dir():
+        from ..detection import is_detector
+        if is_detector(source):
+            for name, value in dict(checkpoint=checkpoint, model_kwargs=model_kwargs, mean=mean, std=std,
+                                    crop_pct=crop_pct, interpolation=interpolation).items():
+                if value:
+                    raise SFormerError(f'{source} is a detector: leave out --{name.replace("_", "-")}.')
+            convert_detector(
+                Path(source), output, neurons.configs(), calibration, split, num_images, seed, overwrite)
+            return
     from ..conversion import convert as convert_model
     from ..saving import check_output, save_model
     from ..sources import create_source, set_data_config_

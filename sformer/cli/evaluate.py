@@ -6,6 +6,7 @@ import typer
 
 from ..errors import SFormerError
 from .arguments import command_line
+from .detect import detection_summary, run_detection
 from .errors import RunInterruptedError
 from .options import EvaluationOptions, unfolded
 
@@ -20,7 +21,7 @@ def evaluate(
 ) -> None:
     """Evaluate an SFormer side by side with its source network; under torchrun, on many processes."""
     results = run_evaluation([model], options)
-    for line in [line for result in results for line in summary(result)]:
+    for line in [line for result in results for line in (detection_summary if 'boxes' in result else summary)(result)]:
         print(line)
     if results and options.results_file:
         print(f'results in {options.results_file}')
@@ -52,12 +53,15 @@ def run_evaluation(names: List[str], options: EvaluationOptions) -> List[Dict[st
             if options.resume and not file:
                 raise SFormerError('--resume goes by the --results-file of the run to continue: name it.')
             format = check_results_file(file, options.results_format) if file and group.is_main else ''
-            config = EvaluationConfig(**settings(options, DATASETS), device=group.device)
-            check_engine(names, options)
-            models = [open_network(name, options.engine) for name in names]
-            if file and format == 'json' and not options.resume:
-                check_replaceable(file, models, config.dataset)
-            results = evaluate_all(models, config, sources=options.source, group=group, journal=journal)
+            if detectors(names):
+                results = [run_detection(names[0], options, group, journal)]
+            else:
+                config = EvaluationConfig(**settings(options, DATASETS), device=group.device)
+                check_engine(names, options)
+                models = [open_network(name, options.engine) for name in names]
+                if file and format == 'json' and not options.resume:
+                    check_replaceable(file, models, config.dataset)
+                results = evaluate_all(models, config, sources=options.source, group=group, journal=journal)
             results = [
                 dict(model=name, architecture=result.pop('model'), **result, command=command_line())
                 for name, result in zip(names, results, strict=True)]
@@ -74,6 +78,19 @@ def run_evaluation(names: List[str], options: EvaluationOptions) -> List[Dict[st
         if journal is not None and any(journal.path.glob('*.jsonl')):
             raise RunInterruptedError('interrupted. The same command with --resume continues.') from None
         raise
+
+
+def detectors(names: List[str]) -> bool:
+    """Whether what is evaluated is a detector, which is evaluated alone.
+
+    Raises:
+        SFormerError: If it is beside others.
+    """
+    from ..detection import is_detector
+    found = [name for name in names if is_detector(name)]
+    if found and len(names) > 1:
+        raise SFormerError(f'{found[0]} is a detector: sformer evaluate takes it, alone.')
+    return bool(found)
 
 
 def check_engine(names: List[str], options: EvaluationOptions) -> None:

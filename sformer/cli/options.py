@@ -64,7 +64,7 @@ class ColumnOptions:
 @dataclass(frozen=True, kw_only=True)
 class EvaluationOptions(ColumnOptions):
     """What `evaluate` and `compare` are told about data, networks and processes; names as in timm's scripts."""
-    dataset: Annotated[str, typer.Option(help=Dataset)]
+    dataset: Annotated[str, typer.Option('--dataset', '--data', help=f'{Dataset}; of a detector, one in COCO format')]
     split: Annotated[Optional[str], typer.Option(help='Split of the data set')] = None
     num_images: Annotated[Optional[int], typer.Option(
         min=1, max=MAX_IMAGES, help='Random subset of this size')] = None

@@ -10,6 +10,7 @@ import typer
 
 from ..errors import SFormerError
 from .arguments import check_folder, command_line
+from .detect import detector_batches
 from .options import MAX_BATCH_SIZE, MAX_IMAGES, MAX_SEED, ColumnOptions, Dataset, unfolded
 from .tables import print_table
 
@@ -44,6 +45,7 @@ def profile(
         check_folder(output)
         check_report(output)
     from ..conversion import calibration_batches
+    from ..detection import is_detector
     from ..neurons import CODINGS
     from ..profiling import (
         compare_codings,
@@ -58,9 +60,15 @@ def profile(
     from ..publishing.profile_page import read_curve, write_profile
     from ..saving import open_model
     energies, points = read_constants(constants, constant or ()), read_curve(curve) if curve else []
-    network = open_model(model)
-    batches, images = calibration_batches(
-        network, dataset, split, num_images, batch_size, seed, 'Counting', columns.image_column)
+    network: Any
+    batches: Any
+    detector = is_detector(model)
+    if detector:
+        network, batches, images = detector_batches(model, dataset, split, num_images, seed)
+    else:
+        network = open_model(model)
+        batches, images = calibration_batches(
+            network, dataset, split, num_images, batch_size, seed, 'Counting', columns.image_column)
     batches = iter(batches)
     first = next(batches)  # there is one: a source without images is refused
     counted = profile_model(network, itertools.chain([first], batches))
@@ -71,12 +79,12 @@ def profile(
         sites=[dict(dataclasses.asdict(s), bytes={c: traffic(s, c, energies)[0] / 8 for c in ('quantised', *CODINGS)})
                for s in counted.sites],
         floating=[dataclasses.asdict(f) for f in counted.floating],
-        executed=compare_codings(network, first[:execute]) if execute else None, command=command_line())
+        executed=compare_codings(network, first[:execute]) if execute and not detector else None, command=command_line())
     result['executed_line'] = executed_line(result['executed'])
     print_profile(result, counted, what_is_spiking)
     if output:
-        names = write_profile(
-            output, result, counted, pixels_of(network, first[0]), spike_maps(network, first[0]), points)
+        pictures: Any = () if detector else (pixels_of(network, first[0]), spike_maps(network, first[0]))
+        names = write_profile(output, result, counted, *pictures, curve=points)
         print(f'written to {output}: {", ".join(names)}')
 
 

@@ -97,7 +97,8 @@ def _read_json(path: Path) -> Optional[List[Dict[str, Any]]]:
     except ValueError:
         return None
     results = found if isinstance(found, list) else [found]
-    return results if all(isinstance(r, dict) and {'model', 'top1'} <= {*r} for r in results) else None
+    # of classifiers, or of detectors
+    return results if all(isinstance(r, dict) and 'model' in r and {'top1', 'boxes'} & {*r} for r in results) else None
 
 
 class _ProbeError(Exception):

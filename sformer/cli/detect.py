@@ -1,0 +1,189 @@
+"""`sformer detect train | show`, and what `convert` and `evaluate` do with detectors."""
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Dict, List, Optional, Tuple
+
+import typer
+
+from ..errors import SFormerError
+from .arguments import check_folder, command_line
+from .options import MAX_IMG_SIZE, MAX_SEED, EvaluationOptions
+
+if TYPE_CHECKING:
+    from ..neurons import FitConfig, SFNConfig
+
+__all__ = ['app', 'convert_detector', 'detection_summary', 'detector_batches', 'run_detection']
+
+app = typer.Typer(help='Object detection and instance segmentation.', rich_markup_mode=None)
+
+Data = 'Folder in COCO format: SPLIT.json or annotations/instances_SPLIT.json, and images in SPLIT/'
+SkipBad = Annotated[bool, typer.Option(
+    '--skip-bad', help='Leave out images and annotations that are not usable, instead of an error')]
+
+
+@app.command()
+def train(
+        backbone: Annotated[str, typer.Option(help='timm model: a plain ViT, BEiT or EVA')],
+        data: Annotated[Path, typer.Option(help=Data)],
+        output: Annotated[Path, typer.Option('--output', '-o', help='Folder for the detector')],
+        checkpoint: Annotated[Optional[Path], typer.Option(
+            help='Weights of the backbone (safetensors); its published ones if not given')] = None,
+        split: Annotated[str, typer.Option(help='Split to train on')] = 'train',
+        masks: Annotated[bool, typer.Option(help='Segment what is detected: Mask R-CNN, not Faster R-CNN')] = False,
+        image_size: Annotated[Tuple[int, int], typer.Option(
+            min=32, max=MAX_IMG_SIZE, help='Height and width that images are fitted into, multiples of 32')
+        ] = (512, 512),
+        finest_stride: Annotated[int, typer.Option(
+            help='Of the levels of the pyramid, in pixels: 4, 8 or 16; small objects need 4')] = 4,
+        channels: Annotated[int, typer.Option(min=1, max=4096, help='Channels of the pyramid')] = 128,
+        max_detections: Annotated[int, typer.Option(min=1, max=10 ** 4, help='Detections per image')] = 100,
+        epochs: Annotated[int, typer.Option(min=1, max=10 ** 5, help='Passes over the images')] = 12,
+        batch_size: Annotated[int, typer.Option(min=1, max=1024, help='Images per step')] = 2,
+        lr: Annotated[float, typer.Option(min=0, help='Highest learning rate')] = 5e-4,
+        trained_blocks: Annotated[int, typer.Option(
+            min=0, max=1000, help='Last blocks of the backbone that are trained; the others are frozen')] = 0,
+        seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help='Seed of weights, images and sampling')] = 0,
+        device: Annotated[Optional[str], typer.Option(help='cpu, cuda, ...; an accelerator if there is one')] = None,
+        allow_pickle: Annotated[bool, typer.Option('--allow-pickle', help='Load a pickled checkpoint')] = False,
+        skip_bad: SkipBad = False,
+        overwrite: Annotated[bool, typer.Option('--overwrite', help='Replace a model that is there')] = False,
+) -> None:
+    """Train a detector on a timm backbone. A run that was ended goes on where its last epoch ended."""
+    check_folder(output)
+    from ..detection import DetectorConfig, TrainingConfig, create_detector, open_coco, save_detector
+    from ..detection import train as train_detector
+    from ..detection.training import remove_state
+    from ..evaluation.distributed import Group
+    from ..saving import check_output
+    check_output(output, overwrite)
+    images = open_coco(data, split, masks, skip_bad)
+    config = DetectorConfig(
+        backbone, images.categories, masks, image_size, channels,
+        tuple(16 / stride for stride in (4, 8, 16, 32) if stride >= finest_stride), max_detections=max_detections)
+    detector = create_detector(config, checkpoint, allow_pickle, seed)
+    how = TrainingConfig(epochs, batch_size, lr, trained_blocks=trained_blocks, seed=seed)
+    train_detector(detector, images, how, output, Group(device).device, report=print)
+    save_detector(detector, output, overwrite)
+    remove_state(output)
+    print(f'detector of {", ".join(images.categories.values())} on {backbone}, trained on {len(images)} images, saved '
+          f'to {output}')
+
+
+@app.command()
+def show(
+        model: Annotated[Path, typer.Argument(help='Folder of a detector')],
+        image: Annotated[Path, typer.Argument(help='Image')],
+        output: Annotated[Path, typer.Option('--output', '-o', help='PNG or JPEG file')],
+        min_score: Annotated[float, typer.Option(min=0, max=1, help='Least score of what is drawn')] = 0.5,
+        alone: Annotated[bool, typer.Option(
+            '--alone', help='Not beside the source, nor with the activity of patches')] = False,
+) -> None:
+    """Draw what a detector finds; of an SFormer between its source and the share of neurons that fire per patch."""
+    check_folder(output.parent)
+    from ..detection import load_detector
+    from ..detection.drawing import draw_file
+    if output.suffix.lower() not in ('.png', '.jpg', '.jpeg'):
+        raise SFormerError(f'{output} is neither a PNG nor a JPEG file by its name.')
+    draw_file(load_detector(model), image, output, min_score, not alone)
+    print(f'{model} on {image}: {output}')
+
+
+def convert_detector(
+        source: Path,
+        output: Path,
+        configs: Tuple['SFNConfig', 'FitConfig'],
+        calibration: str,
+        split: Optional[str],
+        num_images: int,
+        seed: int,
+        overwrite: bool,
+) -> None:
+    """What `sformer convert` does with the folder of a detector."""
+    from ..detection import convert_detector as convert
+    from ..detection import load_detector, save_detector
+    from ..saving import check_output
+    check_output(output, overwrite)
+    detector = load_detector(source)
+    images, split = unlabelled(calibration, split)
+    converted: Any = convert(
+        detector, images, *configs, num_images=num_images, seed=seed, name=Path(calibration).name, split=split,
+        command=command_line())
+    save_detector(converted, output, overwrite)
+    used = converted.conversion.calibration
+    print(f'{source} -> {output}: N = {configs[0].levels}, calibrated on {used.num_images} {used.name} images')
+
+
+def unlabelled(name: str, split: Optional[str]) -> Tuple[Any, Optional[str]]:
+    """Images that no annotation is read of, and the split that they are of."""
+    from ..detection import open_coco
+    if name == 'dead-leaves':
+        return name, None
+    return open_coco(name, split or 'train', skip_bad=True), split or 'train'
+
+
+def detector_batches(
+        name: str,
+        dataset: str,
+        split: Optional[str],
+        num_images: int,
+        seed: int,
+) -> Tuple[Any, Any, Dict[str, Any]]:
+    """A detector, batches of images as it reads them, and what a record says of these."""
+    from ..detection import image_batches, load_detector
+    detector = load_detector(name)
+    images, split = unlabelled(dataset, split)
+    return detector, image_batches(detector, images, num_images, seed), dict(
+        name=Path(dataset).name, split=split, seed=seed, fingerprint=getattr(images, 'fingerprint', None))
+
+
+# of `sformer evaluate`, what says something to a detector
+DETECTION_OPTIONS = {'dataset', 'split', 'num_images', 'source', 'results_file', 'results_format', 'resume', 'device',
+                     'num_processes', 'timeout'}
+
+
+def run_detection(name: str, options: EvaluationOptions, group: Any, journal: Any) -> Dict[str, Any]:
+    """Evaluate a detector with COCO's metrics.
+
+    Raises:
+        SFormerError: If the detector or the data cannot be used, or an option says nothing to a detector.
+    """
+    from ..detection import evaluate_detector, load_detector, open_coco
+    from ..evaluation import check_replaceable, check_results_file
+    for field in dataclasses.fields(options):
+        if field.name not in DETECTION_OPTIONS and getattr(options, field.name) != field.default:
+            raise SFormerError(f'{name} is a detector: leave out --{field.name.replace("_", "-")}.')
+    file, dataset = options.results_file, Path(options.dataset).name
+    if file and check_results_file(file, options.results_format) != 'json':
+        raise SFormerError(f'results of a detector are written as JSON, not to {file}.')
+    detector: Any = load_detector(name)
+    if file and not options.resume:
+        check_replaceable(file, [detector], dataset)
+    data = open_coco(options.dataset, options.split or 'val', detector.config.masks, skip_bad=bool(options.max_bad))
+    result = evaluate_detector(
+        detector, data, source=options.source, num_images=options.num_images, group=group, journal=journal)
+    return dict(model=type(detector).__name__, dataset=dataset, split=options.split or 'val', **result)
+
+
+def detection_summary(result: Dict[str, Any]) -> List[str]:
+    """Lines that say what the evaluation of a detector found."""
+    lines = [f'{result["model"]} on {result["num_images"]} images of {result["dataset"]} ({result["split"]})']
+    for kind in ('boxes', 'masks'):
+        if kind not in result:
+            continue
+        found, source = result[kind], result.get(f'source_{kind}')
+        lines.append(f'  {kind}: {_figures(found)}')
+        if source:
+            drops = '   '.join(f'{name} {source[name] - found[name]:+.2f}' for name in FIGURES
+                               if None not in (source[name], found[name]))
+            lines += [f'  source: {_figures(source)}', f'  drop: {drops}']
+        lines += [f'    {name}: {_figures(figures)}' for name, figures in found['per_class'].items()]
+    lines += [f'  left out: {problem}' for problem in result['problems'][:5]]
+    return [*lines, f'  {result["seconds"]:.1f} s'
+            + (f', source {result["source_seconds"]:.1f} s' if 'source_seconds' in result else '')]
+
+
+FIGURES = ('mAP', 'mAP50', 'mAP75')
+
+
+def _figures(figures: Dict[str, Any]) -> str:
+    return '   '.join(f'{name} ' + ('-' if figures[name] is None else f'{figures[name]:.2f}') for name in FIGURES)

@@ -1,0 +1,161 @@
+"""torchvision's Faster and Mask R-CNN on a plain vision transformer of timm."""
+import dataclasses
+from pathlib import Path
+from typing import Any, Dict, Optional, Tuple, Union
+
+import timm
+import torch
+import torch.nn as nn
+from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.ops import MultiScaleRoIAlign
+
+from ..errors import SFormerError
+from ..models import HEADS, SPIKING_MODELS
+from ..sources import create_source
+from .pyramid import SCALES, SimpleFeaturePyramid, ViTDetBackbone
+
+__all__ = ['DetectorConfig', 'build_detector', 'create_detector']
+
+PATCH_SIZE = 16  # torchvision takes strides for powers of two; timm resamples patch embeddings of other sizes to it
+ANCHORS_PER_OCTAVE = (4, 4 * 2 ** 0.5)  # sides of anchors in strides of their level
+ASPECT_RATIOS = (0.5, 1., 2.)
+TRAINED_PROPOSALS = 128  # that the box head learns from, per image
+
+
+@dataclasses.dataclass(frozen=True)
+class DetectorConfig:
+    """What a detector is built of.
+
+    Args:
+        backbone: timm model: a plain ViT, BEiT or EVA.
+        categories: Names of what is detected by their ids in the annotations.
+        masks: Whether it segments what it detects (Mask R-CNN), or only boxes it (Faster R-CNN).
+        image_size: Height and width of its input in pixels. Images are resized until they fit into this or this lying
+            on its side: the short side becomes the shorter of the two, the long one at most the longer.
+        channels: Channels of every level of the pyramid.
+        scales: Sizes of the levels relative to the map of the backbone, of 4, 2, 1, 0.5 (strides of 4 to 32 pixels).
+        hidden: Width of the box head.
+        max_detections: Detections per image, the best by score.
+        mean: Mean of the normalisation, of pixels in [0, 1].
+        std: Standard deviation of the normalisation.
+    """
+    backbone: str
+    categories: Dict[int, str]
+    masks: bool = False
+    image_size: Tuple[int, int] = (512, 512)
+    channels: int = 128
+    scales: Tuple[float, ...] = (4, 2, 1, 0.5)
+    hidden: int = 512
+    max_detections: int = 100
+    mean: Tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: Tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        # as JSON has them: keys are strings, tuples are lists
+        object.__setattr__(self, 'categories', {int(id): name for id, name in self.categories.items()})
+        for name in ('image_size', 'scales', 'mean', 'std'):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not self.scales or not set(self.scales) <= set(SCALES) or [*self.scales] != sorted(self.scales)[::-1]:
+            raise SFormerError(f'scales are of {", ".join(map(str, SCALES))}, largest first, not {self.scales}.')
+        if len(self.image_size) != 2 or min(self.image_size) < 32 or any(side % 32 for side in self.image_size):
+            raise SFormerError(f'image_size is a height and a width, multiples of 32, not {self.image_size}.')
+        if not self.categories:
+            raise SFormerError('a detector needs at least one category.')
+
+
+def build_detector(config: DetectorConfig, vit: Optional[nn.Module] = None) -> nn.Module:
+    """A detector with a new pyramid and new heads.
+
+    Args:
+        config: What it is built of.
+        vit: The backbone; without weights if None.
+
+    Returns:
+        torchvision's `FasterRCNN` or `MaskRCNN`, in training mode; `detector.config` is the config.
+
+    Raises:
+        SFormerError: If timm has no such backbone, or it is no plain vision transformer.
+    """
+    vit = vit or _create_vit(config, pretrained=False)
+    channels, names = config.channels, [str(i) for i in range(len(config.scales))]
+    pyramid = SimpleFeaturePyramid(int(vit.num_features), channels, config.scales)  # type: ignore[arg-type]
+    strides = [PATCH_SIZE / scale for scale in config.scales]
+    num_classes = len(config.categories) + 1  # 0 is the background
+    parts: Dict[str, Any] = dict(
+        min_size=min(config.image_size), max_size=max(config.image_size), image_mean=list(config.mean),
+        image_std=list(config.std), size_divisible=32,
+        rpn_anchor_generator=AnchorGenerator(
+            tuple(tuple(stride * side for side in ANCHORS_PER_OCTAVE) for stride in strides),
+            (ASPECT_RATIOS,) * len(strides)),
+        rpn_pre_nms_top_n_test=500, rpn_post_nms_top_n_test=500,
+        box_roi_pool=MultiScaleRoIAlign(names, output_size=7, sampling_ratio=2),
+        box_head=TwoMLPHead(7 * 7 * channels, config.hidden),
+        box_predictor=FastRCNNPredictor(config.hidden, num_classes),
+        box_batch_size_per_image=TRAINED_PROPOSALS, box_detections_per_img=config.max_detections)
+    kind: Any = FasterRCNN
+    if config.masks:
+        kind = MaskRCNN
+        parts.update(
+            mask_roi_pool=MultiScaleRoIAlign(names, output_size=14, sampling_ratio=2),
+            mask_head=MaskRCNNHeads(channels, (channels,) * 4, 1),
+            mask_predictor=MaskRCNNPredictor(channels, channels, num_classes))
+    detector = kind(ViTDetBackbone(vit, pyramid, channels), **parts)
+    detector.config = config
+    return detector
+
+
+def create_detector(
+        config: DetectorConfig,
+        checkpoint: Union[str, Path, None] = None,
+        allow_pickle: bool = False,
+        seed: int = 0,
+) -> nn.Module:
+    """A detector on a trained backbone, with a new pyramid and new heads, which are to be trained.
+
+    timm resizes position embeddings to the grid of the config's image size, and patch embeddings to 16 pixels
+    (FlexiViT's pseudo-inverse resize, arXiv 2212.08013).
+
+    Args:
+        config: What it is built of; mean and std become those that the backbone was trained with.
+        checkpoint: Weights of the backbone; its published ones if None.
+        allow_pickle: Load a pickled checkpoint, with torch's `weights_only` unpickler.
+        seed: Seed of the new weights.
+
+    Raises:
+        SFormerError: If there is no such backbone, or its weights cannot be had or do not fit.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vit: Any = _create_vit(config, True, checkpoint, allow_pickle)
+        cfg = vit.pretrained_cfg
+        return build_detector(dataclasses.replace(config, mean=cfg['mean'], std=cfg['std']), vit)
+
+
+def _create_vit(
+        config: DetectorConfig,
+        pretrained: bool,
+        checkpoint: Union[str, Path, None] = None,
+        allow_pickle: bool = False,
+) -> nn.Module:
+    arguments: Dict[str, Any] = dict(
+        num_classes=0, img_size=config.image_size, patch_size=PATCH_SIZE, dynamic_img_size=True)
+    if pretrained:
+        vit = create_source(config.backbone, checkpoint, allow_pickle, _resize, **arguments).network
+    else:
+        try:
+            vit = timm.create_model(config.backbone, pretrained=False, **arguments)
+        except (TypeError, RuntimeError) as e:
+            raise SFormerError(f'{config.backbone} cannot be the backbone of a detector: {e}') from e
+    if type(vit) not in SPIKING_MODELS:
+        raise SFormerError(f'{config.backbone} is no plain vision transformer, which a simple feature pyramid needs.')
+    return vit
+
+
+def _resize(state: Dict[str, Any], vit: nn.Module) -> Dict[str, Any]:
+    """A state dict without a classifier, its embeddings resized to the backbone, as timm does it."""
+    kind = type(vit)
+    state = {key: value for key, value in state.items() if key.split('.')[0] not in HEADS}
+    return SPIKING_MODELS[kind][1](state, vit) if kind in SPIKING_MODELS else state

@@ -1,0 +1,124 @@
+"""What a detector finds, drawn over the image: of an SFormer beside its source, and where its backbone spikes."""
+from pathlib import Path
+from typing import Any, Dict, List, Tuple
+
+import torch
+import torch.nn as nn
+from torchvision.transforms.v2 import functional as F
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+
+from ..checkpoints import write_aside
+from ..layers import SpikingLinear, named_neurons, source_view
+from .coco import read_image
+from .evaluation import detect
+
+__all__ = ['draw_detections', 'draw_file', 'picture', 'token_activity']
+
+
+def picture(
+        detector: nn.Module,
+        image: torch.Tensor,
+        min_score: float = 0.5,
+        side_by_side: bool = True,
+) -> torch.Tensor:
+    """A picture of what a detector finds in an image.
+
+    Args:
+        detector: As of `load_detector`.
+        image: Pixels in [0, 1], (3, H, W).
+        min_score: Least score of a detection that is drawn.
+        side_by_side: Of an SFormer: put its source to the left, and where the backbone spikes to the right.
+
+    Returns:
+        Pixels, uint8, (3, H, W) or three of these side by side.
+    """
+    if not side_by_side or not any(True for _ in named_neurons(detector)):
+        return draw_detections(detector, image, detect(detector, image), min_score)
+    source: Any = source_view(detector)
+    found, activity = token_activity(detector, image)
+    heat = F.resize(_coloured(activity), list(image.shape[-2:]), F.InterpolationMode.NEAREST)
+    pixels = F.to_dtype(image, torch.uint8, scale=True)
+    return torch.cat([
+        draw_detections(detector, image, detect(source, image), min_score),
+        draw_detections(detector, image, found, min_score),
+        (0.35 * pixels + 0.65 * heat).to(torch.uint8)], dim=-1)
+
+
+def draw_file(detector: nn.Module, image: Path, output: Path, *args: Any) -> None:
+    """Write a picture of what a detector finds in an image file; further arguments are those of `picture`.
+
+    Raises:
+        SFormerError: If the image is missing or unreadable.
+    """
+    drawn = F.to_pil_image(picture(detector, read_image(image), *args))
+    with write_aside(output.parent) as aside:
+        drawn.save(aside / output.name)
+
+
+def draw_detections(
+        detector: nn.Module,
+        image: torch.Tensor,
+        found: Dict[str, torch.Tensor],
+        min_score: float = 0.5,
+) -> torch.Tensor:
+    """Boxes, masks, categories and scores over an image, uint8 (3, H, W)."""
+    config: Any = detector.config
+    names = [config.categories[id] for id in sorted(config.categories)]
+    drawn = F.to_dtype(image, torch.uint8, scale=True)
+    kept = found['scores'] >= min_score
+    labels, scores = found['labels'][kept].tolist(), found['scores'][kept].tolist()
+    if not labels:
+        return drawn
+    palette = _palette()
+    colours = [palette[(label - 1) % len(palette)] for label in labels]
+    if 'masks' in found:
+        each = [palette[i % len(palette)] for i in range(len(labels))]  # neighbours are told apart
+        drawn = draw_segmentation_masks(drawn, found['masks'][kept][:, 0] > 0.5, alpha=0.45, colors=each)
+    texts = [f'{names[label - 1]} {score:.2f}' for label, score in zip(labels, scores, strict=True)]
+    many = len(labels) > 40 or len(names) == 1  # the texts would hide what they are of
+    size = max(11, image.shape[-1] // 45)
+    return draw_bounding_boxes(
+        drawn, found['boxes'][kept], None if many else texts, colors=colours, width=1 + image.shape[-1] // 400,
+        font=None if many else _font(), font_size=None if many else size)
+
+
+@torch.inference_mode()
+def token_activity(detector: nn.Module, image: torch.Tensor) -> Tuple[Dict[str, torch.Tensor], torch.Tensor]:
+    """What an SFormer finds, and the share of neurons that fire at each patch (h, w), over all linear layers of the
+    backbone, which each read a vector per token."""
+    model: Any = detector
+    vit = model.backbone.vit
+    shares: List[torch.Tensor] = []
+    grid: List[Any] = []
+
+    def count(layer: Any, args: Tuple[torch.Tensor, ...]) -> None:
+        shares.append((layer.neuron.encode(args[0]).levels != 0).float().mean(-1)[0])
+
+    layers = [layer for layer in vit.blocks.modules() if isinstance(layer, SpikingLinear)]
+    handles = [layer.register_forward_pre_hook(count) for layer in layers]
+    handles.append(model.backbone.pyramid.register_forward_pre_hook(lambda _, args: grid.append(args[0].shape[-2:])))
+    try:
+        found = detect(detector, image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    height, width = grid[0]
+    return found, torch.stack(shares).mean(0)[-height * width:].reshape(height, width).cpu()
+
+
+def _coloured(values: torch.Tensor) -> torch.Tensor:
+    """Values in [0, 1] in colours, uint8 (3, h, w); the range is that of the values."""
+    import matplotlib
+    low, high = values.min(), values.max()
+    colours = matplotlib.colormaps['viridis'](((values - low) / (high - low).clamp_min(1e-6)).numpy(), bytes=True)
+    return torch.from_numpy(colours[..., :3].copy()).permute(2, 0, 1)
+
+
+def _palette() -> List[Tuple[int, int, int]]:
+    import matplotlib
+    return [(int(r), int(g), int(b)) for r, g, b, _ in matplotlib.colormaps['tab10'](range(10), bytes=True)]
+
+
+def _font() -> str:
+    import matplotlib
+    return str(Path(matplotlib.get_data_path(), 'fonts', 'ttf', 'DejaVuSans.ttf'))

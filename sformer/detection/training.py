@@ -1,0 +1,231 @@
+"""Training of a detector's pyramid and heads on a backbone that is frozen, whose maps are kept on disk."""
+import dataclasses
+import hashlib
+import json
+import logging
+import random
+import shutil
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+
+import torch
+import torch.nn as nn
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torchvision.models.detection.image_list import ImageList
+from torchvision.transforms.v2 import functional as F
+
+from ..checkpoints import state_hash, write_aside
+from ..errors import SFormerError
+from ..utils import progress
+from .coco import CocoData
+
+__all__ = ['TrainingConfig', 'remove_state', 'train']
+
+_logger = logging.getLogger(__name__)
+
+STATE_NAME = 'training.safetensors'
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """How a detector is trained: AdamW, the learning rate rises linearly and falls along a cosine (one cycle).
+
+    Args:
+        epochs: Passes over the images.
+        batch_size: Images per step, all of one size.
+        lr: Highest learning rate.
+        weight_decay: Of AdamW.
+        trained_blocks: Last blocks of the backbone that are trained, too; with any, no maps are kept.
+        seed: Seed of the order and the mirroring of images, and of what the losses sample.
+    """
+    epochs: int = 12
+    batch_size: int = 2
+    lr: float = 5e-4
+    weight_decay: float = 0.05
+    trained_blocks: int = 0
+    seed: int = 0
+
+
+def train(
+        detector: nn.Module,
+        data: CocoData,
+        config: TrainingConfig,
+        directory: Path,
+        device: Optional[torch.device] = None,
+        report: Callable[[str], None] = _logger.info,
+) -> List[Dict[str, float]]:
+    """Train a detector, in place. After each epoch its state is written to `directory`, from where it goes on.
+
+    Args:
+        detector: As of `create_detector`.
+        data: Images with annotations.
+        config: How to train.
+        directory: Folder for the state of the training and for the maps of a frozen backbone.
+        device: Where to train.
+        report: Called with a line about each epoch.
+
+    Returns:
+        Mean losses of every epoch of this run.
+
+    Raises:
+        SFormerError: If a loss is NaN or infinite, or the state in `directory` is of another training.
+    """
+    model: Any = detector.to(device or 'cpu').train()
+    backbone = state_hash(model.backbone.vit.state_dict())
+    _freeze_(model, config.trained_blocks)
+    maps = None if config.trained_blocks else _Maps(model, directory)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=config.lr, weight_decay=config.weight_decay)
+    steps = sum(1 for _ in _batches(data, config, 0))
+    key = _digest([dataclasses.asdict(config), dataclasses.asdict(model.config), data.fingerprint, len(data), backbone])
+    done = _resume(directory / STATE_NAME, key, parameters, optimizer)
+    history: List[Dict[str, float]] = []
+    if done == config.epochs:
+        return history
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, config.lr, total_steps=steps * config.epochs, pct_start=0.1, last_epoch=done * steps - 1)
+    for epoch in range(done, config.epochs):
+        torch.manual_seed(config.seed + epoch)  # what the losses sample
+        total: Dict[str, float] = {}
+        for batch in progress(_batches(data, config, epoch), f'Epoch {epoch + 1} of {config.epochs}', steps):
+            losses = _losses(model, data, batch, maps)
+            loss = torch.stack([*losses.values()]).sum()
+            if not torch.isfinite(loss):
+                raise SFormerError(f'the loss became {loss.item()} in epoch {epoch + 1}: lower the learning rate '
+                                   f'(--lr).')
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters.values(), 1.)
+            optimizer.step()
+            scheduler.step()
+            for name, value in losses.items():
+                total[name] = total.get(name, 0.) + value.item() / steps
+        history.append(total)
+        report(f'epoch {epoch + 1}: ' + ', '.join(f'{name} {value:.4f}' for name, value in total.items()))
+        _save(directory / STATE_NAME, key, epoch + 1, parameters, optimizer)
+    return history
+
+
+def _freeze_(model: Any, trained_blocks: int) -> None:
+    """Freeze the backbone but for its last blocks and the norm behind them."""
+    vit = model.backbone.vit
+    vit.requires_grad_(False)
+    if trained_blocks:
+        for module in (*vit.blocks[-trained_blocks:], vit.norm):
+            module.requires_grad_(True)
+    else:
+        vit.eval()
+
+
+Batch = List[Tuple[int, bool]]  # ids of images, and whether they are mirrored
+
+
+def _batches(data: CocoData, config: TrainingConfig, epoch: int) -> Iterator[Batch]:
+    """Batches of images of one size, so that none is padded to another's; in an order of their own in each epoch."""
+    rng = random.Random(f'{config.seed} {epoch}')
+    groups: Dict[Tuple[int, int], Batch] = {}
+    for id, entry in data.images.items():
+        groups.setdefault((entry['height'], entry['width']), []).append((id, rng.random() < 0.5))
+    batches = []
+    for group in groups.values():
+        rng.shuffle(group)
+        batches += [group[i:i + config.batch_size] for i in range(0, len(group), config.batch_size)]
+    rng.shuffle(batches)
+    yield from batches
+
+
+def _losses(model: Any, data: CocoData, batch: Batch, maps: Optional['_Maps']) -> Dict[str, torch.Tensor]:
+    """Losses of the parts of torchvision's detector, which are called as `GeneralizedRCNN` calls them."""
+    device = next(model.parameters()).device
+    images, targets = [], []
+    for id, mirrored in batch:
+        image, target = _example(data, id, mirrored)
+        images.append(image.to(device))
+        targets.append({key: value.to(device) for key, value in target.items()})
+    if maps is None:
+        return model(images, targets)
+    resized, targets = model.transform(images, targets)
+    features = model.backbone.pyramid(maps(batch, resized))
+    proposals, losses = model.rpn(resized, features, targets)
+    _, box_losses = model.roi_heads(features, proposals, resized.image_sizes, targets)
+    return {**losses, **box_losses}
+
+
+def remove_state(directory: Path) -> None:
+    """Remove what `train` left for a run that goes on."""
+    (directory / STATE_NAME).unlink(missing_ok=True)
+    for maps in directory.glob('maps-*'):
+        shutil.rmtree(maps, ignore_errors=True)
+
+
+def _example(data: CocoData, id: int, mirrored: bool) -> Tuple[torch.Tensor, Dict[str, torch.Tensor]]:
+    """An image (3, H, W) and its target, mirrored or not."""
+    image, target = data.image(id), data.target(id)
+    if mirrored:
+        image = F.horizontal_flip(image)
+        target.update({key: F.horizontal_flip(target[key]) for key in ('boxes', 'masks') if key in target})
+    return image, {key: value.as_subclass(torch.Tensor) for key, value in target.items()}
+
+
+class _Maps:
+    """Maps of a frozen backbone, computed once per image and kept on disk in half precision."""
+
+    def __init__(self, model: Any, directory: Path):
+        self.backbone = model.backbone
+        key = _digest([state_hash(model.backbone.vit.state_dict()), dataclasses.asdict(model.config)])
+        self.directory = directory / f'maps-{key}'
+        self.directory.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, batch: Batch, images: ImageList) -> torch.Tensor:
+        """Maps (B, C, h, w) of images that were resized and normalised."""
+        return torch.stack([self._one(f'{id}{"-mirrored" * mirrored}', image)
+                            for (id, mirrored), image in zip(batch, images.tensors, strict=True)])
+
+    @torch.no_grad()
+    def _one(self, name: str, image: torch.Tensor) -> torch.Tensor:
+        path = self.directory / f'{name}.safetensors'
+        if not path.exists():
+            found = self.backbone.features(image[None])[0]
+            with write_aside(self.directory) as aside:
+                save_file({'map': found.half().contiguous().cpu()}, aside / path.name)
+        return load_file(path)['map'].to(image.device, image.dtype)
+
+
+def _digest(values: Any) -> str:
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
+
+
+def _save(
+        path: Path,
+        key: str,
+        epochs: int,
+        parameters: Dict[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+) -> None:
+    state: Dict[str, torch.Tensor] = {name: p.detach() for name, p in parameters.items()}
+    for name, p in parameters.items():
+        state.update({f'{name}:{part}': value for part, value in optimizer.state[p].items()})
+    group = {key: value for key, value in optimizer.param_groups[0].items() if key != 'params'}
+    with write_aside(path.parent) as aside:
+        save_file({name: t.cpu().contiguous() for name, t in state.items()}, aside / path.name,
+                  metadata=dict(key=key, epochs=str(epochs), group=json.dumps(group)))
+
+
+def _resume(path: Path, key: str, parameters: Dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
+    """Load the state of a training that was ended; returns the number of epochs that are done."""
+    if not path.exists():
+        return 0
+    with safe_open(path, 'pt') as f:
+        metadata = f.metadata()
+    if metadata.get('key') != key:
+        raise SFormerError(f'{path} is the state of a training with other data or options: repeat that one, or remove '
+                           f'the file to start over.')
+    state = load_file(path)
+    for name, p in parameters.items():
+        p.data.copy_(state[name])
+        for part in ('step', 'exp_avg', 'exp_avg_sq'):
+            value = state[f'{name}:{part}']
+            optimizer.state[p][part] = value if part == 'step' else value.to(p.device)
+    optimizer.param_groups[0].update(json.loads(metadata['group']))  # which the schedule goes on from
+    return int(metadata['epochs'])

@@ -1,0 +1,113 @@
+"""A detector converts whole, and what is saved is what was converted."""
+import json
+
+import pytest
+import torch
+from detection_tools import small_detector
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from sformer.detection import convert_detector, detect, load_detector, save_detector
+from sformer.errors import SFormerError, UncalibratedError, UnsupportedLayerError
+from sformer.layers import is_calibrated, source_view, spiking_
+from sformer.profiling import profile_operations
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_every_product_reads_spikes(sformer_detector, data):
+    operations, sites, _ = profile_operations(sformer_detector, [[data.image(10)]])
+    assert [o.name for o in operations if not o.operands] == []
+    products = {o.name for o in operations}
+    layers = {name for name, m in sformer_detector.named_modules() if isinstance(m, (
+        nn.Linear, nn.Conv2d, nn.ConvTranspose2d))}
+    assert layers <= products  # so none was passed over, either
+    assert any('mask_predictor.conv5_mask' in name for name in layers) and any('pyramid' in name for name in layers)
+    assert all(site.spikes['graded'] > 0 for site in sites)
+
+
+def test_source_is_inside_bit_for_bit(sformer_detector, data):
+    source = small_detector(masks=True)
+    found, expected = detect(sformer_detector, data.image(10)), detect(source, data.image(10))
+    assert same(detect(source_view(sformer_detector), data.image(10)), expected)
+    assert not torch.equal(found['scores'], expected['scores'])
+    assert (found['scores'] - expected['scores']).abs().max() < 0.05
+    assert sformer_detector.conversion.calibration.num_images == 2
+    assert sformer_detector.conversion.calibration.name == 'shapes'
+
+
+def test_maps_of_an_sformer_are_near_those_of_its_source(sformer_detector, data):
+    image = data.image(11)
+    images, _ = sformer_detector.transform([image])
+    with torch.no_grad():
+        maps = sformer_detector.backbone(images.tensors)
+        expected = source_view(sformer_detector).backbone(images.tensors)
+    for level in expected:
+        # random weights of 8 channels, calibrated on two images; a network that learnt something errs less
+        assert (maps[level] - expected[level]).norm() < 0.2 * expected[level].norm()
+
+
+def test_what_cannot_spike_is_named_and_nothing_is_changed(data):
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(8))
+
+        def forward(self, x):
+            return x
+
+    detector = small_detector()
+    detector.backbone.pyramid.levels[0].append(Scale())
+    with pytest.raises(UnsupportedLayerError, match=r'backbone\.pyramid\.levels\.0\.\d+ \(.*Scale\)'):
+        convert_detector(detector, data)
+    assert not any(True for m in detector.modules() if hasattr(m, 'neuron'))
+
+
+def test_folders(sformer_detector, data, tmp_path):
+    for name, detector in (('sformer', sformer_detector), ('source', small_detector())):
+        save_detector(detector, tmp_path / name)
+        loaded = load_detector(tmp_path / name)
+        loaded.roi_heads.score_thresh = 0.
+        assert same(detect(loaded, data.image(10)), detect(detector, data.image(10))) and type(loaded) is type(detector)
+        assert loaded.config == detector.config and is_calibrated(loaded) == (name == 'sformer')
+        with pytest.raises(SFormerError, match='--overwrite'):
+            save_detector(detector, tmp_path / name)
+    record = load_detector(tmp_path / 'sformer').conversion
+    assert record.calibration == sformer_detector.conversion.calibration and not record.changed
+    with pytest.raises(UncalibratedError):
+        save_detector(spiking_(small_detector()), tmp_path / 'none')
+    assert not (tmp_path / 'none').exists()
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda config: config.update(weights_sha256='0'), 'not the file that config.json belongs to'),
+    (lambda config: config['detector'].update(backbone='os.system'), 'not the name of a timm architecture'),
+    (lambda config: config['detector'].update(url='x'), 'not as sformer wrote it'),
+    (lambda config: config['detector'].pop('categories'), 'not as sformer wrote it'),
+    (lambda config: config['detector'].update(channels=16), 'not of the detector that config.json describes'),
+    (lambda config: config.pop('detector'), 'holds no detector')])
+def test_config_that_was_changed(change, message, tmp_path):
+    save_detector(small_detector(), tmp_path)
+    config = json.loads((tmp_path / 'config.json').read_text())
+    change(config)
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    with pytest.raises(SFormerError, match=message):
+        load_detector(tmp_path)
+
+
+def test_weights_that_are_damaged(tmp_path):
+    save_detector(small_detector(), tmp_path)
+    file = tmp_path / 'model.safetensors'
+    state = load_file(file)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-100])
+    with pytest.raises(SFormerError, match='truncated or corrupted'):
+        load_detector(tmp_path)
+    save_file({name: tensor * 2 for name, tensor in state.items()}, file)
+    with pytest.raises(SFormerError, match='SHA-256 differs'):
+        load_detector(tmp_path)
+    file.unlink()
+    with pytest.raises(SFormerError, match='no model.safetensors'):
+        load_detector(tmp_path)

@@ -1,0 +1,98 @@
+"""Training goes on where it ended, trains what it should, and sees what it should."""
+import copy
+import dataclasses
+
+import pytest
+import torch
+from detection_tools import small_detector, write_coco
+
+from sformer.detection import TrainingConfig, open_coco, train, training
+from sformer.errors import SFormerError
+
+CONFIG = TrainingConfig(epochs=2, batch_size=2)
+
+
+@pytest.fixture(scope='module')
+def few(tmp_path_factory):
+    root = tmp_path_factory.mktemp('few')
+    write_coco(root, num=3)
+    return open_coco(root, 'train', masks=True)
+
+
+@pytest.fixture(scope='module')
+def trained(few, tmp_path_factory):
+    detector = small_detector(masks=True)
+    return detector, train(detector, few, CONFIG, tmp_path_factory.mktemp('trained'))
+
+
+def test_pyramid_and_heads_learn_on_a_frozen_backbone(trained):
+    detector, history = trained
+    new = small_detector(masks=True)
+    same = {name for name, p in new.named_parameters() if torch.equal(p, detector.state_dict()[name])}
+    vit = {f'backbone.vit.{name}' for name, _ in new.backbone.vit.named_parameters()}
+    assert vit <= same and len(same) < len(vit) + 10  # biases that nothing has moved
+    assert history[1]['loss_classifier'] < history[0]['loss_classifier']
+    assert set(history[0]) == {
+        'loss_objectness', 'loss_rpn_box_reg', 'loss_classifier', 'loss_box_reg', 'loss_mask'}
+
+
+def test_a_run_that_was_killed_goes_on(trained, few, tmp_path, monkeypatch):
+    save = training._save
+
+    def killed(*args):
+        save(*args)
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(training, '_save', killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(small_detector(masks=True), few, CONFIG, tmp_path)
+    detector = small_detector(masks=True)
+    history = train(detector, few, CONFIG, tmp_path)
+    assert history == trained[1][1:]
+    assert all(torch.equal(a, b) for a, b in zip(
+        detector.state_dict().values(), trained[0].state_dict().values(), strict=True))
+    training.remove_state(tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_state_of_another_training_is_refused(few, tmp_path):
+    config = dataclasses.replace(CONFIG, epochs=1)
+    train(small_detector(), few, config, tmp_path)
+    assert train(small_detector(), few, config, tmp_path) == []  # which has come to its end
+    for detector, how in ((small_detector(seed=0), config), (small_detector(), dataclasses.replace(config, seed=1))):
+        with pytest.raises(SFormerError, match='with other data or options'):
+            train(detector, few, how, tmp_path)
+
+
+def test_last_blocks_learn_if_asked(few, tmp_path):
+    detector = small_detector()
+    before = copy.deepcopy(detector.backbone.vit.state_dict())
+    train(detector, few, TrainingConfig(epochs=1, trained_blocks=1), tmp_path)
+    changed = {name.split('.')[1] for name, value in detector.backbone.vit.state_dict().items()
+               if not torch.equal(value, before[name]) and name.startswith('blocks')}
+    assert changed == {str(len(detector.backbone.vit.blocks) - 1)}
+
+
+def test_boxes_and_masks_are_mirrored_with_the_image(few):
+    for mirrored in (False, True):
+        image, target = training._example(few, 10, mirrored)
+        x0, y0, x1, y1 = target['boxes'][1].int().tolist()  # the blue square
+        assert image[2, y0:y1, x0:x1].mean() > 0.5 and image[0, y0:y1, x0:x1].mean() < 0.4
+        assert target['masks'][1].bool()[y0:y1, x0:x1].all()
+    assert not torch.equal(image, few.image(10))
+
+
+def test_batches_are_of_one_size_and_cover_all(data):
+    orders = [[*training._batches(data, CONFIG, epoch)] for epoch in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]
+    for order in orders:
+        assert sorted(id for batch in order for id, _ in batch) == [*data.images]
+        assert all(len({data.images[id]['width'] for id, _ in batch}) == 1 for batch in order)
+
+
+def test_a_loss_that_explodes_is_an_error(few, tmp_path):
+    detector = small_detector()
+    detector.roi_heads.box_predictor.cls_score.bias.data.fill_(float('nan'))
+    with pytest.raises(SFormerError, match=r'the loss became nan in epoch 1: .*--lr'):
+        train(detector, few, CONFIG, tmp_path)
+    assert not (tmp_path / training.STATE_NAME).exists()

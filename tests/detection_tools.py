@@ -1,0 +1,52 @@
+"""A small data set in COCO format, and a small detector with random weights."""
+import json
+
+import torch
+from PIL import Image, ImageDraw
+
+from sformer.detection import DetectorConfig, build_detector
+
+CATEGORIES = [dict(id=3, name='disc'), dict(id=7, name='square')]
+
+
+def write_coco(root, split='train', num=6, sizes=((64, 96), (96, 64))):
+    """Discs and squares with boxes and polygons on grey, images of two sizes; returns what is in the JSON file."""
+    (root / split).mkdir(parents=True)
+    images, annotations = [], []
+    rng = torch.Generator().manual_seed(len(split))
+    for i in range(num):
+        height, width = sizes[i % len(sizes)]
+        image = Image.new('RGB', (width, height), (90, 90, 90))
+        for category in CATEGORIES:
+            side = int(torch.randint(16, 30, (), generator=rng))
+            x, y = (int(torch.randint(0, limit - side, (), generator=rng)) for limit in (width, height))
+            draw = ImageDraw.Draw(image)
+            shape = draw.ellipse if category['name'] == 'disc' else draw.rectangle
+            shape((x, y, x + side - 1, y + side - 1), fill=(220, 40, 40) if category['id'] == 3 else (40, 40, 220))
+            annotations.append(dict(
+                id=len(annotations) + 1, image_id=10 + i, category_id=category['id'], bbox=[x, y, side, side],
+                area=side * side, iscrowd=0,
+                segmentation=[[x, y, x + side, y, x + side, y + side, x, y + side]]))
+        image.save(root / split / f'{i}.png')
+        images.append(dict(id=10 + i, file_name=f'{i}.png', width=width, height=height))
+    data = dict(images=images, annotations=annotations, categories=CATEGORIES)
+    write_annotations(root, data, split)
+    return data
+
+
+def write_annotations(root, data, split='train'):
+    (root / f'{split}.json').write_text(json.dumps(data))
+
+
+def small_config(**kwargs):
+    return DetectorConfig(**{**dict(
+        backbone='test_vit', categories={c['id']: c['name'] for c in CATEGORIES}, image_size=(64, 96), channels=8,
+        hidden=16, max_detections=10), **kwargs})
+
+
+def small_detector(seed=6, **kwargs):
+    """A detector with random weights that detects something: no score is too small. With this seed, some is there."""
+    torch.manual_seed(seed)
+    detector = build_detector(small_config(**kwargs)).eval()
+    detector.roi_heads.score_thresh = 0.
+    return detector
