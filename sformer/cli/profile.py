@@ -46,17 +46,7 @@ def profile(
         check_report(output)
     from ..conversion import calibration_batches
     from ..detection import is_detector
-    from ..neurons import CODINGS
-    from ..profiling import (
-        compare_codings,
-        energy,
-        pixels_of,
-        profile_model,
-        read_constants,
-        spike_maps,
-        traffic,
-        verdicts,
-    )
+    from ..profiling import compare_codings, energy, pixels_of, profile_model, read_constants, spike_maps
     from ..publishing.profile_page import read_curve, write_profile
     from ..saving import open_model
     energies, points = read_constants(constants, constant or ()), read_curve(curve) if curve else []
@@ -73,19 +63,25 @@ def profile(
     first = next(batches)  # there is one: a source without images is refused
     counted = profile_model(network, itertools.chain([first], batches))
     figures = energy(*counted[:3], energies)
-    result: Dict[str, Any] = dict(
-        model=model, images=dict(images, num_images=counted.images), energy=figures, verdicts=verdicts(figures),
-        operations=[dataclasses.asdict(o) for o in counted.operations],
-        sites=[dict(dataclasses.asdict(s), bytes={c: traffic(s, c, energies)[0] / 8 for c in ('quantised', *CODINGS)})
-               for s in counted.sites],
-        floating=[dataclasses.asdict(f) for f in counted.floating],
-        executed=compare_codings(network, first[:execute]) if execute and not detector else None, command=command_line())
-    result['executed_line'] = executed_line(result['executed'])
+    executed = compare_codings(network, first[:execute]) if execute and not detector else None
+    result = report(counted, figures, energies, model=model, images=dict(images, num_images=counted.images),
+                    executed=executed, executed_line=executed_line(executed), command=command_line())
     print_profile(result, counted, what_is_spiking)
     if output:
-        pictures: Any = () if detector else (pixels_of(network, first[0]), spike_maps(network, first[0]))
-        names = write_profile(output, result, counted, *pictures, curve=points)
+        image, maps = (None, None) if detector else (pixels_of(network, first[0]), spike_maps(network, first[0]))
+        names = write_profile(output, result, counted, image, maps, points)
         print(f'written to {output}: {", ".join(names)}')
+
+
+def report(counted: Any, figures: Any, energies: Any, **rest: Any) -> Dict[str, Any]:
+    """What goes into `profile.json`: every product, neuron and function, and what they cost."""
+    from ..neurons import CODINGS
+    from ..profiling import traffic, verdicts
+    return dict(
+        energy=figures, verdicts=verdicts(figures), operations=[dataclasses.asdict(o) for o in counted.operations],
+        sites=[dict(dataclasses.asdict(s), bytes={c: traffic(s, c, energies)[0] / 8 for c in ('quantised', *CODINGS)})
+               for s in counted.sites],
+        floating=[dataclasses.asdict(f) for f in counted.floating], **rest)
 
 
 def executed_line(executed: Optional[Dict[str, Any]]) -> str:

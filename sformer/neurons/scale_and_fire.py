@@ -222,7 +222,7 @@ class ScaleAndFire(Neuron):
         boundaries = firing_boundaries(values, self.config.initial_potential, self.config.dead_zone)
         center, relative = statistics.center, torch.ones(())
         if self.quiet is not None:
-            statistics = statistics.loud()
+            statistics = statistics.loud(self.quiet)
         shape: Tuple[int, ...] = tuple(self.step.shape)
         if octaves is not None:
             shape, relative = (*shape[:-1], 1), 2. ** octaves

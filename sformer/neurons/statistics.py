@@ -104,12 +104,12 @@ class CurrentStatistics:
         counts = self.counts.sum(0).to(torch.float64)
         return (counts @ squares / counts.sum(1).clamp_min(1)).sqrt().view(self.shape)
 
-    def loud(self) -> 'CurrentStatistics':
-        """Statistics of what is not silent; what is counts as no current."""
+    def loud(self, quiet: torch.Tensor) -> 'CurrentStatistics':
+        """Statistics of what is not silent; what is (of a magnitude below `quiet`, `shape`) counts as no current."""
         out = CurrentStatistics(self.shape, self.branches == 2, self.center_shape)
         out.center, out.peak, out.counted = self.center, self.peak, self.counted
         edges = bin_edges()
-        silent = (edges[:-1] + edges[1:]) / 2 < self.quiet.flatten()[:, None]
+        silent = (edges[:-1] + edges[1:]) / 2 < quiet.to('cpu').flatten()[:, None]
         out.counts = self.counts.masked_fill(silent, 0)
         return out
 
