@@ -18,7 +18,7 @@ from hub_fixtures import REPO, assert_same, change_config, timm_load
 from huggingface_hub import constants, file_download
 from safetensors.torch import load_file, save_file
 
-from sformer import SFormerError, load_model
+from sformer import SFormerError, is_calibrated, load_model
 from sformer.checkpoints import file_hash
 from sformer.publishing.publish import publish
 from sformer.saving import open_model
@@ -39,6 +39,15 @@ def test_revisions(hub, folder, other_folder, images):
         load_model(f'hf-hub:{REPO}@{first}', revision=second)
     with pytest.raises(SFormerError, match='only a model on the Hub has revisions'):
         load_model(folder, revision=first)
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_transformers(published, model, images):
+    transformers = pytest.importorskip('transformers')
+    wrapped = transformers.AutoModelForImageClassification.from_pretrained(REPO).eval()
+    assert is_calibrated(wrapped)
+    with torch.no_grad():
+        assert torch.equal(wrapped(images).logits, model(images))
 
 
 def test_revision_that_does_not_exist(published, run_here):

@@ -10,7 +10,7 @@ from sformer.record import CalibrationRecord, Conversion
 RECORD = Conversion(
     'vit_tiny_patch16_224', 'augreg_in21k_ft_in1k', 'ab' * 32, 'timm/x@0', 'token', FitConfig('quantile', 0.99),
     CalibrationRecord('digits', 'train', 3, 'ff', 8, True), dict(torch='2.8'),
-    'sformer convert x', True, 'cd' * 32, 'y')
+    'sformer convert x', True, '10 steps', 'cd' * 32, 'y')
 
 
 def test_there_and_back():

@@ -71,5 +71,5 @@ def _over_time(site: Site, spikes: Dict[str, float], steps: int) -> Site:
     """A neuron that is looked at once per timestep."""
     potentials = site.neurons * steps
     return dataclasses.replace(
-        site, neurons=potentials, activity=spikes['graded'] / potentials, saturation=float('nan'), levels=1, planes=1, bits=2, top=1,
-        spikes={coding: spikes[coding] / potentials for coding in CODINGS})
+        site, neurons=potentials, activity=spikes['graded'] / potentials, saturation=float('nan'), levels=1, planes=1,
+        bits=2, top=1, spikes={coding: spikes[coding] / potentials for coding in CODINGS})

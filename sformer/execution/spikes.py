@@ -102,7 +102,7 @@ class SpikeLinear(SpikeLayer, SpikingLinear):
 class SpikeConv2d(SpikeLayer, SpikingConv2d):
     """Convolution of spikes, exact; what the centre of its input gives is a current of its own."""
 
-    def forward(self, x: torch.Tensor, *args: Any, fired: bool = False, **kwargs: Any) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, *args: Any, fired: bool = False, **kwargs: Any) -> torch.Tensor:  # type: ignore
         spikes = self.neuron.encode(x)
         step = spikes.step.flatten().expand(self.in_channels)
         group = self.weight.shape[1]

@@ -1,5 +1,6 @@
 """`sformer evaluate` and `sformer compare`."""
 import csv
+import gc
 import io
 import json
 import os
@@ -19,6 +20,15 @@ def test_evaluate_options(run, saved):
     result = run('evaluate', saved, '--dataset', 'digits', '--split', 'train', '--num-images', 30, '--no-source')
     assert (result.code, result.err) == (0, '')
     assert '30 images of digits (train)' in result.out and 'source' not in result.out
+
+
+@pytest.mark.filterwarnings('always::ResourceWarning')
+def test_no_file_is_left_open(run, saved, tmp_path, recwarn):
+    class_folders(tmp_path / 'images', [str(i) for i in range(10)])
+    out = tmp_path / 'r.csv'
+    assert run('evaluate', saved, '--dataset', tmp_path / 'images', '--results-file', out).code == 0 and out.exists()
+    gc.collect()
+    assert not [w for w in recwarn if issubclass(w.category, ResourceWarning)]
 
 
 def test_evaluate_by_name(run_apart):
