@@ -26,6 +26,7 @@ CONFIG_NAME = 'config.json'
 
 # where timm finds weights, and how it reads them: a config does not choose, its weights lie beside it
 LOCATIONS = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'custom_load', 'source')
+LATER_FIELDS = {'silence'}  # of SFNConfig: models that were saved before have nothing of it, as its default says
 
 
 def factory_arguments() -> Set[str]:
@@ -69,7 +70,7 @@ def read_config(folder: Path) -> Dict[str, Any]:
                            f'Not loaded.')
     sfn = args.get('sfn') or {}
     if config.get('sformer') and isinstance(sfn, dict):  # or neurons would fire as those of the default config do
-        missing = [field.name for field in dataclasses.fields(SFNConfig) if field.name not in sfn]
+        missing = [field.name for field in dataclasses.fields(SFNConfig) if field.name not in {*sfn, *LATER_FIELDS}]
         if missing:
             raise SFormerError(f'{path} does not say how its neurons fire: model_args.sfn lacks {", ".join(missing)}. '
                                f'Convert the source again.')

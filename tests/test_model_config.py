@@ -101,6 +101,8 @@ def test_config_that_does_not_say_how_neurons_fire(folder):
         edit_config(folder, model_args=dict(args, sfn=sfn))
         with pytest.raises(SFormerError, match=f'how its neurons fire: model_args.sfn {lacks}'):
             load_model(folder)
+    edit_config(folder, model_args=dict(args, sfn={k: v for k, v in args['sfn'].items() if k != 'silence'}))
+    assert load_model(folder).sfn_config.silence == 0, 'saved before there was a price of activity'
 
 
 def test_record_of_another_version(folder):
