@@ -95,7 +95,7 @@ class SpikeLinear(SpikeLayer, SpikingLinear):
         if spikes.row is not None:
             out = out * spikes.row
         if spikes.center is not None:
-            out = out + F.linear(spikes.center.expand(x.shape[-1:]), self.weight)
+            out = out + F.linear(spikes.center.expand(x.shape[-1:]).to(self.weight.dtype), self.weight)
         return (out if self.bias is None else out + self.bias).to(x.dtype)
 
 
@@ -159,6 +159,8 @@ class SpikeAttention(AttentionProduct):
         attn = self.attn_neuron.encode(softmax_numerators(scores.to(query.dtype), attn_mask, is_causal))
         total = attn.levels.sum(dim=-1, keepdim=True)  # int64
         out = self._meet(attn.levels, v.levels) * v.step / total.clamp_min(1)
+        if v.center is not None:  # rows sum to one, those that see no key to nothing
+            out = out + v.center * total.clamp(max=1)
         return out.to(value.dtype)
 
     def _meet(self, a: torch.Tensor, b: torch.Tensor, relative: Any = 1.) -> torch.Tensor:

@@ -9,7 +9,7 @@ from layer_tools import FAMILIES, build, pixels, relative_error, rng
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sformer import SFormerError, UncalibratedError, convert, source_of, spiking_, to_integer_, to_spikes_
+from sformer import SFNConfig, SFormerError, UncalibratedError, convert, source_of, spiking_, to_integer_, to_spikes_
 from sformer.execution import spike_planes, spike_trains
 from sformer.layers import SpikingLinear
 
@@ -64,6 +64,17 @@ def test_bit_planes_equal_graded_spikes(family):
     assert len(operands.values) > 2
     assert torch.equal(binary, graded)
     assert relative_error(binary, model(images)) < 0.05  # sums in float32, and a potential at a boundary now and then
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=str)
+@torch.no_grad()
+def test_constants_around_which_neurons_are_silent_are_executed(dtype):
+    model, images = convert(build('vit'), [pixels(8)], SFNConfig(silence=0.01)), pixels(3, seed=5)
+    assert model.blocks[0].attn.products[0].v_neuron.center.abs().max() > 0.1
+    model, images = model.to(dtype), images.to(dtype)
+    binary = coded(model, 'binary')(images)
+    assert torch.equal(binary, coded(model, 'graded')(images))
+    assert relative_error(binary, model(images)) < 0.05
 
 
 @torch.no_grad()
