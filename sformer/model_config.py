@@ -19,10 +19,14 @@ from .neurons import SFNConfig
 from .record import Conversion
 from .utils import check_preprocessing
 
-__all__ = ['WEIGHTS_NAME', 'CONFIG_NAME', 'read_config', 'check_weights_file', 'conversion_of', 'factory_arguments']
+__all__ = [
+    'WEIGHTS_NAME', 'CONFIG_NAME', 'DETECTOR_KEY', 'read_config', 'check_weights_file', 'conversion_of',
+    'factory_arguments',
+]
 
 WEIGHTS_NAME = 'model.safetensors'
 CONFIG_NAME = 'config.json'
+DETECTOR_KEY = 'detector'  # what a config of a detector has, and no config of timm
 
 # where timm finds weights, and how it reads them: a config does not choose, its weights lie beside it
 LOCATIONS = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'custom_load', 'source')
@@ -39,13 +43,17 @@ def read_config(folder: Path) -> Dict[str, Any]:
     """Read and check the `config.json` of an SFormer.
 
     Raises:
-        SFormerError: If there is none, it is none of timm's, of no SFormer, or tries to direct the loader.
+        SFormerError: If there is none, it is none of timm's, of no SFormer or of a detector, or tries to direct the
+            loader.
     """
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise SFormerError(f'{folder} holds no SFormer: there is no {CONFIG_NAME}.')
     try:
         config = json.loads(path.read_text(encoding='utf-8'))
+        if DETECTOR_KEY in config:
+            raise SFormerError(
+                f'{folder} holds a detector, which sformer convert, evaluate, profile and detect show take.')
         architecture = config['architecture']
         for key in ('model_args', 'pretrained_cfg', 'sformer'):
             if not isinstance(config.get(key, {}), dict):

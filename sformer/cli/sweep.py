@@ -98,13 +98,14 @@ def search(
         storage: Annotated[Optional[Path], typer.Option(
             help='Journal of the trials; a search that was ended continues from it')] = None,
 ) -> None:
-    """Search for neurons that fire little and stay close to the source (Optuna, `pip install optuna`)."""
+    """Search for neurons that fire little and stay close to the source (an extra: pip install 'sformer[search]')."""
     if spikes not in ('activity', 'unary', 'binary'):
         raise SFormerError(f'--spikes is activity, unary or binary, not {spikes!r}.')
+    from ..profiling.search import need_optuna, pareto_front, recommended, search
+    need_optuna()
     if storage:
         check_folder(storage.parent)
         storage.parent.mkdir(parents=True, exist_ok=True)
-    from ..profiling.search import pareto_front, recommended, search
     bench_, network, used = bench.open(model)
     points = search(bench_, network.sfn_config, budget, storage, spikes, bench.seed)
     front, best = pareto_front(points, spikes), recommended(points, max_error, spikes)

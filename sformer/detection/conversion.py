@@ -9,6 +9,7 @@ import torch.nn as nn
 from ..calibration import calibrate_
 from ..checkpoints import check_weights, state_hash
 from ..data.generator import dead_leaves
+from ..errors import SFormerError
 from ..layers import revert_, spiking_
 from ..models import set_pixel_range_
 from ..neurons import FitConfig, SFNConfig
@@ -62,9 +63,11 @@ def convert_detector(
         The detector in eval mode; `detector.conversion` records how it came about.
 
     Raises:
-        SFormerError: If the weights of the detector or the images are not usable.
+        SFormerError: If the weights of the detector or the images are not usable, or neurons have a price of activity.
         UnsupportedLayerError: If a layer has no spiking counterpart; the detector is unchanged then.
     """
+    if config.silence:
+        raise SFormerError('a detector has no price of activity (silence) yet: it needs gradients of one output.')
     model: Any = revert_(detector)
     check_weights(model, 'the detector')
     batches = image_batches(model, calibration, num_images, seed)

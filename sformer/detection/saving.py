@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from ..checkpoints import file_hash, first_line, read_safetensors, restore, state_hash, write_aside
 from ..errors import SFormerError, UncalibratedError
 from ..layers import is_calibrated, named_neurons, uncalibrated
-from ..model_config import CONFIG_NAME, WEIGHTS_NAME
+from ..model_config import CONFIG_NAME, DETECTOR_KEY, WEIGHTS_NAME
 from ..neurons import SFNConfig
 from ..record import Conversion
 from ..saving import check_output
@@ -20,8 +20,6 @@ from .conversion import spiking_detector_
 from .detectors import DetectorConfig, build_detector
 
 __all__ = ['is_detector', 'load_detector', 'save_detector']
-
-KEY = 'detector'  # what a config of a detector has, and no config of timm
 
 
 def save_detector(detector: nn.Module, directory: Union[str, Path], overwrite: bool = False) -> Path:
@@ -39,7 +37,7 @@ def save_detector(detector: nn.Module, directory: Union[str, Path], overwrite: b
         raise UncalibratedError(f'{uncalibrated(detector)}; convert it with convert_detector() before saving.')
     check_output(directory, overwrite)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in detector.state_dict().items()}
-    config: Dict[str, Any] = {KEY: dataclasses.asdict(model.config)}
+    config: Dict[str, Any] = {DETECTOR_KEY: dataclasses.asdict(model.config)}
     try:
         with write_aside(directory) as aside:
             save_file(state, aside / WEIGHTS_NAME, metadata={'format': 'pt'})
@@ -60,7 +58,7 @@ def save_detector(detector: nn.Module, directory: Union[str, Path], overwrite: b
 def is_detector(path: Union[str, Path]) -> bool:
     """Whether a folder holds a detector rather than a classifier."""
     try:
-        return KEY in json.loads((Path(path) / CONFIG_NAME).read_text(encoding='utf-8'))
+        return DETECTOR_KEY in json.loads((Path(path) / CONFIG_NAME).read_text(encoding='utf-8'))
     except (OSError, ValueError, TypeError):
         return False
 
@@ -81,7 +79,7 @@ def load_detector(path: Union[str, Path]) -> nn.Module:
         raise SFormerError(f'{folder} holds no detector: there is no {CONFIG_NAME} of one.')
     try:
         data = json.loads(file.read_text(encoding='utf-8'))
-        config = DetectorConfig(**data[KEY])
+        config = DetectorConfig(**data[DETECTOR_KEY])
         sfn = SFNConfig(**data['sfn']) if 'sfn' in data else None
         record = Conversion.from_dict(data['sformer']) if sfn else None
         expected = str(data['weights_sha256'])

@@ -16,7 +16,10 @@ from ..errors import SFormerError
 from ..layers import named_neurons, source_of
 from ..neurons import CODINGS, FitConfig, Neuron, ScaleAndFire, SFNConfig, count_spikes
 
-__all__ = ['Bench', 'Point', 'SWEPT_LEVELS', 'SILENCES', 'pareto_front', 'recommended', 'replaced', 'search', 'sweep']
+__all__ = [
+    'Bench', 'Point', 'SWEPT_LEVELS', 'SILENCES', 'need_optuna', 'pareto_front', 'recommended', 'replaced', 'search',
+    'sweep',
+]
 
 SWEPT_LEVELS = (2, 4, 8, 16, 32, 63)
 SILENCES = (0.001, 0.003, 0.01, 0.03, 0.1)  # prices of activity that are tried without a search
@@ -186,7 +189,7 @@ def search(
         Points in the order in which they were measured, the earlier ones of the journal among them.
 
     Raises:
-        SFormerError: If the journal is of another search.
+        SFormerError: If the journal is of another search, or Optuna is missing.
     """
     propose: Dict[str, Callable[[Any], Dict[str, Any]]] = {
         'search': lambda trial: dict(
@@ -216,6 +219,19 @@ def search(
     return points
 
 
+def need_optuna() -> Any:
+    """Optuna.
+
+    Raises:
+        SFormerError: If it is not installed.
+    """
+    try:
+        import optuna
+    except ImportError:
+        raise SFormerError("optuna is missing: pip install 'sformer[search]'.") from None
+    return optuna
+
+
 def _study(
         name: str,
         objectives: Sequence[str],
@@ -225,7 +241,7 @@ def _study(
         identity: Dict[str, Any],
 ) -> Tuple[Any, List[Point]]:
     """A study, which continues one of this identity, and the points that it has."""
-    import optuna
+    optuna = need_optuna()
     from optuna.storages.journal import JournalFileBackend
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(

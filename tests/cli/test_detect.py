@@ -59,4 +59,8 @@ def test_mistakes(files, run):
     assert_mistake(run('convert', det, '--calibration', shapes, '--split', 'no', '-o', files / 'x'), "no split 'no'")
     assert_mistake(run('detect', 'show', det, files / 'backbone.safetensors', '-o', files / 'o.png'), 'as an image')
     assert_mistake(run('detect', 'show', det, shapes / 'val' / '0.png', '-o', files / 'o.txt'), 'neither a PNG nor')
-    assert not (files / 'x').exists() and not (files / 'o.png').exists()
+    for args in (('export', det, files / 'o.onnx'), ('card', det), ('sweep', det), ('distill', det, '--dataset', shapes,
+                                                                               '-o', files / 'x')):
+        assert_mistake(run(*args), 'holds a detector, which sformer convert, evaluate, profile and detect show take')
+    assert_mistake(run('convert', det, '--silence', '0.01', '-o', files / 'x'), 'no price of activity')
+    assert not (files / 'x').exists() and not (files / 'o.onnx').exists() and not (files / 'o.png').exists()

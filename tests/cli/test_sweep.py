@@ -1,5 +1,6 @@
 """`sformer sweep`, `search` and `distill`."""
 import json
+import sys
 
 import pytest
 
@@ -43,6 +44,13 @@ def test_distill(run_inside, model, tmp_path):
     assert 'step 3: relative error' in out
     trained = load_model(tmp_path / 'trained')
     assert trained.conversion.changed and trained.conversion.distillation.startswith('3 steps of 16 of 40 images')
+
+
+def test_missing_optuna_is_named_before_the_work(run_inside, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'optuna', None)
+    code, _, err = run_inside('search', 'nothing', *DIGITS, '--storage', 'a/trials')
+    assert code == 1 and err == "sformer: error: optuna is missing: pip install 'sformer[search]'.\n"
+    assert not (tmp_path / 'a').exists()
 
 
 @pytest.mark.parametrize('args, message', [

@@ -1,26 +1,17 @@
 """Totals of a profile against counting by hand, to the unit."""
 import pytest
 import torch
-from layer_tools import build, pixels
+from layer_tools import build, levels_of, pixels
 from torch import nn
 
-from sformer import SFNConfig, calibrate_, convert, named_neurons, spiking_
+from sformer import SFNConfig, calibrate_, convert, spiking_
 from sformer.neurons import CODINGS
 from sformer.profiling import profile_model
 
 
 def fired(model, images):
     """Levels of every neuron as nested lists of Python's integers, by path."""
-    found, handles = {}, []
-    for name, neuron in named_neurons(model):
-        def keep(neuron, args, name=name):
-            found[name] = neuron.encode(args[0]).levels.tolist()
-        handles.append(neuron.register_forward_pre_hook(keep))
-    with torch.no_grad():
-        model(images)
-    for handle in handles:
-        handle.remove()
-    return found
+    return {name: levels.tolist() for name, levels in levels_of(model, images).items()}
 
 
 def spikes(k, coding):

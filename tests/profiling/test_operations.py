@@ -4,7 +4,7 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
-from layer_tools import FAMILIES, build, mask_rcnn, photographs, pixels, rng, spiking
+from layer_tools import FAMILIES, build, levels_of, mask_rcnn, photographs, pixels, rng, spiking
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,20 +20,6 @@ from sformer import (
 )
 from sformer.neurons import CODINGS
 from sformer.profiling import profile_operations
-
-
-def levels_of(model, images):
-    """Levels of every neuron on some images, by path."""
-    found, handles = {}, []
-    for name, neuron in named_neurons(model):
-        def keep(neuron, args, name=name):
-            found[name] = neuron.encode(args[0]).levels.long()
-        handles.append(neuron.register_forward_pre_hook(keep))
-    with torch.no_grad():
-        model(images)
-    for handle in handles:
-        handle.remove()
-    return found
 
 
 def counted(k, coding):
