@@ -51,6 +51,7 @@ def run_inside(run_here, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def run(*args):
+        monkeypatch.setattr(sys, 'argv', ['sformer', *map(str, args)])  # which is what records say was run
         result = run_here(*args)
         return result.code, result.out, result.err
     return run

@@ -20,7 +20,7 @@ def test_profile(run_inside, model, tmp_path):
     assert {path.name for path in (tmp_path / 'report').iterdir()} == {
         'index.html', 'profile.json', 'operations.csv', 'sites.csv', 'floating.csv', 'activity.png', 'levels.png',
         'energy.png', 'maps.png'}
-    assert result['images']['num_images'] == 20 and result['command'].startswith('sformer')
+    assert result['images']['num_images'] == 20 and result['command'].startswith('sformer profile out --dataset digits')
     rows = list(csv.DictReader((tmp_path / 'report' / 'operations.csv').open()))
     assert [row['name'] for row in rows] == [o['name'] for o in result['operations']]
     assert float(rows[1]['synaptic_operations_unary']) == result['operations'][1]['synaptic_operations']['unary']

@@ -44,6 +44,7 @@ def test_distill(run_inside, model, tmp_path):
     assert 'step 3: relative error' in out
     trained = load_model(tmp_path / 'trained')
     assert trained.conversion.changed and trained.conversion.distillation.startswith('3 steps of 16 of 40 images')
+    assert 'sformer distill out --dataset digits' in trained.conversion.distillation
 
 
 def test_missing_optuna_is_named_before_the_work(run_inside, tmp_path, monkeypatch):
