@@ -19,7 +19,7 @@ class NeuronOptions:
     """How neurons fire and how their thresholds are fitted."""
     levels: Annotated[int, typer.Option(help='Thresholds N per branch, 1 to 127')] = 32
     fire: Annotated[str, typer.Option(
-        help='uniform, quarter_square, quadratic, quartic, power2 or density')] = 'uniform'
+        help='auto (by N), uniform, widening, quarter_square, quadratic, quartic, power2 or density')] = 'auto'
     attention_fire: Annotated[str, typer.Option(
         help='Fire function of the softmax: auto (by N), quadratic, quartic, ...')] = 'auto'
     activation_fire: Annotated[str, typer.Option(

@@ -41,9 +41,10 @@ class SpikingLinear(SpikingLayer, nn.Linear):
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.add_neurons(config)
 
-    def add_neurons(self, config: SFNConfig, activated: bool = False) -> None:
+    def add_neurons(self, config: SFNConfig, fire_function: Optional[str] = None) -> None:
         self.neuron = ScaleAndFire(
-            (self.in_features,), config, folds=True, token=True, activated=activated, device=self.weight.device)
+            (self.in_features,), config, folds=True, token=True, fire_function=fire_function,
+            device=self.weight.device)
 
     def forward(self, x: torch.Tensor, fired: bool = False) -> torch.Tensor:
         return products.linear(None if fired else self.neuron, x, self.weight, self.bias)

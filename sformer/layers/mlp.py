@@ -25,9 +25,14 @@ class SpikingMlp(SpikingLayer, Mlp):
     norm: Any
 
     def add_neurons(self, config: SFNConfig) -> None:
-        # which a filter may have left as it is, and a norm turns into what `nn.Linear` reads elsewhere
-        if isinstance(self.fc2, SpikingLinear) and isinstance(self.norm, nn.Identity):
-            self.fc2.add_neurons(config, activated=True)
+        _add_fc2_neuron(self, config, config.mlp_fire)
+
+
+def _add_fc2_neuron(mlp: Any, config: SFNConfig, fire_function: str) -> None:
+    """Let `fc2` fire by the distribution of what an activation function leaves; a filter may have left it as it is, and a norm
+    turns its input into what linear layers read elsewhere."""
+    if isinstance(mlp.fc2, SpikingLinear) and isinstance(mlp.norm, nn.Identity):
+        mlp.fc2.add_neurons(config, fire_function)
 
 
 class SpikingGateMixin(SpikingLayer):
@@ -47,6 +52,7 @@ class SpikingGateMixin(SpikingLayer):
         shape, device = (self.fc2.in_features,), self.fc2.weight.device
         self.gate_neuron = ScaleAndFire(shape, config, token=True, device=device)
         self.value_neuron = ScaleAndFire(shape, config, token=True, device=device)
+        _add_fc2_neuron(self, config, config.gated_fire)
 
     def gate_and_value(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """Currents of the gate, before its activation function, and of the value."""

@@ -7,7 +7,7 @@ from .functional import MAX_LEVEL, MAX_WIDE_LEVEL, level_values, max_levels
 
 __all__ = ['FIRE_FUNCTIONS', 'ESTIMATORS', 'DEFAULT_RANGE', 'SFNConfig', 'FitConfig', 'as_config']
 
-FIRE_FUNCTIONS = ('uniform', 'quarter_square', 'quadratic', 'quartic', 'power2', 'density')
+FIRE_FUNCTIONS = ('uniform', 'widening', 'quarter_square', 'quadratic', 'quartic', 'power2', 'density')
 ESTIMATORS = ('mse', 'quantile', 'max')
 DEFAULT_RANGE = 4.  # uncalibrated neurons fire over +-4: four standard deviations of a LayerNorm output
 
@@ -27,16 +27,19 @@ class SFNConfig:
     """How the scale-and-fire neurons of a model fire. The neurons own it; a saved model has it in `model_args`.
 
     Args:
-        levels: Number of thresholds N per branch, 1 to 127 (to 7 for `power2`, to 20 for `quarter_square`).
-        fire: Fire function of signed currents, one of `uniform`, `quarter_square`, `quadratic`, `quartic`, `power2`,
-            `density`.
+        levels: Number of thresholds N per branch, 1 to 127 (to 7 for `power2`, 18 for `widening`, 20 for
+            `quarter_square`).
+        fire: Fire function of signed currents, one of `uniform`, `widening`, `quarter_square`, `quadratic`, `quartic`,
+            `power2`, `density`. `auto` is `widening` with up to 11 levels, which few levels have to reach far with, and
+            `uniform` with more, and with `silence`, which wants low levels.
         attention_fire: Fire function of the softmax numerators, whose levels may have 14 bits. `auto` is `quartic`
             (levels i^4 up to N^4) with up to 11 levels and `quadratic` (i^2 up to N^2) with more; both follow the
             distribution of numerators closely enough that nothing has to be fitted there. With `silence` it is
             `quarter_square` with up to 20 levels, which takes far fewer unary spikes.
         activation_fire: Fire function of currents that come from an activation function (`fc2` of an MLP), of which few
-            are large and most nearly nothing. `auto` is `quarter_square` where `fire` is `uniform` with up to 11
-            levels, so that both branches keep multipliers up to 3, and otherwise, and with `silence`, what `fire` is.
+            are large and most nearly nothing. Where `fire` is `auto` or `uniform`, `auto` is `quarter_square` with up
+            to 11 levels and, of products of a gate and a value (SwiGLU), whose tails are heavier, `quadratic`; in all
+            other cases, and with `silence`, what `fire` is.
         initial_potential: Membrane potential before the input, as a share of the distance to the next level, in
             [0, 1): 1/2 rounds, 0 is the paper's floor.
         dead_zone: No spike below this many thresholds; 0 leaves the first boundary where it is.
@@ -52,7 +55,7 @@ class SFNConfig:
         ValueError: If a value is out of its range; the message names it.
     """
     levels: int = 32
-    fire: str = 'uniform'
+    fire: str = 'auto'
     attention_fire: str = 'auto'
     activation_fire: str = 'auto'
     initial_potential: float = 0.5
@@ -66,7 +69,7 @@ class SFNConfig:
                f'levels must be an integer from 1 to {MAX_LEVEL}, got {self.levels!r}.')
         for name in ('fire', 'activation_fire', 'attention_fire'):
             value = getattr(self, name)
-            if name != 'fire' and value == 'auto':
+            if value == 'auto':
                 continue
             _check(value in FIRE_FUNCTIONS, f'{name} must be one of {", ".join(FIRE_FUNCTIONS)}, got {value!r}.')
             most = max_levels(value)
@@ -77,7 +80,7 @@ class SFNConfig:
         _check_number('initial_potential', self.initial_potential, 0, math.nextafter(1, 0), '[0, 1)')
         _check_number('dead_zone', self.dead_zone, 0, math.inf)
         for name, value, limit in (
-                ('fire', self.fire, MAX_LEVEL), ('activation_fire', self.mlp_fire, MAX_LEVEL),
+                ('fire', self.signed_fire, MAX_LEVEL), ('activation_fire', self.mlp_fire, MAX_LEVEL),
                 ('attention_fire', self.softmax_fire, MAX_WIDE_LEVEL)):
             top = limit if value == 'density' else level_values(value, self.levels, limit)[-1].item()
             _check(self.dead_zone <= top,
@@ -88,12 +91,26 @@ class SFNConfig:
         _check_number('silence', self.silence, 0, 1e6)
 
     @property
+    def signed_fire(self) -> str:
+        """Fire function of signed currents, by name."""
+        if self.fire != 'auto':
+            return self.fire
+        return 'widening' if self.levels <= 11 and not self.silence else 'uniform'
+
+    @property
     def mlp_fire(self) -> str:
         """Fire function of what comes from an activation function, by name."""
         if self.activation_fire != 'auto':
             return self.activation_fire
         few = self.levels <= 11 and not self.silence
-        return 'quarter_square' if self.fire == 'uniform' and few else self.fire
+        return 'quarter_square' if few and self.fire in ('auto', 'uniform') else self.signed_fire
+
+    @property
+    def gated_fire(self) -> str:
+        """Fire function of products of a gate and a value, by name."""
+        if self.activation_fire != 'auto':
+            return self.activation_fire
+        return 'quadratic' if self.fire in ('auto', 'uniform') and not self.silence else self.signed_fire
 
     @property
     def softmax_fire(self) -> str:

@@ -22,6 +22,9 @@ MAX_WIDE_LEVEL = 128 * 127 + 127  # or, where a site says so, two int8 planes: k
 _BELOW_HALF = 0.49999997
 
 EXPONENTS = {'quadratic': 2, 'quartic': 4}
+# Levels are quarters of squares, y_i = floor((i + c)^2 / 4) - c^2 / 4, with this c: their gaps grow by a half on
+# average, from c / 2 on. The larger c, the less they spread out.
+QUARTERS = {'quarter_square': 2, 'widening': 4}
 
 
 def integrate_and_fire(
@@ -79,7 +82,7 @@ def multi_threshold(
 
 def max_levels(fire_function: str) -> int:
     """Most levels of a fire function whose values an int8 holds."""
-    return {'power2': 7, 'quarter_square': 20}.get(fire_function, MAX_LEVEL)
+    return {'power2': 7, 'quarter_square': 20, 'widening': 18}.get(fire_function, MAX_LEVEL)
 
 
 def level_values(fire_function: str, levels: int, top: int = MAX_LEVEL) -> torch.Tensor:
@@ -87,9 +90,9 @@ def level_values(fire_function: str, levels: int, top: int = MAX_LEVEL) -> torch
 
     Args:
         fire_function: `uniform` (y_i = i), `quadratic` (y_i = max(i, round(S i^2 / N^2)), S = min(N^2, top)), `quartic`
-            (the same with i^4), `quarter_square` (1, 3, 5, 8, 11, 15 ...: y_i = floor((i + 2)^2 / 4) - 1, gaps that
-            grow by a half on average) or `power2` (y_i = 2^(i-1)). `density` has no closed form and starts out as
-            `uniform`.
+            (the same with i^4), `widening` (2, 5, 8, 12, 16, 21 ...: y_i = floor((i + 4)^2 / 4) - 4),
+            `quarter_square` (1, 3, 5, 8, 11, 15 ...: y_i = floor((i + 2)^2 / 4) - 1) or `power2` (y_i = 2^(i-1)).
+            `density` has no closed form and starts out as `uniform`.
         levels: Number of levels N.
         top: Largest level that the site can carry.
 
@@ -100,8 +103,9 @@ def level_values(fire_function: str, levels: int, top: int = MAX_LEVEL) -> torch
     if fire_function in EXPONENTS:
         p = EXPONENTS[fire_function]
         return torch.maximum(i, torch.round(i ** p * (min(levels ** p, top) / levels ** p)))
-    if fire_function == 'quarter_square':
-        return torch.floor((i + 2) ** 2 / 4) - 1
+    if fire_function in QUARTERS:
+        c = QUARTERS[fire_function]
+        return torch.floor((i + c) ** 2 / 4) - c ** 2 / 4
     if fire_function == 'power2':
         return 2. ** (i - 1)
     return i
@@ -134,8 +138,8 @@ def fire(
 ) -> torch.Tensor:
     """Level that a membrane potential reaches, on the branch of its sign: `k = sign(u) y_i`, `i = #{j : |u| >= b_j}`.
 
-    `uniform`, and `quarter_square`, `quadratic` and `quartic` (levels i^2 and i^4) where they round, are closed forms
-    (the latter three take square roots, that of `uniform` adds an initial potential: where these round, a potential
+    `uniform`, and `widening`, `quarter_square`, `quadratic` and `quartic` (levels i^2 and i^4) where they round, are
+    closed forms (all but `uniform` take square roots, that of `uniform` adds an initial potential: where these round, a potential
     within an ulp of a boundary may fall on either side of it). All others are one look-up, without a loop over
     thresholds.
 
@@ -155,10 +159,11 @@ def fire(
     if fire_function == 'uniform':
         shift = _BELOW_HALF if initial_potential == 0.5 else initial_potential
         k = u.abs().add_(shift).floor_().clamp_(max=levels)
-    elif fire_function == 'quarter_square' and initial_potential == 0.5:
-        # halfway between y_(i-1) and y_i lies (i + 3/2)^2 / 4 - 17/16
-        i = u.abs().mul_(4).add_(4.25).sqrt_().sub_(1.5).floor_().clamp_(max=levels)
-        k = i.add_(2).square_().div_(4).floor_().sub_(1)
+    elif fire_function in QUARTERS and initial_potential == 0.5:
+        # halfway between y_(i-1) and y_i lies ((i + c - 1/2)^2 - 1/4 - c^2) / 4
+        c = QUARTERS[fire_function]
+        i = u.abs().mul_(4).add_(c ** 2 + 0.25).sqrt_().sub_(c - 0.5).floor_().clamp_(max=levels)
+        k = i.add_(c).square_().div_(4).floor_().sub_(c ** 2 / 4)
     elif fire_function == 'quadratic' and initial_potential == 0.5 and whole:
         # b_j = j^2 - j + 1/2 = (j - 1/2)^2 + 1/4
         i = u.abs().sub_(0.25).clamp_(min=0).sqrt_().add_(0.5).floor_().clamp_(max=levels)

@@ -34,9 +34,10 @@ class ScaleAndFire(Neuron):
         shape: Shape of the step; broadcasts against the input current: (C,) for channels of (..., C), (H, 1, 1) for
             heads of (B, H, L, D), (1,) for a tensor.
         config: Number of levels, fire function, initial membrane potential and dead zone.
-        signed: Two branches of int8 levels by `config.fire`; or only the positive one, for softmax numerators, by
+        signed: Two branches of int8 levels by `config.signed_fire`; or only the positive one, for softmax numerators, by
             `config.attention_fire`, with levels of up to 14 bits.
-        activated: Currents come from an activation function; signed levels by `config.activation_fire`.
+        fire_function: Name of the fire function, if it is another than that of signed currents or softmax numerators in
+            `config`.
         center_shape: If given, a buffer `center` of this shape is subtracted from the input before it fires.
         folds: Whether a constant is free after the product that follows; with `config.silence`, `center` is one per
             element of `shape`.
@@ -62,13 +63,13 @@ class ScaleAndFire(Neuron):
             center_shape: Optional[Sequence[int]] = None,
             folds: bool = False,
             token: bool = False,
-            activated: bool = False,
+            fire_function: Optional[str] = None,
             device=None,
     ):
         super().__init__(device=device)
         self.config = config
         self.signed = signed
-        self.fire_function = config.softmax_fire if not signed else config.mlp_fire if activated else config.fire
+        self.fire_function = fire_function or (config.signed_fire if signed else config.softmax_fire)
         self.token = token and config.token_scale
         self.reach = token_reach(
             self.fire_function, config.levels, shape[-1], config.initial_potential) if self.token else 1.

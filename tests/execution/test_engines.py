@@ -107,6 +107,7 @@ def test_engines_agree_with_torch_in_every_family(family, tmp_path):
     (127, dict(token_scale=False, attention_fire='uniform')),
     pytest.param(6, dict(dead_zone=0.8), marks=pytest.mark.slow),
     pytest.param(20, dict(fire='quarter_square'), marks=pytest.mark.slow),
+    pytest.param(18, dict(fire='widening'), marks=pytest.mark.slow),
     pytest.param(8, dict(silence=0.03), marks=pytest.mark.slow),
     pytest.param(40, dict(silence=0.03), marks=pytest.mark.slow),
     pytest.param(12, dict(fire='density', attention_fire='density'), marks=pytest.mark.slow),

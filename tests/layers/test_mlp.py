@@ -84,15 +84,32 @@ def test_few_levels_spread_out_after_an_activation_function():
     errors = {}
     for name in ('auto', 'uniform'):
         mlp = spiking(source, x, SFNConfig(6, activation_fire=name))
-        assert mlp.fc1.neuron.fire_function == 'uniform'
+        assert mlp.fc1.neuron.fire_function == 'widening'
         assert mlp.fc2.neuron.levels.tolist() == ([1, 3, 5, 8, 11, 15] if name == 'auto' else [1, 2, 3, 4, 5, 6])
         with torch.no_grad():
             hidden = source.act(source.fc1(x))
             errors[name] = relative_error(mlp.fc2.neuron(hidden), hidden)
     assert errors['auto'] < 0.9 * errors['uniform']
     normed = spiking(randomise_(tl.Mlp(16, 32, norm_layer=nn.LayerNorm)), x, SFNConfig(6))
-    assert normed.fc2.neuron.fire_function == 'uniform'  # what it reads comes from a norm
+    assert normed.fc2.neuron.fire_function == 'widening'  # what it reads comes from a norm
 
+
+@pytest.mark.parametrize('levels', [4, 8, 32])
+@pytest.mark.parametrize('gated', [tl.SwiGLU, tl.SwiGLUPacked], ids=['SwiGLU', 'SwiGLUPacked'])
+def test_levels_after_a_gate_follow_the_tails_of_a_product(gated, levels):
+    source, x = randomise_(gated(16, 32)), 3 * tokens(80)
+    errors = {}
+    for name in ('auto', 'uniform'):
+        mlp = spiking(source, x, SFNConfig(levels, activation_fire=name))
+        product = []
+        source.fc2.register_forward_pre_hook(lambda _, args: product.append(args[0]))
+        with torch.no_grad():
+            source(x)
+            errors[name] = relative_error(mlp.fc2.neuron(product[0]), product[0])
+    assert mlp.fc2.neuron.fire_function == 'uniform'
+    assert errors['auto'] < 0.9 * errors['uniform']
+    normed = spiking(randomise_(gated(16, 32, norm_layer=nn.LayerNorm)), x, SFNConfig(levels))
+    assert normed.fc2.neuron.fire_function == normed.value_neuron.fire_function
 
 def test_a_second_layer_that_is_filtered_out_stays_as_it_is():
     mlp = spiking_(randomise_(tl.Mlp(16, 32)), filter_fn=lambda layer, name: name != 'fc2')

@@ -156,7 +156,7 @@ def test_neuron_config_reaches_every_neuron(sfn):
     for name, neuron in neurons.items():
         assert neuron.config == config and len(neuron.levels) == config.levels, name
         fire = config.softmax_fire if name.endswith('attn_neuron') else \
-            config.mlp_fire if name.endswith('fc2.neuron') else config.fire
+            config.mlp_fire if name.endswith('fc2.neuron') else config.signed_fire
         assert neuron.fire_function == fire, name
 
 

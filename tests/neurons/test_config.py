@@ -36,22 +36,25 @@ def test_config_refuses_what_is_no_number(field, value):
 
 
 @pytest.mark.parametrize('field', ['fire', 'attention_fire', 'activation_fire'])
-@pytest.mark.parametrize('name, most', [('power2', 7), ('quarter_square', 20)])
+@pytest.mark.parametrize('name, most', [('power2', 7), ('widening', 18), ('quarter_square', 20)])
 def test_config_names_fire_functions_that_have_not_so_many_levels(field, name, most):
     SFNConfig(levels=most, **{field: name})
-    with pytest.raises(ValueError, match=f'{field}={name} has levels 1, .* so at most {most} of them'):
+    with pytest.raises(ValueError, match=f'{field}={name} has levels [12], .* so at most {most} of them'):
         SFNConfig(levels=most + 1, **{field: name})
 
 
 def test_fire_functions_that_are_chosen():
+    assert [SFNConfig(n).signed_fire for n in (4, 11, 12)] == ['widening', 'widening', 'uniform']
+    assert SFNConfig(4, silence=0.01).signed_fire == 'uniform'
     assert [SFNConfig(n).mlp_fire for n in (4, 11, 12)] == ['quarter_square', 'quarter_square', 'uniform']
-    assert SFNConfig(4, 'density').mlp_fire == 'density'
+    assert [SFNConfig(n).gated_fire for n in (4, 32)] == ['quadratic', 'quadratic']
+    assert SFNConfig(4, 'density').mlp_fire == SFNConfig(4, 'density').gated_fire == 'density'
     assert SFNConfig(4, activation_fire='uniform').mlp_fire == 'uniform'
     assert [SFNConfig(n).softmax_fire for n in (4, 11, 12)] == ['quartic', 'quartic', 'quadratic']
 
 
 @pytest.mark.parametrize('config, silent', [
-    (dict(levels=8), 8.1), (dict(levels=4, attention_fire='uniform'), 4.1),
+    (dict(levels=8, fire='uniform'), 8.1), (dict(levels=8), 24.1), (dict(levels=4, attention_fire='uniform'), 4.1),
     (dict(levels=4, fire='density', attention_fire='quadratic'), 16.1), (dict(levels=4, fire='density'), 127.1),
 ])
 def test_config_refuses_a_dead_zone_beyond_the_top_level(config, silent):

@@ -173,7 +173,7 @@ def test_signed_pair_on_the_whole_current_is_off_by_any_number_of_steps():
 # fire() against a loop over thresholds
 
 # closed forms that take a square root; their boundaries are exact to an ulp
-ROOTS = ('quadratic', 'quarter_square')
+ROOTS = ('quadratic', 'quarter_square', 'widening')
 LOOK_UPS = ('uniform', 'power2', 'density')
 
 
@@ -266,6 +266,7 @@ def test_level_values_of_each_function():
     assert level_values('uniform', 4).tolist() == [1, 2, 3, 4]
     assert level_values('power2', 7).tolist() == [1, 2, 4, 8, 16, 32, 64]
     assert level_values('quarter_square', 8).tolist() == [1, 3, 5, 8, 11, 15, 19, 24]
+    assert level_values('widening', 8).tolist() == [2, 5, 8, 12, 16, 21, 26, 32]
     assert level_values('quadratic', 11).tolist() == [i * i for i in range(1, 12)]
     assert level_values('quadratic', 32)[-1] == MAX_LEVEL
     assert level_values('quadratic', 32, MAX_WIDE_LEVEL).tolist() == [i * i for i in range(1, 33)]
@@ -295,6 +296,7 @@ class Costs(TorchDispatchMode):
 
 @pytest.mark.parametrize('name, levels', [
     ('uniform', (1, 8, 32, 127)), ('quadratic', (12, 32, 127)), ('quarter_square', (1, 8, 20)),
+    ('widening', (1, 8, 18)),
     ('power2', (1, 4, 7)), ('density', (1, 8, 32, 127)),
 ])
 def test_cost_of_firing_does_not_depend_on_the_number_of_thresholds(name, levels):

@@ -119,7 +119,7 @@ def test_center_is_taken_off_and_added_back(case):
 def test_a_step_serves_what_its_shape_says(granularity):
     shape = SHAPES[granularity]
     neuron = ScaleAndFire(shape, SFNConfig(levels=8))
-    neuron.set_state(torch.rand(shape, generator=rng(0)) + 0.1, torch.randint(1, 16, (2, *shape), generator=rng(2)))
+    neuron.set_state(torch.rand(shape, generator=rng(0)) + 0.1, torch.randint(1, 4, (2, *shape), generator=rng(2)))
     x = 10 * torch.randn(2, 3, 4, 5, generator=rng(1))
     step = neuron.step.expand(x.shape).reshape(-1)
     multiplier = torch.stack([m.expand(x.shape).reshape(-1) for m in neuron.multiplier])

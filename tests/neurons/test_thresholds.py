@@ -37,8 +37,8 @@ ESTIMATORS = ('mse', 'quantile', 'max')
 
 
 def fitted(x, estimator='mse', quantile=0.999, signed=True, **config):
-    """Neuron with a step per channel of x (..., C) that was fitted to it."""
-    neuron = ScaleAndFire(x.shape[-1:], SFNConfig(**config), signed=signed)
+    """Neuron with a step per channel of x (..., C) that was fitted to it, with uniform levels unless `config` says so."""
+    neuron = ScaleAndFire(x.shape[-1:], SFNConfig(**{'fire': 'uniform', **config}), signed=signed)
     statistics = neuron.statistics()
     statistics.update(x)
     neuron.fit(statistics, FitConfig(estimator, quantile))
