@@ -36,7 +36,7 @@ from sformer.cli.tables import print_table
 from sformer.data import open_images
 from sformer.layers import named_neurons, source_of
 from sformer.neurons import CODINGS, ScaleAndFire, SFNConfig
-from sformer.profiling import energy, profile_operations
+from sformer.profiling import energy, profile_model
 from sformer.utils import library_versions
 
 BATCH_SIZE = 32
@@ -184,10 +184,10 @@ def unequal(model: Any, network: baselines.MultiStep, images: torch.Tensor) -> f
 def cost(built: Built, images: torch.Tensor) -> dict[str, Any]:
     """Spikes per image by coding, pixels apart, and energies."""
     batches = images.split(BATCH_SIZE)
-    operations, sites, _ = profile_operations(built.model, batches if built.steps is None else batches[:1])
+    profile = profile_model(built.model, batches if built.steps is None else batches[:1])
     if built.steps is not None:
-        operations, sites, _ = baselines.profile_steps(built.steps, batches, operations, sites)
-    figures = energy(operations, sites)
+        profile = baselines.profile_steps(built.steps, batches, profile)
+    figures = energy(profile.operations, profile.sites, profile.floating)
     result: dict[str, Any] = dict(source_proxy=figures['proxy']['source'])
     if built.coding:
         result |= dict(coding=built.coding, account=figures['account'][built.coding]['total'])
@@ -195,7 +195,7 @@ def cost(built: Built, images: torch.Tensor) -> dict[str, Any]:
     if names:
         result |= dict(
             proxy=figures['proxy']['sformer'], accounts={c: figures['account'][c]['total'] for c in CODINGS},
-            spikes={c: sum(site.neurons * site.spikes[c] for site in sites if site.name in names) for c in CODINGS})
+            spikes={c: sum(site.neurons * site.spikes[c] for site in profile.sites if site.name in names) for c in CODINGS})
     return result
 
 
