@@ -105,7 +105,8 @@ def quantised(source: nn.Module, batches: Batches, activation: int, weight: Opti
 TIMESTEPS = (1, 2, 4, 8, 16, 32)
 ROWS: dict[str, Callable[[nn.Module, Batches], Built]] = {
     'source': lambda source, batches: Built(source),
-    **{f'SFN, N = {n}': functools.partial(scale_and_fire, levels=n) for n in (4, 8, 32)},
+    # 7, 15 and 63 are all levels that 4, 5 and 7 bits have, as the twins of 4, 8 and 32 use them
+    **{f'SFN, N = {n}': functools.partial(scale_and_fire, levels=n) for n in (4, 7, 8, 15, 32, 63)},
     **{f'twin of N = {n}: A{baselines.twin_bits(n)}, a step per channel': functools.partial(twin, levels=n)
        for n in (4, 8, 32)},
     **{f'W{w or 32}A{a}': functools.partial(quantised, activation=a, weight=w)

@@ -14,7 +14,7 @@ from .errors import SFormerError, UncalibratedError
 from .layers import is_calibrated, named_neurons, source_of, uncalibrated
 from .neurons import Neuron, ScaleAndFire
 
-__all__ = ['DistillConfig', 'distill_', 'shuffled', 'unary_spikes']
+__all__ = ['DistillConfig', 'distill_', 'outputs', 'shuffled', 'squared_error', 'unary_spikes']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +24,8 @@ class DistillConfig:
     Args:
         learning_rate: Highest learning rate of AdamW; it rises over a tenth of the steps and falls as a cosine.
         price: What a unary spike per neuron costs, in squared relative errors of the output.
-        features: What the squared relative error of tokens costs, the mean over blocks. It says more about an image
-            than a few logits do, and so steps are less noisy.
+        features: Weight of the squared relative error of patch tokens, the mean over blocks: they say more about an
+            image than a few logits do, so that gradients are less noisy.
         max_norm: Gradients are scaled down to this norm.
     """
     learning_rate: float = 1e-4
@@ -50,7 +50,7 @@ def distill_(
         batches: Normalised images (B, C, H, W), a batch per step.
         steps: Number of steps; the learning rate is scheduled over them.
         config: Learning rate, price of spikes.
-        report: Called with each step, its squared relative error and its unary spikes per neuron.
+        report: Called with each step, the squared relative error of its output and its unary spikes per neuron.
 
     Raises:
         UncalibratedError: If thresholds were never fitted.
