@@ -194,9 +194,10 @@ def cost(built: Built, images: torch.Tensor) -> dict[str, Any]:
         result |= dict(coding=built.coding, account=figures['account'][built.coding]['total'])
     names = {name for name, neuron in named_neurons(built.model) if isinstance(neuron, ScaleAndFire)}
     if names:
+        spiking = [site for site in profile.sites if site.name in names]
         result |= dict(
             proxy=figures['proxy']['sformer'], accounts={c: figures['account'][c]['total'] for c in CODINGS},
-            spikes={c: sum(site.neurons * site.spikes[c] for site in profile.sites if site.name in names) for c in CODINGS})
+            spikes={c: sum(site.neurons * site.spikes[c] for site in spiking) for c in CODINGS})
     return result
 
 

@@ -3,6 +3,7 @@
 Conversion needs none of this. Whoever wants fewer spikes than thresholds alone allow lets the weights follow: the
 source is the teacher, gradients are straight-through (`neurons.functional.straight_through`), and a spike has a price.
 """
+import contextlib
 import dataclasses
 import math
 from typing import Any, Callable, Iterable, Iterator, List
@@ -14,7 +15,7 @@ from .errors import SFormerError, UncalibratedError
 from .layers import is_calibrated, named_neurons, source_of, uncalibrated
 from .neurons import Neuron, ScaleAndFire
 
-__all__ = ['DistillConfig', 'distill_', 'outputs', 'shuffled', 'squared_error', 'unary_spikes']
+__all__ = ['DistillConfig', 'distill_', 'learn_from_spikes', 'outputs', 'shuffled', 'squared_error', 'unary_spikes']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,8 @@ def distill_(
     """Train the weights of a calibrated SFormer such that its output stays that of its source, in place, no labels.
 
     Thresholds stay as they are: what a channel's current is beside its threshold is up to the weights before it.
+    Gradients pass neurons that fire. Through silent ones they would push weights for ever: what they do there changes
+    nothing, and steps of Adam are as long for small gradients as for large ones.
 
     Args:
         model: Calibrated SFormer. What its source is at the start is the teacher; afterwards it has another one.
@@ -65,8 +68,10 @@ def distill_(
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(
         (i + 1) / max(1, steps // 10), (1 + math.cos(math.pi * i / steps)) / 2))
-    step = 0
-    with torch.enable_grad(), unary_spikes(model) as spikes:
+    step, handles = 0, [neuron.register_forward_hook(learn_from_spikes) for _, neuron in named_neurons(model)]
+    with torch.enable_grad(), unary_spikes(model) as spikes, contextlib.ExitStack() as stack:
+        for handle in handles:
+            stack.callback(handle.remove)
         for step, batch in zip(range(1, steps + 1), batches, strict=False):  # noqa: B007
             spikes.clear()
             batch = batch.to(parameters[0].device, parameters[0].dtype)
@@ -88,6 +93,12 @@ def distill_(
     if getattr(model, 'conversion', None):
         student.conversion = dataclasses.replace(student.conversion, changed=True)
     return model
+
+
+def learn_from_spikes(neuron: Neuron, args: Any, out: torch.Tensor) -> torch.Tensor:
+    """Forward hook: the same currents, without a gradient where the neuron is silent."""
+    center = getattr(neuron, 'center', None)
+    return torch.where(out == (0. if center is None else center.to(out.dtype)), out.detach(), out)
 
 
 def outputs(network: Any, batch: torch.Tensor) -> List[torch.Tensor]:

@@ -7,7 +7,7 @@ from layer_tools import build, pixels, relative_error
 
 import sformer
 from sformer import SFNConfig, SFormerError, UncalibratedError, convert
-from sformer.distillation import DistillConfig, distill_, outputs, squared_error, unary_spikes
+from sformer.distillation import DistillConfig, distill_, learn_from_spikes, outputs, squared_error, unary_spikes
 from sformer.evaluation.activity import Activity
 
 
@@ -64,6 +64,18 @@ def test_the_price_is_no_reason_for_outliers():
         layer(h)
         spikes.mean().backward()
     assert ((h.grad * h.detach().sign()) >= 0).all() and h.grad.any()  # less of anything is fewer spikes
+
+
+def test_gradients_pass_what_fires(trained):
+    """And nothing else, or weights drift where all they do is without an effect; hooks are gone afterwards."""
+    _, before, model, x, _ = trained
+    layer = copy.deepcopy(before.blocks[0].mlp.fc2)
+    layer.neuron.register_forward_hook(learn_from_spikes)
+    h = pixels(2).flatten()[:4 * layer.in_features].view(4, -1).clone().requires_grad_()
+    layer(h).sum().backward()
+    fires = layer.neuron.encode(h).levels != 0
+    assert fires.any() and not fires.all() and not h.grad[~fires].any() and h.grad[fires].any()
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 @pytest.mark.slow
