@@ -132,8 +132,8 @@ class unary_spikes:  # noqa: N801  used as a function
     """Unary spikes of all forward passes inside of the context, with a straight-through gradient.
 
     The level of a neuron is what it gives over its step; that of a neuron with a factor per token is relative to the
-    largest of the token, which fires the top level. The gradient leaves the largest alone: it would grow, such that all
-    others seem small.
+    largest of the token, which fires the top level. The gradient leaves the largest alone, which it would raise,
+    such that all others seem small.
     """
 
     def __init__(self, model: nn.Module):

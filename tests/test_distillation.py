@@ -82,7 +82,8 @@ def test_gradients_pass_what_fires(trained):
 def test_a_price_takes_spikes(trained):
     _, before, _, x, _ = trained
     model = copy.deepcopy(before)
-    distill_(model, (x[:32] for _ in range(25)), 25, DistillConfig(learning_rate=5e-3, price=1.))
+    distill_(model, (x[:32] for _ in range(25)), 25,
+             DistillConfig(learning_rate=5e-3, price=1., features=0.))
     assert spikes_of(model, x[:32]) < 0.9 * spikes_of(before, x[:32])
 
 
