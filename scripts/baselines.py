@@ -36,7 +36,7 @@ from sformer.cli.tables import print_table
 from sformer.data import open_images
 from sformer.layers import named_neurons, source_of
 from sformer.neurons import CODINGS, ScaleAndFire, SFNConfig
-from sformer.profiling import energy, profile_operations
+from sformer.profiling import energy, profile_model
 from sformer.utils import library_versions
 
 BATCH_SIZE = 32
@@ -105,7 +105,8 @@ def quantised(source: nn.Module, batches: Batches, activation: int, weight: Opti
 TIMESTEPS = (1, 2, 4, 8, 16, 32)
 ROWS: dict[str, Callable[[nn.Module, Batches], Built]] = {
     'source': lambda source, batches: Built(source),
-    **{f'SFN, N = {n}': functools.partial(scale_and_fire, levels=n) for n in (4, 8, 32)},
+    # 7, 15 and 63 are all levels that 4, 5 and 7 bits have, as the twins of 4, 8 and 32 use them
+    **{f'SFN, N = {n}': functools.partial(scale_and_fire, levels=n) for n in (4, 7, 8, 15, 32, 63)},
     **{f'twin of N = {n}: A{baselines.twin_bits(n)}, a step per channel': functools.partial(twin, levels=n)
        for n in (4, 8, 32)},
     **{f'W{w or 32}A{a}': functools.partial(quantised, activation=a, weight=w)
@@ -184,18 +185,19 @@ def unequal(model: Any, network: baselines.MultiStep, images: torch.Tensor) -> f
 def cost(built: Built, images: torch.Tensor) -> dict[str, Any]:
     """Spikes per image by coding, pixels apart, and energies."""
     batches = images.split(BATCH_SIZE)
-    operations, sites, _ = profile_operations(built.model, batches if built.steps is None else batches[:1])
+    profile = profile_model(built.model, batches if built.steps is None else batches[:1])
     if built.steps is not None:
-        operations, sites, _ = baselines.profile_steps(built.steps, batches, operations, sites)
-    figures = energy(operations, sites)
+        profile = baselines.profile_steps(built.steps, batches, profile)
+    figures = energy(profile.operations, profile.sites, profile.floating)
     result: dict[str, Any] = dict(source_proxy=figures['proxy']['source'])
     if built.coding:
         result |= dict(coding=built.coding, account=figures['account'][built.coding]['total'])
     names = {name for name, neuron in named_neurons(built.model) if isinstance(neuron, ScaleAndFire)}
     if names:
+        spiking = [site for site in profile.sites if site.name in names]
         result |= dict(
             proxy=figures['proxy']['sformer'], accounts={c: figures['account'][c]['total'] for c in CODINGS},
-            spikes={c: sum(site.neurons * site.spikes[c] for site in sites if site.name in names) for c in CODINGS})
+            spikes={c: sum(site.neurons * site.spikes[c] for site in spiking) for c in CODINGS})
     return result
 
 

@@ -3,6 +3,7 @@
 Conversion needs none of this. Whoever wants fewer spikes than thresholds alone allow lets the weights follow: the
 source is the teacher, gradients are straight-through (`neurons.functional.straight_through`), and a spike has a price.
 """
+import contextlib
 import dataclasses
 import math
 from typing import Any, Callable, Iterable, Iterator, List
@@ -10,12 +11,11 @@ from typing import Any, Callable, Iterable, Iterator, List
 import torch
 import torch.nn as nn
 
-from .conversion import all_tokens
 from .errors import SFormerError, UncalibratedError
 from .layers import is_calibrated, named_neurons, source_of, uncalibrated
 from .neurons import Neuron, ScaleAndFire
 
-__all__ = ['DistillConfig', 'distill_', 'shuffled', 'unary_spikes']
+__all__ = ['DistillConfig', 'distill_', 'learn_from_spikes', 'outputs', 'shuffled', 'squared_error', 'unary_spikes']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +25,13 @@ class DistillConfig:
     Args:
         learning_rate: Highest learning rate of AdamW; it rises over a tenth of the steps and falls as a cosine.
         price: What a unary spike per neuron costs, in squared relative errors of the output.
+        features: Weight of the squared relative error of patch tokens, the mean over blocks: they say more about an
+            image than a few logits do, so that gradients are less noisy.
         max_norm: Gradients are scaled down to this norm.
     """
-    learning_rate: float = 5e-5
+    learning_rate: float = 1e-4
     price: float = 0.01
+    features: float = 1.
     max_norm: float = 1.
 
 
@@ -42,13 +45,15 @@ def distill_(
     """Train the weights of a calibrated SFormer such that its output stays that of its source, in place, no labels.
 
     Thresholds stay as they are: what a channel's current is beside its threshold is up to the weights before it.
+    Gradients pass neurons that fire. Through silent ones they would push weights for ever: what they do there changes
+    nothing, and steps of Adam are as long for small gradients as for large ones.
 
     Args:
         model: Calibrated SFormer. What its source is at the start is the teacher; afterwards it has another one.
         batches: Normalised images (B, C, H, W), a batch per step.
         steps: Number of steps; the learning rate is scheduled over them.
         config: Learning rate, price of spikes.
-        report: Called with each step, its squared relative error and its unary spikes per neuron.
+        report: Called with each step, the squared relative error of its output and its unary spikes per neuron.
 
     Raises:
         UncalibratedError: If thresholds were never fitted.
@@ -59,20 +64,22 @@ def distill_(
     teacher: Any = source_of(model).eval().requires_grad_(False)
     model.eval()
     student: Any = model
-    run = (lambda network, x: network(x)) if getattr(model, 'num_classes', 1) else all_tokens
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(
         (i + 1) / max(1, steps // 10), (1 + math.cos(math.pi * i / steps)) / 2))
-    step = 0
-    with torch.enable_grad(), unary_spikes(model) as spikes:
+    step, handles = 0, [neuron.register_forward_hook(learn_from_spikes) for _, neuron in named_neurons(model)]
+    with torch.enable_grad(), unary_spikes(model) as spikes, contextlib.ExitStack() as stack:
+        for handle in handles:
+            stack.callback(handle.remove)
         for step, batch in zip(range(1, steps + 1), batches, strict=False):  # noqa: B007
             spikes.clear()
             batch = batch.to(parameters[0].device, parameters[0].dtype)
-            expected = run(teacher, batch)
-            error = (run(student, batch) - expected).float().square().sum() / expected.float().square().sum()
+            with torch.no_grad():
+                expected = outputs(teacher, batch)
+            error, *features = map(squared_error, outputs(student, batch), expected)
             fired = spikes.mean()
-            loss = error + config.price * fired
+            loss = error + config.features * torch.stack(features).mean() + config.price * fired
             if not torch.isfinite(loss):
                 raise SFormerError(f'the loss is not finite in step {step}: choose a smaller learning rate.')
             optimizer.zero_grad()
@@ -86,6 +93,24 @@ def distill_(
     if getattr(model, 'conversion', None):
         student.conversion = dataclasses.replace(student.conversion, changed=True)
     return model
+
+
+def learn_from_spikes(neuron: Neuron, args: Any, out: torch.Tensor) -> torch.Tensor:
+    """Forward hook: the same currents, without a gradient where the neuron is silent."""
+    center = getattr(neuron, 'center', None)
+    return torch.where(out == (0. if center is None else center.to(out.dtype)), out.detach(), out)
+
+
+def outputs(network: Any, batch: torch.Tensor) -> List[torch.Tensor]:
+    """Output of a timm model, all tokens if it has no classifier; and patch tokens (B, L, C) that each block gives."""
+    tokens, blocks = network.forward_intermediates(batch, output_fmt='NLC')
+    out = network.forward_head(tokens)
+    return [out if network.num_classes else tokens, *blocks]
+
+
+def squared_error(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Squared relative error."""
+    return (actual - expected).float().square().sum() / expected.float().square().sum()
 
 
 def shuffled(batches: Iterable[torch.Tensor], batch_size: int, seed: int = 0) -> Iterator[torch.Tensor]:
@@ -107,7 +132,8 @@ class unary_spikes:  # noqa: N801  used as a function
     """Unary spikes of all forward passes inside of the context, with a straight-through gradient.
 
     The level of a neuron is what it gives over its step; that of a neuron with a factor per token is relative to the
-    largest of the token, which fires the top level.
+    largest of the token, which fires the top level. The gradient leaves the largest alone, which it would raise,
+    such that all others seem small.
     """
 
     def __init__(self, model: nn.Module):
@@ -129,7 +155,7 @@ class unary_spikes:  # noqa: N801  used as a function
         assert isinstance(neuron, ScaleAndFire)
         levels = (out if neuron.center is None else out - neuron.center).abs() / neuron.step
         if neuron.token:
-            levels = levels * (neuron.levels[-1] / levels.amax(-1, keepdim=True).clamp_min(1e-30))
+            levels = levels * (neuron.levels[-1] / levels.detach().amax(-1, keepdim=True).clamp_min(1e-30))
         self.sums.append(levels.sum())
         self.neurons += out.numel()
 

@@ -7,7 +7,7 @@ from layer_tools import build, pixels, relative_error
 
 import sformer
 from sformer import SFNConfig, SFormerError, UncalibratedError, convert
-from sformer.distillation import DistillConfig, distill_, unary_spikes
+from sformer.distillation import DistillConfig, distill_, learn_from_spikes, outputs, squared_error, unary_spikes
 from sformer.evaluation.activity import Activity
 
 
@@ -42,11 +42,48 @@ def test_thresholds_stay(trained):
     assert not torch.equal(model.blocks[0].mlp.fc1.weight, before.blocks[0].mlp.fc1.weight)
 
 
+def test_tokens_of_blocks_are_followed(trained):
+    source, before, _, x, _ = trained
+    errors = []
+    for weight in (0., 10.):
+        model = copy.deepcopy(before)
+        distill_(model, (x[:32] for _ in range(12)), 12, DistillConfig(learning_rate=1e-3, price=0., features=weight))
+        with torch.no_grad():
+            (logits, *expected), (_, *blocks) = outputs(source, x), outputs(model, x)
+        errors.append(sum(map(squared_error, blocks, expected)).item())
+    assert len(blocks) == len(source.blocks) and errors[1] < 0.9 * errors[0]
+    torch.testing.assert_close(logits, source(x))
+
+
+def test_the_price_is_no_reason_for_outliers():
+    """A spike is relative to the largest of its token, which no gradient of the price moves."""
+    model = convert(build(), [pixels(16)], SFNConfig(levels=8))
+    layer = model.blocks[0].mlp.fc1
+    h = pixels(2).flatten()[:4 * layer.in_features].view(4, -1).clone().requires_grad_()
+    with unary_spikes(layer) as spikes:
+        layer(h)
+        spikes.mean().backward()
+    assert ((h.grad * h.detach().sign()) >= 0).all() and h.grad.any()  # less of anything is fewer spikes
+
+
+def test_gradients_pass_what_fires(trained):
+    """And nothing else, or weights drift where all they do is without an effect; hooks are gone afterwards."""
+    _, before, model, x, _ = trained
+    layer = copy.deepcopy(before.blocks[0].mlp.fc2)
+    layer.neuron.register_forward_hook(learn_from_spikes)
+    h = pixels(2).flatten()[:4 * layer.in_features].view(4, -1).clone().requires_grad_()
+    layer(h).sum().backward()
+    fires = layer.neuron.encode(h).levels != 0
+    assert fires.any() and not fires.all() and not h.grad[~fires].any() and h.grad[fires].any()
+    assert not any(module._forward_hooks for module in model.modules())
+
+
 @pytest.mark.slow
 def test_a_price_takes_spikes(trained):
     _, before, _, x, _ = trained
     model = copy.deepcopy(before)
-    distill_(model, (x[:32] for _ in range(25)), 25, DistillConfig(learning_rate=5e-3, price=1.))
+    distill_(model, (x[:32] for _ in range(25)), 25,
+             DistillConfig(learning_rate=5e-3, price=1., features=0.))
     assert spikes_of(model, x[:32]) < 0.9 * spikes_of(before, x[:32])
 
 

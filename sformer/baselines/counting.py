@@ -1,12 +1,12 @@
 """Spikes and operations of a network of several timesteps, in the terms of `sformer.profiling`."""
 import dataclasses
-from typing import Dict, Iterable, List, Tuple
+from typing import Dict, Iterable
 
 import torch
 
 from ..layers import named_neurons
 from ..neurons import CODINGS, count_spikes
-from ..profiling import Operation, Site
+from ..profiling import Profile, Site
 from .stepped import MultiStep, SteppedNeuron
 
 __all__ = ['profile_steps']
@@ -15,24 +15,22 @@ __all__ = ['profile_steps']
 def profile_steps(
         network: MultiStep,
         batches: Iterable[torch.Tensor],
-        operations: Iterable[Operation],
-        sites: Iterable[Site],
-) -> Tuple[List[Operation], List[Site], int]:
+        one_step: Profile,
+) -> Profile:
     """Run a network of several timesteps on images and count all spikes of all timesteps.
 
     A spike that meets weights causes an operation per weight. In a product of two activations each operand waits as the
     sum of its spikes so far, and a spike of the other causes an operation per element of it that it meets: an upper
-    bound in the first timesteps, when sums have zeros. Weights are read once per timestep, pixels are coded once.
+    bound in the first timesteps, when sums have zeros. Weights are read, and functions on currents are computed, once
+    per timestep; pixels are coded once.
 
     Args:
         network: Network of several timesteps, not layer-synchronous.
         batches: Normalised images (B, C, H, W).
-        operations: Operations of the one-step network that it was made of, by `profile_operations`.
-        sites: Neurons, likewise.
+        one_step: `profile_model` of the network of one timestep that it was made of.
 
     Returns:
-        Operations and neurons per image, of all timesteps together, and the number of images; potentials of neurons
-        count once per timestep.
+        The same of all timesteps together; potentials of neurons count once per timestep.
     """
     spikes: Dict[str, Dict[str, int]] = {}
     handles = []
@@ -54,7 +52,7 @@ def profile_steps(
         for handle in handles:
             handle.remove()
     per_image = {name: {coding: count / images for coding, count in sums.items()} for name, sums in spikes.items()}
-    neurons = {site.name: site.neurons for site in sites}
+    neurons = {site.name: site.neurons for site in one_step.sites}
     steps = network.steps
     counted = [
         dataclasses.replace(
@@ -62,9 +60,11 @@ def profile_steps(
             synaptic_operations={coding: sum(per_image[name][coding] * operation.macs / neurons[name]
                                              for name in operation.operands) for coding in CODINGS})
         if operation.operands and all(name in per_image for name in operation.operands)
-        else operation for operation in operations]
-    return counted, [_over_time(site, per_image[site.name], steps) if site.name in per_image else site
-                     for site in sites], images
+        else operation for operation in one_step.operations]
+    return Profile(
+        counted,
+        [_over_time(site, per_image[site.name], steps) if site.name in per_image else site for site in one_step.sites],
+        [dataclasses.replace(function, elements=function.elements * steps) for function in one_step.floating], images)
 
 
 def _over_time(site: Site, spikes: Dict[str, float], steps: int) -> Site:

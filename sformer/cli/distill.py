@@ -21,7 +21,7 @@ def distill(
         num_images: Annotated[int, typer.Option(min=1, max=MAX_IMAGES, help='Number of images')] = 10_000,
         steps: Annotated[int, typer.Option(min=1, max=MAX_IMAGES, help='Steps, one batch each')] = 1000,
         batch_size: Annotated[int, typer.Option(min=1, max=MAX_BATCH_SIZE, help='Images per step')] = 64,
-        learning_rate: Annotated[float, typer.Option(min=0, help='Highest learning rate of AdamW')] = 5e-5,
+        learning_rate: Annotated[float, typer.Option(min=0, help='Highest learning rate of AdamW')] = 1e-4,
         price: Annotated[float, typer.Option(
             min=0, help='What a unary spike per neuron costs, in squared relative errors of the logits')] = 0.01,
         seed: Annotated[int, typer.Option(max=MAX_SEED, help='Seed of the choice and the order of images')] = 0,

@@ -7,16 +7,16 @@ from layer_tools import build, pixels, rng
 from sformer import SFNConfig, calibrate_, named_neurons, spiking_
 from sformer.baselines import IntegrateAndFire, MultiStep, multi_threshold_network, profile_steps
 from sformer.neurons import CODINGS, integrate_and_fire
-from sformer.profiling import energy, profile_operations
+from sformer.profiling import energy, profile_model
 
 
 def test_spikes_and_operations_of_a_layer_are_those_of_a_loop():
     steps, model, x = 5, nn.Sequential(nn.Linear(4, 3)).eval(), torch.randn(10, 4, generator=rng())
     spiking_(model, SFNConfig(steps, fire='uniform', activation_fire='uniform', token_scale=False))
     calibrate_(model, [x])
-    operations, sites, _ = profile_operations(model, [x])
+    one_step = profile_model(model, [x])
     network = MultiStep(model, steps, lambda old: IntegrateAndFire(old, steps))
-    counted, neurons, images = profile_steps(network, x.split(4), operations, sites)
+    counted, neurons, _, images = profile_steps(network, x.split(4), one_step)
     thresholds = steps * model[0].neuron.threshold
     spikes = sum((integrate_and_fire((sign * x).expand(steps, -1, -1), theta, theta / 2) * steps / theta).round().sum()
                  for sign, theta in zip((1, -1), thresholds, strict=True)).item()
@@ -30,8 +30,8 @@ def test_spikes_and_operations_of_a_layer_are_those_of_a_loop():
 def test_every_operation_of_a_network_is_counted():
     images = pixels(3)
     network, model = multi_threshold_network(build('eva02', depth=1), [images], 3)
-    operations, sites, _ = profile_operations(model, [images])
-    counted, neurons, _ = profile_steps(network, [images], operations, sites)
+    operations, sites, floating, _ = one_step = profile_model(model, [images])
+    counted, neurons, functions, _ = profile_steps(network, [images], one_step)
     assert [o.name for o in counted] == [o.name for o in operations] and [s.name for s in neurons] == [
         s.name for s in sites]
     spikes = {s.name: s.spikes['graded'] * s.neurons for s in neurons}
@@ -42,6 +42,7 @@ def test_every_operation_of_a_network_is_counted():
     assert product.synaptic_operations['binary'] == product.synaptic_operations['graded']  # powers of two
     pixel, before = (next(s for s in found if s.name == 'patch_embed.proj.neuron') for found in (neurons, sites))
     assert pixel == before  # coded once
-    assert energy(counted, neurons)['account']['binary']['total'] > energy(operations, sites)['account']['binary'][
-        'total']
+    before, after = (energy(*parts)['account']['binary'] for parts in (
+        (operations, sites, floating), (counted, neurons, functions)))
+    assert after['floating'] == pytest.approx(3 * before['floating']) and after['total'] > before['total']
     assert not any(neuron._forward_hooks for _, neuron in named_neurons(network.network))
