@@ -66,8 +66,9 @@ def early_neurons(network: nn.Module) -> Tuple[Dict[str, ScaleAndFire], Dict[str
             outputs.append((name, out, out._version))
             readers.read.discard(_storage(out))  # which another tensor had that is gone
 
-        def takes(product: Any, args: Any) -> None:
-            parts.extend((name, i, getattr(product, neuron), args[i]) for i, neuron in enumerate(OPERANDS))
+        def takes(product: Any, args: Any, kwargs: Any) -> None:
+            operands = [*args, *(kwargs[key] for key in ('query', 'key', 'value') if key in kwargs)]
+            parts.extend((name, i, getattr(product, neuron), operands[i]) for i, neuron in enumerate(OPERANDS))
             readers.inside = True
 
         def leaves(product: Any, args: Any, out: Any) -> None:
@@ -77,7 +78,8 @@ def early_neurons(network: nn.Module) -> Tuple[Dict[str, ScaleAndFire], Dict[str
         if isinstance(module, IntegerLinear):
             hooks.append(module.register_forward_hook(gives))
         elif isinstance(module, AttentionProduct):
-            hooks.extend([module.register_forward_pre_hook(takes), module.register_forward_hook(leaves)])
+            hooks.append(module.register_forward_pre_hook(takes, with_kwargs=True))
+            hooks.append(module.register_forward_hook(leaves))
 
     for name, _ in network.named_modules():
         watch(name)
@@ -110,6 +112,8 @@ def _per_channel(parts: List[Part], out: torch.Tensor) -> Optional[ScaleAndFire]
     for _, _, neuron, x in parts:
         alike = type(neuron) is ScaleAndFire and neuron.fire_function == first.fire_function and not neuron.token
         if not alike or not torch.equal(neuron.levels, first.levels) or (x.shape[2], x.stride(2)) != (length, width):
+            return None
+        if neuron.step.shape[0] not in (1, x.shape[1]):  # heads of keys that several of queries share
             return None
     merged = ScaleAndFire((width,), first.config, center_shape=(width,))
     merged.token = False

@@ -148,7 +148,7 @@ class _Levels(nn.Module):
             k = u.round()
         elif self.fire_function == 'quadratic' and rounds and not self.signed and self.largest == count ** 2:
             # a power, which engines fuse with what is before, as they would not two factors that are one
-            return torch.pow((u - 0.25).clamp(min=0).sqrt().round(), 2.)
+            k = torch.pow((u - 0.25).clamp(min=0).sqrt().round(), 2.)
         else:
             k = fire(u, self.fire_function, self.values, self.config.initial_potential, 0., self.top)
         if dead_zone:
