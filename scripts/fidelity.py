@@ -7,7 +7,7 @@
 `scripts/saliency_source.py` builds the source. Thresholds are fitted to some of the images, errors are measured on
 others: |source - sformer| / |source| over the final tokens, and over what every block gives. `--sites` says what each
 kind of site makes alone, with all others left floating; `--integer` what int8 weights add; `--plain-int8` is the source
-as ONNX Runtime quantises it, calibrated on the same images.
+as ONNX Runtime quantises it, by the ranges that it sees on the same images.
 """
 import ast
 import copy
