@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -93,35 +93,85 @@ def convert(model: str = 'vit_base_patch16_224', num_images: int = 128, batch_si
 
 @app.command()
 def engine(model: str = 'vit_base_patch16_224', batch_size: int = 8, levels: int = 32, token_scale: bool = True,
-           attention_fire: str = 'auto', rounds: int = 5):
-    """Time per kind of operation that OpenVINO executes, of a random model that is converted and exported."""
-    import openvino
+           attention_fire: str = 'auto', rounds: int = 5, threads: int = 0):
+    """Time per kind of operation that OpenVINO executes, of a random model in integers and of the same network without
+    neurons in plain int8; and what this machine's int8 products and memory allow at best."""
     import timm
 
     import sformer
-    from sformer.execution.benchmark import normalised_images
-    from sformer.execution.engines import openvino_config
+    from sformer.execution.benchmark import normalised_images, plain_int8
+    torch.set_num_threads(threads or torch.get_num_threads())
     source = timm.create_model(model).eval()
     images = normalised_images(batch_size, source.pretrained_cfg)
     config = sformer.SFNConfig(levels=levels, token_scale=token_scale, attention_fire=attention_fire)
+    spiking = sformer.convert(source, [images], config)
+    macs = sum(op.macs for op in sformer.profiling.profile_operations(spiking, [images[:1]])[0]) * batch_size
     with tempfile.TemporaryDirectory() as folder:
-        sformer.export_onnx(sformer.convert(source, [images], config), f'{folder}/model.onnx')
-        core = openvino.Core()
-        compiled = core.compile_model(
-            core.read_model(f'{folder}/model.onnx'), 'CPU', dict(openvino_config(), PERF_COUNT=True))
-    request, times = compiled.create_infer_request(), collections.defaultdict(list)
+        sformer.export_onnx(spiking, f'{folder}/model.onnx')
+        columns = profiled([Path(f'{folder}/model.onnx').read_bytes(), plain_int8(source, images[:4])],
+                           images.numpy(), rounds)
+    print(f'{model}, batch {batch_size}, N = {levels}, {torch.get_num_threads()} threads: '
+          f'{sum(columns[0].values()):.1f} ms, plain int8 {sum(columns[1].values()):.1f} ms')
+    for kind in sorted({*columns[0], *columns[1]}, key=lambda kind: -columns[0].get(kind, 0)):
+        if max(column.get(kind, 0) for column in columns) >= 1:
+            print(f'  {columns[0].get(kind, 0):7.1f} {columns[1].get(kind, 0):7.1f}  {kind}')
+    rate, bandwidth = int8_rate(rounds), memory_bandwidth(rounds)
+    print(f'one int8 product of 2048 x 4096 x 4096: {rate:.0f} GMAC/s; copying memory: {bandwidth:.1f} GB/s\n'
+          f'{macs / 1e9:.1f} GMAC of this model: at least {macs / 1e6 / rate:.1f} ms')
+
+
+def profiled(graphs: list[bytes], images: Any, rounds: int) -> list[dict[str, float]]:
+    """Milliseconds per kind of operation of each graph, run in turn: medians."""
+    import openvino
+
+    from sformer.execution.engines import openvino_config
+    core = openvino.Core()
+    requests = [core.compile_model(core.read_model(graph), 'CPU', dict(openvino_config(), PERF_COUNT=True))
+                .create_infer_request() for graph in graphs]
+    times: list[dict[str, list[float]]] = [collections.defaultdict(list) for _ in requests]
     for i in range(rounds + 1):
-        request.infer([images.numpy()])
-        sums = collections.Counter()
-        for info in request.get_profiling_info():
-            sums[f'{info.node_type} ({info.exec_type})'] += info.real_time.total_seconds() * 1e3
-        for kind, milliseconds in sums.items() if i else ():
-            times[kind].append(milliseconds)
-    medians = {kind: statistics.median(values) for kind, values in times.items()}
-    print(f'{model}, batch {batch_size}, N = {levels}: {sum(medians.values()):.0f} ms')
-    for kind, milliseconds in sorted(medians.items(), key=lambda item: -item[1]):
-        if milliseconds >= 1:
-            print(f'  {milliseconds:7.1f} ms  {kind}')
+        for request, found in zip(requests, times, strict=True):
+            request.infer([images])
+            sums = collections.Counter()
+            for info in request.get_profiling_info():
+                sums[f'{info.node_type} ({info.exec_type})'] += info.real_time.total_seconds() * 1e3
+            for kind, milliseconds in sums.items() if i else ():
+                found[kind].append(milliseconds)
+    return [{kind: statistics.median(values) for kind, values in found.items()} for found in times]
+
+
+def int8_rate(rounds: int) -> float:
+    """GMAC/s of one large int8 product in OpenVINO, the best of some rounds."""
+    import numpy as np
+    import onnx
+    from onnx import helper, numpy_helper
+    rows, width = 2048, 4096
+    one, zero = np.ones((), np.float32), np.zeros((), np.int8)
+    weight = np.random.default_rng(0).integers(-127, 128, (width, width), np.int8)
+    nodes = [helper.make_node('QuantizeLinear', ['x', 'one', 'zero'], ['k']),
+             helper.make_node('DequantizeLinear', ['k', 'one', 'zero'], ['levels']),
+             helper.make_node('DequantizeLinear', ['w', 'one', 'zero'], ['weight']),
+             helper.make_node('MatMul', ['levels', 'weight'], ['y'])]
+    values = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [rows, width]) for name in ('x', 'y')]
+    constants = [numpy_helper.from_array(np.asarray(value), name)
+                 for name, value in dict(one=one, zero=zero, w=weight).items()]
+    graph = helper.make_graph(nodes, 'product', values[:1], values[1:], constants)
+    serialised = helper.make_model(graph, opset_imports=[helper.make_opsetid('', 20)], ir_version=9)
+    best = min(sum(times.values()) for times in (
+        {kind: ms for kind, ms in found.items() if kind.startswith('FullyConnected')}
+        for _ in range(rounds) for found in profiled([serialised.SerializeToString()], np.ones((rows, width), 'f'), 1)))
+    return rows * width * width / best / 1e6
+
+
+def memory_bandwidth(rounds: int) -> float:
+    """GB/s read and written by copying 512 MiB, the best of some rounds."""
+    source = torch.ones(2 ** 27)
+    target, best = torch.empty_like(source), float('inf')
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        target.copy_(source)
+        best = min(best, time.perf_counter() - start)
+    return 2 * source.numel() * 4 / best / 1e9
 
 
 @app.command()

@@ -2,11 +2,12 @@
 
     python scripts/fidelity.py vit_small_saliency.safetensors 127 32 8 4 --images DIR -o fidelity.json
     python scripts/fidelity.py vit_small_saliency.safetensors 32 --images DIR --calibration dead-leaves --sites
-    python scripts/fidelity.py vit_small_saliency.safetensors 32 --images DIR --integer
+    python scripts/fidelity.py vit_small_saliency.safetensors 32 --images DIR --integer --plain-int8
 
 `scripts/saliency_source.py` builds the source. Thresholds are fitted to some of the images, errors are measured on
 others: |source - sformer| / |source| over the final tokens, and over what every block gives. `--sites` says what each
-kind of site makes alone, with all others left floating; `--integer` what int8 weights add.
+kind of site makes alone, with all others left floating; `--integer` what int8 weights add; `--plain-int8` is the source
+as ONNX Runtime quantises it, by the ranges that it sees on the same images.
 """
 import ast
 import copy
@@ -24,6 +25,8 @@ import sformer
 from sformer.checkpoints import file_hash, state_hash, write_json
 from sformer.data import ImageData, open_images
 from sformer.evaluation.activity import Activity
+from sformer.execution.benchmark import plain_int8
+from sformer.execution.engines import ENGINES, compile_graph
 from sformer.layers import named_neurons, shared_copy
 from sformer.neurons import FitConfig, SFNConfig
 from sformer.utils import library_versions
@@ -136,6 +139,30 @@ def measure_integer(
                 weight_errors={report.name: report.error for report in reports})
 
 
+class Tokens(nn.Module):
+    """All final tokens of a network."""
+
+    def __init__(self, network: Any, images: torch.Tensor):
+        super().__init__()
+        self.network = network
+        self.pretrained_cfg = dict(network.pretrained_cfg, input_size=tuple(images.shape[1:]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.network.forward_features(x)
+
+
+def measure_plain_int8(source: nn.Module, images: torch.Tensor, tokens: torch.Tensor,
+                       calibration: torch.Tensor) -> dict[str, float]:
+    """Errors of plain int8, run by each engine."""
+    graph, errors = plain_int8(Tokens(source, images), calibration), {}
+    for engine in ENGINES:
+        run = compile_graph(graph, engine)
+        found = torch.cat([torch.from_numpy(run(batch.numpy())) for batch in images.split(BATCH_SIZE)])
+        errors[engine] = relative_error(tokens, found)
+        print(f'plain int8, run by {engine}: tokens {errors[engine]:.4f}', flush=True)
+    return errors
+
+
 def main(
         checkpoint: Annotated[Path, typer.Argument(help='Source that scripts/saliency_source.py built')],
         images: Annotated[str, typer.Option(help='Images: a folder, parquet files, a data set of the Hub')],
@@ -150,6 +177,7 @@ def main(
         fit: Annotated[Optional[list[str]], typer.Option(help='Field of FitConfig, key=value')] = None,
         sites: Annotated[bool, typer.Option('--sites', help='What each kind of site makes alone')] = False,
         integer: Annotated[bool, typer.Option('--integer', help='What int8 weights add')] = False,
+        plain: Annotated[bool, typer.Option('--plain-int8', help='The quantised source, without neurons')] = False,
         output: Annotated[Optional[Path], typer.Option('-o', '--output', help='JSON')] = None,
 ) -> None:
     source = load_source(checkpoint)
@@ -160,6 +188,8 @@ def main(
         images=dict(name=data.name, split=data.split, revision=data.revision, fingerprint=data.fingerprint, seed=seed,
                     num_test=num_test, sites=SITES_IMAGES),
         versions=library_versions(), results=[])
+    if plain:
+        record['plain_int8'] = measure_plain_int8(source, test, expected[-1], others)
     for n in levels or [32]:
         sfn, fitting = SFNConfig(levels=n, **key_values(config)), FitConfig(**key_values(fit))
         batches = calibration or others.split(BATCH_SIZE)

@@ -21,7 +21,7 @@ class NeuronOptions:
     fire: Annotated[str, typer.Option(
         help='auto (by N), uniform, widening, quarter_square, quadratic, quartic, power2 or density')] = 'auto'
     attention_fire: Annotated[str, typer.Option(
-        help='Fire function of the softmax: auto (by N), quadratic, quartic, ...')] = 'auto'
+        help='Fire function of the softmax: auto (by N), quadratic, quartic, byte, ...')] = 'auto'
     activation_fire: Annotated[str, typer.Option(
         help='Fire function after an activation function: auto (by N), quarter_square, uniform, ...')] = 'auto'
     initial_potential: Annotated[float, typer.Option(

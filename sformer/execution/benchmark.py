@@ -47,14 +47,26 @@ def _exported(model: nn.Module, engine: str) -> Forward:
 
 
 def _plain_int8(model: nn.Module, engine: str) -> Forward:
-    """The source network as ONNX Runtime's quantiser makes it: symmetric int8, weights per channel, activations per
-    tensor, without neurons."""
     find_engine(engine)
+    images = normalised_images(4, resolve_input_data_config(model))
+    run = compile_graph(plain_int8(source_of(model).eval().float(), images), engine)
+    return lambda x: run(x.numpy())
+
+
+def plain_int8(network: nn.Module, images: torch.Tensor) -> bytes:
+    """A network without neurons as ONNX Runtime's quantiser makes it: symmetric int8, weights per channel, activations
+    per tensor, whose ranges are those on some images (B, C, H, W).
+
+    Returns:
+        A serialised ONNX model.
+
+    Raises:
+        SFormerError: If packages are missing.
+    """
     try:
         from onnxruntime import quantization
     except ImportError:
         raise SFormerError("onnxruntime is missing, which quantises: pip install 'sformer[onnx]'.") from None
-    images = normalised_images(4, resolve_input_data_config(model))
 
     class Reader(quantization.CalibrationDataReader):
         def __init__(self):
@@ -65,14 +77,13 @@ def _plain_int8(model: nn.Module, engine: str) -> Forward:
 
     with tempfile.TemporaryDirectory() as folder:
         plain, quantised = f'{folder}/plain.onnx', f'{folder}/int8.onnx'
-        Path(plain).write_bytes(to_onnx(source_of(model).eval().float()).SerializeToString())
+        Path(plain).write_bytes(to_onnx(network).SerializeToString())
         with quiet('root'):  # which recommends to prepare the graph, as torch's exporter has done
             quantization.quantize_static(
                 plain, quantised, Reader(), op_types_to_quantize=['MatMul', 'Gemm', 'Conv'], per_channel=True,
                 activation_type=quantization.QuantType.QInt8, weight_type=quantization.QuantType.QInt8,
                 extra_options=dict(ActivationSymmetric=True, WeightSymmetric=True))
-        run = compile_graph(Path(quantised).read_bytes(), engine)
-    return lambda x: run(x.numpy())
+        return Path(quantised).read_bytes()
 
 
 EXECUTIONS: Dict[str, Callable[[nn.Module], Forward]] = {

@@ -4,7 +4,7 @@
 which engines multiply in int8. A neuron is written as few elementwise operations, which they fuse; its levels are those
 of `encode` but for currents within float rounding of a boundary.
 """
-from typing import Any, Optional, Tuple
+from typing import Any, Collection, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from ..errors import SFormerError
 from ..layers import AttentionProduct, SpikingConv2d, SpikingConvTranspose2d, SpikingLinear, named_neurons
 from ..layers.products import softmax_numerators
-from ..neurons import MAX_LEVEL, GradedCoding, Neuron, ScaleAndFire, fire, firing_boundaries
+from ..neurons import MAX_BYTE_LEVEL, GradedCoding, Neuron, ScaleAndFire, fire, firing_boundaries
 from ..neurons.scale_and_fire import TINY
+from .early import early_neurons
 from .integer import IntegerConv2d, IntegerConvTranspose2d, IntegerLinear, folded_bias
 
 __all__ = ['to_graph_']
@@ -26,17 +27,20 @@ def to_graph_(network: nn.Module) -> None:
     Raises:
         SFormerError: If a layer or a fire function has no form in ONNX; names it.
     """
+    for _, neuron in named_neurons(network):
+        _levels_of(neuron)  # which names what has no form, before the network is run
+    neurons, fired = early_neurons(network)
     for name, layer in list(network.named_modules()):
         new: Any = None
         if isinstance(layer, (IntegerLinear, SpikingLinear)):
-            new = _Linear(layer)
+            new = _Linear(layer, neurons.get(name))
         elif isinstance(layer, IntegerConv2d):
             new = _Conv2d(layer)
         elif isinstance(layer, (SpikingConv2d, SpikingConvTranspose2d)):
             new = nn.Sequential(_Decoded(layer.neuron), layer)
             layer.neuron = None
         elif isinstance(layer, AttentionProduct):
-            new = _Attention(layer)
+            new = _Attention(layer, fired.get(name, ()))
         if new is not None:
             network.set_submodule(name, new)
     for name, neuron in list(named_neurons(network)):  # of gates, whose product is elementwise
@@ -47,11 +51,18 @@ def _onnx(operator: str, like: torch.Tensor, dtype: torch.dtype, *inputs: torch.
     return torch.onnx.ops.symbolic(operator, inputs, {**attributes}, dtype=dtype, shape=like.shape)
 
 
-def _int8(k: torch.Tensor) -> torch.Tensor:
-    """Levels, which are whole numbers or are rounded here, as int8, and what these stand for at a step of 1."""
-    one, zero = torch.ones(()), torch.zeros((), dtype=torch.int8)
-    levels = _onnx('QuantizeLinear', k, torch.int8, k, one, zero)
+def _int8(k: torch.Tensor, signed: bool = True) -> torch.Tensor:
+    """Levels, which are whole numbers or are rounded here, as a byte, and what these stand for at a step of 1."""
+    dtype = torch.int8 if signed else torch.uint8
+    one, zero = torch.ones(()), torch.zeros((), dtype=dtype)
+    levels = _onnx('QuantizeLinear', k, dtype, k, one, zero)
     return _onnx('DequantizeLinear', k, torch.float32, levels, one, zero)
+
+
+def _fire(levels: nn.Module, x: torch.Tensor) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+    """Levels as int8, at a step of 1, and the factor per token."""
+    k, row = levels(x)
+    return _int8(k), row
 
 
 def _weights(weight: torch.Tensor, step: torch.Tensor, axis: int) -> torch.Tensor:
@@ -129,14 +140,15 @@ class _Levels(nn.Module):
         if self.table is not None:
             k = self.table[(2 * u.abs()).clamp(max=2 * self.largest).to(torch.int64)]
             k = torch.where(u < 0, -k, k)
-        elif self.fire_function == 'uniform' and rounds:
-            if not self.token or self.reach < 1:  # else the largest potential is the top level
+        elif self.fire_function in ('uniform', 'byte') and rounds:
+            if self.signed and (not self.token or self.reach < 1):  # else the largest potential is the top level
                 u = u.clamp(-self.largest, self.largest)
-            last = self.signed and self.multiplier is None and self.outward is None and not dead_zone
-            k = u if last else u.round()  # what is a level by then is rounded as it becomes an int8
+            if self.multiplier is None and self.outward is None and not dead_zone:
+                return u  # rounded as it becomes an int8; softmax numerators are not negative
+            k = u.round()
         elif self.fire_function == 'quadratic' and rounds and not self.signed and self.largest == count ** 2:
-            k = (u - 0.25).clamp(min=0).sqrt().round()
-            k = k * k
+            # a power, which engines fuse with what is before, as they would not two factors that are one
+            k = torch.pow((u - 0.25).clamp(min=0).sqrt().round(), 2.)
         else:
             k = fire(u, self.fire_function, self.values, self.config.initial_potential, 0., self.top)
         if dead_zone:
@@ -168,15 +180,17 @@ class _Decoded(nn.Module):
 
 
 class _Linear(nn.Module):
-    """A linear layer, in integers or, where int8 weights would lose too much, on levels in floating point."""
+    """A linear layer, in integers or, where int8 weights would lose too much, on levels in floating point; and neurons
+    that read what it gives, if they fire here."""
     weight: torch.Tensor
     step: torch.Tensor
     columns: Optional[torch.Tensor]
     bias: Optional[torch.Tensor]
 
-    def __init__(self, layer: Any):
+    def __init__(self, layer: Any, fires: Optional[ScaleAndFire] = None):
         super().__init__()
         self.neuron = _Levels(layer.neuron)
+        self.fires = None if fires is None else _Levels(fires)
         self.integer = isinstance(layer, IntegerLinear)
         weight = layer.weight if self.integer else layer.weight.detach() * layer.neuron.step
         self.register_buffer('weight', weight.t().contiguous())
@@ -192,7 +206,8 @@ class _Linear(nn.Module):
             k = k.index_select(-1, self.columns)
         out = _int8(k) @ (_weights(self.weight, self.step, axis=1) if self.integer else self.weight)
         out = out if row is None else out * row
-        return out if self.bias is None else out + self.bias
+        out = out if self.bias is None else out + self.bias
+        return out if self.fires is None else _int8(self.fires(out)[0])
 
 
 class _Conv2d(nn.Module):
@@ -237,8 +252,9 @@ class _Attention(nn.Module):
     v_step: torch.Tensor
     v_center: Optional[torch.Tensor]
 
-    def __init__(self, product: AttentionProduct):
+    def __init__(self, product: AttentionProduct, fired: Collection[int] = ()):
         super().__init__()
+        self.fired = fired  # which of q, k and v are levels by then
         self.q, self.k, self.v, self.attn = (
             _Levels(getattr(product, f'{name}_neuron')) for name in ('q', 'k', 'v', 'attn'))
         # powers of two per channel cancel, so what remains is one step per head
@@ -256,16 +272,18 @@ class _Attention(nn.Module):
             is_causal: bool = False,
             scale: Optional[float] = None,
     ) -> torch.Tensor:
-        (q, q_row), (k, k_row), (v, _) = self.q(query), self.k(key), self.v(value)
+        (q, q_row), (k, k_row), (v, _) = (
+            (x, None) if i in self.fired else _fire(neuron, x)
+            for i, (neuron, x) in enumerate(((self.q, query), (self.k, key), (self.v, value))))
         step = self.score_step * (query.shape[-1] ** -0.5 if scale is None else scale)
-        scores = _int8(q) @ _int8(k).transpose(-2, -1)
+        scores = q @ k.transpose(-2, -1)
         scores = scores * (step if q_row is None else step * q_row)
         if k_row is not None:
             scores = scores * k_row.transpose(-2, -1)
         attn, _ = self.attn(softmax_numerators(scores, attn_mask, is_causal))
-        if self.attn.largest <= MAX_LEVEL:
-            attn = _int8(attn)
-        out = attn @ _int8(v)  # of wide levels in float32, which OpenVINO does faster than two planes of int8
+        if self.attn.largest <= MAX_BYTE_LEVEL:
+            attn = _int8(attn, signed=False)
+        out = attn @ v  # of wide levels in float32, which OpenVINO does faster than two planes of int8
         total = attn.sum(dim=-1, keepdim=True)
         out = out / total.clamp_min(1.) * self.v_step
         return out if self.v_center is None else out + self.v_center * total.clamp(max=1.)  # none of no key

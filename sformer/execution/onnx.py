@@ -1,19 +1,21 @@
 """Export of an SFormer as ONNX: int8 levels times int8 weights, for engines that know how.
 
-Linear layers, the patch embedding and QK^T multiply int8, and so does AV where softmax levels are no wider. LayerNorm,
+Linear layers, the patch embedding and QK^T multiply int8, and so does AV where softmax levels are a byte. LayerNorm,
 softmax and activation functions stay in float32.
 """
+import contextlib
 import copy
 import hashlib
 import json
 import os
 import warnings
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Union
+from typing import Any, Dict, Iterator, List, Optional, Union
 
 import torch
 import torch.nn as nn
 from timm.data import resolve_input_data_config
+from timm.layers import pos_embed_sincos
 
 from ..checkpoints import state_hash, write_aside
 from ..conversion import Images, calibration_batches
@@ -110,7 +112,8 @@ def to_onnx(network: nn.Module) -> Any:
     """
     _check_packages()
     images = torch.zeros(2, *resolve_input_data_config(network)['input_size'])
-    with warnings.catch_warnings(action='ignore'), quiet('torch.onnx', 'onnxscript', 'onnx_ir'), torch.no_grad():
+    with (warnings.catch_warnings(action='ignore'), quiet('torch.onnx', 'onnxscript', 'onnx_ir'), torch.no_grad(),
+          rotary_products()):
         program: Any = torch.onnx.export(
             network, (images,), dynamo=True, opset_version=OPSET, input_names=['images'], output_names=['logits'],
             dynamic_shapes=({0: torch.export.Dim('batch')},), verbose=False)
@@ -118,6 +121,22 @@ def to_onnx(network: nn.Module) -> Any:
     for part in (*model.graph.node, *model.graph.value_info):  # where in this package each node comes from
         part.ClearField('metadata_props')
     return model
+
+
+@contextlib.contextmanager
+def rotary_products() -> Iterator[None]:
+    """Let the rotary embedding turn pairs of channels by a product with a signed permutation, which is exact: engines
+    take a sixth of the time for it that they take for every second element of a tensor."""
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+        return x @ rot(eye)
+
+    rot = pos_embed_sincos.rot
+    pos_embed_sincos.rot = turned
+    try:
+        yield
+    finally:
+        pos_embed_sincos.rot = rot
 
 
 def _check_options(max_error: float, unread: Any) -> None:

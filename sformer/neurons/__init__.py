@@ -5,8 +5,9 @@ No timm, no files: currents are tensors, and everything here works on any of the
 """
 from .base import Float32Buffers, Neuron, Spikes
 from .coding import CODINGS, count_levels, count_spikes, spikes_in
-from .config import DEFAULT_RANGE, FIRE_FUNCTIONS, FitConfig, SFNConfig, as_config
+from .config import DEFAULT_RANGE, FIRE_FUNCTIONS, SOFTMAX_FIRE_FUNCTIONS, FitConfig, SFNConfig, as_config
 from .functional import (
+    MAX_BYTE_LEVEL,
     MAX_LEVEL,
     MAX_WIDE_LEVEL,
     fire,
@@ -22,7 +23,8 @@ from .scale_and_fire import ScaleAndFire
 from .statistics import CurrentStatistics
 
 __all__ = [
-    'MAX_LEVEL', 'MAX_WIDE_LEVEL', 'FIRE_FUNCTIONS', 'DEFAULT_RANGE', 'SFNConfig', 'FitConfig', 'as_config',
+    'MAX_LEVEL', 'MAX_BYTE_LEVEL', 'MAX_WIDE_LEVEL', 'FIRE_FUNCTIONS', 'SOFTMAX_FIRE_FUNCTIONS', 'DEFAULT_RANGE',
+    'SFNConfig', 'FitConfig', 'as_config',
     'integrate_and_fire', 'multi_threshold', 'max_levels', 'level_values', 'firing_boundaries', 'fire',
     'straight_through', 'Float32Buffers', 'Neuron', 'Spikes', 'ScaleAndFire', 'GradedCoding', 'CurrentStatistics',
     'CODINGS', 'count_levels', 'count_spikes', 'spikes_in',

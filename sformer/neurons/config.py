@@ -5,9 +5,12 @@ from typing import Any, Dict, Type, TypeVar, Union
 
 from .functional import MAX_LEVEL, MAX_WIDE_LEVEL, level_values, max_levels
 
-__all__ = ['FIRE_FUNCTIONS', 'ESTIMATORS', 'DEFAULT_RANGE', 'SFNConfig', 'FitConfig', 'as_config']
+__all__ = [
+    'FIRE_FUNCTIONS', 'SOFTMAX_FIRE_FUNCTIONS', 'ESTIMATORS', 'DEFAULT_RANGE', 'SFNConfig', 'FitConfig', 'as_config',
+]
 
 FIRE_FUNCTIONS = ('uniform', 'widening', 'quarter_square', 'quadratic', 'quartic', 'power2', 'density')
+SOFTMAX_FIRE_FUNCTIONS = (*FIRE_FUNCTIONS, 'byte')
 ESTIMATORS = ('mse', 'quantile', 'max')
 DEFAULT_RANGE = 4.  # uncalibrated neurons fire over +-4: four standard deviations of a LayerNorm output
 
@@ -35,7 +38,8 @@ class SFNConfig:
         attention_fire: Fire function of the softmax numerators, whose levels may have 14 bits. `auto` is `quartic`
             (levels i^4 up to N^4) with up to 11 levels and `quadratic` (i^2 up to N^2) with more; both follow the
             distribution of numerators closely enough that nothing has to be fitted there. With `silence` it is
-            `quarter_square` with up to 20 levels, which takes far fewer unary spikes.
+            `quarter_square` with up to 20 levels, which takes far fewer unary spikes. `byte` has the levels 1 to 255,
+            whatever `levels` is: as many as engines multiply in 8 bits.
         activation_fire: Fire function of currents that come from an activation function (`fc2` of an MLP), of which few
             are large and most nearly nothing. Where `fire` is `auto` or `uniform`, `auto` is `quarter_square` with up
             to 11 levels and, of products of a gate and a value (SwiGLU), whose tails are heavier, `quadratic`; in all
@@ -71,7 +75,8 @@ class SFNConfig:
             value = getattr(self, name)
             if value == 'auto':
                 continue
-            _check(value in FIRE_FUNCTIONS, f'{name} must be one of {", ".join(FIRE_FUNCTIONS)}, got {value!r}.')
+            names = SOFTMAX_FIRE_FUNCTIONS if name == 'attention_fire' else FIRE_FUNCTIONS
+            _check(value in names, f'{name} must be one of {", ".join(names)}, got {value!r}.')
             most = max_levels(value)
             if self.levels > most:
                 few = ', '.join(f'{v:g}' for v in level_values(value, 4))

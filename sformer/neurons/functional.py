@@ -10,11 +10,12 @@ from typing import Union
 import torch
 
 __all__ = [
-    'MAX_LEVEL', 'MAX_WIDE_LEVEL', 'integrate_and_fire', 'multi_threshold', 'max_levels', 'level_values',
-    'firing_boundaries', 'fire', 'token_reach', 'straight_through',
+    'MAX_LEVEL', 'MAX_BYTE_LEVEL', 'MAX_WIDE_LEVEL', 'integrate_and_fire', 'multi_threshold', 'max_levels',
+    'level_values', 'firing_boundaries', 'fire', 'token_reach', 'straight_through',
 ]
 
 MAX_LEVEL = 127  # a level is one int8 on hardware
+MAX_BYTE_LEVEL = 255  # or, where none is negative, one unsigned byte
 MAX_WIDE_LEVEL = 128 * 127 + 127  # or, where a site says so, two int8 planes: k = 128 high + low
 
 # The largest float below 1/2. Added before the floor it rounds halves away from zero and nothing below them; 1/2
@@ -91,15 +92,17 @@ def level_values(fire_function: str, levels: int, top: int = MAX_LEVEL) -> torch
     Args:
         fire_function: `uniform` (y_i = i), `quadratic` (y_i = max(i, round(S i^2 / N^2)), S = min(N^2, top)), `quartic`
             (the same with i^4), `widening` (2, 5, 8, 12, 16, 21 ...: y_i = floor((i + 4)^2 / 4) - 4),
-            `quarter_square` (1, 3, 5, 8, 11, 15 ...: y_i = floor((i + 2)^2 / 4) - 1) or `power2` (y_i = 2^(i-1)).
-            `density` has no closed form and starts out as `uniform`.
+            `quarter_square` (1, 3, 5, 8, 11, 15 ...: y_i = floor((i + 2)^2 / 4) - 1), `power2` (y_i = 2^(i-1)) or
+            `byte` (1 to 255, whatever N is). `density` has no closed form and starts out as `uniform`.
         levels: Number of levels N.
         top: Largest level that the site can carry.
 
     Returns:
-        Integers in float32, (N,).
+        Integers in float32, (N,), of `byte` (255,).
     """
     i = torch.arange(1, levels + 1, dtype=torch.float32, device='cpu')  # also inside of torch.device('meta')
+    if fire_function == 'byte':
+        return torch.arange(1, MAX_BYTE_LEVEL + 1, dtype=torch.float32, device='cpu')
     if fire_function in EXPONENTS:
         p = EXPONENTS[fire_function]
         return torch.maximum(i, torch.round(i ** p * (min(levels ** p, top) / levels ** p)))
@@ -138,10 +141,10 @@ def fire(
 ) -> torch.Tensor:
     """Level that a membrane potential reaches, on the branch of its sign: `k = sign(u) y_i`, `i = #{j : |u| >= b_j}`.
 
-    `uniform`, and `widening`, `quarter_square`, `quadratic` and `quartic` (levels i^2 and i^4) where they round, are
-    closed forms (all but `uniform` take square roots, that of `uniform` adds an initial potential: where these round, a potential
-    within an ulp of a boundary may fall on either side of it). All others are one look-up, without a loop over
-    thresholds.
+    `uniform` and `byte`, and `widening`, `quarter_square`, `quadratic` and `quartic` (levels i^2 and i^4) where they
+    round, are closed forms (the latter four take square roots, those of the former add an initial potential: where these
+    round, a potential within an ulp of a boundary may fall on either side of it). All others are one look-up, without a
+    loop over thresholds.
 
     Args:
         u: Membrane potential in thresholds of its branch, any shape.
@@ -156,7 +159,7 @@ def fire(
     """
     levels = values.shape[0]
     whole = levels ** EXPONENTS.get(fire_function, 1) <= top  # levels are powers of i, not scaled down to fit
-    if fire_function == 'uniform':
+    if fire_function in ('uniform', 'byte'):
         shift = _BELOW_HALF if initial_potential == 0.5 else initial_potential
         k = u.abs().add_(shift).floor_().clamp_(max=levels)
     elif fire_function in QUARTERS and initial_potential == 0.5:

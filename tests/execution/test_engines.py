@@ -104,7 +104,10 @@ def test_engines_agree_with_torch_in_every_family(family, tmp_path):
 
 
 @pytest.mark.parametrize('levels, config', [
-    (127, dict(token_scale=False, attention_fire='uniform')),
+    (127, dict(token_scale=False, attention_fire='byte')),
+    pytest.param(127, dict(token_scale=False, attention_fire='uniform'), marks=pytest.mark.slow),
+    pytest.param(32, dict(token_scale=False, silence=0.03), marks=pytest.mark.slow),
+    pytest.param(9, dict(token_scale=False, fire='density'), marks=pytest.mark.slow),
     pytest.param(6, dict(dead_zone=0.8), marks=pytest.mark.slow),
     pytest.param(20, dict(fire='quarter_square'), marks=pytest.mark.slow),
     pytest.param(18, dict(fire='widening'), marks=pytest.mark.slow),

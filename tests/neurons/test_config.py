@@ -43,6 +43,13 @@ def test_config_names_fire_functions_that_have_not_so_many_levels(field, name, m
         SFNConfig(levels=most + 1, **{field: name})
 
 
+@pytest.mark.parametrize('field', ['fire', 'activation_fire'])
+def test_a_byte_without_a_sign_is_for_the_softmax_alone(field):
+    assert SFNConfig(attention_fire='byte').softmax_fire == 'byte'
+    with pytest.raises(ValueError, match=f"{field} must be one of .*'byte'"):
+        SFNConfig(**{field: 'byte'})
+
+
 def test_fire_functions_that_are_chosen():
     assert [SFNConfig(n).signed_fire for n in (4, 11, 12)] == ['widening', 'widening', 'uniform']
     assert SFNConfig(4, silence=0.01).signed_fire == 'uniform'

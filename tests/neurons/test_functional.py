@@ -271,6 +271,7 @@ def test_level_values_of_each_function():
     assert level_values('quadratic', 32)[-1] == MAX_LEVEL
     assert level_values('quadratic', 32, MAX_WIDE_LEVEL).tolist() == [i * i for i in range(1, 33)]
     assert level_values('quadratic', 127, MAX_WIDE_LEVEL)[-1] == 127 ** 2
+    assert level_values('byte', 4, MAX_WIDE_LEVEL).tolist() == [*range(1, 256)]
 
 
 @pytest.mark.parametrize('name', FIRE_FUNCTIONS)

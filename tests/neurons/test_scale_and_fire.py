@@ -195,12 +195,20 @@ def test_neurons_take_their_config():
     assert unsigned.levels.tolist() == [1, 16, 81, 256, 625, 1296] and unsigned.multiplier.shape == (1, 5)
 
 
-@pytest.mark.parametrize('name, n', [(name, n) for name in FIRE_FUNCTIONS for n in levels_of(name)])
+@pytest.mark.parametrize('name, n', [('byte', 8), *((name, n) for name in FIRE_FUNCTIONS for n in levels_of(name))])
 def test_a_current_of_one_fires_the_top_level_of_softmax_neurons(name, n):
     # the strongest key of a row is exactly 1
     neuron = ScaleAndFire((3, 1, 1), SFNConfig(levels=n, attention_fire=name, initial_potential=0.), signed=False)
     assert (neuron.encode(torch.ones(1, 3, 2, 2)).levels == neuron.levels[-1]).all()
     assert neuron(torch.ones(1, 3, 2, 2)).amin() > 1 - 1e-4
+
+
+def test_softmax_neurons_of_a_byte_round_to_multiples_of_a_255th():
+    neuron = ScaleAndFire((1,), SFNConfig(8, attention_fire='byte'), signed=False)
+    numerators = torch.linspace(0, 1, 10001)[:, None]
+    spikes = neuron.encode(numerators)
+    assert spikes.levels.min() == 0 and spikes.levels.max() == 255 and len(spikes.levels.unique()) == 256
+    assert (spikes.decode() - numerators).abs().max() < 0.501 / 255
 
 
 @pytest.mark.parametrize('scale', [0.5, 1.3])
