@@ -23,7 +23,7 @@ SkipBad = Annotated[bool, typer.Option(
 
 @app.command()
 def train(
-        backbone: Annotated[str, typer.Option(help='timm model: a plain ViT, BEiT or EVA')],
+        backbone: Annotated[str, typer.Option(help='timm model: a plain ViT or EVA')],
         data: Annotated[Path, typer.Option(help=Data)],
         output: Annotated[Path, typer.Option('--output', '-o', help='Folder for the detector')],
         checkpoint: Annotated[Optional[Path], typer.Option(
@@ -71,7 +71,7 @@ def train(
 
 @app.command()
 def show(
-        model: Annotated[Path, typer.Argument(help='Folder of a detector')],
+        model: Annotated[str, typer.Argument(help='Folder of a detector, or hf-hub:ID')],
         image: Annotated[Path, typer.Argument(help='Image')],
         output: Annotated[Path, typer.Option('--output', '-o', help='PNG or JPEG file')],
         min_score: Annotated[float, typer.Option(min=0, max=1, help='Least score of what is drawn')] = 0.5,
@@ -89,7 +89,7 @@ def show(
 
 
 def convert_detector(
-        source: Path,
+        source: str,
         output: Path,
         configs: Tuple['SFNConfig', 'FitConfig'],
         calibration: str,
@@ -98,7 +98,7 @@ def convert_detector(
         seed: int,
         overwrite: bool,
 ) -> None:
-    """What `sformer convert` does with the folder of a detector."""
+    """What `sformer convert` does with a detector."""
     from ..detection import convert_detector as convert
     from ..detection import load_detector, save_detector
     from ..saving import check_output
