@@ -53,7 +53,8 @@ def read_config(folder: Path) -> Dict[str, Any]:
         config = json.loads(path.read_text(encoding='utf-8'))
         if DETECTOR_KEY in config:
             raise SFormerError(
-                f'{folder} holds a detector, which sformer convert, evaluate, profile and detect show take.')
+                f'{folder} holds a detector, which sformer convert, evaluate, compare, profile, detect show, card and '
+                f'publish take.')
         architecture = config['architecture']
         for key in ('model_args', 'pretrained_cfg', 'sformer'):
             if not isinstance(config.get(key, {}), dict):

@@ -1,7 +1,7 @@
 """`sformer detect train | show`, and what `convert` and `evaluate` do with detectors."""
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Dict, List, Optional, Tuple
+from typing import TYPE_CHECKING, Annotated, Any, Callable, Dict, List, Optional, Tuple
 
 import typer
 
@@ -12,7 +12,7 @@ from .options import MAX_IMG_SIZE, MAX_SEED, EvaluationOptions
 if TYPE_CHECKING:
     from ..neurons import FitConfig, SFNConfig
 
-__all__ = ['app', 'convert_detector', 'detection_summary', 'detector_batches', 'run_detection']
+__all__ = ['app', 'convert_detector', 'detection_summary', 'detector_batches', 'run_detections']
 
 app = typer.Typer(help='Object detection and instance segmentation.', rich_markup_mode=None)
 
@@ -141,27 +141,37 @@ DETECTION_OPTIONS = {'dataset', 'split', 'num_images', 'source', 'results_file',
                      'num_processes', 'timeout'}
 
 
-def run_detection(name: str, options: EvaluationOptions, group: Any, journal: Any) -> Dict[str, Any]:
-    """Evaluate a detector with COCO's metrics.
+def run_detections(
+        names: List[str],
+        options: EvaluationOptions,
+        group: Any,
+        new_journal: Callable[[], Any],
+) -> List[Dict[str, Any]]:
+    """Evaluate detectors with COCO's metrics, one after another.
 
     Raises:
-        SFormerError: If the detector or the data cannot be used, or an option says nothing to a detector.
+        SFormerError: If a detector or the data cannot be used, or an option says nothing to a detector.
     """
     from ..detection import evaluate_detector, load_detector, open_coco
+    from ..detection.evaluation import check_evaluable
     from ..evaluation import check_replaceable, check_results_file
     for field in dataclasses.fields(options):
         if field.name not in DETECTION_OPTIONS and getattr(options, field.name) != field.default:
-            raise SFormerError(f'{name} is a detector: leave out --{field.name.replace("_", "-")}.')
+            raise SFormerError(f'{names[0]} is a detector: leave out --{field.name.replace("_", "-")}.')
     file, dataset = options.results_file, Path(options.dataset).name
     if file and check_results_file(file, options.results_format) != 'json':
         raise SFormerError(f'results of a detector are written as JSON, not to {file}.')
-    detector: Any = load_detector(name)
+    detectors: List[Any] = [load_detector(name) for name in names]
     if file and not options.resume:
-        check_replaceable(file, [detector], dataset)
-    data = open_coco(options.dataset, options.split or 'val', detector.config.masks, skip_bad=bool(options.max_bad))
-    result = evaluate_detector(
-        detector, data, source=options.source, num_images=options.num_images, group=group, journal=journal)
-    return dict(model=type(detector).__name__, dataset=dataset, split=options.split or 'val', **result)
+        check_replaceable(file, detectors, dataset)
+    masks = any(detector.config.masks for detector in detectors)
+    data = open_coco(options.dataset, options.split or 'val', masks, skip_bad=bool(options.max_bad))
+    for detector in detectors:
+        check_evaluable(detector, data)
+    return [dict(
+        model=type(detector).__name__, dataset=dataset, split=options.split or 'val', **evaluate_detector(
+            detector, data, source=options.source, num_images=options.num_images, group=group, journal=new_journal()))
+        for detector in detectors]
 
 
 def detection_summary(result: Dict[str, Any]) -> List[str]:
