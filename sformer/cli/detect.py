@@ -138,7 +138,7 @@ def detector_batches(
 
 # of `sformer evaluate`, what says something to a detector
 DETECTION_OPTIONS = {'dataset', 'split', 'num_images', 'source', 'results_file', 'results_format', 'resume', 'device',
-                     'num_processes', 'timeout'}
+                     'num_processes', 'timeout', 'max_bad'}
 
 
 def run_detections(
@@ -166,6 +166,9 @@ def run_detections(
         check_replaceable(file, detectors, dataset)
     masks = any(detector.config.masks for detector in detectors)
     data = open_coco(options.dataset, options.split or 'val', masks, skip_bad=bool(options.max_bad))
+    if len(data.problems) > options.max_bad:
+        raise SFormerError(f'{data.file}: {len(data.problems)} images and annotations are not usable, more than '
+                           f'--max-bad {options.max_bad}.')
     for detector in detectors:
         check_evaluable(detector, data)
     return [dict(

@@ -3,7 +3,7 @@
 timm's registry is not theirs: its models take a tensor and classify, and its tools count on it.
 """
 from pathlib import Path
-from typing import Any, Dict, Optional, Union
+from typing import Any, Dict, List, Optional, Union
 
 import torch.nn as nn
 import torchvision
@@ -15,7 +15,7 @@ from ..neurons import SFNConfig
 from .conversion import spiking_detector_
 from .detectors import DetectorConfig, build_detector
 
-__all__ = ['BACKBONES', 'COCO_CATEGORIES', 'create_named', 'detector_name', 'is_detector_name']
+__all__ = ['BACKBONES', 'COCO_CATEGORIES', 'create_named', 'detector_name', 'detector_names', 'is_detector_name']
 
 BACKBONES = (
     'vit_tiny_patch16_224', 'vit_small_patch16_224', 'vit_base_patch16_224', 'vit_large_patch16_224',
@@ -38,6 +38,11 @@ def detector_name(config: DetectorConfig, spiking: bool = True) -> str:
 def is_detector_name(name: str) -> bool:
     """Whether torchvision's registry has a detector of this package by this name, and no folder is called so."""
     return name in _NAMES and not Path(name).is_dir()
+
+
+def detector_names() -> List[str]:
+    """Names of the detectors that torchvision's registry has of this package."""
+    return sorted(_NAMES)
 
 
 def create_named(name: str) -> nn.Module:

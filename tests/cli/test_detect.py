@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 from cli_process import assert_mistake
-from detection_tools import small_detector, write_coco
+from detection_tools import small_detector, write_annotations, write_coco
 from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import save_file
@@ -104,6 +104,18 @@ def test_compare_goes_on_where_it_ended(pair, run_inside, monkeypatch):
     whole = json.loads((pair / 'r.json').read_text())
     assert [[r[k] for k in ('boxes', 'source_boxes')] for r in resumed] == [
         [r[k] for k in ('boxes', 'source_boxes')] for r in whole]
+
+
+def test_bad_annotations_are_left_out_on_demand(pair, run_inside):
+    data = json.loads((pair / 'shapes' / 'val.json').read_text())
+    data['annotations'][0]['category_id'] = data['annotations'][1]['category_id'] = 99
+    write_annotations(pair / 'shapes', data, 'val')
+    code, _, err = run_inside('evaluate', 'boxes', '--data', 'shapes')
+    assert code == 1 and 'annotation 1 is of the unknown category 99' in err
+    code, _, err = run_inside('evaluate', 'boxes', '--data', 'shapes', '--max-bad', '1')
+    assert code == 1 and '2 images and annotations are not usable, more than --max-bad 1' in err
+    code, out, _ = run_inside('evaluate', 'boxes', '--data', 'shapes', '--max-bad', '2', '--num-images', '1')
+    assert code == 0 and 'left out: annotation 2 is of the unknown category 99' in out
 
 
 def test_a_detector_of_the_hub(pair, hub, run_inside, monkeypatch):
