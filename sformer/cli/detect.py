@@ -82,9 +82,12 @@ def show(
     check_folder(output.parent)
     from ..detection import load_detector
     from ..detection.drawing import draw_file
+    from ..detection.evaluation import check_calibrated
     if output.suffix.lower() not in ('.png', '.jpg', '.jpeg'):
         raise SFormerError(f'{output} is neither a PNG nor a JPEG file by its name.')
-    draw_file(load_detector(model), image, output, min_score, not alone)
+    detector = load_detector(model)
+    check_calibrated(detector)
+    draw_file(detector, image, output, min_score, not alone)
     print(f'{model} on {image}: {output}')
 
 
@@ -100,9 +103,11 @@ def convert_detector(
 ) -> None:
     """What `sformer convert` does with a detector."""
     from ..detection import convert_detector as convert
-    from ..detection import load_detector, save_detector
+    from ..detection import detector_names, load_detector, save_detector
     from ..saving import check_output
     check_output(output, overwrite)
+    if source in detector_names() and not Path(source).is_dir():
+        raise SFormerError(f'{source} has no weights: sformer detect train makes a detector that has.')
     detector = load_detector(source)
     images, split = unlabelled(calibration, split)
     converted: Any = convert(

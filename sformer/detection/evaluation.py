@@ -22,7 +22,7 @@ from ..layers import is_calibrated, named_neurons, source_view, uncalibrated
 from ..utils import library_versions, progress
 from .coco import CocoData, mask_tools, rle
 
-__all__ = ['check_evaluable', 'coco_metrics', 'detect', 'evaluate_detector']
+__all__ = ['check_calibrated', 'check_evaluable', 'coco_metrics', 'detect', 'evaluate_detector']
 
 Detections = List[Dict[str, Any]]
 
@@ -88,11 +88,16 @@ def evaluate_detector(
     return result
 
 
+def check_calibrated(detector: nn.Module) -> None:
+    """Raise UncalibratedError if a detector has neurons whose thresholds were never fitted."""
+    if any(True for _ in named_neurons(detector)) and not is_calibrated(detector):
+        raise UncalibratedError(f'{uncalibrated(detector)}; convert it with convert_detector().')
+
+
 def check_evaluable(detector: nn.Module, data: CocoData) -> None:
     """Raise what `evaluate_detector` raises of a detector that cannot be evaluated on these images."""
     model: Any = detector
-    if any(True for _ in named_neurons(model)) and not is_calibrated(model):
-        raise UncalibratedError(f'{uncalibrated(model)}; convert it with convert_detector().')
+    check_calibrated(model)
     if data.categories != model.config.categories:
         raise SFormerError(f'{data.file} has other categories ({", ".join(data.categories.values())}) than the '
                            f'detector ({", ".join(model.config.categories.values())}).')

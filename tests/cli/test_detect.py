@@ -142,7 +142,10 @@ def test_mistakes(files, run):
     assert_mistake(run('evaluate', det, '--data', shapes, '--crop-pct', '0.5'), 'is a detector: leave out --crop-pct')
     assert_mistake(run('compare', det, 'sformer_nano.digits', '--data', shapes), 'sformer_nano.digits is not: nothing')
     assert_mistake(run('convert', det, '-o', files / 'x', '--crop-pct', '0.9'), 'is a detector: leave out --crop-pct')
-    assert_mistake(run('evaluate', 'sformer_fasterrcnn_vit_tiny_patch16_224', '--data', shapes), 'is uncalibrated')
+    name = 'sformer_fasterrcnn_vit_tiny_patch16_224'
+    assert_mistake(run('evaluate', name, '--data', shapes), 'is uncalibrated')
+    assert_mistake(run('detect', 'show', name, shapes / 'val' / '0.png', '-o', files / 'o.png'), 'is uncalibrated')
+    assert_mistake(run('convert', name, '-o', files / 'x'), 'has no weights: sformer detect train')
     assert_mistake(run('evaluate', det, '--data', shapes, '--results-file', files / 'r.csv'), 'written as JSON')
     assert_mistake(run('convert', det, '--calibration', shapes, '--split', 'no', '-o', files / 'x'), "no split 'no'")
     assert_mistake(run('detect', 'show', det, files / 'backbone.safetensors', '-o', files / 'o.png'), 'as an image')
