@@ -1,10 +1,11 @@
 """SFormer: timm vision transformers as single-timestep spiking transformers, training-free.
 
-Importing the package registers the `sformer_*` models with timm.
+Importing the package registers the `sformer_*` models with timm, and detectors with torchvision.
 """
 from importlib import metadata as _metadata
 
 from . import _interrupt  # noqa: F401  before anything that is slow
+from . import detection as _detection  # noqa: F401  registers with torchvision
 from . import entrypoints as _entrypoints  # noqa: F401  registers with timm
 from .calibration import calibrate_
 from .conversion import convert

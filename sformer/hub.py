@@ -5,7 +5,7 @@ import re
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, Iterator, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, Optional, Tuple, Union
 from urllib.parse import urlsplit
 
 import timm
@@ -13,7 +13,7 @@ import timm
 from .errors import SFormerError
 from .model_config import CONFIG_NAME, WEIGHTS_NAME, check_weights_file, read_config
 
-__all__ = ['fetch', 'split_revision', 'hub_errors', 'redact']
+__all__ = ['fetch', 'locate', 'split_revision', 'hub_errors', 'redact']
 
 
 def split_revision(name: str) -> Tuple[str, Optional[str]]:
@@ -24,12 +24,35 @@ def split_revision(name: str) -> Tuple[str, Optional[str]]:
     return repo_id, revision or None
 
 
+def locate(name: str, revision: Optional[str] = None, cache_dir: Union[str, Path, None] = None, **how: Any) -> Path:
+    """Folder of a model, which is fetched if it is on the Hub.
+
+    Args:
+        name: A folder, `local-dir:FOLDER`, `hf-hub:org/name` or `hf-hub:org/name@revision`.
+        revision: Branch, tag or commit of a model on the Hub.
+        cache_dir: Cache to use; the Hub client's own if None.
+        **how: Passed to `fetch`.
+
+    Raises:
+        SFormerError: If a revision is named twice, or of a folder; or as `fetch` raises.
+    """
+    if name.startswith('hf-hub:'):
+        repo_id, tag = split_revision(name.removeprefix('hf-hub:'))
+        if tag and revision and tag != revision:
+            raise SFormerError(f'{name} names one revision and revision={revision!r} another.')
+        return fetch(repo_id, tag or revision, cache_dir, **how)
+    if revision:
+        raise SFormerError(f'{name} is a folder; only a model on the Hub has revisions.')
+    return Path(name.removeprefix('local-dir:'))
+
+
 def fetch(
         repo_id: str,
         revision: Optional[str] = None,
         cache_dir: Union[str, Path, None] = None,
         weights: bool = True,
         config_is_cached: bool = False,
+        read: Callable[[Path], Dict[str, Any]] = read_config,
 ) -> Path:
     """Download and check an SFormer: its config, and the weights of the same commit.
 
@@ -39,6 +62,7 @@ def fetch(
         cache_dir: Cache to use; the Hub client's own if None.
         weights: Fetch the weights, too.
         config_is_cached: The config was downloaded a moment ago.
+        read: Reads and checks the config in a folder.
 
     Returns:
         Folder of the files; its name is the commit.
@@ -67,7 +91,7 @@ def fetch(
             with contextlib.suppress(EntryNotFoundError, LocalEntryNotFoundError):
                 path = get(CONFIG_NAME, revision, local_files_only=True)
         folder = (path or get(CONFIG_NAME, revision)).parent
-        config = read_config(folder)
+        config = read(folder)
         if weights:
             get(WEIGHTS_NAME, folder.name)
             try:

@@ -20,8 +20,8 @@ from .record import Conversion
 from .utils import check_preprocessing
 
 __all__ = [
-    'WEIGHTS_NAME', 'CONFIG_NAME', 'DETECTOR_KEY', 'read_config', 'check_weights_file', 'conversion_of',
-    'factory_arguments',
+    'WEIGHTS_NAME', 'CONFIG_NAME', 'DETECTOR_KEY', 'read_config', 'check_firing_config', 'check_weights_file',
+    'conversion_of', 'factory_arguments',
 ]
 
 WEIGHTS_NAME = 'model.safetensors'
@@ -53,7 +53,8 @@ def read_config(folder: Path) -> Dict[str, Any]:
         config = json.loads(path.read_text(encoding='utf-8'))
         if DETECTOR_KEY in config:
             raise SFormerError(
-                f'{folder} holds a detector, which sformer convert, evaluate, profile and detect show take.')
+                f'{folder} holds a detector, which sformer convert, evaluate, compare, profile, detect show, card and '
+                f'publish take.')
         architecture = config['architecture']
         for key in ('model_args', 'pretrained_cfg', 'sformer'):
             if not isinstance(config.get(key, {}), dict):
@@ -77,11 +78,8 @@ def read_config(folder: Path) -> Dict[str, Any]:
         raise SFormerError(f'{path}: model_args sets {", ".join(directed)}, which is no argument of a network. '
                            f'Not loaded.')
     sfn = args.get('sfn') or {}
-    if config.get('sformer') and isinstance(sfn, dict):  # or neurons would fire as those of the default config do
-        missing = [field.name for field in dataclasses.fields(SFNConfig) if field.name not in {*sfn, *LATER_FIELDS}]
-        if missing:
-            raise SFormerError(f'{path} does not say how its neurons fire: model_args.sfn lacks {", ".join(missing)}. '
-                               f'Convert the source again.')
+    if config.get('sformer') and isinstance(sfn, dict):
+        check_firing_config(sfn, path)
     source = args.get('source')
     if source is not None and not (isinstance(source, str) and source.isidentifier() and timm.is_model(source)):
         raise SFormerError(f'{path}: source {source!r} is not the name of a timm architecture.')
@@ -100,6 +98,14 @@ def read_config(folder: Path) -> Dict[str, Any]:
     return config
 
 
+def check_firing_config(sfn: Dict[str, Any], path: Path) -> None:
+    """Raise SFormerError if a config leaves out how its neurons fire: they would fire as those of the default do."""
+    missing = [field.name for field in dataclasses.fields(SFNConfig) if field.name not in {*sfn, *LATER_FIELDS}]
+    if missing:
+        raise SFormerError(f'{path} does not say how its neurons fire: sfn lacks {", ".join(missing)}. '
+                           f'Convert the source again.')
+
+
 def conversion_of(config: Dict[str, Any]) -> Optional[Conversion]:
     """Record of the conversion in a config; None if it has none."""
     return Conversion.from_dict(config['sformer']) if config.get('sformer') else None
@@ -111,7 +117,8 @@ def check_weights_file(folder: Path, config: Dict[str, Any]) -> None:
     A save that was killed between its two files is finished here.
     """
     path = folder / WEIGHTS_NAME
-    expected = config.get('sformer', {}).get('weights_sha256')
+    of = config if DETECTOR_KEY in config else config.get('sformer', {})  # a detector need not be converted
+    expected = of.get('weights_sha256')
     if expected is not None and ((path.is_file() and file_hash(path) == expected) or restore(path, expected)):
         return
     if not path.is_file():

@@ -14,7 +14,7 @@ from timm.models._hub import save_config_for_hf
 
 from .checkpoints import file_hash, first_line, state_hash, write_aside
 from .errors import SFormerError, UncalibratedError
-from .hub import fetch, redact, split_revision
+from .hub import locate, redact
 from .layers import SPIKING_LAYERS, SpikingLayer, is_calibrated, named_neurons, uncalibrated
 from .model_config import CONFIG_NAME, WEIGHTS_NAME, conversion_of, read_config
 from .models import SFormerMixin
@@ -150,16 +150,10 @@ def load_model(path: Union[str, Path], revision: Optional[str] = None, **kwargs)
             records, or the config tries to direct the loader.
     """
     name = str(path)
+    folder = locate(name, revision, kwargs.get('cache_dir'), weights=False)
     if name.startswith('hf-hub:'):
-        repo_id, tag = split_revision(name.removeprefix('hf-hub:'))
-        if tag and revision and tag != revision:
-            raise SFormerError(f'{name} names one revision and revision={revision!r} another.')
-        folder = fetch(repo_id, tag or revision, kwargs.get('cache_dir'), weights=False)
-        where, name = name, f'hf-hub:{repo_id}@{folder.name}'
-    elif revision:
-        raise SFormerError(f'{name} is a folder; only a model on the Hub has revisions.')
+        where, name = name, f'{name.partition("@")[0]}@{folder.name}'
     else:
-        folder = Path(name.removeprefix('local-dir:'))
         where, name = str(folder), f'local-dir:{folder}'
     config = read_config(folder)
     try:

@@ -1,12 +1,18 @@
-"""Small things that several modules need: progress bars, versions, checks of preprocessing, a watch on forwards."""
+"""Small things that several modules need: progress bars, versions, checks of preprocessing, PNGs that carry numbers, a
+watch on forwards."""
 import contextlib
+import io
+import json
 import logging
 import sys
 from importlib import metadata
+from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from timm.data.transforms import str_to_interp_mode
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
@@ -15,8 +21,10 @@ from .errors import SFormerError
 
 __all__ = [
     'ForwardWatch', 'progress', 'num_images', 'enough_memory', 'working_compiler', 'quiet', 'library_versions',
-    'check_preprocessing',
+    'check_preprocessing', 'png_bytes', 'png_values',
 ]
+
+CHUNK = 'sformer'  # text chunk of a PNG that holds its numbers
 
 
 def progress(items: Iterable, description: str, total: Optional[int] = None) -> Iterator:
@@ -130,6 +138,25 @@ def check_preprocessing(values: Dict[str, Any]) -> None:
         except (KeyError, ValueError, AttributeError, TypeError):
             raise SFormerError(
                 f'unknown interpolation {interpolation!r}: nearest, bilinear, bicubic, lanczos.') from None
+
+
+def png_bytes(image: Image.Image, values: Dict[str, Any]) -> bytes:
+    """An image as a PNG that carries values as JSON in a text chunk, and nothing that changes from one drawing to the
+    next."""
+    out, text = io.BytesIO(), PngInfo()
+    text.add_text(CHUNK, json.dumps(values, sort_keys=True))
+    image.convert('RGB').save(out, 'PNG', pnginfo=text)
+    return out.getvalue()
+
+
+def png_values(path: Path) -> Optional[Dict[str, Any]]:
+    """Values that a PNG of `png_bytes` carries; None if it is no such file."""
+    try:
+        with Image.open(path, formats=['PNG']) as image:
+            values = json.loads(image.info[CHUNK])
+    except (OSError, SyntaxError, KeyError, ValueError, TypeError, Image.DecompressionBombError):  # as PIL raises
+        return None
+    return values if isinstance(values, dict) else None
 
 
 class ForwardWatch(TorchDispatchMode):

@@ -30,7 +30,7 @@ def plots_are_drawn_once():
     drawn = {}
 
     def remember(record):
-        key = json.dumps([record.sfn, record.evaluations, record.curve], sort_keys=True)
+        key = json.dumps([record.sfn, record.evaluations, record.curve, record.pictures], sort_keys=True)
         if key not in drawn:
             drawn[key] = render_plots(record)
         return drawn[key]

@@ -99,7 +99,7 @@ def test_config_that_does_not_say_how_neurons_fire(folder):
     for sfn, lacks in ((None, 'lacks levels, fire,'), ({}, 'lacks levels, fire,'),
                        ({k: v for k, v in args['sfn'].items() if k != 'dead_zone'}, r'lacks dead_zone\.')):
         edit_config(folder, model_args=dict(args, sfn=sfn))
-        with pytest.raises(SFormerError, match=f'how its neurons fire: model_args.sfn {lacks}'):
+        with pytest.raises(SFormerError, match=f'how its neurons fire: sfn {lacks}'):
             load_model(folder)
     edit_config(folder, model_args=dict(args, sfn={k: v for k, v in args['sfn'].items() if k != 'silence'}))
     assert load_model(folder).sfn_config.silence == 0, 'saved before there was a price of activity'

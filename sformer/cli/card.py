@@ -24,11 +24,10 @@ def card(
     check_folder(output)
     from ..publishing.cards import write_card
     from ..publishing.publish import check_repo_id
-    from ..publishing.record import read_record
-    from ..saving import load_model
+    from ..publishing.record import load_recorded, read_record
     if repo:
         check_repo_id(repo)
-    record, unused = read_record(model, load_model(model), name=name, repo_id=repo, **options.keywords())
+    record, unused = read_record(model, load_recorded(model), name=name, repo_id=repo, **options.keywords())
     for file in unused:
         print(f'{file} is not used: it has results of other weights', file=sys.stderr)
     print(f'card in {write_card(record, output, overwrite)}')

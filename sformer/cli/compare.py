@@ -1,11 +1,11 @@
 """`sformer compare`."""
 import sys
-from typing import Annotated, Any, Dict, List
+from typing import Annotated, Any, Dict, List, Tuple
 
 import typer
 
-from ..errors import SFormerError
-from .evaluate import detectors, run_evaluation
+from .detect import FIGURES
+from .evaluate import run_evaluation
 from .options import EvaluationOptions, Format, TableFormat, unfolded
 from .tables import print_csv, print_table
 
@@ -20,6 +20,13 @@ CSV_COLUMNS = (
     'source_top5', 'source_nll', 'source_ece', 'agreement', 'relative_logit_error', 'activity', 'spikes_unary',
     'spikes_binary', 'spikes_graded', 'param_count', 'images_per_second', 'weights_sha256')
 
+# the same of detectors: key of a result, which the source's has a prefix to, and head
+KINDS = (('boxes', 'box'), ('masks', 'mask'))
+DETECTION_CSV_COLUMNS = (
+    'model', 'architecture', 'dataset', 'split', 'num_images',
+    *(f'{prefix}{kind}_{name}' for prefix in ('', 'source_') for kind, _ in KINDS for name in FIGURES),
+    'param_count', 'seconds', 'source_seconds', 'weights_sha256')
+
 
 @unfolded
 def compare(
@@ -27,20 +34,20 @@ def compare(
         options: EvaluationOptions,
         format: TableFormat = Format.table,
 ) -> None:
-    """Evaluate several models in one pass over the images, and print one table."""
-    if detectors(models):
-        raise SFormerError(f'{models[0]} is a detector: sformer evaluate takes it.')
+    """Evaluate several models in one pass over the images, or detectors one after another, and print one table."""
     results = run_evaluation(models, options)
     if not results:
         return
+    first = results[0]
+    detectors = 'boxes' in first
     if format == Format.csv:
-        print_csv(CSV_COLUMNS, [with_spikes(result) for result in results])
+        print_csv(DETECTION_CSV_COLUMNS if detectors else CSV_COLUMNS, [
+            with_precision(result) if detectors else with_spikes(result) for result in results])
     else:
-        first = results[0]
         split = f' ({first["split"]})' if first['split'] else ''
-        heads = ('model', *(head for head, _, _ in COLUMNS))
-        print_table(f'{first["num_images"]} images of {first["dataset"]}{split}', heads, [
+        heads, rows = detection_table(results) if detectors else (('model', *(head for head, _, _ in COLUMNS)), [
             (result['model'], *(cell(result.get(key), digits) for _, key, digits in COLUMNS)) for result in results])
+        print_table(f'{first["num_images"]} images of {first["dataset"]}{split}', heads, rows)
     if options.results_file:
         print(f'results in {options.results_file}', file=sys.stderr if format == Format.csv else sys.stdout)
 
@@ -49,6 +56,22 @@ def with_spikes(result: Dict[str, Any]) -> Dict[str, Any]:
     """Result with a column for each coding of its spikes."""
     spikes = result.get('spikes_per_neuron') or {}
     return dict(result, **{f'spikes_{coding}': number for coding, number in spikes.items()})
+
+
+def with_precision(result: Dict[str, Any]) -> Dict[str, Any]:
+    """Result with a column for each figure of average precision."""
+    return dict(result, **{f'{prefix}{kind}_{name}': result[f'{prefix}{kind}'][name] for prefix in ('', 'source_')
+                           for kind, _ in KINDS for name in FIGURES if f'{prefix}{kind}' in result})
+
+
+def detection_table(results: List[Dict[str, Any]]) -> Tuple[Tuple[str, ...], List[Tuple[str, ...]]]:
+    """Heads and rows: average precision of boxes and, where something segments, masks, beside the sources' mAP."""
+    flat = [with_precision(result) for result in results]
+    columns = [(f'{label} {name}', f'{kind}_{name}') for kind, label in KINDS for name in FIGURES]
+    columns += [(f'source {label} mAP', f'source_{kind}_mAP') for kind, label in KINDS]
+    columns = [(head, key) for head, key in columns if any(row.get(key) is not None for row in flat)]
+    return ('model', *(head for head, _ in columns)), [
+        (row['model'], *(cell(row.get(key), 2) for _, key in columns)) for row in flat]
 
 
 def cell(value: Any, digits: int) -> str:

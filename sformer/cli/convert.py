@@ -77,16 +77,14 @@ def convert(
     """Convert a trained timm model into an SFormer, without training."""
     check_source(source)
     check_folder(output)
-    if Path(source).is_dir():
-        from ..detection import is_detector
-        if is_detector(source):
-            for name, value in dict(checkpoint=checkpoint, model_kwargs=model_kwargs, mean=mean, std=std,
-                                    crop_pct=crop_pct, interpolation=interpolation).items():
-                if value:
-                    raise SFormerError(f'{source} is a detector: leave out --{name.replace("_", "-")}.')
-            convert_detector(
-                Path(source), output, neurons.configs(), calibration, split, num_images, seed, overwrite)
-            return
+    from ..detection import is_detector
+    if is_detector(source):
+        for name, value in dict(checkpoint=checkpoint, model_kwargs=model_kwargs, mean=mean, std=std,
+                                crop_pct=crop_pct, interpolation=interpolation).items():
+            if value:
+                raise SFormerError(f'{source} is a detector: leave out --{name.replace("_", "-")}.')
+        convert_detector(source, output, neurons.configs(), calibration, split, num_images, seed, overwrite)
+        return
     from ..conversion import convert as convert_model
     from ..saving import check_output, save_model
     from ..sources import create_source, set_data_config_

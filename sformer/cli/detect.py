@@ -1,7 +1,7 @@
 """`sformer detect train | show`, and what `convert` and `evaluate` do with detectors."""
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Dict, List, Optional, Tuple
+from typing import TYPE_CHECKING, Annotated, Any, Callable, Dict, List, Optional, Tuple
 
 import typer
 
@@ -12,7 +12,7 @@ from .options import MAX_IMG_SIZE, MAX_SEED, EvaluationOptions
 if TYPE_CHECKING:
     from ..neurons import FitConfig, SFNConfig
 
-__all__ = ['app', 'convert_detector', 'detection_summary', 'detector_batches', 'run_detection']
+__all__ = ['app', 'convert_detector', 'detection_summary', 'detector_batches', 'run_detections']
 
 app = typer.Typer(help='Object detection and instance segmentation.', rich_markup_mode=None)
 
@@ -23,7 +23,7 @@ SkipBad = Annotated[bool, typer.Option(
 
 @app.command()
 def train(
-        backbone: Annotated[str, typer.Option(help='timm model: a plain ViT, BEiT or EVA')],
+        backbone: Annotated[str, typer.Option(help='timm model: a plain ViT or EVA')],
         data: Annotated[Path, typer.Option(help=Data)],
         output: Annotated[Path, typer.Option('--output', '-o', help='Folder for the detector')],
         checkpoint: Annotated[Optional[Path], typer.Option(
@@ -71,7 +71,7 @@ def train(
 
 @app.command()
 def show(
-        model: Annotated[Path, typer.Argument(help='Folder of a detector')],
+        model: Annotated[str, typer.Argument(help='Folder of a detector, or hf-hub:ID')],
         image: Annotated[Path, typer.Argument(help='Image')],
         output: Annotated[Path, typer.Option('--output', '-o', help='PNG or JPEG file')],
         min_score: Annotated[float, typer.Option(min=0, max=1, help='Least score of what is drawn')] = 0.5,
@@ -82,14 +82,17 @@ def show(
     check_folder(output.parent)
     from ..detection import load_detector
     from ..detection.drawing import draw_file
+    from ..detection.evaluation import check_calibrated
     if output.suffix.lower() not in ('.png', '.jpg', '.jpeg'):
         raise SFormerError(f'{output} is neither a PNG nor a JPEG file by its name.')
-    draw_file(load_detector(model), image, output, min_score, not alone)
+    detector = load_detector(model)
+    check_calibrated(detector)
+    draw_file(detector, image, output, min_score, not alone)
     print(f'{model} on {image}: {output}')
 
 
 def convert_detector(
-        source: Path,
+        source: str,
         output: Path,
         configs: Tuple['SFNConfig', 'FitConfig'],
         calibration: str,
@@ -98,11 +101,13 @@ def convert_detector(
         seed: int,
         overwrite: bool,
 ) -> None:
-    """What `sformer convert` does with the folder of a detector."""
+    """What `sformer convert` does with a detector."""
     from ..detection import convert_detector as convert
-    from ..detection import load_detector, save_detector
+    from ..detection import detector_names, load_detector, save_detector
     from ..saving import check_output
     check_output(output, overwrite)
+    if source in detector_names() and not Path(source).is_dir():
+        raise SFormerError(f'{source} has no weights: sformer detect train makes a detector that has.')
     detector = load_detector(source)
     images, split = unlabelled(calibration, split)
     converted: Any = convert(
@@ -138,30 +143,43 @@ def detector_batches(
 
 # of `sformer evaluate`, what says something to a detector
 DETECTION_OPTIONS = {'dataset', 'split', 'num_images', 'source', 'results_file', 'results_format', 'resume', 'device',
-                     'num_processes', 'timeout'}
+                     'num_processes', 'timeout', 'max_bad'}
 
 
-def run_detection(name: str, options: EvaluationOptions, group: Any, journal: Any) -> Dict[str, Any]:
-    """Evaluate a detector with COCO's metrics.
+def run_detections(
+        names: List[str],
+        options: EvaluationOptions,
+        group: Any,
+        new_journal: Callable[[], Any],
+) -> List[Dict[str, Any]]:
+    """Evaluate detectors with COCO's metrics, one after another.
 
     Raises:
-        SFormerError: If the detector or the data cannot be used, or an option says nothing to a detector.
+        SFormerError: If a detector or the data cannot be used, or an option says nothing to a detector.
     """
     from ..detection import evaluate_detector, load_detector, open_coco
+    from ..detection.evaluation import check_evaluable
     from ..evaluation import check_replaceable, check_results_file
     for field in dataclasses.fields(options):
         if field.name not in DETECTION_OPTIONS and getattr(options, field.name) != field.default:
-            raise SFormerError(f'{name} is a detector: leave out --{field.name.replace("_", "-")}.')
+            raise SFormerError(f'{names[0]} is a detector: leave out --{field.name.replace("_", "-")}.')
     file, dataset = options.results_file, Path(options.dataset).name
     if file and check_results_file(file, options.results_format) != 'json':
         raise SFormerError(f'results of a detector are written as JSON, not to {file}.')
-    detector: Any = load_detector(name)
+    detectors: List[Any] = [load_detector(name) for name in names]
     if file and not options.resume:
-        check_replaceable(file, [detector], dataset)
-    data = open_coco(options.dataset, options.split or 'val', detector.config.masks, skip_bad=bool(options.max_bad))
-    result = evaluate_detector(
-        detector, data, source=options.source, num_images=options.num_images, group=group, journal=journal)
-    return dict(model=type(detector).__name__, dataset=dataset, split=options.split or 'val', **result)
+        check_replaceable(file, detectors, dataset)
+    masks = any(detector.config.masks for detector in detectors)
+    data = open_coco(options.dataset, options.split or 'val', masks, skip_bad=bool(options.max_bad))
+    if len(data.problems) > options.max_bad:
+        raise SFormerError(f'{data.file}: {len(data.problems)} images and annotations are not usable, more than '
+                           f'--max-bad {options.max_bad}.')
+    for detector in detectors:
+        check_evaluable(detector, data)
+    return [dict(
+        model=type(detector).__name__, dataset=dataset, split=options.split or 'val', **evaluate_detector(
+            detector, data, source=options.source, num_images=options.num_images, group=group, journal=new_journal()))
+        for detector in detectors]
 
 
 def detection_summary(result: Dict[str, Any]) -> List[str]:

@@ -6,7 +6,7 @@ import typer
 
 from ..errors import SFormerError
 from .arguments import command_line
-from .detect import detection_summary, run_detection
+from .detect import detection_summary, run_detections
 from .errors import RunInterruptedError
 from .options import EvaluationOptions, unfolded
 
@@ -47,50 +47,56 @@ def run_evaluation(names: List[str], options: EvaluationOptions) -> List[Dict[st
     from ..evaluation.benchmarks import DATASETS
     from ..evaluation.distributed import Group, RankError
     file = options.results_file
-    journal = Journal(f'{file}.progress', options.resume) if file else None
+    journals: List[Journal] = []
+
+    def new_journal() -> Optional[Journal]:
+        journals.extend([Journal(f'{file}.progress', options.resume)] if file else [])
+        return journals[-1] if journals else None
+
     try:
         with Group(options.device, options.num_processes, options.timeout).guard() as group:
             if options.resume and not file:
                 raise SFormerError('--resume goes by the --results-file of the run to continue: name it.')
             format = check_results_file(file, options.results_format) if file and group.is_main else ''
             if detectors(names):
-                results = [run_detection(names[0], options, group, journal)]
+                results = run_detections(names, options, group, new_journal)
             else:
                 config = EvaluationConfig(**settings(options, DATASETS), device=group.device)
                 check_engine(names, options)
                 models = [open_network(name, options.engine) for name in names]
                 if file and format == 'json' and not options.resume:
                     check_replaceable(file, models, config.dataset)
-                results = evaluate_all(models, config, sources=options.source, group=group, journal=journal)
+                results = evaluate_all(models, config, sources=options.source, group=group, journal=new_journal())
             results = [
                 dict(model=name, architecture=result.pop('model'), **result, command=command_line())
                 for name, result in zip(names, results, strict=True)]
-            if journal is not None and file:
+            if file:
                 if group.is_main:
                     write_results(file, results, format)
                 group.wait('written')
-                if group.local_rank == 0:
+                for journal in journals if group.local_rank == 0 else ():
                     journal.remove()
             return results if group.is_main else []
     except RankError:
         raise typer.Exit(1) from None  # the rank that failed has said so
     except KeyboardInterrupt:
-        if journal is not None and any(journal.path.glob('*.jsonl')):
+        if any(True for journal in journals for _ in journal.path.glob('*.jsonl')):
             raise RunInterruptedError('interrupted. The same command with --resume continues.') from None
         raise
 
 
 def detectors(names: List[str]) -> bool:
-    """Whether what is evaluated is a detector, which is evaluated alone.
+    """Whether what is evaluated are detectors.
 
     Raises:
-        SFormerError: If it is beside others.
+        SFormerError: If only some are, which no figure compares; or a config on the Hub cannot be had.
     """
     from ..detection import is_detector
-    found = [name for name in names if is_detector(name)]
-    if found and len(names) > 1:
-        raise SFormerError(f'{found[0]} is a detector: sformer evaluate takes it, alone.')
-    return bool(found)
+    found = {name: is_detector(name) for name in names}
+    if {*found.values()} == {True, False}:
+        one, other = (next(name for name in names if found[name] == kind) for kind in (True, False))
+        raise SFormerError(f'{one} is a detector, {other} is not: nothing compares them.')
+    return all(found.values())
 
 
 def check_engine(names: List[str], options: EvaluationOptions) -> None:

@@ -10,7 +10,8 @@ CSV_COLUMNS = ('name', 'source', 'param_count', 'input_size', 'num_classes', 'li
 
 
 def list_models(format: TableFormat = Format.table) -> None:
-    """List the models that the package registers with timm, with their sources."""
+    """List the models that the package registers with timm, with their sources, and its names of detectors."""
+    from ..detection import detector_names
     from ..entrypoints import entries
     found: List[Dict[str, Any]] = [
         dict(entry, param_count=f'{entry["param_count"]:.1f}', input_size='x'.join(map(str, entry['input_size'])))
@@ -27,3 +28,5 @@ def list_models(format: TableFormat = Format.table) -> None:
                              entry['input_size'], entry['license']))
         print_table(f'Weights: {weights}', ('model and its source', 'param. [M]', 'input', 'licence'), rows)
         print()
+    print_table('Detectors, for torchvision.models.get_model. Weights: none', ('name',), [
+        (name,) for name in detector_names()])

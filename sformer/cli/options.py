@@ -90,7 +90,8 @@ class EvaluationOptions(ColumnOptions):
     resume: Annotated[bool, typer.Option(
         '--resume', help='Continue a run that was ended, by its --results-file')] = False
     retry: Annotated[bool, typer.Option('--retry', help='Halve batches that do not fit into memory')] = False
-    max_bad: Annotated[int, typer.Option(min=0, help='Unreadable images to leave out before it is an error')] = 0
+    max_bad: Annotated[int, typer.Option(
+        min=0, help='Unreadable images, and annotations of a detector, to leave out before it is an error')] = 0
     device: Annotated[Optional[str], typer.Option(help='cpu, cuda, ...; an accelerator if there is one')] = None
     engine: Annotated[Optional[str], typer.Option(
         help='openvino or onnxruntime, for models that `sformer export` wrote; the first that is installed')] = None

@@ -30,7 +30,7 @@ class DetectorConfig:
     """What a detector is built of.
 
     Args:
-        backbone: timm model: a plain ViT, BEiT or EVA.
+        backbone: timm model: a plain ViT or EVA.
         categories: Names of what is detected by their ids in the annotations.
         masks: Whether it segments what it detects (Mask R-CNN), or only boxes it (Faster R-CNN).
         image_size: Height and width of its input in pixels. Images are resized until they fit into this or this lying

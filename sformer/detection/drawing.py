@@ -11,6 +11,7 @@ from ..checkpoints import write_aside
 from ..layers import SpikingLinear, named_neurons, source_view
 from .coco import read_image
 from .evaluation import detect
+from .pictures import save_picture
 
 __all__ = ['draw_detections', 'draw_file', 'picture', 'token_activity']
 
@@ -44,15 +45,23 @@ def picture(
         (0.35 * pixels + 0.65 * heat).to(torch.uint8)], dim=-1)
 
 
-def draw_file(detector: nn.Module, image: Path, output: Path, *args: Any) -> None:
-    """Write a picture of what a detector finds in an image file; further arguments are those of `picture`.
+def draw_file(
+        detector: nn.Module,
+        image: Path,
+        output: Path,
+        min_score: float = 0.5,
+        side_by_side: bool = True,
+) -> None:
+    """Write a picture of what a detector finds in an image file; arguments are those of `picture`. A PNG says of which
+    weights and which image it is.
 
     Raises:
         SFormerError: If the image is missing or unreadable.
     """
-    drawn = F.to_pil_image(picture(detector, read_image(image), *args))
+    side_by_side = side_by_side and any(True for _ in named_neurons(detector))
+    drawn = F.to_pil_image(picture(detector, read_image(image), min_score, side_by_side))
     with write_aside(output.parent) as aside:
-        drawn.save(aside / output.name)
+        save_picture(drawn, aside / output.name, detector, image, min_score=min_score, side_by_side=side_by_side)
 
 
 def draw_detections(

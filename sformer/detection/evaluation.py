@@ -22,7 +22,7 @@ from ..layers import is_calibrated, named_neurons, source_view, uncalibrated
 from ..utils import library_versions, progress
 from .coco import CocoData, mask_tools, rle
 
-__all__ = ['coco_metrics', 'detect', 'evaluate_detector']
+__all__ = ['check_calibrated', 'check_evaluable', 'coco_metrics', 'detect', 'evaluate_detector']
 
 Detections = List[Dict[str, Any]]
 
@@ -64,14 +64,9 @@ def evaluate_detector(
     """
     model: Any = detector
     group = group or Group()
-    spiking = any(True for _ in named_neurons(model))
-    if spiking and not is_calibrated(model):
-        raise UncalibratedError(f'{uncalibrated(model)}; convert it with convert_detector().')
-    if data.categories != model.config.categories:
-        raise SFormerError(f'{data.file} has other categories ({", ".join(data.categories.values())}) than the '
-                           f'detector ({", ".join(model.config.categories.values())}).')
+    check_evaluable(model, data)
     networks = {'': model.to(group.device).eval()}
-    if spiking and source:
+    if source and any(True for _ in named_neurons(model)):
         networks['source_'] = source_view(model).eval()
     ids = list(data.images)[:num_images]
     key: Dict[str, Any] = dict(
@@ -91,6 +86,21 @@ def evaluate_detector(
             result[f'{prefix}{kind}'] = coco_metrics(data, found, ids, kind, max(100, model.config.max_detections))
         result[f'{prefix}seconds'] = round(sum(r['seconds'][prefix] for r in records), 3)
     return result
+
+
+def check_calibrated(detector: nn.Module) -> None:
+    """Raise UncalibratedError if a detector has neurons whose thresholds were never fitted."""
+    if any(True for _ in named_neurons(detector)) and not is_calibrated(detector):
+        raise UncalibratedError(f'{uncalibrated(detector)}; convert it with convert_detector().')
+
+
+def check_evaluable(detector: nn.Module, data: CocoData) -> None:
+    """Raise what `evaluate_detector` raises of a detector that cannot be evaluated on these images."""
+    model: Any = detector
+    check_calibrated(model)
+    if data.categories != model.config.categories:
+        raise SFormerError(f'{data.file} has other categories ({", ".join(data.categories.values())}) than the '
+                           f'detector ({", ".join(model.config.categories.values())}).')
 
 
 def _detect_all(

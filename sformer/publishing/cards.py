@@ -8,6 +8,7 @@ from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, Union
 from ..checkpoints import write_aside
 from ..errors import SFormerError
 from ..model_config import WEIGHTS_NAME
+from .detection import detector_kind, detector_rows, metric_rows, metrics, task_of
 from .plots import is_own_plot, render_plots
 from .record import Record
 
@@ -94,13 +95,14 @@ def _calibration(record: Record) -> str:
 
 def _recipe(record: Record) -> List[Tuple[str, Any]]:
     c = record.conversion
-    rows: List[Tuple[str, Any]] = [
-        ('architecture', f'`{record.architecture}`'), ('input', ' x '.join(map(str, record.input_size))),
-        ('classes', record.num_classes)]
-    if c.get('source'):
-        rows.append(('source', f'`{c["source"]}`'))
+    rows: List[Tuple[str, Any]] = [('architecture', f'`{record.architecture}`')]
+    if record.detector:
+        rows += detector_rows(record.detector)
+    else:
+        rows += [('input', ' x '.join(map(str, record.input_size))), ('classes', record.num_classes)]
+        rows += [('source', f'`{c["source"]}`')] if c.get('source') else []
     if record.base_model:
-        rows.append(('source weights', f'[{record.base_model}](https://huggingface.co/{record.base_model})'))
+        rows.append(('backbone weights' if record.detector else 'source weights', hub_link(record.base_model)))
     if record.license:
         rows.append(('licence of the source weights', record.license))
     if c.get('source_sha256'):
@@ -138,13 +140,15 @@ def _training(record: Record) -> List[Tuple[str, Any]]:
 
 def _result(record: Record, result: Dict[str, Any]) -> Dict[str, Any]:
     sides = any(source in result for _, _, source, _ in SIDES)
+    rows: List[List[str]] = []
+    if record.detector:
+        rows, sides = metric_rows(result)
 
     def cell(key, spec):
         name, _, part = key.partition('.')
         value = (result.get(name) or {}).get(part) if part else result.get(name)
         return '' if value is None else format(value, spec)
 
-    rows = []
     for label, key, source, spec in SIDES:
         if cell(key, spec) or cell(source, spec):
             rows.append([label, *([cell(source, spec)] if sides else []), cell(key, spec)])
@@ -153,6 +157,7 @@ def _result(record: Record, result: Dict[str, Any]) -> Dict[str, Any]:
             rows.append([label, *([''] if sides else []), cell(key, spec)])
     title = _with_split(_dataset_title(record, result), result.get('split'))
     settings = [f'{label} {result[key]}' for label, key in SETTINGS if result.get(key)]
+    settings += [f'images and annotations left out {len(result["problems"])}'] if result.get('problems') else []
     return dict(
         title=f'{title}, {result["num_images"]:,} images' if 'num_images' in result else title,
         rows=_cells(rows), sides=sides, command=result.get('command'), settings='; '.join(settings),
@@ -183,19 +188,34 @@ def _comparable(record: Record) -> List[Dict[str, Any]]:
 def _eval_results(record: Record) -> List[Any]:
     from huggingface_hub import EvalResult
     entries = []
+    task, task_name = _task(record)
     for result in _comparable(record):
         common = dict(
-            task_type='image-classification', task_name='Image Classification',
+            task_type=task, task_name=task_name,
             dataset_type=_dataset_id(record, result) or Path(result['dataset']).name,
             dataset_name=_dataset_title(record, result), dataset_split=result.get('split'),
             dataset_revision=result.get('dataset_revision'))
         count = f' on {result["num_images"]:,} images' if 'num_images' in result else ''
-        for key, label in (('top1', 'Top-1'), ('top5', 'Top-5')):
-            if isinstance(result.get(key), (int, float)):
-                entries.append(EvalResult(
-                    metric_type='accuracy', metric_name=f'{label} accuracy [%]{count}', metric_value=result[key],
-                    **common))
+        entries += [EvalResult(metric_type=_metric(record), metric_name=f'{name}{count}', metric_value=value, **common)
+                    for name, value in _figures(record, result)]
     return entries
+
+
+def _task(record: Record) -> Tuple[str, str]:
+    """Identifier and name of the task on the Hub."""
+    return task_of(record.detector) if record.detector else ('image-classification', 'Image Classification')
+
+
+def _metric(record: Record) -> str:
+    return 'mean_average_precision' if record.detector else 'accuracy'
+
+
+def _figures(record: Record, result: Dict[str, Any]) -> List[Tuple[str, float]]:
+    """Names and values of what an index may list, the first is the one to compare by."""
+    if record.detector:
+        return metrics(result)
+    return [(f'{label} accuracy [%]', result[key]) for key, label in (('top1', 'Top-1'), ('top5', 'Top-5'))
+            if isinstance(result.get(key), (int, float))]
 
 
 def _metadata(record: Record) -> Any:
@@ -206,6 +226,8 @@ def _metadata(record: Record) -> Any:
     datasets = [i for i in dict.fromkeys(used) if i]
     results = _eval_results(record)
     known = record.license is None or record.license in LICENSES
+    task, _ = _task(record)
+    library = 'sformer' if record.detector else 'timm'  # what loads it
     if not known and not record.base_model:
         raise SFormerError(f'licence {record.license!r} is none of the identifiers that the Hub knows; '
                            f'name the model that has it (--base-model), for a link to its terms.')
@@ -215,17 +237,18 @@ def _metadata(record: Record) -> Any:
     except ValueError as e:
         raise SFormerError(str(e).splitlines()[0]) from e
     return ModelCardData(
-        library_name='timm', pipeline_tag='image-classification',
+        library_name=library, pipeline_tag=task,
         license=record.license if known else 'other',
         license_name=None if known else record.license,
         license_link=None if known else f'https://huggingface.co/{record.base_model}',
         base_model=record.base_model or None,
         # what the Hub calls models whose weights or activations were mapped to fewer levels
-        base_model_relation=('finetune' if record.changed else 'quantized') if record.base_model else None,
+        base_model_relation=('finetune' if record.changed or record.detector else 'quantized')
+        if record.base_model else None,
         datasets=datasets or None,
-        metrics=['accuracy'] if results else None,
-        tags=['timm', 'sformer', 'image-classification', 'spiking-neural-network', 'vision-transformer', 'safetensors',
-              'arxiv:2510.23383'],
+        metrics=[_metric(record)] if results else None,
+        tags=[*dict.fromkeys((library, 'sformer', task, 'spiking-neural-network', 'vision-transformer', 'safetensors',
+                              'arxiv:2510.23383'))],
         model_name=record.name if results else None, eval_results=results or None)
 
 
@@ -244,8 +267,10 @@ def render_card(record: Record, plots: Optional[Dict[str, str]] = None) -> Any:
     """
     from huggingface_hub import ModelCard
     used = record.conversion.get('source')
-    source = f'[{record.base_model}](https://huggingface.co/{record.base_model})' if record.base_model else \
-        f'a `{used}`' if used else 'a network that was not recorded'
+    source = hub_link(record.base_model) if record.base_model else f'a `{used}`' if used else \
+        'a network that was not recorded'
+    if record.detector:
+        source = f'{detector_kind(record.detector)} on {source}'
     metadata = _metadata(record)
     card = ModelCard.from_template(
         metadata, template_path=str(TEMPLATE), m=record, source=source, recipe=_cells(_recipe(record)),
@@ -267,13 +292,14 @@ def render_eval_results(record: Record) -> Optional[str]:
     from huggingface_hub.utils import yaml_dump
     entries = []
     for result in _comparable(record):
-        dataset = _dataset_id(record, result)
-        if dataset:
+        dataset, figures = _dataset_id(record, result), _figures(record, result)
+        if dataset and figures:
+            name, value = figures[0]
             split = f', split {result["split"]}' if result.get('split') else ''
             count = f', {result["num_images"]} images' if 'num_images' in result else ''
             entries.append(EvalResultEntry(
-                dataset_id=dataset, task_id='default', value=result['top1'],
-                dataset_revision=result.get('dataset_revision'), notes=f'top-1 accuracy [%]{split}{count}'))
+                dataset_id=dataset, task_id='default', value=value, dataset_revision=result.get('dataset_revision'),
+                notes=f'{name[0].lower()}{name[1:]}{split}{count}'))
     return yaml_dump(eval_result_entries_to_yaml(entries), sort_keys=False) if entries else None
 
 
@@ -326,6 +352,11 @@ def _is_own_card(path: Path) -> bool:
         return False
     lines = text.splitlines(keepends=True)
     return bool(lines) and _sealed(''.join(lines[:-1])) == text
+
+
+def hub_link(repo_id: str) -> str:
+    """Markdown link to a model on the Hub."""
+    return f'[{repo_id}](https://huggingface.co/{repo_id})'
 
 
 def shell(*words: Any) -> str:

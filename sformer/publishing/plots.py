@@ -1,18 +1,16 @@
 """Plots of what was measured, as PNGs that carry their numbers."""
 import io
-import json
 import re
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
-from PIL import Image, UnidentifiedImageError
-from PIL.PngImagePlugin import PngInfo
+from PIL import Image
 
+from ..utils import png_bytes, png_values
+from .detection import picture_title
 from .record import Record
 
 __all__ = ['plot_accuracy', 'plot_activity', 'png', 'render_plots', 'is_own_plot']
-
-CHUNK = 'sformer'  # text chunk of a PNG that holds its numbers
 
 
 def plot_accuracy(accuracy: Dict[int, float], source: float) -> bytes:
@@ -76,7 +74,7 @@ def plot_activity(activity: Dict[str, float], levels: Optional[int] = None) -> b
 
 
 def render_plots(record: Record) -> Dict[str, Tuple[str, bytes]]:
-    """Plots of what a record has numbers for.
+    """Plots of what a record has numbers for, and pictures of what a detector finds.
 
     Returns:
         File name -> title and PNG.
@@ -89,23 +87,19 @@ def render_plots(record: Record) -> Dict[str, Tuple[str, bytes]]:
     if record.curve and 'source_top1' in record.curve[0]:
         top1 = {r['levels']: r['top1'] for r in record.curve}
         plots['accuracy.png'] = 'Accuracy against N', plot_accuracy(top1, record.curve[0]['source_top1'])
+    for file, picture in record.pictures.items():
+        plots[file] = picture_title(picture), (Path(picture['folder']) / file).read_bytes()
     return plots
 
 
 def is_own_plot(path: Path) -> bool:
-    """Whether a file is a plot that this module drew."""
-    try:
-        with Image.open(path, formats=['PNG']) as image:
-            return CHUNK in image.info
-    except (OSError, UnidentifiedImageError, SyntaxError):
-        return False
+    """Whether a file is a plot that this package drew."""
+    return png_values(path) is not None
 
 
 def png(figure: Any, values: Dict[str, Any]) -> bytes:
     """A figure of matplotlib as a PNG that carries its numbers."""
-    drawn, out, text = io.BytesIO(), io.BytesIO(), PngInfo()
+    drawn = io.BytesIO()
     figure.savefig(drawn, dpi=150)
-    text.add_text(CHUNK, json.dumps(values, sort_keys=True))
     with Image.open(drawn) as image:  # matplotlib's own chunks name its version
-        image.convert('RGB').save(out, 'PNG', pnginfo=text)
-    return out.getvalue()
+        return png_bytes(image, values)

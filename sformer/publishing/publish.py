@@ -12,10 +12,9 @@ from ..errors import SFormerError, UncalibratedError
 from ..hub import hub_errors, redact
 from ..layers import is_calibrated, uncalibrated
 from ..model_config import CONFIG_NAME, WEIGHTS_NAME
-from ..saving import load_model
 from .cards import render_card, render_eval_results
 from .plots import render_plots
-from .record import Record, read_record
+from .record import Record, load_recorded, read_record
 
 __all__ = ['Publication', 'prepare', 'publish', 'upload']
 
@@ -89,7 +88,7 @@ def prepare(
     """
     check_repo_id(repo_id)
     folder = Path(folder)
-    model = load_model(folder)
+    model = load_recorded(folder)
     if not is_calibrated(model) and not force:
         raise UncalibratedError(f'{uncalibrated(model)}; it is not published without --force.')
     record, others = read_record(

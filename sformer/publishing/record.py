@@ -8,11 +8,16 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 import torch.nn as nn
 
 from ..checkpoints import state_hash
+from ..detection import DetectorConfig, is_detector, load_detector
+from ..detection.entrypoints import detector_name
+from ..detection.pictures import read_picture
+from ..detection.saving import read_detector_config
 from ..errors import SFormerError
 from ..layers import is_calibrated
-from ..model_config import CONFIG_NAME, read_config
+from ..model_config import CONFIG_NAME, DETECTOR_KEY, read_config
+from ..saving import load_model
 
-__all__ = ['Record', 'read_record', 'recorded_results', 'neuron_configs']
+__all__ = ['Record', 'load_recorded', 'read_record', 'recorded_results', 'neuron_configs']
 
 
 @dataclass
@@ -21,7 +26,7 @@ class Record:
 
     Args:
         name: Name of the model.
-        load_name: What `timm.create_model` loads it by.
+        load_name: What `timm.create_model` loads it by, a detector `sformer.detection.load_detector`.
         architecture: Entrypoint.
         weights_sha256: `sformer.utils.state_hash` of the weights that everything here belongs to.
         input_size: (C, H, W).
@@ -38,6 +43,8 @@ class Record:
         base_model: Hub id of the source weights.
         dataset_ids: Hub id by the name that a data set has in results.
         note: What else has to be known about how it was measured.
+        detector: What a detector is built of, fields of `sformer.detection.DetectorConfig`; None for classifiers.
+        pictures: What `sformer detect show` says of the PNGs that it drew of these weights, by file name.
     """
     name: str
     load_name: str
@@ -57,6 +64,8 @@ class Record:
     base_model: Optional[str] = None
     dataset_ids: Dict[str, str] = field(default_factory=dict)
     note: Optional[str] = None
+    detector: Optional[Dict[str, Any]] = None
+    pictures: Dict[str, Dict[str, Any]] = field(default_factory=dict)
 
     @property
     def changed(self) -> bool:
@@ -66,7 +75,8 @@ class Record:
 
 def neuron_configs(config: Mapping[str, Any]) -> Tuple[Dict[str, Any], Dict[str, Any]]:
     """How the neurons of a `config.json` fire, and how their thresholds were fitted."""
-    return config.get('model_args', {}).get('sfn') or {}, (config.get('sformer') or {}).get('fit') or {}
+    sfn = config.get('sfn') if DETECTOR_KEY in config else config.get('model_args', {}).get('sfn')
+    return sfn or {}, (config.get('sformer') or {}).get('fit') or {}
 
 
 # Checks ---------------------------------------------------------------------------------------------------------------
@@ -107,6 +117,29 @@ RESULT = {
 }
 POINT = {**RESULT, 'levels': LEVELS}
 
+PRECISION: Dict[str, Check] = dict.fromkeys(('mAP', 'mAP50', 'mAP75'), PERCENT)
+
+
+def _is_precision(value: Any) -> bool:
+    classes = value.get('per_class') or {} if isinstance(value, dict) else None
+    if not isinstance(classes, dict):
+        return False
+    try:
+        for figures in (value, *classes.values()):
+            _check(figures, PRECISION)
+    except ValueError:
+        return False
+    return all(map(TEXT[1], classes))
+
+
+COCO: Check = 'percentages of average precision', _is_precision
+DETECTION = {
+    **{key: RESULT[key] for key in (
+        'model', 'architecture', 'dataset', 'split', 'dataset_fingerprint', 'command', 'device', 'weights_sha256',
+        'param_count', 'seconds', 'source_seconds', 'num_images', 'world_size', 'versions')},
+    **dict.fromkeys(('boxes', 'masks', 'source_boxes', 'source_masks'), COCO), 'problems': TEXTS,
+}
+
 
 def _check(values: Any, checks: Mapping[str, Check], needed: Tuple[str, ...] = ()) -> None:
     """Raise ValueError that names the first value which is not what it has to be."""
@@ -126,7 +159,10 @@ def _short(value: Any) -> str:
 def _check_result(result: Dict[str, Any], path: Path) -> None:
     """Raise SFormerError unless everything that is published of a result can be true."""
     try:
-        _check(result, RESULT, ('dataset', 'top1', 'weights_sha256'))
+        if 'boxes' in result:
+            _check(result, DETECTION, ('dataset', 'boxes', 'weights_sha256'))
+        else:
+            _check(result, RESULT, ('dataset', 'top1', 'weights_sha256'))
         curve = result.get('curve') or []
         if not isinstance(curve, list):
             raise ValueError(f'curve is {_short(curve)}, not a list')
@@ -180,8 +216,8 @@ def recorded_results(folder: Path, weights_sha256: str) -> Tuple[Dict[str, Dict[
             found = json.loads(path.read_text(encoding='utf-8'))
         except (OSError, ValueError, RecursionError):
             continue
-        needed = {'weights_sha256', 'dataset', 'top1'}
-        found = [r for r in (found if isinstance(found, list) else [found]) if isinstance(r, dict) and needed <= {*r}]
+        found = [r for r in (found if isinstance(found, list) else [found]) if isinstance(r, dict)
+                 and {'weights_sha256', 'dataset'} <= {*r} and {'top1', 'boxes'} & {*r}]
         if path.name == CONFIG_NAME or not found:
             continue
         own = next((r for r in found if r['weights_sha256'] == weights_sha256), None)
@@ -191,6 +227,25 @@ def recorded_results(folder: Path, weights_sha256: str) -> Tuple[Dict[str, Dict[
             _check_result(own, path)
             results[path.name] = own
     return results, others
+
+
+def load_recorded(folder: Path) -> nn.Module:
+    """The SFormer in a folder, a classifier or a detector.
+
+    Raises:
+        SFormerError: If there is none that is whole, or it is a detector that was not converted.
+    """
+    if not is_detector(folder):
+        return load_model(folder)
+    detector: Any = load_detector(folder)
+    if not hasattr(detector, 'conversion'):
+        raise SFormerError(f'{folder} holds a detector without neurons: sformer convert makes an SFormer of it.')
+    return detector
+
+
+def _pictures(folder: Path, weights_sha256: str) -> Dict[str, Dict[str, Any]]:
+    found = {path.name: read_picture(path, weights_sha256) for path in sorted(folder.glob('*.png'))}
+    return {name: dict(values, folder=str(folder)) for name, values in found.items() if values}
 
 
 def read_record(
@@ -221,8 +276,10 @@ def read_record(
         SFormerError: If the config or a result has a value that can't be true; one line that names file and value.
     """
     folder = Path(folder)
-    config = read_config(folder)
-    num_classes = config.get('num_classes', getattr(model, 'num_classes', None))
+    config = read_detector_config(folder) if is_detector(folder) else read_config(folder)
+    detector = config.get(DETECTOR_KEY)
+    num_classes = len(detector['categories']) if detector else \
+        config.get('num_classes', getattr(model, 'num_classes', None))
     _check_config(config, folder / CONFIG_NAME, num_classes)
     cfg, conversion = config.get('pretrained_cfg', {}), config.get('sformer', {})
     weights_sha256 = state_hash(model.state_dict())
@@ -235,8 +292,10 @@ def read_record(
     return Record(
         name=name or (repo_id or '').rpartition('/')[2] or folder.resolve().name,
         load_name=f'hf-hub:{repo_id}' if repo_id else f'local-dir:{folder}',
-        architecture=config['architecture'], weights_sha256=weights_sha256,
-        input_size=list(cfg.get('input_size', (3, 224, 224))), num_classes=num_classes,
+        architecture=detector_name(DetectorConfig(**detector)) if detector else config['architecture'],
+        weights_sha256=weights_sha256,
+        input_size=[3, *detector['image_size']] if detector else list(cfg.get('input_size', (3, 224, 224))),
+        num_classes=num_classes, detector=detector, pictures=_pictures(folder, weights_sha256) if detector else {},
         calibrated=is_calibrated(model), conversion=conversion, sfn=sfn, fit=fit, evaluations=results,
         curve=curves[0]['curve'] if curves else [], curve_command=curves[0].get('curve_command') if curves else None,
         license=license or (cfg.get('license') if published else None), base_model=base_model,

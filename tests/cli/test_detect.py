@@ -1,15 +1,19 @@
 """`sformer detect train | show`, and `convert` and `evaluate` of detectors."""
+import csv
+import io
 import json
+import shutil
 
 import pytest
 import timm
 import torch
 from cli_process import assert_mistake
-from detection_tools import small_detector, write_coco
+from detection_tools import small_detector, write_annotations, write_coco
+from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import save_file
 
-from sformer.detection import load_detector, save_detector
+from sformer.detection import convert_detector, detect, evaluation, load_detector, open_coco, save_detector
 
 
 @pytest.fixture
@@ -43,6 +47,90 @@ def test_train_convert_evaluate_show(files, run_inside):
     assert code == 0 and Image.open(files / 'o.png').size == (3 * 96, 64)
 
 
+@pytest.fixture(scope='module')
+def converted(tmp_path_factory):
+    """Folders of an SFormer that segments and of one that does not, and images; not to be changed."""
+    root = tmp_path_factory.mktemp('converted')
+    write_coco(root / 'shapes', 'val', 3)
+    data = open_coco(root / 'shapes', 'val', masks=True)
+    for name, masks in (('boxes', False), ('masks', True)):
+        save_detector(convert_detector(small_detector(masks=masks), data, num_images=2, name='shapes'), root / name)
+    return root
+
+
+@pytest.fixture
+def pair(converted, tmp_path):
+    return shutil.copytree(converted, tmp_path, dirs_exist_ok=True)
+
+
+def test_compare(pair, run_inside):
+    code, out, _ = run_inside('compare', 'boxes', 'masks', '--data', 'shapes', '--results-file', 'r.json')
+    results = json.loads((pair / 'r.json').read_text())
+    assert code == 0 and [result['model'] for result in results] == ['boxes', 'masks']
+    assert out.startswith('3 images of shapes (val)\n') and 'results in r.json' in out
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.startswith(('boxes', 'masks'))}
+    figures = [results[1][kind][name] for kind in ('boxes', 'masks') for name in ('mAP', 'mAP50', 'mAP75')]
+    figures += [results[1][f'source_{kind}']['mAP'] for kind in ('boxes', 'masks')]
+    assert rows['masks'] == [f'{figure:.2f}' for figure in figures] and len(rows['boxes']) == 4
+    assert max(figures) > 0
+    code, out, _ = run_inside('compare', 'boxes', 'masks', '--data', 'shapes', '--no-source', '--format', 'csv')
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert code == 0 and float(rows[0]['boxes_mAP50']) == results[0]['boxes']['mAP50']
+    assert (rows[0]['masks_mAP'], rows[1]['source_boxes_mAP']) == ('', '')
+    assert rows[1]['weights_sha256'] == results[1]['weights_sha256']
+
+
+def test_compare_goes_on_where_it_ended(pair, run_inside, monkeypatch):
+    """Killed in the second of two detectors: neither is begun anew."""
+    args = ('compare', 'boxes', 'masks', '--data', 'shapes', '--results-file', 'r.json')
+    seen = []
+
+    def until(count):
+        def detect_some(detector, image):
+            seen.append(detector)
+            if len(seen) > count:
+                raise KeyboardInterrupt
+            return detect(detector, image)
+        monkeypatch.setattr(evaluation, 'detect', detect_some)
+    until(8)  # two of three images of the second, beside its source
+    code, _, err = run_inside(*args)
+    assert code == 130 and '--resume continues' in err and not (pair / 'r.json').exists()
+    seen.clear()
+    until(100)
+    code, _, _ = run_inside(*args, '--resume')
+    resumed = json.loads((pair / 'r.json').read_text())
+    assert code == 0 and len(seen) == 4 and not (pair / 'r.json.progress').exists()
+    assert run_inside(*args)[0] == 0
+    whole = json.loads((pair / 'r.json').read_text())
+    assert [[r[k] for k in ('boxes', 'source_boxes')] for r in resumed] == [
+        [r[k] for k in ('boxes', 'source_boxes')] for r in whole]
+
+
+def test_bad_annotations_are_left_out_on_demand(pair, run_inside):
+    data = json.loads((pair / 'shapes' / 'val.json').read_text())
+    data['annotations'][0]['category_id'] = data['annotations'][1]['category_id'] = 99
+    write_annotations(pair / 'shapes', data, 'val')
+    code, _, err = run_inside('evaluate', 'boxes', '--data', 'shapes')
+    assert code == 1 and 'annotation 1 is of the unknown category 99' in err
+    code, _, err = run_inside('evaluate', 'boxes', '--data', 'shapes', '--max-bad', '1')
+    assert code == 1 and '2 images and annotations are not usable, more than --max-bad 1' in err
+    code, out, _ = run_inside('evaluate', 'boxes', '--data', 'shapes', '--max-bad', '2', '--num-images', '1')
+    assert code == 0 and 'left out: annotation 2 is of the unknown category 99' in out
+
+
+def test_a_detector_of_the_hub(pair, hub, run_inside, monkeypatch):
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
+    hub.put('my-org/det', {path.name: path.read_bytes() for path in (pair / 'boxes').iterdir()})
+    code, out, _ = run_inside('evaluate', 'hf-hub:my-org/det', '--data', 'shapes', '--num-images', '1')
+    assert code == 0 and out.startswith('hf-hub:my-org/det on 1 images of shapes (val)\n')
+    assert run_inside('detect', 'show', 'hf-hub:my-org/det', 'shapes/val/0.png', '-o', 'o.png')[0] == 0
+    code, out, _ = run_inside('convert', 'hf-hub:my-org/det', '-o', 'new', '--calibration', 'shapes', '--split', 'val',
+                              '--num-images', '1', '--levels', '8')
+    assert code == 0 and load_detector(pair / 'new').sfn.levels == 8
+    code, _, err = run_inside('evaluate', 'hf-hub:my-org/none', '--data', 'shapes')
+    assert code == 1 and 'there is no such repository' in err
+
+
 def test_mistakes(files, run):
     save_detector(small_detector(), files / 'det')
     shapes, det = files / 'shapes', files / 'det'
@@ -52,15 +140,18 @@ def test_mistakes(files, run):
                    "no split 'test'")
     assert_mistake(run(*train, '--backbone', 'test_vit9', '--data', shapes, '-o', files / 'x'), 'timm has no model')
     assert_mistake(run('evaluate', det, '--data', shapes, '--crop-pct', '0.5'), 'is a detector: leave out --crop-pct')
-    assert_mistake(run('compare', det, '--data', shapes), 'is a detector: sformer evaluate takes it')
+    assert_mistake(run('compare', det, 'sformer_nano.digits', '--data', shapes), 'sformer_nano.digits is not: nothing')
     assert_mistake(run('convert', det, '-o', files / 'x', '--crop-pct', '0.9'), 'is a detector: leave out --crop-pct')
-    assert_mistake(run('compare', det, det, '--data', shapes), 'is a detector')
+    name = 'sformer_fasterrcnn_vit_tiny_patch16_224'
+    assert_mistake(run('evaluate', name, '--data', shapes), 'is uncalibrated')
+    assert_mistake(run('detect', 'show', name, shapes / 'val' / '0.png', '-o', files / 'o.png'), 'is uncalibrated')
+    assert_mistake(run('convert', name, '-o', files / 'x'), 'has no weights: sformer detect train')
     assert_mistake(run('evaluate', det, '--data', shapes, '--results-file', files / 'r.csv'), 'written as JSON')
     assert_mistake(run('convert', det, '--calibration', shapes, '--split', 'no', '-o', files / 'x'), "no split 'no'")
     assert_mistake(run('detect', 'show', det, files / 'backbone.safetensors', '-o', files / 'o.png'), 'as an image')
     assert_mistake(run('detect', 'show', det, shapes / 'val' / '0.png', '-o', files / 'o.txt'), 'neither a PNG nor')
-    for args in (('export', det, files / 'o.onnx'), ('card', det), ('sweep', det), ('distill', det, '--dataset', shapes,
+    for args in (('export', det, files / 'o.onnx'), ('sweep', det), ('distill', det, '--dataset', shapes,
                                                                                '-o', files / 'x')):
-        assert_mistake(run(*args), 'holds a detector, which sformer convert, evaluate, profile and detect show take')
+        assert_mistake(run(*args), 'holds a detector, which sformer convert, evaluate, compare, profile')
     assert_mistake(run('convert', det, '--silence', '0.01', '-o', files / 'x'), 'no price of activity')
     assert not (files / 'x').exists() and not (files / 'o.onnx').exists() and not (files / 'o.png').exists()

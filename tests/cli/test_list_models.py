@@ -5,6 +5,7 @@ import re
 
 import pytest
 import timm
+import torchvision
 
 from sformer import entrypoints
 
@@ -29,6 +30,8 @@ def test_list(run_here, monkeypatch):
     i = next(i for i, line in enumerate(lines) if line.startswith('sformer_base.augreg2_in21k_ft_in1k '))
     assert lines[i].split()[1:] == ['86.6', '3x224x224', 'apache-2.0']
     assert lines[i + 1].split() == ['vit_base_patch16_224.augreg2_in21k_ft_in1k']
+    for name in torchvision.models.list_models(include='sformer_*'):
+        assert name in map(str.rstrip, lines), name
     assert re.search(r'sformer_nano\.digits .*\n.*\n +top-1 \[%\]: 99\.\d\d \(source', result.out)
 
 
