@@ -16,7 +16,7 @@ from ..neurons.thresholds import MIN_STEP
 
 __all__ = ['linear', 'multiply', 'softmax_numerators', 'AttentionProduct']
 
-MAX_SCORES = 2 ** 22  # that attention computes at once at inference: ViT-B at 224 pixels, batch 8, still takes one block
+MAX_SCORES = 2 ** 22  # that attention computes at once at inference: all of ViT-B at 224 pixels, batch 8
 
 
 def linear(
@@ -143,7 +143,8 @@ class AttentionProduct(nn.Module):
         blocks = q.split(rows, dim=-2)
         per_query = attn_mask is not None and attn_mask.shape[-2] > 1
         masks = attn_mask.split(rows, dim=-2) if per_query else [attn_mask] * len(blocks)
-        return torch.cat([self._attend(block, k, v, mask, dropout_p) for block, mask in zip(blocks, masks)], dim=-2)
+        pairs = zip(blocks, masks, strict=True)
+        return torch.cat([self._attend(block, k, v, mask, dropout_p) for block, mask in pairs], dim=-2)
 
     def _rows_at_once(self, q: torch.Tensor, k: torch.Tensor, is_causal: bool) -> Optional[int]:
         """Queries in a block; None if all of them are, as they are where a graph is made of what is computed."""
