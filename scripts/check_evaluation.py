@@ -5,6 +5,7 @@
     python scripts/check_evaluation.py kill         # SIGKILL at random moments, then --resume
     python scripts/check_evaluation.py loading      # share of decoding and preprocessing, ViT-S
     python scripts/check_evaluation.py overhead     # 2 processes x 1 thread against 1 process x 2 threads
+    python scripts/check_evaluation.py detector DIR --data COCO    # a detector: other processes, killed and resumed
 
 Images are the digits of scikit-learn with noise, or generated ones; nothing is downloaded. A check that fails ends
 with exit code 1. All processes but those of `nodes` are forked from one that has imported torch already, so what is
@@ -268,37 +269,49 @@ def check_kill(folder: Path, times: int, samples: int, worlds: list[int], seed: 
         duration[streamed] = time.perf_counter() - begin
     while kills < times and i < 4 * times:
         i += 1
-        run = folder / f'run{i}'
-        run.mkdir()
         streamed = bool(i % 2)
-        args = ['evaluate', NANO, '--dataset', path, '--results-file', run / 'result.json', '--resume']
-        args += ['--streaming'] if streamed else []
-        before, after = rng.choice(worlds), rng.choice(worlds)
+        args = ['evaluate', NANO, '--dataset', path, *(['--streaming'] if streamed else [])]
+        numbers = rng.choice(worlds), rng.choice(worlds)
         moment = rng.uniform(0.1, 1.) * duration[streamed]
-        processes = start(args, before, run)
-        time.sleep(moment)
-        for process in processes:
-            with contextlib.suppress(ProcessLookupError):  # it has finished
-                os.kill(process.pid, signal.SIGKILL)
-        if -signal.SIGKILL not in finish(processes):
-            continue  # it was faster
-        kills += 1
-        codes = finish(start(args, after, run))
-        found = re.search(r'resuming after (\d+)', (run / 'err0').read_text())
-        resumed += found is not None
-        print(f'{"streamed" if streamed else "local"}, {before} processes, '
-              f'killed after {moment:.2f} s; {after} processes resumed after '
-              f'{found.group(1) if found else 0} of {samples} images', flush=True)
-        if any(codes):
-            failures.append(f'run {i}: exit codes {codes}: {(run / "err0").read_text()}')
+        after, problem = kill_and_resume(args, numbers, moment, folder / f'run{i}', expected[streamed])
+        if after is None:
             continue
-        result = steady(json.loads((run / 'result.json').read_text()))
-        different = [key for key, value in steady(expected[streamed]).items() if result.get(key) != value]
-        if different:
-            failures.append(f'run {i}: {different} differ')
-        if (run / 'result.json.progress').exists():
-            failures.append(f'run {i}: progress is left behind')
+        kills += 1
+        resumed += after > 0
+        failures += [f'run {i}: {problem}'] if problem else []
     return resumed, failures
+
+
+def kill_and_resume(
+        args: list[Any], worlds: tuple[int, int], moment: float, folder: Path, expected: dict[str, Any],
+) -> tuple[Optional[int], str]:
+    """SIGKILL to all processes of `sformer ARGS` after so many seconds, then --resume on another number of them.
+
+    Returns:
+        Images that the resumed run did not count again, None if the run was over before; what is not as expected.
+    """
+    folder.mkdir()
+    args = [*args, '--results-file', folder / 'result.json', '--resume']
+    processes = start(args, worlds[0], folder)
+    time.sleep(moment)
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):  # it has finished
+            os.kill(process.pid, signal.SIGKILL)
+    if -signal.SIGKILL not in finish(processes):
+        return None, ''
+    codes = finish(start(args, worlds[1], folder))
+    error = (folder / 'err0').read_text()
+    found = re.search(r'resuming after (\d+)', error)
+    after = int(found.group(1)) if found else 0
+    print(f'{" ".join(map(str, args[1:-3]))}, {worlds[0]} processes, killed after {moment:.2f} s; {worlds[1]} resumed '
+          f'after {after} images', flush=True)
+    if any(codes):
+        return after, f'exit codes {codes}: {error}'
+    result = steady(json.loads((folder / 'result.json').read_text()))
+    different = [key for key, value in steady(expected).items() if result.get(key) != value]
+    if different:
+        return after, f'{different} differ'
+    return after, 'progress is left behind' if (folder / 'result.json.progress').exists() else ''
 
 
 @app.command()
@@ -309,6 +322,36 @@ def kill(times: int = 20, samples: int = 4000, worlds: str = '1,2,3', seed: int 
     if not resumed:
         failures.append('no run was killed after it had counted something')
     report(failures, f'{times} runs killed, {resumed} of them with progress')
+
+
+@app.command()
+def detector(
+        model: Annotated[Path, typer.Argument(help='Folder of a detector')],
+        data: Annotated[Path, typer.Option(help='Folder in COCO format')],
+        split: str = 'val',
+        num_images: Annotated[Optional[int], typer.Option(help='The first so many; all if not given')] = None,
+        worlds: Annotated[str, typer.Option(help='Numbers of processes')] = '1,2,3',
+        source: Annotated[bool, typer.Option('--source', help='Evaluate the source, too')] = False,
+):
+    """COCO figures of N processes, and of a run that was killed midway and resumed, against those of the first."""
+    options = [model, '--dataset', data, '--split', split, *([] if source else ['--no-source'])]
+    options += ['--num-images', num_images] if num_images else []
+    failures, expected, duration, numbers = [], {}, 0., integers(worlds)
+    with tempfile.TemporaryDirectory() as name:
+        for world in numbers:
+            begin = time.perf_counter()
+            result = evaluate(Path(name), world, *options)
+            duration = time.perf_counter() - begin
+            print(f'{world} processes, {duration:.0f} s, {result["num_images"]} images: '
+                  + ', '.join(f'{key} {result["boxes"][key]}' for key in ('mAP', 'mAP50', 'mAP75')), flush=True)
+            expected = expected or steady(result)
+            if steady(result) != expected:
+                failures.append(f'{world} processes: other figures than on {numbers[0]}')
+        after, problem = kill_and_resume(
+            ['evaluate', *options], (numbers[-1], numbers[0]), duration / 2, Path(name, 'killed'), expected)
+        failures += [f'killed: {problem}'] if problem else []
+        failures += [] if after else ['the run that was to be killed had counted nothing, or all']
+    report(failures, f'{len(numbers)} evaluations and one that was killed')
 
 
 @app.command()

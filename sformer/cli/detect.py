@@ -36,6 +36,9 @@ def train(
         finest_stride: Annotated[int, typer.Option(
             help='Of the levels of the pyramid, in pixels: 4, 8 or 16; small objects need 4')] = 4,
         channels: Annotated[int, typer.Option(min=1, max=4096, help='Channels of the pyramid')] = 128,
+        window_size: Annotated[Optional[int], typer.Option(
+            min=1, help='Side of the windows that most blocks attend within, in tokens (ViTDet: 14); if not given, all '
+            'attend globally')] = None,
         max_detections: Annotated[int, typer.Option(min=1, max=10 ** 4, help='Detections per image')] = 100,
         epochs: Annotated[int, typer.Option(min=1, max=10 ** 5, help='Passes over the images')] = 12,
         batch_size: Annotated[int, typer.Option(min=1, max=1024, help='Images per step')] = 2,
@@ -59,7 +62,8 @@ def train(
     images = open_coco(data, split, masks, skip_bad)
     config = DetectorConfig(
         backbone, images.categories, masks, image_size, channels,
-        tuple(16 / stride for stride in (4, 8, 16, 32) if stride >= finest_stride), max_detections=max_detections)
+        tuple(16 / stride for stride in (4, 8, 16, 32) if stride >= finest_stride), max_detections=max_detections,
+        window_size=window_size)
     detector = create_detector(config, checkpoint, allow_pickle, seed)
     how = TrainingConfig(epochs, batch_size, lr, trained_blocks=trained_blocks, seed=seed)
     train_detector(detector, images, how, output, Group(device).device, report=print)

@@ -15,7 +15,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from ..errors import SFormerError
 from ..models import HEADS, SPIKING_MODELS
 from ..sources import create_source
-from .pyramid import SCALES, SimpleFeaturePyramid, ViTDetBackbone
+from .pyramid import SCALES, SimpleFeaturePyramid, ViTDetBackbone, window_
 
 __all__ = ['DetectorConfig', 'build_detector', 'create_detector']
 
@@ -41,6 +41,8 @@ class DetectorConfig:
         max_detections: Detections per image, the best by score.
         mean: Mean of the normalisation, of pixels in [0, 1].
         std: Standard deviation of the normalisation.
+        window_size: Tokens a side of the windows that most blocks of the backbone attend within; None: all attend
+            globally.
     """
     backbone: str
     categories: Dict[int, str]
@@ -52,6 +54,7 @@ class DetectorConfig:
     max_detections: int = 100
     mean: Tuple[float, ...] = (0.485, 0.456, 0.406)
     std: Tuple[float, ...] = (0.229, 0.224, 0.225)
+    window_size: Optional[int] = None
 
     def __post_init__(self) -> None:
         # as JSON has them: keys are strings, tuples are lists
@@ -62,6 +65,8 @@ class DetectorConfig:
             raise SFormerError(f'scales are of {", ".join(map(str, SCALES))}, largest first, not {self.scales}.')
         if len(self.image_size) != 2 or min(self.image_size) < 32 or any(side % 32 for side in self.image_size):
             raise SFormerError(f'image_size is a height and a width, multiples of 32, not {self.image_size}.')
+        if self.window_size is not None and self.window_size < 1:
+            raise SFormerError(f'window_size is a number of tokens, 1 or more, not {self.window_size}.')
         if not self.categories:
             raise SFormerError('a detector needs at least one category.')
 
@@ -77,9 +82,11 @@ def build_detector(config: DetectorConfig, vit: Optional[nn.Module] = None) -> n
         torchvision's `FasterRCNN` or `MaskRCNN`, in training mode; `detector.config` is the config.
 
     Raises:
-        SFormerError: If timm has no such backbone, or it is no plain vision transformer.
+        SFormerError: If timm has no such backbone, or it is no plain vision transformer, or has no windows.
     """
     vit = vit or _create_vit(config, pretrained=False)
+    if config.window_size is not None:
+        window_(vit, config.window_size)
     channels, names = config.channels, [str(i) for i in range(len(config.scales))]
     pyramid = SimpleFeaturePyramid(int(vit.num_features), channels, config.scales)  # type: ignore[arg-type]
     strides = [PATCH_SIZE / scale for scale in config.scales]

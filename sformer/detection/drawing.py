@@ -8,7 +8,7 @@ from torchvision.transforms.v2 import functional as F
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from ..checkpoints import write_aside
-from ..layers import SpikingLinear, named_neurons, source_view
+from ..layers import SpikingLinear, WindowedMixin, named_neurons, source_view
 from .coco import read_image
 from .evaluation import detect
 from .pictures import save_picture
@@ -101,9 +101,14 @@ def token_activity(detector: nn.Module, image: torch.Tensor) -> Tuple[Dict[str, 
     grid: List[Any] = []
 
     def count(layer: Any, args: Tuple[torch.Tensor, ...]) -> None:
-        shares.append((layer.neuron.encode(args[0]).levels != 0).float().mean(-1)[0])
+        share = (layer.neuron.encode(args[0]).levels != 0).float().mean(-1)
+        if layer in windowed:
+            share = windowed[layer].join(share[..., None])[..., 0]
+        shares.append(share[0])
 
     layers = [layer for layer in vit.blocks.modules() if isinstance(layer, SpikingLinear)]
+    windowed = {layer: attention for attention in vit.blocks.modules() if isinstance(attention, WindowedMixin)
+                for layer in attention.modules()}
     handles = [layer.register_forward_pre_hook(count) for layer in layers]
     handles.append(model.backbone.pyramid.register_forward_pre_hook(lambda _, args: grid.append(args[0].shape[-2:])))
     try:

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import io
 import math
+import sys
 import time
 from typing import Any, Dict, List, Optional, Sequence
 
@@ -113,6 +114,8 @@ def _detect_all(
 ) -> List[Dict[str, Any]]:
     """Records of all images by their index, from all processes; whoever is free takes the next image."""
     done = journal.open(key, group) if journal is not None else []
+    if done and group.is_main:
+        print(f'resuming after {len(done)} of {len(ids)} images', file=sys.stderr)
     left = sorted(set(range(len(ids))) - {record['chunk'][0] for record in done})
     records = []
     categories = sorted(data.categories)

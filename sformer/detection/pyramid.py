@@ -13,7 +13,10 @@ import torch
 import torch.nn as nn
 from timm.layers import LayerNorm2d
 
-__all__ = ['SCALES', 'SimpleFeaturePyramid', 'ViTDetBackbone']
+from ..errors import SFormerError
+from ..layers import token_grid, windowed_
+
+__all__ = ['SCALES', 'SimpleFeaturePyramid', 'ViTDetBackbone', 'window_']
 
 
 def _resampling(in_channels: int, scale: float) -> nn.Sequential:
@@ -57,6 +60,29 @@ class SimpleFeaturePyramid(nn.Module):
         return OrderedDict((str(i), level(x)) for i, level in enumerate(self.levels))
 
 
+GLOBAL_BLOCKS = 4
+
+
+def window_(vit: nn.Module, window_size: int) -> None:
+    """Let a vision transformer attend within windows, in place, but for four blocks: the last ones of four parts.
+
+    Args:
+        vit: timm model.
+        window_size: Tokens a side of a window.
+
+    Raises:
+        SFormerError: If it has no more than four blocks, or its attention has no windowed form.
+    """
+    model: Any = vit
+    depth = len(model.blocks)
+    if depth <= GLOBAL_BLOCKS:
+        raise SFormerError(f'a backbone of {depth} blocks has none for windows, as {GLOBAL_BLOCKS} attend globally: '
+                           f'leave out window_size (--window-size).')
+    whole = {depth * part // GLOBAL_BLOCKS - 1 for part in range(1, GLOBAL_BLOCKS + 1)}
+    for i in set(range(depth)) - whole:
+        windowed_(getattr(model.blocks[i], 'attn', model.blocks[i]), window_size, model.num_prefix_tokens)
+
+
 class ViTDetBackbone(nn.Module):
     """A plain ViT or EVA of timm and the pyramid on its last map, as torchvision's detectors read it.
 
@@ -76,7 +102,8 @@ class ViTDetBackbone(nn.Module):
     def features(self, x: torch.Tensor) -> torch.Tensor:
         """The last map of the vision transformer, after its final norm, (B, C, H / patch, W / patch)."""
         vit: Any = self.vit
-        return vit.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)[0]
+        with token_grid(*vit.patch_embed.dynamic_feat_size(x.shape[-2:])):
+            return vit.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)[0]
 
     def forward(self, x: torch.Tensor) -> Dict[str, torch.Tensor]:
         return self.pyramid(self.features(x))

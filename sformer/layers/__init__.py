@@ -6,11 +6,12 @@ from .mlp import SpikingGluMlp, SpikingMlp, SpikingSqueezeExcitation, SpikingSwi
 from .products import AttentionProduct
 from .spiking import is_calibrated, named_neurons, revert_, shared_copy, source_of, source_view, spiking_, uncalibrated
 from .table import FLOATING_LAYERS, SPIKING_LAYERS, SpikingLayer, register_floating, register_spiking
+from .windows import WindowedMixin, token_grid, windowed_
 
 __all__ = [
     'AttentionProduct', 'SpikingAttention', 'SpikingAttentionMixin', 'SpikingConv2d', 'SpikingConvTranspose2d',
     'SpikingGluMlp', 'SpikingLayer', 'SpikingLinear', 'SpikingMlp', 'SpikingPatchEmbed', 'SpikingSqueezeExcitation',
-    'SpikingSwiGLU',
+    'SpikingSwiGLU', 'WindowedMixin', 'token_grid', 'windowed_',
     'FLOATING_LAYERS', 'SPIKING_LAYERS', 'register_floating', 'register_spiking',
     'spiking_', 'revert_', 'shared_copy', 'source_of', 'source_view', 'named_neurons', 'is_calibrated', 'uncalibrated',
 ]

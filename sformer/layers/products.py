@@ -2,6 +2,7 @@
 
 Whatever else computes an SFormer (integers, bit planes, another library) replaces what is here.
 """
+import math
 from typing import Any, Dict, Optional
 
 import torch
@@ -14,6 +15,8 @@ from ..neurons import FitConfig, Neuron, ScaleAndFire, SFNConfig
 from ..neurons.thresholds import MIN_STEP
 
 __all__ = ['linear', 'multiply', 'softmax_numerators', 'AttentionProduct']
+
+MAX_SCORES = 2 ** 22  # that attention computes at once at inference: all of ViT-B at 224 pixels, batch 8
 
 
 def linear(
@@ -66,6 +69,10 @@ class AttentionProduct(nn.Module):
     Keys are centred per channel before they fire: a constant added to all keys moves every score of a row alike, to
     which softmax is blind.
 
+    Without gradients, more than `max_scores` scores are computed in blocks of queries, which fit into caches, so memory
+    grows with the number of tokens and not with its square. A row depends on no other: blocks fire the same levels, but
+    for currents within float rounding of a boundary, as a matrix product may round otherwise than a part of it.
+
     Args:
         num_heads: Heads H of queries, keys and values.
         head_dim: Channels D of queries and keys per head.
@@ -79,6 +86,7 @@ class AttentionProduct(nn.Module):
     Shape:
         q (B, H, L, D), k (B, H, S, D), v (B, H, S, D'), output (B, H, L, D').
     """
+    max_scores: float = MAX_SCORES
 
     def __init__(
             self,
@@ -125,11 +133,39 @@ class AttentionProduct(nn.Module):
     ) -> torch.Tensor:
         """Arguments are those of `F.scaled_dot_product_attention`."""
         q, k, v = self.q_neuron(query), self.k_neuron(key), self.v_neuron(value)
-        scores = (q * (query.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-2, -1)
-        attn = self.attn_neuron(softmax_numerators(scores, attn_mask, is_causal))
+        q = q * (query.shape[-1] ** -0.5 if scale is None else scale)
+        # exact, and in float16 a sum over many keys would overflow before it is divided
+        # (the strongest key fires its top level, near 1, so a sum is either that or zero)
+        v = v / 32
+        rows = self._rows_at_once(q, k, is_causal)
+        if rows is None:
+            return self._attend(q, k, v, attn_mask, dropout_p, is_causal)
+        blocks = q.split(rows, dim=-2)
+        per_query = attn_mask is not None and attn_mask.shape[-2] > 1
+        masks = attn_mask.split(rows, dim=-2) if per_query else [attn_mask] * len(blocks)
+        pairs = zip(blocks, masks, strict=True)
+        return torch.cat([self._attend(block, k, v, mask, dropout_p) for block, mask in pairs], dim=-2)
+
+    def _rows_at_once(self, q: torch.Tensor, k: torch.Tensor, is_causal: bool) -> Optional[int]:
+        """Queries in a block; None if all of them are, as they are where a graph is made of what is computed."""
+        if (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
+                or isinstance(q, torch.fx.Proxy) or is_causal):
+            return None
+        scores = q.shape[:-1].numel() * k.shape[-2]
+        return None if scores <= self.max_scores else math.ceil(q.shape[-2] / math.ceil(scores / self.max_scores))
+
+    def _attend(
+            self,
+            q: torch.Tensor,
+            k: torch.Tensor,
+            v: torch.Tensor,
+            attn_mask: Optional[torch.Tensor],
+            dropout_p: float,
+            is_causal: bool = False,
+    ) -> torch.Tensor:
+        """Attention of queries, which are scaled, to keys, on values that are divided by 32: all are decoded spikes."""
+        attn = self.attn_neuron(softmax_numerators(q @ k.transpose(-2, -1), attn_mask, is_causal))
         total = attn.sum(dim=-1, keepdim=True)
         if dropout_p:
             attn = F.dropout(attn, dropout_p)
-        # exact, and in float16 a sum over many keys would overflow before it is divided
-        # (the strongest key fires its top level, near 1, so a sum is either that or zero)
-        return (attn @ (v / 32)) / (total / 32).clamp_min(1e-4)
+        return (attn @ v) / (total / 32).clamp_min(1e-4)

@@ -3,6 +3,7 @@
 Products are found where they are computed: torch's own counter sees each matrix product and convolution, by module. A
 product that no spikes enter is listed as floating.
 """
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple
@@ -210,6 +211,7 @@ def profile_model(
         if isinstance(module, Neuron):
             module.register_forward_hook(lambda neuron, args, out: counts[names[neuron]].add(args[0]))
         elif isinstance(module, AttentionProduct):
+            module.max_scores = math.inf  # or of its spikes the last block of queries alone would be at hand
             add, operands = _add_attention, ('q', 'k', 'v', 'attn')
         elif isinstance(getattr(module, 'gate_neuron', None), Neuron):
             add, operands = _add_gate, ('gate', 'value')

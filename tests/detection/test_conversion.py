@@ -1,4 +1,5 @@
 """A detector converts whole, and what is saved is what was converted."""
+import copy
 import json
 
 import pytest
@@ -8,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sformer.detection import convert_detector, detect, load_detector, save_detector
+from sformer.detection.drawing import token_activity
 from sformer.errors import SFormerError, UncalibratedError, UnsupportedLayerError
 from sformer.layers import is_calibrated, source_view, spiking_
 from sformer.profiling import profile_operations
@@ -63,6 +65,31 @@ def test_what_cannot_spike_is_named_and_nothing_is_changed(data):
     with pytest.raises(UnsupportedLayerError, match=r'backbone\.pyramid\.levels\.0\.\d+ \(.*Scale\)'):
         convert_detector(detector, data)
     assert not any(True for m in detector.modules() if hasattr(m, 'neuron'))
+
+
+def test_windows_convert_and_load(data, tmp_path):
+    source = small_detector(window_size=2)
+    image = data.image(10)
+    expected = detect(source, image)
+    converted = convert_detector(copy.deepcopy(source), data, num_images=2)
+    assert same(detect(source_view(converted), image), expected)
+    whole, _, _ = profile_operations(convert_detector(small_detector(), data, num_images=2), [[image]])
+    operations, _, _ = profile_operations(converted, [[image]])
+    assert [o.name for o in operations if not o.operands] == []
+    macs, of_whole = ({o.name: o.macs for o in each} for each in (operations, whole))
+    assert macs.keys() == of_whole.keys()
+    name = 'backbone.vit.blocks.{}.attn.products.0 QK^T'
+    heads, dim, tokens, windows = 2, 32, 1 + 24, 6  # a map of 4 x 6 patches and the class token
+    assert macs[name.format(0)] == of_whole[name.format(1)] == heads * dim * tokens ** 2
+    assert macs[name.format(1)] == heads * dim * windows * (1 + 4) ** 2
+    assert macs['backbone.vit.blocks.1.attn.qkv'] == 64 * 192 * windows * (1 + 4)
+    found = token_activity(converted, image)[1]
+    assert found.shape == (4, 6) and (found > 0).all() and (found <= 1).all()
+    save_detector(converted, tmp_path)
+    loaded = load_detector(tmp_path)
+    loaded.roi_heads.score_thresh = 0.
+    assert same(detect(loaded, image), detect(converted, image))
+    assert type(loaded.backbone.vit.blocks[1].attn) is type(converted.backbone.vit.blocks[1].attn)
 
 
 def test_folders(sformer_detector, data, tmp_path):

@@ -2,7 +2,7 @@
 import pytest
 import timm
 import torch
-from detection_tools import small_config
+from detection_tools import small_config, small_detector
 from safetensors.torch import save_file
 
 from sformer.detection import create_detector
@@ -35,7 +35,8 @@ def test_checkpoint_of_another_network(tmp_path):
 
 @pytest.mark.parametrize('kwargs, message', [
     (dict(scales=(1, 2)), 'largest first'), (dict(scales=(3,)), 'scales are of 4, 2, 1, 0.5'),
-    (dict(image_size=(60, 64)), 'multiples of 32'), (dict(categories={}), 'at least one category')])
+    (dict(image_size=(60, 64)), 'multiples of 32'),
+    (dict(window_size=0), '1 or more'), (dict(categories={}), 'at least one category')])
 def test_values_that_make_no_detector(kwargs, message):
     with pytest.raises(SFormerError, match=message):
         small_config(**kwargs)
@@ -45,3 +46,31 @@ def test_backbone_has_to_be_a_plain_transformer(tmp_path):
     save_file(timm.create_model('test_convnext').state_dict(), tmp_path / 'b.safetensors')
     with pytest.raises(SFormerError, match='test_convnext'):
         create_detector(small_config(backbone='test_convnext'), tmp_path / 'b.safetensors')
+
+
+@torch.no_grad()
+def test_windows_leave_four_blocks_global():
+    whole, windowed = (small_detector(window_size=size).backbone.vit for size in (None, 2))
+    assert [hasattr(block.attn, 'window_size') for block in windowed.blocks] == [False, True, False, False, True, False]
+    assert windowed.state_dict().keys() == whole.state_dict().keys()
+
+
+@pytest.mark.parametrize('backbone', ['test_vit', 'eva02_tiny_patch14_224'])
+@torch.no_grad()
+def test_windows_of_the_size_of_the_map_change_nothing(backbone):
+    whole, far, near = (small_detector(backbone=backbone, window_size=size).backbone for size in (None, 6, 2))
+    far.load_state_dict(whole.state_dict())
+    near.load_state_dict(whole.state_dict())
+    for size in ((64, 96), (96, 64), (64, 64)):
+        x = torch.rand(1, 3, *size)
+        expected = whole.features(x)
+        torch.testing.assert_close(far.features(x), expected, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(near.features(x), expected, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize('backbone, message', [
+    ('beit_base_patch16_224', 'Attention has no windows'), ('vit_base_patch16_18x2_224', 'ParallelThingsBlock has no'),
+    ('test_vit_shallow', 'backbone of 4 blocks')])
+def test_backbones_without_windows(backbone, message):
+    with pytest.raises(SFormerError, match=message):
+        small_detector(backbone=backbone, window_size=14)

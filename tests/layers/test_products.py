@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from layer_tools import FAMILIES, build, hooked, pixels, relative_error, rng, spiking, watch_products
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sformer import SFNConfig, named_neurons, source_view, spiking_
 from sformer.layers import AttentionProduct, products
@@ -143,6 +144,54 @@ def test_attention_comes_close_to_that_of_torch(mask, v_dim):
     assert relative_error(out, reference) < 0.03
     if mask != 'scale':
         assert relative_error(reference, F.scaled_dot_product_attention(q, k, v)) > 1e-2  # the mask matters
+
+
+class _Largest(TorchDispatchMode):
+    """The largest tensor that is computed."""
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.numel = max(self.numel, out.numel())
+        return out
+
+
+@pytest.mark.parametrize('mask', MASKS)
+def test_blocks_of_queries_attend_as_all_of_them(mask):
+    product, q, k, v = attention()
+    q, k, v = (x[:2] for x in (q, k, v))
+    with torch.no_grad():
+        whole = product(q, k, v, **MASKS[mask])
+        product.max_scores = 2 * 2 * 6 * 4  # of six rows at most four, so three and three
+        with hooked(product.attn_neuron) as numerators:
+            out = product(q, k, v, **MASKS[mask])
+    assert [n.shape[-2] for n in numerators] == ([6] if mask == 'causal' else [3, 3])
+    torch.testing.assert_close(out, whole, rtol=1e-6, atol=1e-7)
+
+
+def test_memory_of_attention_does_not_grow_with_the_square_of_tokens():
+    product, q, k, v = attention(keys=2048)
+    q = q[:, :, :1].repeat(1, 1, 2048, 1)
+    product.max_scores = 2 ** 16
+    with torch.inference_mode(), _Largest() as watch:
+        out = product(q, k, v)
+    assert watch.numel <= 2 ** 17 < 3 * 2 * 2048 ** 2  # queries and keys themselves are below that
+    assert out.shape == q.shape
+    q.requires_grad_()
+    with hooked(product.attn_neuron) as numerators:  # with gradients nothing is saved by blocks
+        product(q, k, v).sum().backward()
+    assert [n.shape[-2] for n in numerators] == [2048] and q.grad.any()
+
+
+def test_an_exported_graph_has_all_queries_in_one_block():
+    product, q, k, v = attention()
+    product.max_scores = 1
+    with torch.no_grad():
+        expected = product(q, k, v)
+        program = torch.export.export(product, (q, k, v))
+        assert sum(node.target is torch.ops.aten.exp.default for node in program.graph.nodes) == 1
+        torch.testing.assert_close(program.module()(q, k, v), expected, rtol=1e-6, atol=1e-7)
 
 
 def test_a_row_that_may_see_no_key_attends_to_nothing():

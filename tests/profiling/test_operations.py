@@ -18,6 +18,7 @@ from sformer import (
     named_neurons,
     spiking_,
 )
+from sformer.layers import AttentionProduct
 from sformer.neurons import CODINGS
 from sformer.profiling import profile_operations
 
@@ -131,6 +132,13 @@ def test_batches_do_not_matter_and_nothing_stays_behind():
         assert (a.name, a.operands) == (b.name, b.operands)
         assert a.synaptic_operations == pytest.approx(b.synaptic_operations) and a.macs == pytest.approx(b.macs)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_blocks_of_queries_do_not_matter(monkeypatch):
+    model, images = convert(build('vit'), [pixels(8)]), [pixels(4)]
+    expected = profile_operations(model, images)
+    monkeypatch.setattr(AttentionProduct, 'max_scores', 100)
+    assert profile_operations(model, images) == expected
 
 
 def test_what_does_not_spike_is_listed():
