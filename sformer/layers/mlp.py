@@ -29,8 +29,8 @@ class SpikingMlp(SpikingLayer, Mlp):
 
 
 def _add_fc2_neuron(mlp: Any, config: SFNConfig, fire_function: str) -> None:
-    """Let `fc2` fire by the distribution of what an activation function leaves; a filter may have left it as it is, and a norm
-    turns its input into what linear layers read elsewhere."""
+    """Let `fc2` fire by the distribution of what an activation function leaves; a filter may have left it as it is, and
+    a norm turns its input into what linear layers read elsewhere."""
     if isinstance(mlp.fc2, SpikingLinear) and isinstance(mlp.norm, nn.Identity):
         mlp.fc2.add_neurons(config, fire_function)
 

@@ -3,7 +3,7 @@
 Whatever else computes an SFormer (integers, bit planes, another library) replaces what is here.
 """
 import math
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Optional, Sequence
 
 import torch
 import torch.nn as nn
@@ -141,8 +141,10 @@ class AttentionProduct(nn.Module):
         if rows is None:
             return self._attend(q, k, v, attn_mask, dropout_p, is_causal)
         blocks = q.split(rows, dim=-2)
-        per_query = attn_mask is not None and attn_mask.shape[-2] > 1
-        masks = attn_mask.split(rows, dim=-2) if per_query else [attn_mask] * len(blocks)
+        if attn_mask is None or attn_mask.shape[-2] == 1:
+            masks: Sequence[Optional[torch.Tensor]] = [attn_mask] * len(blocks)
+        else:
+            masks = attn_mask.split(rows, dim=-2)
         pairs = zip(blocks, masks, strict=True)
         return torch.cat([self._attend(block, k, v, mask, dropout_p) for block, mask in pairs], dim=-2)
 

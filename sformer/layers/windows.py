@@ -40,9 +40,9 @@ class WindowedMixin(nn.Module):
     """Attention within windows of `window_size` tokens a side, or of the whole map where that is smaller.
 
     As in ViTDet, zeros fill up windows at the lower and the right border, and are attended to as tokens are. Each
-    window has a copy of the prefix tokens (class, registers), which attends within it, and the mean of all copies goes
-    on; so with one window this is attention over all tokens. A token keeps the rotary embedding of its place on the map, as
-    scores with prefix tokens depend on it; what fills up windows has that of the border.
+    window has a copy of the prefix tokens (class, registers), which attends within it, and the mean of all copies
+    goes on; so with one window this is attention over all tokens. A token keeps the rotary embedding of its place on
+    the map, as scores with prefix tokens depend on it; what fills up windows has that of the border.
 
     Shape:
         Input and output (B, prefix + H W, C) in `token_grid(H, W)`.

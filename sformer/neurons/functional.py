@@ -142,9 +142,9 @@ def fire(
     """Level that a membrane potential reaches, on the branch of its sign: `k = sign(u) y_i`, `i = #{j : |u| >= b_j}`.
 
     `uniform` and `byte`, and `widening`, `quarter_square`, `quadratic` and `quartic` (levels i^2 and i^4) where they
-    round, are closed forms (the latter four take square roots, those of the former add an initial potential: where these
-    round, a potential within an ulp of a boundary may fall on either side of it). All others are one look-up, without a
-    loop over thresholds.
+    round, are closed forms (the latter four take square roots, those of the former add an initial potential: where
+    these round, a potential within an ulp of a boundary may fall on either side of it). All others are one look-up,
+    without a loop over thresholds.
 
     Args:
         u: Membrane potential in thresholds of its branch, any shape.

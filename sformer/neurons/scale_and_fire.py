@@ -34,8 +34,8 @@ class ScaleAndFire(Neuron):
         shape: Shape of the step; broadcasts against the input current: (C,) for channels of (..., C), (H, 1, 1) for
             heads of (B, H, L, D), (1,) for a tensor.
         config: Number of levels, fire function, initial membrane potential and dead zone.
-        signed: Two branches of int8 levels by `config.signed_fire`; or only the positive one, for softmax numerators, by
-            `config.attention_fire`, with levels of up to 14 bits.
+        signed: Two branches of int8 levels by `config.signed_fire`; or only the positive one, for softmax numerators,
+            by `config.attention_fire`, with levels of up to 14 bits.
         fire_function: Name of the fire function, if it is another than that of signed currents or softmax numerators in
             `config`.
         center_shape: If given, a buffer `center` of this shape is subtracted from the input before it fires.

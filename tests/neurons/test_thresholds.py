@@ -37,7 +37,7 @@ ESTIMATORS = ('mse', 'quantile', 'max')
 
 
 def fitted(x, estimator='mse', quantile=0.999, signed=True, **config):
-    """Neuron with a step per channel of x (..., C) that was fitted to it, with uniform levels unless `config` says so."""
+    """Neuron with a step per channel of x (..., C) that was fitted to it; uniform levels if `config` says nothing."""
     neuron = ScaleAndFire(x.shape[-1:], SFNConfig(**{'fire': 'uniform', **config}), signed=signed)
     statistics = neuron.statistics()
     statistics.update(x)
