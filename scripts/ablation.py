@@ -28,11 +28,16 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     'nothing': ({}, {}),
     'thresholds that follow the token': (dict(token_scale=False), {}),
     'wide levels of the softmax': (dict(attention_fire='uniform'), {}),
-    'levels that spread out after GELU': (dict(activation_fire='uniform'), {}),
+    'levels that spread out after activation functions': (dict(activation_fire='uniform'), {}),
+    'levels that widen elsewhere': (dict(fire='uniform'), {}),
     'correction of gains': ({}, dict(unbiased=False)),
     'least squares (max instead)': ({}, dict(estimator='max')),
     'least squares (quantile 0.999 instead)': ({}, dict(estimator='quantile')),
 }
+
+
+def same_fire(a: SFNConfig, b: SFNConfig) -> bool:
+    return all(getattr(a, name) == getattr(b, name) for name in ('signed_fire', 'mlp_fire', 'gated_fire'))
 
 
 def open_source(name: str) -> nn.Module:
@@ -66,7 +71,7 @@ def main(
         expected = outputs(source, test)
         for n in levels or [32, 8]:
             for variant, (fields, fit) in VARIANTS.items():
-                if 'activation_fire' in fields and SFNConfig(n).mlp_fire == fields['activation_fire']:
+                if same_fire(SFNConfig(n), SFNConfig(n, **fields)) and fields.keys() & {'fire', 'activation_fire'}:
                     continue
                 model = sformer.convert(source, others.split(BATCH_SIZE), SFNConfig(n, **fields), FitConfig(**fit))
                 errors[variant][f'{name} {n}'] = relative_error(expected, outputs(model, test))

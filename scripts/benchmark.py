@@ -5,6 +5,7 @@
     python scripts/benchmark.py engine              # where OpenVINO spends its time on a ViT-B in integers
     python scripts/benchmark.py load                # pretrained=True with a warm cache
     python scripts/benchmark.py memory              # peak memory of converting eva_giant_patch14_336
+    python scripts/benchmark.py inference-memory    # ... of one forward pass of ViT-B at 1024 pixels
     python scripts/benchmark.py import
 
 Runs alternate A B A B ... in one process (import: in fresh ones), and the ratio is taken pair by pair, so a machine
@@ -223,6 +224,24 @@ def memory(model: str = 'eva_giant_patch14_336', num_images: int = 16, batch_siz
         size = os.path.getsize(f'{folder}/source.safetensors') / 2 ** 30
         print(f'{model}, {num_images} images, batch {batch_size}: peak {gib:.2f} GiB, without mapped files '
               f'{anonymous:.2f} GiB, with weights of {size:.2f} GiB, {seconds:.0f} s')
+
+
+@app.command('inference-memory')
+def inference_memory(model: str = 'vit_base_patch16_224', image_size: int = 1024, batch_size: int = 1):
+    """Peak memory of one forward pass in eager mode, of the source and of the SFormer, each in its own process."""
+    code = f"""
+import resource, timm, torch, sformer
+network = timm.create_model('{model}', img_size={image_size}, num_classes=0).eval()
+if SPIKING:
+    sformer.spiking_(network)
+with torch.inference_mode():
+    network(torch.rand({batch_size}, 3, {image_size}, {image_size}))
+print(f'{{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20:.2f}}')
+"""
+    for name in ('source', 'SFormer'):
+        arguments = [sys.executable, '-c', code.replace('SPIKING', str(name == 'SFormer'))]
+        out = subprocess.run(arguments, check=True, capture_output=True, text=True).stdout
+        print(f'{name} of {model}, {image_size} pixels, batch {batch_size}: peak {out.strip()} GiB')
 
 
 @app.command('import')
