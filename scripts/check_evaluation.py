@@ -13,6 +13,7 @@ timed is evaluation.
 """
 import contextlib
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -59,13 +60,16 @@ def be_rank(args: list[str], env: dict[str, str], folder: str, threads: int) -> 
     cli.main()
 
 
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
 def start(args: list[str], world: int, folder: Path, threads: int = 1) -> list[Any]:
     """Start `sformer ARGS` on so many processes, as torchrun would."""
     FORKS.set_forkserver_preload(['sformer.cli', 'sformer.evaluation', 'datasets', 'accelerate', 'sklearn.datasets'])
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    processes = []
+    port, processes = free_port(), []
     for rank in range(world):
         env = {} if world == 1 else dict(
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
@@ -97,59 +101,57 @@ def evaluate(folder: Path, world: int, *options: Any, threads: int = 1, command:
         return json.loads(file.read_text())
 
 
-def steady(result: dict[str, Any]) -> dict[str, Any]:
-    """What of a result must not depend on the processes that made it."""
-    return {key: value for key, value in result.items() if key not in VOLATILE}
+def differing(result: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    """Fields that are not as expected, of those that must not depend on the processes that made a result."""
+    return [key for key in expected if key not in VOLATILE and result.get(key) != expected[key]]
 
 
 # Data ----------------------------------------------------------------------------------------------------------------
+
+
+def encode(pixels: Any, kind: str, **options: Any) -> dict[str, Any]:
+    """An image (H, W) or (H, W, 3), uint8, as a data set holds it."""
+    from PIL import Image
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind, **options)
+    return {'bytes': buffer.getvalue(), 'path': None}
+
+
+def write_parquet(path: Path, split: str, shards: int, label: Any, **columns: list[Any]) -> Path:
+    """A parquet folder of images and labels, in so many files."""
+    import datasets
+    datasets.disable_progress_bars()
+    features = datasets.Features(dict(image=datasets.Image(), label=label))
+    table = datasets.Dataset.from_dict(columns, features=features)
+    path.mkdir()
+    for i in range(shards):
+        table.shard(shards, i).to_parquet(path / f'{split}-{i:05d}-of-{shards:05d}.parquet')
+    return path
 
 
 def write_digits(folder: Path, samples: int, shards: int) -> Path:
     """A parquet folder of noisy digits, in so many files (a sample each at least)."""
     import datasets
     import numpy as np
-    from PIL import Image
     from sklearn.datasets import load_digits
-    datasets.disable_progress_bars()
     rng, digits = np.random.default_rng(0), load_digits()
     images, labels = [], []
     for i in range(samples):
         pixels = digits.images[i % 1797] * 255 / 16 + rng.normal(0, 110, (8, 8))  # so much that a third is missed
-        buffer = io.BytesIO()
-        Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(buffer, 'png')
-        images.append({'bytes': buffer.getvalue(), 'path': None})
+        images.append(encode(np.clip(pixels, 0, 255).astype(np.uint8), 'png'))
         labels.append(int(digits.target[i % 1797]))
-    features = datasets.Features(
-        dict(image=datasets.Image(), label=datasets.ClassLabel(names=[str(i) for i in range(10)])))
-    table = datasets.Dataset.from_dict(dict(image=images, label=labels), features=features)
-    path = folder / f'digits-{samples}-{shards}'
-    path.mkdir()
-    shards = min(shards, samples)
-    for i in range(shards):
-        table.shard(shards, i).to_parquet(path / f'test-{i:05d}-of-{shards:05d}.parquet')
-    return path
+    return write_parquet(folder / f'digits-{samples}-{shards}', 'test', min(shards, samples),
+                         datasets.ClassLabel(names=[str(i) for i in range(10)]), image=images, label=labels)
 
 
 def write_photos(folder: Path, samples: int, size: tuple[int, int] = (375, 500)) -> Path:
     """A parquet folder of generated JPEG images of the usual size of ImageNet's, with labels from 0 to 999."""
     import datasets
-    from PIL import Image
 
     from sformer.data import dead_leaves
-    datasets.disable_progress_bars()
-    images = []
-    for pixels in dead_leaves(samples, (3, *size)):
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, 'jpeg', quality=90)
-        images.append({'bytes': buffer.getvalue(), 'path': None})
-    features = datasets.Features(dict(image=datasets.Image(), label=datasets.Value('int64')))
-    table = datasets.Dataset.from_dict(
-        dict(image=images, label=[i % 1000 for i in range(samples)]), features=features)
-    path = folder / 'photos'
-    path.mkdir()
-    table.to_parquet(path / 'validation.parquet')
-    return path
+    images = [encode(pixels, 'jpeg', quality=90) for pixels in dead_leaves(samples, (3, *size))]
+    return write_parquet(folder / 'photos', 'validation', 1, datasets.Value('int64'), image=images,
+                         label=[i % 1000 for i in range(samples)])
 
 
 def convert_untrained(folder: Path, source: str) -> Path:
@@ -183,29 +185,25 @@ def check_counts(
     failures, runs = [], 0
     for n in samples:
         sets = {k: write_digits(folder, n, k) for k in shards if k <= n or k == min(shards)}
+        ways = {f'streamed from {k} shards': [path, '--streaming'] for k, path in sets.items()}
+        ways['local'] = [sets[min(sets)]]  # in memory there are no shards
         counts = {}
-        for batch_size in batch_sizes:
-            for k, path in sets.items():
-                for streamed in (False, True):
-                    if k != min(sets) and not streamed:
-                        continue  # in memory there are no shards
-                    expected = None
-                    for world in worlds:
-                        begin = time.perf_counter()
-                        result = evaluate(folder, world, NANO, '--dataset', path, '--batch-size', batch_size,
-                                          '--num-processes', world, *(['--streaming'] if streamed else []))
-                        runs += 1
-                        setting = (f'{n} samples, batch {batch_size}, '
-                                   f'{f"streamed from {k} shards" if streamed else "local"}')
-                        found = {key: result[key] for key in COUNTS}
-                        print(f'{setting}, {world} processes, {time.perf_counter() - begin:.1f} s: '
-                              + ' '.join(f'{value:g}' for value in found.values()), flush=True)
-                        if expected is None:
-                            expected = steady(result)
-                            counts[setting] = found
-                        different = [key for key in expected if steady(result).get(key) != expected[key]]
-                        if different or result['num_images'] != n:
-                            failures.append(f'{setting}, {world} processes: {different} differ from those of one')
+        for batch_size, (way, data) in itertools.product(batch_sizes, ways.items()):
+            expected, setting = None, f'{n} samples, batch {batch_size}, {way}'
+            for world in worlds:
+                begin = time.perf_counter()
+                result = evaluate(folder, world, NANO, '--dataset', *data, '--batch-size', batch_size,
+                                  '--num-processes', world)
+                runs += 1
+                found = {key: result[key] for key in COUNTS}
+                print(f'{setting}, {world} processes, {time.perf_counter() - begin:.1f} s: '
+                      + ' '.join(f'{value:g}' for value in found.values()), flush=True)
+                if expected is None:
+                    expected = result
+                    counts[setting] = found
+                different = differing(result, expected)
+                if different or result['num_images'] != n:
+                    failures.append(f'{setting}, {world} processes: {different} differ from those of one')
         if len({json.dumps(c) for c in counts.values()}) > 1:
             failures.append(f'{n} samples: counts differ with batch size or shards: {counts}')
     return runs, failures
@@ -232,16 +230,13 @@ def nodes(samples: int = 540, nproc: Annotated[int, typer.Option(help='Processes
         folder = Path(name)
         path = write_digits(folder, samples, 2)
         expected = evaluate(folder, 1, NANO, '--dataset', path)
-        with socket.socket() as s:
-            s.bind(('127.0.0.1', 0))
-            port = s.getsockname()[1]
-        agents = []
+        port, agents = free_port(), []
         for node in range(2):
             (folder / str(node)).mkdir()
             agents.append(subprocess.Popen(
                 [sys.executable, '-m', 'torch.distributed.run', '--nnodes', '2', '--nproc-per-node', str(nproc),
-                 '--node-rank', str(node), '--rdzv-backend', 'c10d', '--rdzv-id', 'check', '--rdzv-endpoint',
-                 f'127.0.0.1:{port}', '-m', 'sformer', 'evaluate', NANO, '--dataset', str(path),
+                 '--node-rank', str(node), '--rdzv-backend', 'c10d', '--rdzv-id', 'check',
+                 '--rdzv-endpoint', f'127.0.0.1:{port}', '-m', 'sformer', 'evaluate', NANO, '--dataset', str(path),
                  '--num-processes', str(2 * nproc), '--results-file', 'result.json'],
                 cwd=folder / str(node), env=dict(os.environ, OMP_NUM_THREADS='1'),
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
@@ -250,10 +245,9 @@ def nodes(samples: int = 540, nproc: Annotated[int, typer.Option(help='Processes
             sys.exit('\n'.join(output))
         files = list(folder.glob('*/result.json'))
         result = json.loads(files[0].read_text())
-    failures = [f'{key}: {result.get(key)} instead of {value}' for key, value in steady(expected).items()
-                if result.get(key) != value]
-    failures += [f'{len(files)} results files'] if len(files) != 1 else []
-    failures += [f'world_size {result["world_size"]}'] if result['world_size'] != 2 * nproc else []
+    failures = [f'{key}: {result.get(key)} instead of {expected[key]}' for key in differing(result, expected)]
+    failures += [f'{len(files)} results files'] * (len(files) != 1)
+    failures += [f'world_size {result["world_size"]}'] * (result['world_size'] != 2 * nproc)
     report(failures, f'2 nodes x {nproc} processes, {samples} samples')
 
 
@@ -262,23 +256,20 @@ def check_kill(folder: Path, times: int, samples: int, worlds: list[int], seed: 
     rng = random.Random(seed)
     path = write_digits(folder, samples, 3)
     failures, resumed, kills, i = [], 0, 0, 0
-    expected, duration = {}, {}
-    for streamed in (False, True):
+    ways, expected, duration = ((), ('--streaming',)), {}, {}
+    for way in ways:
         begin = time.perf_counter()
-        expected[streamed] = evaluate(folder, 1, NANO, '--dataset', path, *(['--streaming'] if streamed else []))
-        duration[streamed] = time.perf_counter() - begin
+        expected[way] = evaluate(folder, 1, NANO, '--dataset', path, *way)
+        duration[way] = time.perf_counter() - begin
     while kills < times and i < 4 * times:
         i += 1
-        streamed = bool(i % 2)
-        args = ['evaluate', NANO, '--dataset', path, *(['--streaming'] if streamed else [])]
-        numbers = rng.choice(worlds), rng.choice(worlds)
-        moment = rng.uniform(0.1, 1.) * duration[streamed]
-        after, problem = kill_and_resume(args, numbers, moment, folder / f'run{i}', expected[streamed])
-        if after is None:
-            continue
-        kills += 1
-        resumed += after > 0
-        failures += [f'run {i}: {problem}'] if problem else []
+        way = ways[i % 2]
+        args, numbers = ['evaluate', NANO, '--dataset', path, *way], (rng.choice(worlds), rng.choice(worlds))
+        moment = rng.uniform(0.1, 1.) * duration[way]
+        after, problem = kill_and_resume(args, numbers, moment, folder / f'run{i}', expected[way])
+        if after is not None:
+            kills, resumed = kills + 1, resumed + (after > 0)
+            failures += [f'run {i}: {problem}'] if problem else []
     return resumed, failures
 
 
@@ -287,8 +278,7 @@ def kill_and_resume(
 ) -> tuple[Optional[int], str]:
     """SIGKILL to all processes of `sformer ARGS` after so many seconds, then --resume on another number of them.
 
-    Returns:
-        Images that the resumed run did not count again, None if the run was over before; what is not as expected.
+    Returns images that the resumed run did not count again, None if the run was over before; what is not as expected.
     """
     folder.mkdir()
     args = [*args, '--results-file', folder / 'result.json', '--resume']
@@ -301,17 +291,14 @@ def kill_and_resume(
         return None, ''
     codes = finish(start(args, worlds[1], folder))
     error = (folder / 'err0').read_text()
-    found = re.search(r'resuming after (\d+)', error)
-    after = int(found.group(1)) if found else 0
+    after = int((re.search(r'resuming after (\d+)', error) or [0, 0])[1])
     print(f'{" ".join(map(str, args[1:-3]))}, {worlds[0]} processes, killed after {moment:.2f} s; {worlds[1]} resumed '
           f'after {after} images', flush=True)
     if any(codes):
         return after, f'exit codes {codes}: {error}'
-    result = steady(json.loads((folder / 'result.json').read_text()))
-    different = [key for key, value in steady(expected).items() if result.get(key) != value]
-    if different:
-        return after, f'{different} differ'
-    return after, 'progress is left behind' if (folder / 'result.json.progress').exists() else ''
+    different = differing(json.loads((folder / 'result.json').read_text()), expected)
+    left = (folder / 'result.json.progress').exists()
+    return after, f'{different} differ' if different else 'progress is left behind' * left
 
 
 @app.command()
@@ -344,9 +331,9 @@ def detector(
             duration = time.perf_counter() - begin
             print(f'{world} processes, {duration:.0f} s, {result["num_images"]} images: '
                   + ', '.join(f'{key} {result["boxes"][key]}' for key in ('mAP', 'mAP50', 'mAP75')), flush=True)
-            expected = expected or steady(result)
-            if steady(result) != expected:
-                failures.append(f'{world} processes: other figures than on {numbers[0]}')
+            expected = expected or result
+            different = differing(result, expected)
+            failures += [f'{world} processes: {different} differ from those of {numbers[0]}'] if different else []
         after, problem = kill_and_resume(
             ['evaluate', *options], (numbers[-1], numbers[0]), duration / 2, Path(name, 'killed'), expected)
         failures += [f'killed: {problem}'] if problem else []
@@ -405,8 +392,7 @@ def overhead(
                       f'{seconds[1][0]:.1f} s ({seconds[1][1]:.1f} s)', flush=True)
     for what, values in ratios.items():
         print(f'{what}: ratio {statistics.median(values):.3f} (min {min(values):.3f}, max {max(values):.3f})')
-    failed = statistics.median(ratios['command']) > 1.15
-    report(['more than 1.15 times as long'] if failed else [], f'{pairs} pairs')
+    report(['more than 1.15 times as long'] * (statistics.median(ratios['command']) > 1.15), f'{pairs} pairs')
 
 
 if __name__ == '__main__':

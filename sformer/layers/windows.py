@@ -127,9 +127,8 @@ def windowed_(attention: nn.Module, window_size: int, num_prefix_tokens: int) ->
         SFormerError: If it has no windowed form.
     """
     if type(attention) not in WINDOWED:
-        names = ', '.join(kind.__name__ for kind in WINDOWED)
-        raise SFormerError(f'{type(attention).__name__} has no windows: {names} have. Leave out window_size '
-                           f'(--window-size).')
+        kind, *names = (f'{kind.__module__}.{kind.__name__}' for kind in (type(attention), *WINDOWED))
+        raise SFormerError(f'{kind} has no windows: {", ".join(names)} have. Leave out window_size (--window-size).')
     layer: Any = attention
     layer.__class__ = WINDOWED[type(attention)]
     layer.window_size, layer.num_prefix_tokens = window_size, num_prefix_tokens

@@ -6,6 +6,7 @@ from detection_tools import small_config, small_detector
 from safetensors.torch import save_file
 
 from sformer.detection import create_detector
+from sformer.detection.pyramid import window_
 from sformer.errors import SFormerError
 
 
@@ -68,9 +69,16 @@ def test_windows_of_the_size_of_the_map_change_nothing(backbone):
         assert not torch.allclose(near.features(x), expected, rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize('backbone, message', [
-    ('beit_base_patch16_224', 'Attention has no windows'), ('vit_base_patch16_18x2_224', 'ParallelThingsBlock has no'),
-    ('test_vit_shallow', 'backbone of 4 blocks')])
-def test_backbones_without_windows(backbone, message):
+@pytest.mark.parametrize('backbone, kwargs, message', [
+    ('beit_base_patch16_224', dict(depth=5), 'timm.models.beit.Attention has no windows'),
+    ('vit_base_patch16_18x2_224', dict(depth=5), 'ParallelThingsBlock has no'),
+    ('test_vit', dict(depth=4), 'backbone of 4 blocks')])
+def test_backbones_without_windows(backbone, kwargs, message):
+    vit = timm.create_model(backbone, num_classes=0, **kwargs)
     with pytest.raises(SFormerError, match=message):
-        small_detector(backbone=backbone, window_size=14)
+        window_(vit, window_size=14)
+
+
+def test_backbone_without_dynamic_size():
+    with pytest.raises(SFormerError, match='beit_base_patch16_224 cannot be the backbone of a detector: .*dynamic_i'):
+        small_detector(backbone='beit_base_patch16_224')

@@ -66,7 +66,8 @@ BUFFERS = ['calibrated', 'step', 'gain', 'multiplier', 'levels', 'center']
 
 
 def test_state_dict_round_trip():
-    model, other = stateful(), nn.ModuleDict({'layer': ScaleAndFire((4,), SFNConfig(levels=3), center_shape=(4,))})
+    config = SFNConfig(levels=3, fire='uniform')
+    model, other = stateful(), nn.ModuleDict({'layer': ScaleAndFire((4,), config, center_shape=(4,))})
     assert sorted(model.state_dict()) == sorted(f'layer.{key}' for key in BUFFERS)
     other.load_state_dict(model.state_dict())
     x = torch.randn(6, 4, generator=rng(2))
