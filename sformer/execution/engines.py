@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 from typing import Any, Callable, Dict, Optional, Union
 
+import numpy as np
 import torch
 import torch.nn as nn
 
@@ -111,9 +112,11 @@ class EngineNetwork(nn.Module):
         if list(x.shape[1:]) != self.about['input_size']:
             raise SFormerError(f'the graph was exported for images {tuple(self.about["input_size"])}, got '
                                f'{tuple(x.shape[1:])}.')
-        if not torch.isfinite(x.sum()):  # one pass; integers would hide what is no number
+        images = x.detach().to('cpu', torch.float32).contiguous().numpy()
+        # one pass; integers would hide what is no number. By numpy: threads of torch would go on spinning for a while
+        if not np.isfinite(images.sum()):
             raise SFormerError('images have NaN or infinity in them.')
-        return torch.from_numpy(self.run(x.detach().to('cpu', torch.float32).contiguous().numpy())).to(x.device)
+        return torch.from_numpy(self.run(images)).to(x.device)
 
     def set_input_size(self, img_size: Any) -> None:
         raise ValueError(f'the graph was exported for images {tuple(self.about["input_size"])}; export it of a model '
