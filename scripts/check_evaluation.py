@@ -117,12 +117,12 @@ def encode(pixels: Any, kind: str, **options: Any) -> dict[str, Any]:
     return {'bytes': buffer.getvalue(), 'path': None}
 
 
-def write_parquet(path: Path, split: str, shards: int, label: Any, **columns: list[Any]) -> Path:
+def write_parquet(path: Path, split: str, shards: int, kind: Any, images: list[Any], labels: list[int]) -> Path:
     """A parquet folder of images and labels, in so many files."""
     import datasets
     datasets.disable_progress_bars()
-    features = datasets.Features(dict(image=datasets.Image(), label=label))
-    table = datasets.Dataset.from_dict(columns, features=features)
+    features = datasets.Features(dict(image=datasets.Image(), label=kind))
+    table = datasets.Dataset.from_dict(dict(image=images, label=labels), features=features)
     path.mkdir()
     for i in range(shards):
         table.shard(shards, i).to_parquet(path / f'{split}-{i:05d}-of-{shards:05d}.parquet')
@@ -141,7 +141,7 @@ def write_digits(folder: Path, samples: int, shards: int) -> Path:
         images.append(encode(np.clip(pixels, 0, 255).astype(np.uint8), 'png'))
         labels.append(int(digits.target[i % 1797]))
     return write_parquet(folder / f'digits-{samples}-{shards}', 'test', min(shards, samples),
-                         datasets.ClassLabel(names=[str(i) for i in range(10)]), image=images, label=labels)
+                         datasets.ClassLabel(names=[str(i) for i in range(10)]), images, labels)
 
 
 def write_photos(folder: Path, samples: int, size: tuple[int, int] = (375, 500)) -> Path:
@@ -150,8 +150,8 @@ def write_photos(folder: Path, samples: int, size: tuple[int, int] = (375, 500))
 
     from sformer.data import dead_leaves
     images = [encode(pixels, 'jpeg', quality=90) for pixels in dead_leaves(samples, (3, *size))]
-    return write_parquet(folder / 'photos', 'validation', 1, datasets.Value('int64'), image=images,
-                         label=[i % 1000 for i in range(samples)])
+    labels = [i % 1000 for i in range(samples)]
+    return write_parquet(folder / 'photos', 'validation', 1, datasets.Value('int64'), images, labels)
 
 
 def convert_untrained(folder: Path, source: str) -> Path:
