@@ -129,5 +129,5 @@ def test_on_spikes(kind):
 
 def test_what_has_no_windows_is_named():
     block = timm.create_model('beit_base_patch16_224', embed_dim=32, depth=1, num_heads=2).blocks[0]
-    with pytest.raises(SFormerError, match=r'beit.Attention has no windows: timm.layers.attention.Attention, .*EvaAttention'):
+    with pytest.raises(SFormerError, match='beit.Attention has no windows: timm.layers.attention.Attention, '):
         windowed_(block.attn, 14, 1)
