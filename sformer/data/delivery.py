@@ -342,19 +342,21 @@ def _watched(batches: Any, timeout: float) -> Iterator[Any]:
             worker.kill()
 
     try:
-        while True:
-            with _timer(timeout if workers else 0, give_up):
-                batch = next(batches, None)
-            if batch is None:
-                return
-            yield batch
-    except (RuntimeError, OSError, EOFError) as e:
+        try:
+            while True:
+                with _timer(timeout if workers else 0, give_up):
+                    batch = next(batches, None)
+                if batch is None:
+                    return
+                yield batch
+        finally:
+            if workers:
+                batches._shutdown_workers()
+    except (RuntimeError, OSError, EOFError) as e:  # at the end, too, where torch's handler tells of workers it missed
         if late.is_set():
             raise SFormerError(f'a process that loads images died or hangs: no batch came for {timeout:g} s') from e
         raise
     finally:
-        if workers:
-            batches._shutdown_workers()
         for worker in workers:
             worker.kill()
 
