@@ -76,7 +76,7 @@ class SFNConfig:
             if value == 'auto':
                 continue
             names = SOFTMAX_FIRE_FUNCTIONS if name == 'attention_fire' else FIRE_FUNCTIONS
-            _check(value in names, f'{name} must be one of {", ".join(names)}, got {value!r}.')
+            _check(value in names, f'{name} must be one of auto, {", ".join(names)}, got {value!r}.')
             most = max_levels(value)
             if self.levels > most:
                 few = ', '.join(f'{v:g}' for v in level_values(value, 4))

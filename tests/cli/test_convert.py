@@ -132,7 +132,7 @@ def test_progress_bar_on_a_terminal_only(convert_digits, run_apart):
     (['--levels', 'x'], "'--levels'.* integer"),
     (['--levels', '1.5'], "'--levels'.* integer"),
     (['--levels'], "'--levels'"),
-    (['--fire', 'gauss'], "fire must be one of uniform, .*'gauss'"),
+    (['--fire', 'gauss'], "fire must be one of auto, uniform, .*'gauss'"),
     (['--fire', 'power2'], 'power2 .* levels=32'),
     (['--attention-fire', 'gauss'], "attention_fire must be one of .*'gauss'"),
     (['--initial-potential', '1'], r'initial_potential must be a number in \[0, 1\), got 1.0'),
