@@ -45,6 +45,7 @@ def train(
         lr: Annotated[float, typer.Option(min=0, help='Highest learning rate')] = 5e-4,
         trained_blocks: Annotated[int, typer.Option(
             min=0, max=1000, help='Last blocks of the backbone that are trained; the others are frozen')] = 0,
+        amp: Annotated[bool, typer.Option('--amp', help='Mixed precision: what is trained, in bfloat16')] = False,
         seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help='Seed of weights, images and sampling')] = 0,
         device: Annotated[Optional[str], typer.Option(help='cpu, cuda, ...; an accelerator if there is one')] = None,
         allow_pickle: Annotated[bool, typer.Option('--allow-pickle', help='Load a pickled checkpoint')] = False,
@@ -65,7 +66,7 @@ def train(
         tuple(16 / stride for stride in (4, 8, 16, 32) if stride >= finest_stride), max_detections=max_detections,
         window_size=window_size)
     detector = create_detector(config, checkpoint, allow_pickle, seed)
-    how = TrainingConfig(epochs, batch_size, lr, trained_blocks=trained_blocks, seed=seed)
+    how = TrainingConfig(epochs, batch_size, lr, trained_blocks=trained_blocks, seed=seed, amp=amp)
     train_detector(detector, images, how, output, Group(device).device, report=print)
     save_detector(detector, output, overwrite)
     remove_state(output)

@@ -38,6 +38,7 @@ class TrainingConfig:
         weight_decay: Of AdamW.
         trained_blocks: Last blocks of the backbone that are trained, too; with any, no maps are kept.
         seed: Seed of the order and the mirroring of images, and of what the losses sample.
+        amp: Autocast of what is trained to bfloat16.
     """
     epochs: int = 12
     batch_size: int = 2
@@ -45,6 +46,7 @@ class TrainingConfig:
     weight_decay: float = 0.05
     trained_blocks: int = 0
     seed: int = 0
+    amp: bool = False
 
 
 def train(
@@ -76,6 +78,7 @@ def train(
     _freeze_(model, config.trained_blocks)
     maps = None if config.trained_blocks else _Maps(model, directory)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameter = next(iter(parameters.values()))
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.lr, weight_decay=config.weight_decay)
     steps = sum(1 for _ in _batches(data, config, 0))
     key = _digest([dataclasses.asdict(config), dataclasses.asdict(model.config), data.fingerprint, len(data), backbone])
@@ -89,7 +92,8 @@ def train(
         torch.manual_seed(config.seed + epoch)  # what the losses sample
         total: Dict[str, float] = {}
         for batch in progress(_batches(data, config, epoch), f'Epoch {epoch + 1} of {config.epochs}', steps):
-            losses = _losses(model, data, batch, maps)
+            with torch.autocast(parameter.device.type, torch.bfloat16, enabled=config.amp):
+                losses = _losses(model, data, batch, maps)
             loss = torch.stack([*losses.values()]).sum()
             if not torch.isfinite(loss):
                 raise SFormerError(f'the loss became {loss.item()} in epoch {epoch + 1}: lower the learning rate '
@@ -186,7 +190,8 @@ class _Maps:
     def _one(self, name: str, image: torch.Tensor) -> torch.Tensor:
         path = self.directory / f'{name}.safetensors'
         if not path.exists():
-            found = self.backbone.features(image[None])[0]
+            with torch.autocast(image.device.type, enabled=False):
+                found = self.backbone.features(image[None])[0]
             with write_aside(self.directory) as aside:
                 save_file({'map': found.half().contiguous().cpu()}, aside / path.name)
         return load_file(path)['map'].to(image.device, image.dtype)

@@ -73,6 +73,17 @@ def test_last_blocks_learn_if_asked(few, tmp_path):
     assert changed == {str(len(detector.backbone.vit.blocks) - 1)}
 
 
+@pytest.mark.parametrize('trained_blocks', [0, 1])
+def test_mixed_precision(few, tmp_path, trained, trained_blocks):
+    config = dataclasses.replace(CONFIG, amp=True, trained_blocks=trained_blocks)
+    detector = small_detector(masks=True)
+    history = train(detector, few, config, tmp_path)
+    assert all(p.dtype == torch.float32 for p in detector.parameters())
+    for expected, losses in zip(trained[1], history, strict=True):
+        assert losses != expected
+        assert all(abs(losses[name] - expected[name]) < 0.1 * expected[name] for name in ('loss_mask', 'loss_box_reg'))
+
+
 def test_boxes_and_masks_are_mirrored_with_the_image(few):
     for mirrored in (False, True):
         image, target = training._example(few, 10, mirrored)
