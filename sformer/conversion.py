@@ -20,7 +20,7 @@ from .record import CalibrationRecord, Conversion
 from .sources import Source, create_source
 from .utils import enough_memory, library_versions, progress
 
-__all__ = ['Images', 'all_tokens', 'calibration_batches', 'convert']
+__all__ = ['Images', 'all_tokens', 'calibration_batches', 'check_source_inside', 'convert']
 
 _logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def convert(
 
     Args:
         source: timm model, or the name of one, which is created with its pretrained weights. An SFormer stands for
-            its own source.
+            its own source, unless its weights compensate for its neurons.
         calibration: `dead-leaves` (generated images), `digits`, a folder of parquet files, an image folder, a Hugging
             Face data set id, or an iterable of normalised image batches (B, C, H, W), all of which are used.
         config: How neurons fire, as a config or as its fields.
@@ -79,6 +79,7 @@ def convert(
         source = Source(source)
     model: Any = source.network if inplace else copy.deepcopy(source.network)
     if any(True for _ in named_neurons(model)):
+        check_source_inside(model)
         model = revert_(model)  # converting again starts from the source that is inside
     check_weights(model)
     training = model.training
@@ -99,6 +100,13 @@ def convert(
         raise
 
 
+def check_source_inside(model: Any) -> None:
+    """Raise SFormerError if the weights of an SFormer were fitted to its neurons, so that its source is not inside."""
+    if getattr(model, 'conversion', None) and model.conversion.fit.compensate:
+        raise SFormerError('the weights of this SFormer compensate for its neurons (compensate), so its source is not '
+                           'inside: convert the source itself.')
+
+
 def all_tokens(network: Any, batch: torch.Tensor) -> torch.Tensor:
     """Run a network without a classifier, whose output is all of its tokens, not what pooling leaves of them."""
     tokens = network.forward_features(batch)
@@ -111,7 +119,7 @@ def _record_of(model: nn.Module, weights: Optional[str], fit: FitConfig, command
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     return dict(
         source=cfg.get('architecture') or type(model).__name__, source_tag=cfg.get('tag') or None,
-        source_sha256=state_hash(model.state_dict()), source_weights=weights,
+        source_sha256=state_hash(model.state_dict()), source_weights=weights, changed=fit.compensate,
         global_pool=getattr(model, 'global_pool', None), fit=fit, versions=library_versions(), command=command)
 
 

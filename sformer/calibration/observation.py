@@ -17,11 +17,13 @@ from ..layers.spiking import left_alone
 from ..neurons import FitConfig, Neuron, ScaleAndFire
 from ..neurons.statistics import CurrentStatistics, check_finite
 from ..utils import ForwardWatch, num_images
+from .compensation import Correlation, compensable, compensate_
 from .silence import RowSensitivity, Sensitivity, set_quiet_
 
 __all__ = ['calibrate_', 'correct', 'observe', 'OBSERVED_BATCH']
 
 SENSITIVITY_BATCHES = 8
+COMPENSATED_IMAGES = 1024  # that are held in memory for it
 OBSERVED_BATCH = 16  # images; small enough that currents of a large network at 500 pixels are no burden
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -39,7 +41,8 @@ def calibrate_(
         module: Any module that `spiking_` converted.
         batches: What the module reads. Tensors (B, ...) are observed in batches of `OBSERVED_BATCH`; anything else,
             such as lists of images, as it comes. The first batch is read twice where the fit is `unbiased`, the first
-            eight where neurons have a price of activity, then with gradients.
+            eight where neurons have a price of activity, then with gradients; the first 1,024 images where weights
+            compensate.
         fit: How thresholds are fitted.
         forward_fn: Called with the source network and a batch; `network(batch)` if None.
 
@@ -56,7 +59,9 @@ def calibrate_(
     first = list(itertools.islice(batches, SENSITIVITY_BATCHES if silent else 1))
     if silent:
         _fit_silence(module, first, forward_fn)
-    statistics, count = observe(module, itertools.chain(first, batches), forward_fn)
+    held: List[Any] = []
+    batches = itertools.chain(first, batches)
+    statistics, count = observe(module, _kept(batches, held) if fit.compensate else batches, forward_fn)
     unmet = [name for name, seen in statistics.items() if isinstance(seen, CurrentStatistics) and not seen.counted]
     if unmet:
         raise SFormerError(
@@ -71,7 +76,19 @@ def calibrate_(
                 child.fit(statistics[name], fit)
     if fit.unbiased:
         correct(module, first[0], forward_fn)
+    if fit.compensate:
+        _compensate(module, held, forward_fn)
     return count
+
+
+def _kept(batches: Iterable[Any], held: List[Any]) -> Iterator[Any]:
+    """Batches as they pass, the first of which are held."""
+    count = 0
+    for batch in batches:
+        if count < COMPENSATED_IMAGES:
+            held.append(batch)
+            count += num_images(batch)
+        yield batch
 
 
 def _fit_silence(module: nn.Module, batches: List[Any], forward_fn: Optional[Forward]) -> None:
@@ -117,6 +134,17 @@ def correct(module: nn.Module, batch: Any, forward_fn: Optional[Forward] = None)
     for comparison in comparisons.values():
         if comparison.moments is not None:
             comparison.neuron.correct(comparison.moments)  # its buffers are those of the module
+
+
+@torch.inference_mode()
+def _compensate(module: nn.Module, batches: List[Any], forward_fn: Optional[Forward]) -> None:
+    """Let weights make up for what neurons leave out of the source's currents, as far as other neurons know of it."""
+    layers = {f'{name}.neuron'.lstrip('.'): layer for name, layer in compensable(module)}
+    view, seen = _view(module, lambda name, neuron: Correlation(neuron) if name in layers else _Observer(name, None))
+    for batch in batches:
+        _forward(module, view, batch, forward_fn)
+    for name, layer in layers.items():  # not before all of the source was seen
+        compensate_(layer, seen[name])
 
 
 def _view(module: nn.Module, stand_in: Callable[[str, Neuron], nn.Module]) -> Tuple[nn.Module, Dict[str, Any]]:

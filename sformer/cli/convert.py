@@ -37,6 +37,9 @@ class NeuronOptions:
     quantile: Annotated[float, typer.Option(help='Share of currents that the quantile estimator covers')] = 0.999
     unbiased: Annotated[bool, typer.Option(
         help='Let spikes carry what rounding and clipping would take from the signal')] = True
+    compensate: Annotated[bool, typer.Option(
+        '--compensate', help='Let weights make up for what neurons leave out: closer to the source, whose weights they '
+        'are no longer')] = False
 
     def configs(self) -> Tuple[Any, Any]:
         """How neurons fire and how they are fitted, as `sformer.convert` takes both.

@@ -8,6 +8,7 @@ import torch.nn as nn
 
 from ..calibration import calibrate_
 from ..checkpoints import check_weights, state_hash
+from ..conversion import check_source_inside
 from ..data.generator import dead_leaves
 from ..errors import SFormerError
 from ..layers import revert_, spiking_
@@ -49,7 +50,8 @@ def convert_detector(
     """Convert a trained detector into a calibrated single-timestep SFormer, in place and without training.
 
     Args:
-        detector: As of `create_detector`, trained; an SFormer stands for its own source.
+        detector: As of `create_detector`, trained; an SFormer stands for its own source, unless its weights compensate
+            for its neurons.
         calibration: Images, whose annotations are not read, or `dead-leaves` for generated ones.
         config: How neurons fire.
         fit: How their thresholds are fitted.
@@ -68,6 +70,7 @@ def convert_detector(
     """
     if config.silence:
         raise SFormerError('a detector has no price of activity (silence) yet: it needs gradients of one output.')
+    check_source_inside(detector)
     model: Any = revert_(detector)
     check_weights(model, 'the detector')
     batches = image_batches(model, calibration, num_images, seed)
@@ -83,7 +86,7 @@ def convert_detector(
         name or 'dead-leaves', split, seed, getattr(calibration, 'fingerprint', None),
         num_images=sum(map(len, batches)))
     model.conversion = Conversion(
-        source=model.config.backbone, source_sha256=source_sha256, fit=fit, calibration=record,
+        source=model.config.backbone, source_sha256=source_sha256, changed=fit.compensate, fit=fit, calibration=record,
         versions=library_versions(), command=command)
     return model
 

@@ -138,6 +138,8 @@ class FitConfig:
         unbiased: Let each spike carry a little more than its threshold, so that the projection of a neuron's output on
             its input is the input. Rounding and clipping shrink a signal by some per cent with few levels, and shrunken
             signals add up along the network.
+        compensate: Let weights make up for what neurons leave out, as far as the neurons beside them know of it. This
+            is no training, but the weights are no longer those of the source.
 
     Raises:
         ValueError: If a value is out of its range; the message names it.
@@ -145,11 +147,14 @@ class FitConfig:
     estimator: str = 'mse'
     quantile: float = 0.999
     unbiased: bool = True
+    compensate: bool = False
 
     def __post_init__(self):
         _check(self.estimator in ESTIMATORS, f'estimator must be mse, quantile or max, got {self.estimator!r}.')
         _check_number('quantile', self.quantile, math.ulp(0.), 1, '(0, 1]')
-        _check(isinstance(self.unbiased, bool), f'unbiased must be True or False, got {self.unbiased!r}.')
+        for name in ('unbiased', 'compensate'):
+            value = getattr(self, name)
+            _check(isinstance(value, bool), f'{name} must be True or False, got {value!r}.')
 
 
 Config = TypeVar('Config', SFNConfig, FitConfig)

@@ -1,0 +1,93 @@
+"""Compensation: weights that read spikes for what they stand for.
+
+A layer gets spikes s in the place of currents x. What a neuron has left out of its own current is partly known to the
+neurons beside it, as currents of a network are correlated. The best linear estimate of x from s, with the least squared
+error on images, is a matrix A (and a shift), and folds into the weights that follow: `W x` is close to `(W A) s`. This
+is a closed form, as errors of pruning and of rounded weights are compensated (OBS, Hassibi and Stork 1993; GPTQ, arXiv
+2210.17323); nothing is trained, but weights are no longer those of the source.
+"""
+from typing import Iterable, Tuple
+
+import torch
+import torch.nn as nn
+
+from ..layers import SpikingConv2d, SpikingConvTranspose2d, SpikingLinear
+from ..neurons import ScaleAndFire
+
+__all__ = ['Correlation', 'compensable', 'compensate_']
+
+RIDGE = 0.1  # of a channel's own power: what a few images say of many channels is not all true
+TINY = 1e-30
+
+
+def compensable(module: nn.Module) -> Iterable[Tuple[str, nn.Module]]:
+    """Layers of a spiking module whose weights read the spikes of a neuron of their own, with names; no grouped
+    convolutions, whose weights do not see all channels."""
+    for name, layer in module.named_modules():
+        if (isinstance(layer, (SpikingLinear, SpikingConv2d, SpikingConvTranspose2d))
+                and isinstance(layer.neuron, ScaleAndFire) and getattr(layer, 'groups', 1) == 1):
+            yield name, layer
+
+
+class Correlation(nn.Module):
+    """Stands where a neuron is, lets currents x pass, and sums up how they go with the spikes s that would be there.
+
+    Attributes:
+        spikes: Sum of `s s^T` over positions, float32, (C, C).
+        lost: Sum of `(x - s) s^T` likewise.
+        sums: Sums of s and of x - s, float64, (2, C).
+        count: Positions.
+    """
+
+    def __init__(self, neuron: ScaleAndFire):
+        super().__init__()
+        self.neuron, self.count = neuron, 0
+        self.dim = -neuron.step.ndim  # of channels: the last, or before height and width
+        channels, device = neuron.step.numel(), neuron.step.device
+        self.spikes, self.lost = (torch.zeros(channels, channels, device=device) for _ in range(2))
+        self.sums = torch.zeros(2, channels, device='cpu', dtype=torch.float64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        s = self.neuron(x).float().movedim(self.dim, -1).flatten(0, -2)
+        lost = x.float().movedim(self.dim, -1).flatten(0, -2) - s
+        self.spikes += s.T @ s
+        self.lost += lost.T @ s
+        self.sums += torch.stack([s.sum(0), lost.sum(0)]).cpu()
+        self.count += len(s)
+        return x
+
+    def decoder(self, shifted: bool) -> Tuple[torch.Tensor, torch.Tensor]:
+        """The best estimate `A s + shift` of x, as A - 1, float64 (C, C), and shift (C,); a shift of zero unless
+        `shifted`, for layers that have no bias to take it, or zeros around an image."""
+        spikes, lost, count = self.spikes.double().cpu(), self.lost.double().cpu(), max(1, self.count)
+        means = self.sums / count if shifted else torch.zeros_like(self.sums)
+        spikes -= count * means[0, :, None] * means[0]
+        lost -= count * means[1, :, None] * means[0]
+        power = spikes.diagonal().clone()
+        alive = power > TINY
+        # a channel that never fires says nothing: a one on its diagonal, and no correlation
+        spikes.diagonal().add_(torch.where(alive, RIDGE * power, torch.ones_like(power)))
+        a = torch.linalg.solve(spikes, lost.T).T
+        return a, means[1] - a @ means[0]
+
+
+@torch.no_grad()
+def compensate_(layer: nn.Module, seen: Correlation) -> None:
+    """Fold what a correlation says into a layer's weights, in place.
+
+    Args:
+        layer: One of `compensable`.
+        seen: What stood in the place of its neuron.
+    """
+    weight, bias = layer.weight, layer.bias
+    flat = weight.double().cpu()
+    if isinstance(layer, SpikingLinear):
+        a, shift = seen.decoder(bias is not None)
+        if bias is not None:
+            bias.add_((flat @ shift).to(bias))
+        flat = flat @ a
+    else:
+        a, _ = seen.decoder(False)
+        into = 0 if isinstance(layer, SpikingConvTranspose2d) else 1  # where input channels are
+        flat = torch.tensordot(flat, a, dims=([into], [0])).movedim(-1, into)
+    weight.add_(flat.to(weight))
