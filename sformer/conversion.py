@@ -12,7 +12,7 @@ from .calibration import calibrate_
 from .checkpoints import check_weights, state_hash
 from .data import open_images
 from .errors import SFormerError
-from .layers import named_neurons, revert_
+from .layers import named_neurons, revert_, source_of
 from .models import spiking_model_
 from .models.zoo import CUSTOM, ENTRYPOINTS, architecture_of
 from .neurons import FitConfig, SFNConfig, as_config
@@ -20,7 +20,7 @@ from .record import CalibrationRecord, Conversion
 from .sources import Source, create_source
 from .utils import enough_memory, library_versions, progress
 
-__all__ = ['Images', 'all_tokens', 'calibration_batches', 'check_source_inside', 'convert']
+__all__ = ['Images', 'all_tokens', 'calibration_batches', 'check_source_inside', 'convert', 'source_inside']
 
 _logger = logging.getLogger(__name__)
 
@@ -105,6 +105,12 @@ def check_source_inside(model: Any) -> None:
     if getattr(model, 'conversion', None) and model.conversion.fit.compensate:
         raise SFormerError('the weights of this SFormer compensate for its neurons (compensate), so its source is not '
                            'inside: convert the source itself.')
+
+
+def source_inside(model: nn.Module) -> nn.Module:
+    """`source_of`, or an SFormerError where the weights are not those of the source."""
+    check_source_inside(model)
+    return source_of(model)
 
 
 def all_tokens(network: Any, batch: torch.Tensor) -> torch.Tensor:

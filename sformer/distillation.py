@@ -4,15 +4,17 @@ Conversion needs none of this. Whoever wants fewer spikes than thresholds alone 
 source is the teacher, gradients are straight-through (`neurons.functional.straight_through`), and a spike has a price.
 """
 import contextlib
+import copy
 import dataclasses
 import math
-from typing import Any, Callable, Iterable, Iterator, List
+from typing import Any, Callable, Iterable, Iterator, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
 
+from .conversion import source_inside
 from .errors import SFormerError, UncalibratedError
-from .layers import is_calibrated, named_neurons, source_of, uncalibrated
+from .layers import is_calibrated, named_neurons, uncalibrated
 from .neurons import Neuron, ScaleAndFire
 
 __all__ = ['DistillConfig', 'distill_', 'learn_from_spikes', 'outputs', 'shuffled', 'squared_error', 'unary_spikes']
@@ -28,11 +30,13 @@ class DistillConfig:
         features: Weight of the squared relative error of patch tokens, the mean over blocks: they say more about an
             image than a few logits do, so that gradients are less noisy.
         max_norm: Gradients are scaled down to this norm.
+        amp: Autocast of the SFormer to bfloat16.
     """
     learning_rate: float = 1e-4
     price: float = 0.01
     features: float = 1.
     max_norm: float = 1.
+    amp: bool = False
 
 
 def distill_(
@@ -41,6 +45,7 @@ def distill_(
         steps: int,
         config: DistillConfig = DistillConfig(),
         report: Callable[[int, float, float], None] = lambda step, error, spikes: None,
+        teacher: Optional[nn.Module] = None,
 ) -> nn.Module:
     """Train the weights of a calibrated SFormer such that its output stays that of its source, in place, no labels.
 
@@ -49,11 +54,12 @@ def distill_(
     nothing, and steps of Adam are as long for small gradients as for large ones.
 
     Args:
-        model: Calibrated SFormer. What its source is at the start is the teacher; afterwards it has another one.
+        model: Calibrated SFormer. Afterwards the source that is inside of it is another one.
         batches: Normalised images (B, C, H, W), a batch per step.
         steps: Number of steps; the learning rate is scheduled over them.
         config: Learning rate, price of spikes.
         report: Called with each step, the squared relative error of its output and its unary spikes per neuron.
+        teacher: The source, where it is not what is inside of the model at the start.
 
     Raises:
         UncalibratedError: If thresholds were never fitted.
@@ -61,13 +67,11 @@ def distill_(
     """
     if not is_calibrated(model):
         raise UncalibratedError(f'{uncalibrated(model)}; fit it with sformer.convert() first.')
-    teacher: Any = source_of(model).eval().requires_grad_(False)
+    taught: Any = (source_inside(model) if teacher is None else copy.deepcopy(teacher)).eval().requires_grad_(False)
     model.eval()
     student: Any = model
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(
-        (i + 1) / max(1, steps // 10), (1 + math.cos(math.pi * i / steps)) / 2))
+    optimizer, schedule = _scheduled(parameters, config.learning_rate, steps)
     step, handles = 0, [neuron.register_forward_hook(learn_from_spikes) for _, neuron in named_neurons(model)]
     with torch.enable_grad(), unary_spikes(model) as spikes, contextlib.ExitStack() as stack:
         for handle in handles:
@@ -76,8 +80,9 @@ def distill_(
             spikes.clear()
             batch = batch.to(parameters[0].device, parameters[0].dtype)
             with torch.no_grad():
-                expected = outputs(teacher, batch)
-            error, *features = map(squared_error, outputs(student, batch), expected)
+                expected = outputs(taught, batch)
+            with torch.autocast(batch.device.type, torch.bfloat16, enabled=config.amp):
+                error, *features = map(squared_error, outputs(student, batch), expected)
             fired = spikes.mean()
             loss = error + config.features * torch.stack(features).mean() + config.price * fired
             if not torch.isfinite(loss):
@@ -93,6 +98,12 @@ def distill_(
     if getattr(model, 'conversion', None):
         student.conversion = dataclasses.replace(student.conversion, changed=True)
     return model
+
+
+def _scheduled(parameters: List[nn.Parameter], learning_rate: float, steps: int) -> Tuple[Any, Any]:
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(
+        (i + 1) / max(1, steps // 10), (1 + math.cos(math.pi * i / steps)) / 2))
 
 
 def learn_from_spikes(neuron: Neuron, args: Any, out: torch.Tensor) -> torch.Tensor:

@@ -245,7 +245,8 @@ def test_record(source, model):
     assert record['version'] == 2
     assert record['source'] == NAME and record['source_tag'] == 'augreg_in21k_ft_in1k'
     assert record['source_sha256'] == state_hash(source.state_dict())
-    assert record['fit'] == dict(estimator='mse', quantile=0.999, unbiased=True) and record['source_weights'] is None
+    assert record['fit'] == dict(estimator='mse', quantile=0.999, unbiased=True, compensate=False)
+    assert record['source_weights'] is None
     images = open_images(
         'digits', 'train', data_config=resolve_input_data_config(source), num_images=256, seed=0)
     assert record['calibration'] == dict(

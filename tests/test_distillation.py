@@ -42,6 +42,26 @@ def test_thresholds_stay(trained):
     assert not torch.equal(model.blocks[0].mlp.fc1.weight, before.blocks[0].mlp.fc1.weight)
 
 
+def test_another_network_teaches(trained):
+    _, before, _, x, _ = trained
+    teacher = build(seed=1)
+    model = distill_(copy.deepcopy(before), (x[:32] for _ in range(24)), 24, DistillConfig(learning_rate=1e-3),
+                     teacher=teacher)
+    with torch.no_grad():
+        errors = [relative_error(network(x[:32]), teacher(x[:32])) for network in (before, model)]
+    assert errors[1] < 0.9 * errors[0] and all(p.requires_grad for p in teacher.parameters())
+
+
+def test_mixed_precision(trained):
+    source, before, full, x, _ = trained
+    model = distill_(copy.deepcopy(before), (x[:32] for _ in range(24)), 24,
+                     DistillConfig(learning_rate=1e-3, price=0.01, amp=True))
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    with torch.no_grad():
+        errors = [relative_error(network(x[:32]), source(x[:32])) for network in (before, model, full)]
+    assert errors[1] < 0.75 * errors[0] and errors[1] != errors[2]
+
+
 def test_tokens_of_blocks_are_followed(trained):
     source, before, _, x, _ = trained
     errors = []

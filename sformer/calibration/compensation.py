@@ -6,7 +6,7 @@ error on images, is a matrix A (and a shift), and folds into the weights that fo
 is a closed form, as errors of pruning and of rounded weights are compensated (OBS, Hassibi and Stork 1993; GPTQ, arXiv
 2210.17323); nothing is trained, but weights are no longer those of the source.
 """
-from typing import Iterable, Tuple
+from typing import Iterable, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -19,8 +19,10 @@ __all__ = ['Correlation', 'compensable', 'compensate_']
 RIDGE = 0.1  # of a channel's own power: what a few images say of many channels is not all true
 TINY = 1e-30
 
+Layer = Union[SpikingLinear, SpikingConv2d, SpikingConvTranspose2d]
 
-def compensable(module: nn.Module) -> Iterable[Tuple[str, nn.Module]]:
+
+def compensable(module: nn.Module) -> Iterable[Tuple[str, Layer]]:
     """Layers of a spiking module whose weights read the spikes of a neuron of their own, with names; no grouped
     convolutions, whose weights do not see all channels."""
     for name, layer in module.named_modules():
@@ -72,7 +74,7 @@ class Correlation(nn.Module):
 
 
 @torch.no_grad()
-def compensate_(layer: nn.Module, seen: Correlation) -> None:
+def compensate_(layer: Layer, seen: Correlation) -> None:
     """Fold what a correlation says into a layer's weights, in place.
 
     Args:

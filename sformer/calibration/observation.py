@@ -140,7 +140,11 @@ def correct(module: nn.Module, batch: Any, forward_fn: Optional[Forward] = None)
 def _compensate(module: nn.Module, batches: List[Any], forward_fn: Optional[Forward]) -> None:
     """Let weights make up for what neurons leave out of the source's currents, as far as other neurons know of it."""
     layers = {f'{name}.neuron'.lstrip('.'): layer for name, layer in compensable(module)}
-    view, seen = _view(module, lambda name, neuron: Correlation(neuron) if name in layers else _Observer(name, None))
+
+    def stand_in(name: str, neuron: Neuron) -> nn.Module:
+        return Correlation(neuron) if name in layers and isinstance(neuron, ScaleAndFire) else _Observer(name, None)
+
+    view, seen = _view(module, stand_in)
     for batch in batches:
         _forward(module, view, batch, forward_fn)
     for name, layer in layers.items():  # not before all of the source was seen

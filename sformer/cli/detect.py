@@ -147,8 +147,8 @@ def detector_batches(
 
 
 # of `sformer evaluate`, what says something to a detector
-DETECTION_OPTIONS = {'dataset', 'split', 'num_images', 'source', 'results_file', 'results_format', 'resume', 'device',
-                     'num_processes', 'timeout', 'max_bad'}
+DETECTION_OPTIONS = {'dataset', 'split', 'num_images', 'source', 'source_model', 'results_file', 'results_format',
+                     'resume', 'device', 'num_processes', 'timeout', 'max_bad'}
 
 
 def run_detections(
@@ -162,6 +162,7 @@ def run_detections(
     Raises:
         SFormerError: If a detector or the data cannot be used, or an option says nothing to a detector.
     """
+    from ..conversion import source_inside
     from ..detection import evaluate_detector, load_detector, open_coco
     from ..detection.evaluation import check_evaluable
     from ..evaluation import check_replaceable, check_results_file
@@ -181,9 +182,14 @@ def run_detections(
                            f'--max-bad {options.max_bad}.')
     for detector in detectors:
         check_evaluable(detector, data)
+    source: Any = options.source
+    if options.source_model:
+        source = load_detector(options.source_model)
+        check_evaluable(source, data)
+        source = source_inside(source)
     return [dict(
         model=type(detector).__name__, dataset=dataset, split=options.split or 'val', **evaluate_detector(
-            detector, data, source=options.source, num_images=options.num_images, group=group, journal=new_journal()))
+            detector, data, source=source, num_images=options.num_images, group=group, journal=new_journal()))
         for detector in detectors]
 
 

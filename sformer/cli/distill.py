@@ -6,6 +6,7 @@ from typing import Annotated, Any, List, Optional
 
 import typer
 
+from ..errors import SFormerError
 from .arguments import command_line
 from .options import MAX_BATCH_SIZE, MAX_IMAGES, MAX_SEED, Dataset, unfolded
 
@@ -24,15 +25,22 @@ def distill(
         learning_rate: Annotated[float, typer.Option(min=0, help='Highest learning rate of AdamW')] = 1e-4,
         price: Annotated[float, typer.Option(
             min=0, help='What a unary spike per neuron costs, in squared relative errors of the logits')] = 0.01,
+        amp: Annotated[bool, typer.Option('--amp', help='Mixed precision: the SFormer in bfloat16')] = False,
+        source_model: Annotated[Optional[str], typer.Option(
+            help='Teacher: this model, or the source inside of this SFormer, where its weights have moved')] = None,
         seed: Annotated[int, typer.Option(max=MAX_SEED, help='Seed of the choice and the order of images')] = 0,
         overwrite: Annotated[bool, typer.Option('--overwrite', help='Replace a model that is there')] = False,
 ) -> None:
     """Train an SFormer to follow its source with fewer spikes. This is training, but reads no labels."""
-    from ..conversion import calibration_batches
+    from ..conversion import calibration_batches, source_inside
     from ..distillation import DistillConfig, distill_, shuffled
     from ..saving import check_output, open_model, save_model
     check_output(output, overwrite)
     network: Any = open_model(model)
+    teacher: Any = source_inside(open_model(source_model) if source_model else network)
+    if teacher.num_classes != network.num_classes:
+        raise SFormerError(f'{model} has {network.num_classes} classes, --source-model {source_model} has '
+                           f'{teacher.num_classes}.')
     batches, used = calibration_batches(network, dataset, split, num_images, batch_size, seed, 'Reading')
     recent: List[Any] = []
 
@@ -44,7 +52,8 @@ def distill(
             recent.clear()
 
     start = time.perf_counter()
-    distill_(network, shuffled(batches, batch_size, seed), steps, DistillConfig(learning_rate, price), report)
+    config = DistillConfig(learning_rate, price, amp=amp)
+    distill_(network, shuffled(batches, batch_size, seed), steps, config, report, teacher)
     seconds = time.perf_counter() - start
     if network.conversion:
         network.conversion = dataclasses.replace(

@@ -1,4 +1,5 @@
 """`sformer evaluate`, and the evaluation that `sformer compare` shares with it."""
+import logging
 from pathlib import Path
 from typing import Annotated, Any, Dict, List, Optional
 
@@ -11,6 +12,8 @@ from .errors import RunInterruptedError
 from .options import EvaluationOptions, unfolded
 
 __all__ = ['evaluate', 'run_evaluation']
+
+_logger = logging.getLogger(__name__)
 
 
 @unfolded
@@ -66,7 +69,10 @@ def run_evaluation(names: List[str], options: EvaluationOptions) -> List[Dict[st
                 models = [open_network(name, options.engine) for name in names]
                 if file and format == 'json' and not options.resume:
                     check_replaceable(file, models, config.dataset)
-                results = evaluate_all(models, config, sources=options.source, group=group, journal=new_journal())
+                sources = sources_of(models, names, options)
+                results = evaluate_all(models, config, sources=sources, group=group, journal=new_journal())
+            if options.source_model:
+                results = [dict(result, source_model=options.source_model) for result in results]
             results = [
                 dict(model=name, architecture=result.pop('model'), **result, command=command_line())
                 for name, result in zip(names, results, strict=True)]
@@ -83,6 +89,28 @@ def run_evaluation(names: List[str], options: EvaluationOptions) -> List[Dict[st
         if any(True for journal in journals for _ in journal.path.glob('*.jsonl')):
             raise RunInterruptedError('interrupted. The same command with --resume continues.') from None
         raise
+
+
+def sources_of(models: List[Any], names: List[str], options: EvaluationOptions) -> List[Any]:
+    """What each model is compared with, as `evaluate_all` takes it.
+
+    Raises:
+        SFormerError: If the one that was asked for cannot be loaded, or has other classes.
+    """
+    from ..conversion import source_inside
+    from ..saving import open_model
+    if options.source_model is None:
+        for name, model in zip(names, models, strict=True):
+            if options.source and getattr(getattr(model, 'conversion', None), 'changed', False):
+                _logger.warning(f'the weights of {name} have moved since it was converted, and it is compared with '
+                               f'what they are without neurons. --source-model names what it was converted from.')
+        return [options.source] * len(models)
+    source: Any = source_inside(open_model(options.source_model))
+    for name, model in zip(names, models, strict=True):
+        if model.num_classes != source.num_classes:
+            raise SFormerError(f'{name} has {model.num_classes} classes, --source-model {options.source_model} has '
+                               f'{source.num_classes}.')
+    return [source] * len(models)
 
 
 def detectors(names: List[str]) -> bool:

@@ -72,6 +72,9 @@ class EvaluationOptions(ColumnOptions):
     workers: Annotated[int, typer.Option(min=0, max=256, help='Processes that decode images')] = 0
     seed: Annotated[int, typer.Option(max=MAX_SEED, help='Seed of the subset')] = 0
     source: Annotated[bool, typer.Option(help='Evaluate source networks alongside')] = True
+    source_model: Annotated[Optional[str], typer.Option(
+        help='Compare with this model, or the source inside of this SFormer, not with the one inside: for weights that '
+             'have moved since conversion')] = None
     label_column: Annotated[Optional[str], typer.Option(help='Column of the labels, if it is not found')] = None
     results_file: Annotated[Optional[Path], typer.Option(help='JSON or CSV file for the results')] = None
     results_format: Annotated[Optional[str], typer.Option(help='json or csv; goes by the suffix')] = None
@@ -103,6 +106,8 @@ class EvaluationOptions(ColumnOptions):
     def __post_init__(self) -> None:
         if self.amp_dtype not in AMP_DTYPES:
             raise SFormerError(f'--amp-dtype is {" or ".join(AMP_DTYPES[:3:2])}, not {self.amp_dtype!r}.')
+        if self.source_model and not self.source:
+            raise SFormerError('--no-source compares with nothing: leave out --source-model.')
         if self.device is not None and self.device.startswith('meta'):
             raise SFormerError('--device meta has no values to evaluate with; cpu and cuda do.')
         if not 1 <= self.timeout <= MAX_TIMEOUT:  # NaN, which typer may let pass

@@ -9,7 +9,7 @@ import io
 import math
 import sys
 import time
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence, Union
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ def evaluate_detector(
         detector: nn.Module,
         data: CocoData,
         *,
-        source: bool = True,
+        source: Union[bool, nn.Module] = True,
         num_images: Optional[int] = None,
         group: Optional[Group] = None,
         journal: Optional[Journal] = None,
@@ -50,7 +50,7 @@ def evaluate_detector(
     Args:
         detector: As of `load_detector`.
         data: Images with annotations.
-        source: Whether the source is evaluated.
+        source: Whether the source is evaluated; or another detector in its place.
         num_images: The first so many images by their ids; all if None.
         group: Processes of this run; this one alone if None.
         journal: Where to record what was detected, for a run that goes on where this one ended.
@@ -67,13 +67,17 @@ def evaluate_detector(
     group = group or Group()
     check_evaluable(model, data)
     networks = {'': model.to(group.device).eval()}
-    if source and any(True for _ in named_neurons(model)):
+    if isinstance(source, nn.Module):
+        networks['source_'] = source.to(group.device).eval()
+    elif source and any(True for _ in named_neurons(model)):
         networks['source_'] = source_view(model).eval()
     ids = list(data.images)[:num_images]
     key: Dict[str, Any] = dict(
         models=[state_hash(model.state_dict())], sources=[*networks], dataset=data.fingerprint, num_images=len(ids),
         config=repr(dataclasses.asdict(model.config)), device=group.device.type,
         **{name: library_versions().get(name) for name in ('sformer', 'torch', 'timm')})
+    if isinstance(source, nn.Module):
+        key['source'] = state_hash(source.state_dict())
     group.begin()
     records = _detect_all(networks, data, ids, key, group, journal)
     result: Dict[str, Any] = dict(

@@ -11,9 +11,9 @@ import torch
 import torch.nn as nn
 
 from ..checkpoints import state_hash
-from ..conversion import all_tokens, calibration_batches, check_source_inside, convert
+from ..conversion import all_tokens, calibration_batches, convert, source_inside
 from ..errors import SFormerError
-from ..layers import named_neurons, source_of
+from ..layers import named_neurons
 from ..neurons import CODINGS, FitConfig, Neuron, ScaleAndFire, SFNConfig, count_spikes
 
 __all__ = [
@@ -70,8 +70,7 @@ class Bench:
             images: torch.Tensor,
             fit: FitConfig = FitConfig(),
     ):
-        check_source_inside(source)
-        self.source, self.calibration, self.images, self.fit = source_of(source).eval(), calibration, images, fit
+        self.source, self.calibration, self.images, self.fit = source_inside(source).eval(), calibration, images, fit
         self.seconds, self.forward_passes = 0., 0
         self.expected = self._outputs(self.source)
 

@@ -15,6 +15,7 @@ import timm
 import torch
 from cli_process import FORKS, KWARGS, NAME, assert_mistake, command, result_of
 from evaluation_tools import class_folders
+from layer_tools import build, pixels
 from safetensors.torch import load_file, save_file
 
 import sformer
@@ -56,9 +57,44 @@ def test_convert_options_reach_the_neurons(convert_digits, tmp_path):
     assert config['model_args']['sfn'] == dict(
         levels=7, fire='power2', attention_fire='density', activation_fire='uniform', initial_potential=0,
         dead_zone=.5, scale=1.25, token_scale=True, silence=.02)
-    assert config['sformer']['fit'] == dict(estimator='quantile', quantile=.99, unbiased=False)
+    assert config['sformer']['fit'] == dict(estimator='quantile', quantile=.99, unbiased=False, compensate=False)
     calibration = config['sformer']['calibration']
     assert (calibration['num_images'], calibration['seed'], calibration['split']) == (50, 3, 'test')
+
+
+def test_weights_that_compensate_are_compared_with_their_source(convert_digits, run, tmp_path):
+    options = ('--levels', 8, '--silence', .05, '--split', 'train', '--num-images', 300)
+    assert convert_digits(*options, '--compensate').code == 0
+    config = json.loads((tmp_path / 'out' / 'config.json').read_text())
+    assert config['sformer']['fit']['compensate'] and config['sformer']['changed']
+    (tmp_path / 'out').rename(tmp_path / 'better')
+    assert convert_digits(*options).code == 0
+    errors, data = {}, ('--dataset', 'digits', '--num-images', 200, '--results-file', tmp_path / 'r.json')
+    for name in ('out', 'better'):
+        result = run('evaluate', tmp_path / name, *data, '--source-model', tmp_path / 'out')
+        assert (result.code, result.err) == (0, '')
+        values = json.loads((tmp_path / 'r.json').read_text())
+        errors[name] = values['relative_logit_error']
+        assert values['source_model'] == str(tmp_path / 'out')
+        (tmp_path / 'r.json').unlink()
+    assert errors['better'] < 0.98 * errors['out']
+    assert 'relative_logit_error' in values and values['source_top1'] > 95
+
+
+def test_weights_that_have_moved_are_told_of(convert_digits, run, tmp_path, caplog):
+    assert convert_digits('--compensate', '--num-images', 20, '--split', 'train').code == 0
+    sformer.save_model(sformer.convert(build(), [pixels(8)]), tmp_path / 'seven')
+    evaluate = ('evaluate', tmp_path / 'out', '--dataset', 'digits', '--num-images', 20)
+    assert run(*evaluate).code == 0 and 'have moved since it was converted' in caplog.text
+    for args, message in (
+            ((*evaluate, '--source-model', tmp_path / 'out'), 'convert the source itself'),
+            ((*evaluate, '--source-model', 'sformer_nano.digits', '--no-source'), 'leave out --source-model'),
+            ((*evaluate, '--source-model', tmp_path / 'seven'), 'has 7'),
+            (('distill', tmp_path / 'out', '--dataset', 'digits', '-o', tmp_path / 'new', '--source-model',
+              tmp_path / 'seven'), 'has 7'),
+            (('distill', tmp_path / 'out', '--dataset', 'digits', '-o', tmp_path / 'new'), 'convert the source itself'),
+            (('sweep', tmp_path / 'out', '--dataset', 'digits'), 'convert the source itself')):
+        assert_mistake(run(*args), message)
 
 
 def test_convert_needs_no_data(run, files, tmp_path):

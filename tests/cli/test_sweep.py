@@ -45,6 +45,9 @@ def test_distill(run_inside, model, tmp_path):
     trained = load_model(tmp_path / 'trained')
     assert trained.conversion.changed and trained.conversion.distillation.startswith('3 steps of 16 of 40 images')
     assert 'sformer distill out --dataset digits' in trained.conversion.distillation
+    code, out, err = run_inside('distill', 'trained', '--dataset', 'digits', '--split', 'train', '--num-images', '40',
+                                '--steps', '2', '--batch-size', '16', '-o', 'more', '--source-model', 'out', '--amp')
+    assert code == 0 and 'step 2: relative error' in out, err
 
 
 def test_missing_optuna_is_named_before_the_work(run_inside, tmp_path, monkeypatch):

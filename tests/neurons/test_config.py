@@ -21,7 +21,7 @@ def test_config_names_the_field_that_is_wrong(field, value):
 
 @pytest.mark.parametrize('field, value', [
     ('estimator', 'kl'), ('estimator', None), ('quantile', 0.), ('quantile', 1.01), ('quantile', math.nan),
-    ('quantile', -1), ('quantile', '1'), ('unbiased', 1),
+    ('quantile', -1), ('quantile', '1'), ('unbiased', 1), ('compensate', 0),
 ])
 def test_fit_config_names_the_field_that_is_wrong(field, value):
     with pytest.raises(ValueError, match=rf'^{field}\b'):
