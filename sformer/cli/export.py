@@ -1,11 +1,12 @@
 """`sformer export`."""
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Optional, Tuple
 
 import typer
 
+from ..errors import SFormerError
 from .arguments import check_folder, command_line
-from .options import MAX_IMAGES, MAX_SEED, ColumnOptions, Dataset, unfolded
+from .options import MAX_IMAGES, MAX_IMG_SIZE, MAX_SEED, ColumnOptions, Dataset, unfolded
 
 __all__ = ['export']
 
@@ -25,17 +26,30 @@ def export(
         split: Annotated[Optional[str], typer.Option(help='Split of these images')] = None,
         num_images: Annotated[int, typer.Option(min=1, max=MAX_IMAGES, help='Number of these images')] = 128,
         seed: Annotated[int, typer.Option(max=MAX_SEED, help='Seed of the choice of these images')] = 0,
+        image_size: Annotated[Optional[Tuple[int, int]], typer.Option(
+            min=1, max=MAX_IMG_SIZE, help="Height and width of images of a detector, if not its own")] = None,
         overwrite: Annotated[bool, typer.Option('--overwrite', help='Replace a file that is there')] = False,
 ) -> None:
     """Write an SFormer as ONNX with int8 levels and int8 weights, for OpenVINO and ONNX Runtime."""
     check_folder(output)
+    from ..detection import export_detector, is_detector, load_detector
     from ..execution import export_onnx
     from ..execution.onnx import check_output
     from ..saving import open_model
     check_output(output, overwrite)
-    reports = export_onnx(
-        open_model(model), output, calibration, split=split, num_images=num_images, seed=seed, max_error=max_error,
-        image_column=columns.image_column, overwrite=overwrite, command=command_line())
+    detects = is_detector(model)
+    for option, value in dict(calibration=calibration, split=split, image_column=columns.image_column).items():
+        if detects and value:
+            raise SFormerError(f'{model} is a detector: leave out --{option.replace("_", "-")}.')
+    if detects:
+        reports = export_detector(load_detector(model), output, image_size, max_error=max_error, overwrite=overwrite,
+                                  command=command_line())
+    elif image_size:
+        raise SFormerError(f'{model} is no detector, and is exported for the size of its own: leave out --image-size.')
+    else:
+        reports = export_onnx(
+            open_model(model), output, calibration, split=split, num_images=num_images, seed=seed, max_error=max_error,
+            image_column=columns.image_column, overwrite=overwrite, command=command_line())
     whole = [report for report in reports if report.integer]
     print(f'{model} -> {output}: {output.stat().st_size / 2 ** 20:.1f} MiB, {len(whole)} of {len(reports)} layers in '
           f'integers, largest error of int8 weights {max((r.error for r in whole), default=0):.4f}')

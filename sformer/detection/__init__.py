@@ -4,6 +4,7 @@ from .conversion import convert_detector, image_batches
 from .detectors import DetectorConfig, build_detector, create_detector
 from .entrypoints import COCO_CATEGORIES, detector_names
 from .evaluation import coco_metrics, detect, evaluate_detector
+from .export import export_detector
 from .pyramid import SimpleFeaturePyramid, ViTDetBackbone
 from .saving import is_detector, load_detector, save_detector
 from .training import TrainingConfig, train
@@ -11,5 +12,6 @@ from .training import TrainingConfig, train
 __all__ = [
     'COCO_CATEGORIES', 'CocoData', 'DetectorConfig', 'SimpleFeaturePyramid', 'TrainingConfig', 'ViTDetBackbone',
     'build_detector', 'coco_metrics', 'convert_detector', 'create_detector', 'detect', 'detector_names',
-    'evaluate_detector', 'image_batches', 'is_detector', 'load_detector', 'open_coco', 'save_detector', 'train',
+    'evaluate_detector', 'export_detector', 'image_batches', 'is_detector', 'load_detector', 'open_coco',
+    'save_detector', 'train',
 ]

@@ -4,7 +4,7 @@
 which engines multiply in int8. A neuron is written as few elementwise operations, which they fuse; its levels are those
 of `encode` but for currents within float rounding of a boundary.
 """
-from typing import Any, Collection, Optional, Tuple
+from typing import Any, Collection, Dict, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -21,15 +21,19 @@ from .integer import IntegerConv2d, IntegerConvTranspose2d, IntegerLinear, folde
 __all__ = ['to_graph_']
 
 
-def to_graph_(network: nn.Module) -> None:
+def to_graph_(network: nn.Module, early: bool = True) -> None:
     """Replace what spikes in a network, in integers where it is so already, by what a graph says of it, in place.
+
+    Args:
+        network: Calibrated spiking network on the CPU.
+        early: Let queries, keys and values fire in the layer that gives them, where that can be; of timm models.
 
     Raises:
         SFormerError: If a layer or a fire function has no form in ONNX; names it.
     """
     for _, neuron in named_neurons(network):
         _levels_of(neuron)  # which names what has no form, before the network is run
-    neurons, fired = early_neurons(network)
+    neurons, fired = early_neurons(network) if early else ({}, {})
     for name, layer in list(network.named_modules()):
         new: Any = None
         if isinstance(layer, (IntegerLinear, SpikingLinear)):
@@ -47,7 +51,56 @@ def to_graph_(network: nn.Module) -> None:
         network.set_submodule(name, _Decoded(neuron))
 
 
+class _Quantize(torch.autograd.Function):
+    """What torch's older exporter, by a trace with values in it, calls for QuantizeLinear."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, step: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:  # type: ignore
+        info = torch.iinfo(zero.dtype)
+        return (x / step).round().clamp(info.min, info.max).to(zero.dtype)
+
+    @staticmethod
+    def symbolic(g: Any, x: Any, step: Any, zero: Any) -> Any:
+        return g.op('QuantizeLinear', x, step, zero)
+
+
+class _Dequantize(torch.autograd.Function):
+    """The same for DequantizeLinear."""
+
+    @staticmethod
+    def forward(  # type: ignore
+            ctx: Any,
+            x: torch.Tensor,
+            step: torch.Tensor,
+            zero: torch.Tensor,
+            axis: int = 0,
+    ) -> torch.Tensor:
+        shape = [-1 if d == axis else 1 for d in range(x.ndim)] if step.ndim else []
+        return x.to(step.dtype) * step.view(shape)
+
+    @staticmethod
+    def symbolic(g: Any, x: Any, step: Any, zero: Any, axis: int = 0) -> Any:
+        return g.op('DequantizeLinear', x, step, zero, axis_i=axis)
+
+
+class _PRelu(torch.autograd.Function):
+    """The same for PRelu."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:  # type: ignore
+        return torch.where(x < 0, x * slope, x)
+
+    @staticmethod
+    def symbolic(g: Any, x: Any, slope: Any) -> Any:
+        return g.op('PRelu', x, slope)
+
+
+TRACED: Dict[str, Any] = {'QuantizeLinear': _Quantize, 'DequantizeLinear': _Dequantize, 'PRelu': _PRelu}
+
+
 def _onnx(operator: str, like: torch.Tensor, dtype: torch.dtype, *inputs: torch.Tensor, **attributes: int) -> Any:
+    if torch.jit.is_tracing():
+        return TRACED[operator].apply(*inputs, *attributes.values())
     return torch.onnx.ops.symbolic(operator, inputs, {**attributes}, dtype=dtype, shape=like.shape)
 
 

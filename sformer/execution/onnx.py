@@ -26,7 +26,7 @@ from ..utils import library_versions, quiet
 from .graph import to_graph_
 from .integer import MAX_WEIGHT_ERROR, IntegerReport, to_integer_
 
-__all__ = ['export_onnx', 'to_onnx', 'check_output', 'graph_hash', 'METADATA']
+__all__ = ['export_onnx', 'to_onnx', 'check_output', 'check_packages', 'graph_hash', 'METADATA']
 
 OPSET = 20
 BATCH_SIZE = 16
@@ -73,7 +73,7 @@ def export_onnx(
     path = Path(path)
     check_output(path, overwrite)
     _check_options(max_error, calibration is None and (split or image_column))
-    _check_packages()  # before the work
+    check_packages()  # before the work
     path = path.resolve() if path.is_symlink() else path
     network = copy.deepcopy(model).eval().to('cpu', torch.float32)
     batches, images = None, None
@@ -110,7 +110,7 @@ def to_onnx(network: nn.Module) -> Any:
     Raises:
         SFormerError: If packages are missing.
     """
-    _check_packages()
+    check_packages()
     images = torch.zeros(2, *resolve_input_data_config(network)['input_size'])
     with (warnings.catch_warnings(action='ignore'), quiet('torch.onnx', 'onnxscript', 'onnx_ir'), torch.no_grad(),
           rotary_products()):
@@ -147,7 +147,7 @@ def _check_options(max_error: float, unread: Any) -> None:
         raise SFormerError(f'max_error is a relative error, 0 or more, not {max_error}.')
 
 
-def _check_packages() -> None:
+def check_packages() -> None:
     """Raise SFormerError if what torch exports by is missing."""
     try:
         import onnx  # noqa: F401

@@ -2,6 +2,7 @@
 import csv
 import io
 import json
+import re
 import shutil
 
 import pytest
@@ -118,6 +119,18 @@ def test_bad_annotations_are_left_out_on_demand(pair, run_inside):
     assert code == 0 and 'left out: annotation 2 is of the unknown category 99' in out
 
 
+def test_export(pair, run_inside):
+    for package in ('onnx', 'onnxscript', 'onnxruntime'):
+        pytest.importorskip(package)
+    code, out, _ = run_inside('export', 'boxes', 'b.onnx', '--image-size', '64', '64')
+    assert code == 0 and re.match(r'boxes -> b.onnx: 0\.\d MiB, (\d+) of \1 layers in integers', out)
+    code, _, err = run_inside('evaluate', 'b.onnx', '--data', 'shapes')
+    assert code == 1 and err == ('sformer: error: b.onnx is the graph of a detector, which reads one image: run it with '
+                                 'onnxruntime.\n')
+    code, _, err = run_inside('export', 'sformer_nano.digits', 'd.onnx', '--image-size', '64', '64')
+    assert code == 1 and 'leave out --image-size' in err
+
+
 def test_a_detector_of_the_hub(pair, hub, run_inside, monkeypatch):
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
     hub.put('my-org/det', {path.name: path.read_bytes() for path in (pair / 'boxes').iterdir()})
@@ -150,8 +163,9 @@ def test_mistakes(files, run):
     assert_mistake(run('convert', det, '--calibration', shapes, '--split', 'no', '-o', files / 'x'), "no split 'no'")
     assert_mistake(run('detect', 'show', det, files / 'backbone.safetensors', '-o', files / 'o.png'), 'as an image')
     assert_mistake(run('detect', 'show', det, shapes / 'val' / '0.png', '-o', files / 'o.txt'), 'neither a PNG nor')
-    for args in (('export', det, files / 'o.onnx'), ('sweep', det), ('distill', det, '--dataset', shapes,
-                                                                               '-o', files / 'x')):
+    assert_mistake(run('export', det, files / 'o.onnx'), 'has no neurons: convert it first')
+    assert_mistake(run('export', det, files / 'o.onnx', '--calibration', shapes), 'leave out --calibration')
+    for args in (('sweep', det), ('distill', det, '--dataset', shapes, '-o', files / 'x')):
         assert_mistake(run(*args), 'holds a detector, which sformer convert, evaluate, compare, profile')
     assert_mistake(run('convert', det, '--silence', '0.01', '-o', files / 'x'), 'no price of activity')
     assert not (files / 'x').exists() and not (files / 'o.onnx').exists() and not (files / 'o.png').exists()

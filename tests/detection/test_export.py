@@ -1,0 +1,70 @@
+"""A detector's graph finds what the detector with int8 weights finds."""
+import copy
+import json
+
+import pytest
+import torch
+from detection_tools import small_detector, write_coco
+
+from sformer import SFNConfig, SFormerError, load_onnx, to_integer_
+from sformer.detection import convert_detector, export_detector, open_coco
+
+onnx = pytest.importorskip('onnx')
+pytest.importorskip('onnxscript')
+engine = pytest.importorskip('onnxruntime')
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp('data')
+    write_coco(root, num=4)
+    return open_coco(root, 'train', masks=True)
+
+
+@pytest.mark.parametrize('levels, masks, window_size', [(32, True, None), (8, False, 2)])
+def test_the_graph_finds_what_the_detector_finds(data, tmp_path, levels, masks, window_size):
+    source = small_detector(masks=masks, max_detections=60, window_size=window_size)
+    model = convert_detector(source, data, SFNConfig(levels=levels), num_images=4)
+    before = copy.deepcopy(model.state_dict())
+    reports = export_detector(model, tmp_path / 'd.onnx', (64, 96), command='sformer export')
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    products = sum(1 for m in model.modules() if getattr(m, 'weight', None) is not None and hasattr(m, 'neuron'))
+    assert len(reports) == products and all(report.integer for report in reports)
+    network = copy.deepcopy(model)
+    to_integer_(network)
+    session = engine.InferenceSession(tmp_path / 'd.onnx')
+    names = [out.name for out in session.get_outputs()]
+    assert names == ['boxes', 'labels', 'scores', *(['masks'] if masks else [])]
+    for id in (10, 12):
+        image = data.image(id)
+        found = dict(zip(names, map(torch.from_numpy, session.run(None, {'image': image.numpy()})), strict=True))
+        with torch.no_grad():
+            expected = network([image])[0]
+        assert found['boxes'].shape == (60, 4) and not masks or found['masks'].shape == (60, 1, 64, 96)
+        torch.testing.assert_close(found['scores'], expected['scores'], atol=0.01, rtol=0)
+        # in any order: scores of random weights are all alike
+        distance = (found['boxes'][:, None] - expected['boxes'][None]).abs().amax(-1).min(1)
+        near = distance.values < 1
+        assert near.float().mean() > 0.8
+        if masks:
+            lost = (found['masks'] - expected['masks'][distance.indices]).abs().mean((1, 2, 3))[near]
+            assert lost.mean() < 0.01
+
+
+def test_weights_are_bytes_and_the_file_says_what_it_is_of(data, tmp_path):
+    model = convert_detector(small_detector(), data, num_images=2)
+    export_detector(model, tmp_path / 'd.onnx')
+    graph = onnx.load(tmp_path / 'd.onnx')
+    onnx.checker.check_model(graph)
+    about = json.loads(graph.metadata_props[0].value)
+    assert about['detector']['categories'] == {'3': 'disc', '7': 'square'} and about['image_size'] == [64, 96]
+    products = [node for node in graph.graph.node if node.op_type in ('MatMul', 'Conv', 'ConvTranspose')]
+    quantised = [node for node in graph.graph.node if node.op_type == 'QuantizeLinear']
+    assert len(quantised) >= len(products) / 2
+    with pytest.raises(SFormerError, match='the graph of a detector'):
+        load_onnx(tmp_path / 'd.onnx')
+    with pytest.raises(SFormerError, match='is there already'):
+        export_detector(model, tmp_path / 'd.onnx')
+    with pytest.raises(SFormerError, match='no neurons'):
+        export_detector(small_detector(), tmp_path / 'new.onnx')
+    assert {path.name for path in tmp_path.iterdir()} == {'d.onnx'}
