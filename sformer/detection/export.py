@@ -7,12 +7,12 @@ import io
 import json
 import warnings
 from pathlib import Path
-from typing import Any, Iterator, List, Optional, Tuple, Union
+from typing import Any, List, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
 
-from ..checkpoints import state_hash, write_aside
+from ..checkpoints import first_line, state_hash, write_aside
 from ..errors import SFormerError
 from ..execution.graph import to_graph_
 from ..execution.integer import MAX_WEIGHT_ERROR, IntegerReport, to_integer_
@@ -52,8 +52,8 @@ def export_detector(
 
     Raises:
         UncalibratedError: If thresholds were never fitted.
-        SFormerError: If it has no neurons, the file is there, packages are missing, or a fire function has no form in
-            ONNX.
+        SFormerError: If it has no neurons, the file is there, packages are missing, a fire function has no form in
+            ONNX, or torch's exporter does not manage the backbone: rotary embeddings (EVA, EVA-02).
     """
     path = Path(path)
     check_output(path, overwrite)
@@ -61,10 +61,13 @@ def export_detector(
     if not any(True for _ in named_neurons(detector)):
         raise SFormerError('the detector has no neurons: convert it first.')
     network: Any = copy.deepcopy(detector).eval().to('cpu', torch.float32)
+    size = tuple(image_size or network.config.image_size)
+    image = torch.rand(3, *size, generator=torch.Generator().manual_seed(0))
+    # position embeddings of what the image is resized to: the exporter has no word for resampling them
+    network.backbone.vit.set_input_size(img_size=tuple(network.transform([image])[0].tensors.shape[-2:]))
     reports = to_integer_(network, max_error)
     to_graph_(network, early=False)
-    size = tuple(image_size or network.config.image_size)
-    exported = _to_onnx(network, torch.rand(3, *size, generator=torch.Generator().manual_seed(0)))
+    exported = _to_onnx(network, image)
     about = dict(
         detector=dataclasses.asdict(network.config), image_size=size, weights_sha256=state_hash(detector.state_dict()),
         versions=library_versions(), max_error=max_error, command=command, graph_sha256=graph_hash(exported),
@@ -81,22 +84,14 @@ def _to_onnx(network: Any, image: torch.Tensor) -> Any:
     file: Any = io.BytesIO()
     names = ['boxes', 'labels', 'scores', *(['masks'] if network.config.masks else [])]
     with (warnings.catch_warnings(action='ignore'), quiet('torch.onnx'), contextlib.redirect_stdout(io.StringIO()),
-          torch.no_grad(), _sign_of()):
+          torch.no_grad()):
         torch.onnx.export(
             network, ([image],), file, dynamo=False, opset_version=OPSET, input_names=['image'], output_names=names,
             dynamic_axes={name: [0] for name in names})
-    return onnx.load_from_string(file.getvalue())
-
-
-@contextlib.contextmanager
-def _sign_of() -> Iterator[None]:
-    """Let the exporter know what it has no word for."""
-    def copysign(g: Any, x: Any, sign: Any) -> Any:
-        size, zero = g.op('Abs', x), g.op('Constant', value_t=torch.tensor(0.))
-        return g.op('Where', g.op('Less', sign, zero), g.op('Neg', size), size)
-
-    torch.onnx.register_custom_op_symbolic('aten::copysign', copysign, OPSET)
+    model = onnx.load_from_string(file.getvalue())
     try:
-        yield
-    finally:
-        torch.onnx.unregister_custom_op_symbolic('aten::copysign', OPSET)
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as e:
+        raise SFormerError(f"torch's exporter wrote a graph of {network.config.backbone} that is not valid "
+                           f'({first_line(e)}): it garbles rotary embeddings, for one.') from None
+    return model

@@ -127,7 +127,7 @@ def firing_boundaries(values: torch.Tensor, initial_potential: float = 0.5, dead
         Boundaries in float32, (N,).
     """
     values = values.to(torch.float32)
-    gaps = values.diff(prepend=values.new_zeros(1))
+    gaps = torch.cat([values[:1], values[1:] - values[:-1]])
     return (values - initial_potential * gaps).clamp_min(dead_zone)
 
 
@@ -182,7 +182,8 @@ def fire(
         k = torch.cat([values.new_zeros(1), values]).to(u.dtype)[index]
         k = torch.where(magnitude.isnan(), magnitude, k)
     # copysign is the fastest, but has no form in ONNX
-    k = torch.where(u < 0, -k, k) if torch.compiler.is_compiling() else k.copysign_(u)
+    exported = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    k = torch.where(u < 0, -k, k) if exported else k.copysign_(u)
     if dead_zone > 0:
         k = k * (u.abs() >= dead_zone)
     return k

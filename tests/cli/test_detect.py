@@ -123,10 +123,9 @@ def test_export(pair, run_inside):
     for package in ('onnx', 'onnxscript', 'onnxruntime'):
         pytest.importorskip(package)
     code, out, _ = run_inside('export', 'boxes', 'b.onnx', '--image-size', '64', '64')
-    assert code == 0 and re.match(r'boxes -> b.onnx: 0\.\d MiB, (\d+) of \1 layers in integers', out)
+    assert code == 0 and re.match(r'boxes -> b.onnx: \d\.\d MiB, (\d+) of \1 layers in integers', out)
     code, _, err = run_inside('evaluate', 'b.onnx', '--data', 'shapes')
-    assert code == 1 and err == ('sformer: error: b.onnx is the graph of a detector, which reads one image: run it with '
-                                 'onnxruntime.\n')
+    assert code == 1 and err.startswith('sformer: error: b.onnx is the graph of a detector, which reads one image: run')
     code, _, err = run_inside('export', 'sformer_nano.digits', 'd.onnx', '--image-size', '64', '64')
     assert code == 1 and 'leave out --image-size' in err
 

@@ -21,9 +21,11 @@ def data(tmp_path_factory):
     return open_coco(root, 'train', masks=True)
 
 
-@pytest.mark.parametrize('levels, masks, window_size', [(32, True, None), (8, False, 2)])
-def test_the_graph_finds_what_the_detector_finds(data, tmp_path, levels, masks, window_size):
-    source = small_detector(masks=masks, max_detections=60, window_size=window_size)
+@pytest.mark.parametrize('levels, masks, options', [
+    (32, True, {}), (8, False, dict(window_size=2, backbone='vit_tiny_patch16_224')),
+    (32, False, dict(image_size=(96, 160)))], ids=str)
+def test_the_graph_finds_what_the_detector_finds(data, tmp_path, levels, masks, options):
+    source = small_detector(masks=masks, max_detections=60, **options)
     model = convert_detector(source, data, SFNConfig(levels=levels), num_images=4)
     before = copy.deepcopy(model.state_dict())
     reports = export_detector(model, tmp_path / 'd.onnx', (64, 96), command='sformer export')
@@ -67,4 +69,7 @@ def test_weights_are_bytes_and_the_file_says_what_it_is_of(data, tmp_path):
         export_detector(model, tmp_path / 'd.onnx')
     with pytest.raises(SFormerError, match='no neurons'):
         export_detector(small_detector(), tmp_path / 'new.onnx')
+    model = convert_detector(small_detector(backbone='eva02_tiny_patch14_224'), data, num_images=1)
+    with pytest.raises(SFormerError, match='eva02_tiny_patch14_224 that is not valid'):
+        export_detector(model, tmp_path / 'new.onnx')
     assert {path.name for path in tmp_path.iterdir()} == {'d.onnx'}
