@@ -6,7 +6,7 @@ error on images, is a matrix A (and a shift), and folds into the weights that fo
 is a closed form, as errors of pruning and of rounded weights are compensated (OBS, Hassibi and Stork 1993; GPTQ, arXiv
 2210.17323); nothing is trained, but weights are no longer those of the source.
 """
-from typing import Iterable, Tuple, Union
+from typing import Iterable, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -14,7 +14,7 @@ import torch.nn as nn
 from ..layers import SpikingConv2d, SpikingConvTranspose2d, SpikingLinear
 from ..neurons import ScaleAndFire
 
-__all__ = ['Correlation', 'compensable', 'compensate_']
+__all__ = ['Correlation', 'compensable', 'compensated']
 
 RIDGE = 0.1  # of a channel's own power: what a few images say of many channels is not all true
 TINY = 1e-30
@@ -59,8 +59,8 @@ class Correlation(nn.Module):
         return x
 
     def decoder(self, shifted: bool) -> Tuple[torch.Tensor, torch.Tensor]:
-        """The best estimate `A s + shift` of x, as A - 1, float64 (C, C), and shift (C,); a shift of zero unless
-        `shifted`, for layers that have no bias to take it, or zeros around an image."""
+        """The best estimate `A s + shift` of x, as A - 1, float64 (C, C), and shift (C,), of zeros unless
+        `shifted`: not every layer has a bias to take it."""
         spikes, lost, count = self.spikes.double().cpu(), self.lost.double().cpu(), max(1, self.count)
         means = self.sums / count if shifted else torch.zeros_like(self.sums)
         spikes -= count * means[0, :, None] * means[0]
@@ -73,23 +73,21 @@ class Correlation(nn.Module):
         return a, means[1] - a @ means[0]
 
 
-@torch.no_grad()
-def compensate_(layer: Layer, seen: Correlation) -> None:
-    """Fold what a correlation says into a layer's weights, in place.
+def compensated(layer: Layer, seen: Correlation) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+    """Weights of a layer that read spikes for currents, and its bias.
 
     Args:
         layer: One of `compensable`.
         seen: What stood in the place of its neuron.
     """
-    weight, bias = layer.weight, layer.bias
+    weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
     flat = weight.double().cpu()
     if isinstance(layer, SpikingLinear):
         a, shift = seen.decoder(bias is not None)
-        if bias is not None:
-            bias.add_((flat @ shift).to(bias))
+        bias = None if bias is None else bias + (flat @ shift).to(bias)
         flat = flat @ a
-    else:
+    else:  # zeros around an image stay zeros, so there is no shift
         a, _ = seen.decoder(False)
         into = 0 if isinstance(layer, SpikingConvTranspose2d) else 1  # where input channels are
         flat = torch.tensordot(flat, a, dims=([into], [0])).movedim(-1, into)
-    weight.add_(flat.to(weight))
+    return weight + flat.to(weight), bias

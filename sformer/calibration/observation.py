@@ -17,13 +17,14 @@ from ..layers.spiking import left_alone
 from ..neurons import FitConfig, Neuron, ScaleAndFire
 from ..neurons.statistics import CurrentStatistics, check_finite
 from ..utils import ForwardWatch, num_images
-from .compensation import Correlation, compensable, compensate_
+from .compensation import Correlation, compensable, compensated
 from .silence import RowSensitivity, Sensitivity, set_quiet_
 
 __all__ = ['calibrate_', 'correct', 'observe', 'OBSERVED_BATCH']
 
 SENSITIVITY_BATCHES = 8
 COMPENSATED_IMAGES = 1024  # that are held in memory for it
+CORRELATED_BYTES = 2 ** 31  # of what is summed up at a time
 OBSERVED_BATCH = 16  # images; small enough that currents of a large network at 500 pixels are no burden
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -136,19 +137,30 @@ def correct(module: nn.Module, batch: Any, forward_fn: Optional[Forward] = None)
             comparison.neuron.correct(comparison.moments)  # its buffers are those of the module
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _compensate(module: nn.Module, batches: List[Any], forward_fn: Optional[Forward]) -> None:
     """Let weights make up for what neurons leave out of the source's currents, as far as other neurons know of it."""
     layers = {f'{name}.neuron'.lstrip('.'): layer for name, layer in compensable(module)}
+    left = {name: 8 * neuron.step.numel() ** 2 for name, neuron in named_neurons(module)
+            if name in layers and isinstance(neuron, ScaleAndFire)}
+    found: Dict[str, Any] = {}
+    while left:  # as many layers at a time as memory is meant for
+        group: Dict[str, int] = {}
+        while left and (not group or sum(group.values()) + next(iter(left.values())) <= CORRELATED_BYTES):
+            name = next(iter(left))
+            group[name] = left.pop(name)
 
-    def stand_in(name: str, neuron: Neuron) -> nn.Module:
-        return Correlation(neuron) if name in layers and isinstance(neuron, ScaleAndFire) else _Observer(name, None)
+        def stand_in(name: str, neuron: Neuron, group: Dict[str, int] = group) -> nn.Module:
+            return Correlation(neuron) if name in group and isinstance(neuron, ScaleAndFire) else _Observer(name, None)
 
-    view, seen = _view(module, stand_in)
-    for batch in batches:
-        _forward(module, view, batch, forward_fn)
-    for name, layer in layers.items():  # not before all of the source was seen
-        compensate_(layer, seen[name])
+        view, seen = _view(module, stand_in)
+        for batch in batches:
+            _forward(module, view, batch, forward_fn)
+        found.update({name: compensated(layers[name], seen[name]) for name in group})
+    for name, values in found.items():  # not before all of the source was seen
+        for parameter, value in zip((layers[name].weight, layers[name].bias), values, strict=True):
+            if parameter is not None:
+                parameter.copy_(value)
 
 
 def _view(module: nn.Module, stand_in: Callable[[str, Neuron], nn.Module]) -> Tuple[nn.Module, Dict[str, Any]]:

@@ -36,7 +36,7 @@ def test_what_a_layer_loses_is_orthogonal_to_what_it_reads(seed):
     """The normal equations: no other weights and no other bias have a smaller squared error."""
     layer = nn.Linear(8, 5)
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(compensation, 'RIDGE', 0.)
+        patch.setattr(compensation, 'RIDGE', 1e-6)
         x = correlated(seed, (400,), 8) + 1
         plain, better = both(layer, x)
         lost, s = layer(x) - better(x), better.neuron(x)
@@ -111,6 +111,20 @@ def test_images_are_held_up_to_a_bound(monkeypatch):
     assert calibrate_(model, iter([pixels(20)] * 4), COMPENSATE) == 80
     layers = sum(1 for _ in compensation.compensable(model))
     assert sum(seen) == 32 * layers
+
+
+def test_little_memory_takes_more_passes(monkeypatch):
+    models, views = [], []
+    view = observation._view
+    monkeypatch.setattr(observation, '_view', lambda *args: views.append(args) or view(*args))
+    for size in (2 ** 31, 1, 8 * 3 * 32 ** 2):
+        monkeypatch.setattr(observation, 'CORRELATED_BYTES', size)
+        models.append(convert(build(), [pixels(8)], SFNConfig(levels=8, silence=0.02), COMPENSATE))
+        passes = len(views)
+    assert passes > 3 * 3 + sum(1 for _ in compensation.compensable(models[0]))
+    for other in models[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(
+            models[0].state_dict().values(), other.state_dict().values(), strict=True))
 
 
 def test_weights_are_left_alone_if_it_fails(monkeypatch):
