@@ -6,6 +6,7 @@ error on images, is a matrix A (and a shift), and folds into the weights that fo
 is a closed form, as errors of pruning and of rounded weights are compensated (OBS, Hassibi and Stork 1993; GPTQ, arXiv
 2210.17323); nothing is trained, but weights are no longer those of the source.
 """
+from collections import Counter
 from typing import Iterable, Optional, Tuple, Union
 
 import torch
@@ -17,27 +18,31 @@ from ..neurons import ScaleAndFire
 __all__ = ['Correlation', 'compensable', 'compensated']
 
 RIDGE = 0.1  # of a channel's own power: what a few images say of many channels is not all true
-TINY = 1e-30
+TINY, ROUNDING = 1e-30, 1e-5  # of float32 sums
 
 Layer = Union[SpikingLinear, SpikingConv2d, SpikingConvTranspose2d]
 
 
 def compensable(module: nn.Module) -> Iterable[Tuple[str, Layer]]:
-    """Layers of a spiking module whose weights read the spikes of a neuron of their own, with names; no grouped
-    convolutions, whose weights do not see all channels."""
+    """Layers of a spiking module whose weights read the spikes of a neuron of their own and nothing else, with names;
+    no grouped convolutions, whose weights do not see all channels."""
+    read = Counter(id(parameter) for layer in module.modules() for parameter in layer._parameters.values())
     for name, layer in module.named_modules():
         if (isinstance(layer, (SpikingLinear, SpikingConv2d, SpikingConvTranspose2d))
-                and isinstance(layer.neuron, ScaleAndFire) and getattr(layer, 'groups', 1) == 1):
+                and isinstance(layer.neuron, ScaleAndFire) and getattr(layer, 'groups', 1) == 1
+                and read[id(layer.weight)] == 1 and (layer.bias is None or read[id(layer.bias)] == 1)):
             yield name, layer
 
 
 class Correlation(nn.Module):
     """Stands where a neuron is, lets currents x pass, and sums up how they go with the spikes s that would be there.
 
+    Sums are of `d = s - center`: of a channel that rests at its centre, nothing but rounding would be left of others.
+
     Attributes:
-        spikes: Sum of `s s^T` over positions, float32, (C, C).
-        lost: Sum of `(x - s) s^T` likewise.
-        sums: Sums of s and of x - s, float64, (2, C).
+        spikes: Sum of `d d^T` over positions, float32, (C, C).
+        lost: Sum of `(x - s) d^T` likewise.
+        sums: Sums of d and of x - s, float64, (2, C).
         count: Positions.
     """
 
@@ -50,27 +55,32 @@ class Correlation(nn.Module):
         self.sums = torch.zeros(2, channels, device='cpu', dtype=torch.float64)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        s = self.neuron(x).float().movedim(self.dim, -1).flatten(0, -2)
-        lost = x.float().movedim(self.dim, -1).flatten(0, -2) - s
-        self.spikes += s.T @ s
-        self.lost += lost.T @ s
-        self.sums += torch.stack([s.sum(0), lost.sum(0)]).cpu()
-        self.count += len(s)
+        s = self.neuron(x).float()
+        d, lost = (t.movedim(self.dim, -1).reshape(-1, len(self.spikes)) for t in (
+            s if self.neuron.center is None else s - self.neuron.center, x.float() - s))
+        self.spikes += d.T @ d
+        self.lost += lost.T @ d
+        self.sums += torch.stack([d.sum(0), lost.sum(0)]).cpu()
+        self.count += len(d)
         return x
 
     def decoder(self, shifted: bool) -> Tuple[torch.Tensor, torch.Tensor]:
         """The best estimate `A s + shift` of x, as A - 1, float64 (C, C), and shift (C,), of zeros unless
         `shifted`: not every layer has a bias to take it."""
         spikes, lost, count = self.spikes.double().cpu(), self.lost.double().cpu(), max(1, self.count)
-        means = self.sums / count if shifted else torch.zeros_like(self.sums)
-        spikes -= count * means[0, :, None] * means[0]
-        lost -= count * means[1, :, None] * means[0]
-        power = spikes.diagonal().clone()
-        alive = power > TINY
-        # a channel that never fires says nothing: a one on its diagonal, and no correlation
-        spikes.diagonal().add_(torch.where(alive, RIDGE * power, torch.ones_like(power)))
+        mean, mean_lost = self.sums / count
+        center = torch.zeros_like(mean) if self.neuron.center is None else self.neuron.center.flatten().double().cpu()
+        # second moments about means, or about zero; sums are about the centre
+        origin, expected = (mean, mean_lost) if shifted else (-center, torch.zeros_like(mean))
+        varied = spikes.diagonal() - count * mean ** 2
+        constant = varied <= ROUNDING * spikes.diagonal() + TINY
+        spikes -= count * (torch.outer(mean, origin) + torch.outer(origin, mean - origin))
+        lost -= count * (torch.outer(mean_lost, origin) + torch.outer(expected, mean - origin))
+        # a channel that never fires, or always the same, says nothing: a one on its diagonal, and no correlation
+        spikes[constant], spikes[:, constant], lost[:, constant] = 0, 0, 0
+        spikes.diagonal().add_(torch.where(constant, 1., RIDGE * spikes.diagonal()))
         a = torch.linalg.solve(spikes, lost.T).T
-        return a, means[1] - a @ means[0]
+        return a, expected - a @ (mean + center) if shifted else expected
 
 
 def compensated(layer: Layer, seen: Correlation) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:

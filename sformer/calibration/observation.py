@@ -5,6 +5,7 @@ module itself spikes on meanwhile, and has no state that says otherwise. Images 
 whatever the size they come in, so that thresholds do not depend on it.
 """
 import contextlib
+import copy
 import itertools
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
 
@@ -51,10 +52,13 @@ def calibrate_(
         Number of images; a batch that is neither a tensor nor a list counts as one.
 
     Raises:
-        SFormerError: If there are no images, a current is NaN or infinite, or none reached a neuron, such as that of a
-            mask head on images without objects; names the first such neuron.
+        SFormerError: If weights compensate already, there are no images, a current is NaN or infinite, or none reached
+            a neuron, such as that of a mask head on images without objects; names the first such neuron.
         UnsupportedLayerError: If a module multiplies currents in a forward of its own; names it.
     """
+    if any(getattr(layer, 'compensates', False) for layer in module.modules()):
+        raise SFormerError('weights compensate for neurons that were fitted before (compensate), so they are not those '
+                           'of the source: start from the source itself.')
     batches = iter(_rebatched(batches))
     silent = any(isinstance(neuron, ScaleAndFire) and neuron.config.silence for _, neuron in named_neurons(module))
     first = list(itertools.islice(batches, SENSITIVITY_BATCHES if silent else 1))
@@ -87,7 +91,7 @@ def _kept(batches: Iterable[Any], held: List[Any]) -> Iterator[Any]:
     count = 0
     for batch in batches:
         if count < COMPENSATED_IMAGES:
-            held.append(batch)
+            held.append(copy.deepcopy(batch))  # a forward may write to what it reads
             count += num_images(batch)
         yield batch
 
@@ -154,10 +158,12 @@ def _compensate(module: nn.Module, batches: List[Any], forward_fn: Optional[Forw
             return Correlation(neuron) if name in group and isinstance(neuron, ScaleAndFire) else _Observer(name, None)
 
         view, seen = _view(module, stand_in)
-        for batch in batches:
-            _forward(module, view, batch, forward_fn)
+        with torch.inference_mode():
+            for batch in batches:
+                _forward(module, view, copy.deepcopy(batch), forward_fn)
         found.update({name: compensated(layers[name], seen[name]) for name in group})
     for name, values in found.items():  # not before all of the source was seen
+        layers[name].__dict__['compensates'] = True
         for parameter, value in zip((layers[name].weight, layers[name].bias), values, strict=True):
             if parameter is not None:
                 parameter.copy_(value)

@@ -75,6 +75,61 @@ def test_channels_that_never_fire():
     torch.testing.assert_close(better.weight[:, 2], layer.weight[:, 2])
 
 
+@pytest.mark.parametrize('bias', [True, False])
+def test_channels_that_rest_at_a_centre(bias):
+    """Their constant is no spike: it says nothing of others, whatever float32 makes of its square."""
+    layer = spiking_(nn.Linear(8, 5, bias=bias), SFNConfig(levels=4, silence=0.1))
+    x = correlated(0, (3000,), 8)
+    x[:, 2:5] = torch.tensor([8., -5., 0.]) + 0.01 * x[:, 2:5]
+    calibrate_(layer, [x])
+    layer.neuron.quiet[2:5] = 100.
+    layer.neuron.center[2:5] = torch.tensor([8., -5., 0.]) + 1e-3
+    seen = compensation.Correlation(layer.neuron)
+    for batch in x.split(100):
+        seen(batch)
+    a, shift = seen.decoder(bias)
+    with torch.no_grad():
+        s = layer.neuron(x).double()
+    assert not (s[:, 2:5] != s[0, 2:5]).any()
+    assert not a[:, 2:5].any() and a.abs().max() < 2
+    before, after = (x - s).square().sum(0), (x - s - s @ a.T - shift).square().sum(0)
+    assert (after <= before * 1.0001 + 1e-6).all() and after.sum() < before.sum()
+
+
+def test_tied_weights_are_left_alone():
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4))
+    net[1].weight = net[0].weight
+    spiking_(net, SFNConfig(levels=2))
+    assert [name for name, _ in compensation.compensable(net)] == ['2']
+
+
+def test_a_module_is_not_compensated_twice():
+    module = spiking_(nn.Sequential(nn.Linear(8, 5)))
+    calibrate_(module, [correlated(0, (50,), 8)], COMPENSATE)
+    for fit in (FitConfig(), COMPENSATE):
+        with pytest.raises(SFormerError, match='start from the source itself'):
+            calibrate_(module, [correlated(0, (50,), 8)], fit)
+
+
+class InPlace(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x -= 1
+        return self.fc(x)
+
+
+def test_a_forward_that_writes_to_its_input():
+    source, x = InPlace(), correlated(0, (50,), 8)
+    models = [spiking_(copy.deepcopy(source)) for _ in range(2)]
+    fit = FitConfig(compensate=True, unbiased=False)
+    calibrate_(models[0], [x.clone()], fit)
+    calibrate_(nn.Sequential(models[1].fc), [x - 1], fit)
+    assert torch.equal(models[0].fc.weight, models[1].fc.weight)
+
+
 @pytest.mark.parametrize('family', FAMILIES)
 def test_each_layer_of_a_network_comes_closer(family):
     source, x = build(family), pixels(24)
