@@ -20,7 +20,10 @@ from .record import CalibrationRecord, Conversion
 from .sources import Source, create_source
 from .utils import enough_memory, library_versions, progress
 
-__all__ = ['Images', 'all_tokens', 'calibration_batches', 'check_source_inside', 'convert', 'source_inside']
+__all__ = [
+    'Images', 'all_tokens', 'another_source', 'calibration_batches', 'check_source_inside', 'convert', 'source_inside',
+    'warn_if_moved',
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -111,6 +114,37 @@ def source_inside(model: nn.Module) -> nn.Module:
     """`source_of`, or an SFormerError where the weights are not those of the source."""
     check_source_inside(model)
     return source_of(model)
+
+
+def another_source(model: Any, source: Any) -> nn.Module:
+    """The source network that a model is compared with, which is not inside of it.
+
+    Args:
+        model: What is compared.
+        source: A network, or an SFormer that has its source inside.
+
+    Raises:
+        SFormerError: If the source is not inside, or reads or gives something else than the model.
+    """
+    network: Any = source_inside(source)
+    for what, of in (('classes', lambda m: getattr(m, 'num_classes', None)),
+                     ('input', lambda m: tuple(resolve_input_data_config(m)['input_size']))):
+        mine, other = of(model), of(network)
+        if mine != other:
+            raise SFormerError(f'the source to compare the model with has other {what}: {other}, not {mine}.')
+    recorded = getattr(getattr(model, 'conversion', None), 'source_sha256', None)
+    if recorded not in (None, state_hash(network.state_dict())):
+        _logger.warning('the source that the model is compared with has other weights than the network that it was '
+                        'converted from, or they are of another precision.')
+    return network
+
+
+def warn_if_moved(name: str, model: Any) -> None:
+    """Warn where the source inside of an SFormer is not what it was converted from."""
+    record = getattr(model, 'conversion', None)
+    if record and (record.fit.compensate or record.distillation):
+        _logger.warning(f'the weights of {name} have moved since it was converted, and it is compared with what they '
+                        f'are without neurons. --source-model names what it was converted from.')
 
 
 def all_tokens(network: Any, batch: torch.Tensor) -> torch.Tensor:

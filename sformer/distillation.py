@@ -71,6 +71,7 @@ def distill_(
     model.eval()
     student: Any = model
     parameters = [p for p in model.parameters() if p.requires_grad]
+    taught.to(parameters[0].device, parameters[0].dtype)
     optimizer, schedule = _scheduled(parameters, config.learning_rate, steps)
     step, handles = 0, [neuron.register_forward_hook(learn_from_spikes) for _, neuron in named_neurons(model)]
     with torch.enable_grad(), unary_spikes(model) as spikes, contextlib.ExitStack() as stack:
@@ -82,7 +83,8 @@ def distill_(
             with torch.no_grad():
                 expected = outputs(taught, batch)
             with torch.autocast(batch.device.type, torch.bfloat16, enabled=config.amp):
-                error, *features = map(squared_error, outputs(student, batch), expected)
+                pairs = zip(outputs(student, batch), expected, strict=True)
+                error, *features = (squared_error(*pair) for pair in pairs)
             fired = spikes.mean()
             loss = error + config.features * torch.stack(features).mean() + config.price * fired
             if not torch.isfinite(loss):
@@ -164,7 +166,7 @@ class unary_spikes:  # noqa: N801  used as a function
 
     def _add(self, neuron: Neuron, args: Any, out: torch.Tensor) -> None:
         assert isinstance(neuron, ScaleAndFire)
-        levels = (out if neuron.center is None else out - neuron.center).abs() / neuron.step
+        levels = (out if neuron.center is None else out - neuron.center.to(out.dtype)).abs() / neuron.step
         if neuron.token:
             levels = levels * (neuron.levels[-1] / levels.detach().amax(-1, keepdim=True).clamp_min(1e-30))
         self.sums.append(levels.sum())

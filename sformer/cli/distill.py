@@ -6,7 +6,6 @@ from typing import Annotated, Any, List, Optional
 
 import typer
 
-from ..errors import SFormerError
 from .arguments import command_line
 from .options import MAX_BATCH_SIZE, MAX_IMAGES, MAX_SEED, Dataset, unfolded
 
@@ -32,15 +31,12 @@ def distill(
         overwrite: Annotated[bool, typer.Option('--overwrite', help='Replace a model that is there')] = False,
 ) -> None:
     """Train an SFormer to follow its source with fewer spikes. This is training, but reads no labels."""
-    from ..conversion import calibration_batches, source_inside
+    from ..conversion import another_source, calibration_batches, source_inside
     from ..distillation import DistillConfig, distill_, shuffled
     from ..saving import check_output, open_model, save_model
     check_output(output, overwrite)
     network: Any = open_model(model)
-    teacher: Any = source_inside(open_model(source_model) if source_model else network)
-    if teacher.num_classes != network.num_classes:
-        raise SFormerError(f'{model} has {network.num_classes} classes, --source-model {source_model} has '
-                           f'{teacher.num_classes}.')
+    teacher = another_source(network, open_model(source_model)) if source_model else source_inside(network)
     batches, used = calibration_batches(network, dataset, split, num_images, batch_size, seed, 'Reading')
     recent: List[Any] = []
 

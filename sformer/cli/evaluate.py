@@ -1,5 +1,4 @@
 """`sformer evaluate`, and the evaluation that `sformer compare` shares with it."""
-import logging
 from pathlib import Path
 from typing import Annotated, Any, Dict, List, Optional
 
@@ -12,8 +11,6 @@ from .errors import RunInterruptedError
 from .options import EvaluationOptions, unfolded
 
 __all__ = ['evaluate', 'run_evaluation']
-
-_logger = logging.getLogger(__name__)
 
 
 @unfolded
@@ -95,22 +92,17 @@ def sources_of(models: List[Any], names: List[str], options: EvaluationOptions) 
     """What each model is compared with, as `evaluate_all` takes it.
 
     Raises:
-        SFormerError: If the one that was asked for cannot be loaded, or has other classes.
+        SFormerError: If the one that was asked for cannot be loaded, or does not go with a model.
     """
-    from ..conversion import source_inside
+    from ..conversion import another_source, warn_if_moved
     from ..saving import open_model
-    if options.source_model is None:
-        for name, model in zip(names, models, strict=True):
-            if options.source and getattr(getattr(model, 'conversion', None), 'changed', False):
-                _logger.warning(f'the weights of {name} have moved since it was converted, and it is compared with '
-                               f'what they are without neurons. --source-model names what it was converted from.')
-        return [options.source] * len(models)
-    source: Any = source_inside(open_model(options.source_model))
+    if options.source_model:
+        source = open_model(options.source_model)
+        return [another_source(model, source) for model in models]
     for name, model in zip(names, models, strict=True):
-        if model.num_classes != source.num_classes:
-            raise SFormerError(f'{name} has {model.num_classes} classes, --source-model {options.source_model} has '
-                               f'{source.num_classes}.')
-    return [source] * len(models)
+        if options.source:
+            warn_if_moved(name, model)
+    return [options.source] * len(models)
 
 
 def detectors(names: List[str]) -> bool:

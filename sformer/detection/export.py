@@ -55,7 +55,7 @@ def export_detector(
         SFormerError: If it has no neurons, the file is there, packages are missing, a fire function has no form in
             ONNX, or torch's exporter does not manage the backbone: rotary embeddings (EVA, EVA-02).
     """
-    path = Path(path)
+    path = Path(path).resolve() if Path(path).is_symlink() else Path(path)
     check_output(path, overwrite)
     check_packages()
     if not any(True for _ in named_neurons(detector)):

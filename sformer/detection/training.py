@@ -1,4 +1,5 @@
 """Training of a detector's pyramid and heads on a backbone that is frozen, whose maps are kept on disk."""
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -12,6 +13,7 @@ import torch
 import torch.nn as nn
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.utils._pytree import tree_map
 from torchvision.models.detection.image_list import ImageList
 from torchvision.transforms.v2 import functional as F
 
@@ -38,7 +40,7 @@ class TrainingConfig:
         weight_decay: Of AdamW.
         trained_blocks: Last blocks of the backbone that are trained, too; with any, no maps are kept.
         seed: Seed of the order and the mirroring of images, and of what the losses sample.
-        amp: Autocast of what is trained to bfloat16.
+        amp: Autocast of what is trained to bfloat16, but for the last layer of the box head.
     """
     epochs: int = 12
     batch_size: int = 2
@@ -78,7 +80,6 @@ def train(
     _freeze_(model, config.trained_blocks)
     maps = None if config.trained_blocks else _Maps(model, directory)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    parameter = next(iter(parameters.values()))
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.lr, weight_decay=config.weight_decay)
     steps = sum(1 for _ in _batches(data, config, 0))
     key = _digest([dataclasses.asdict(config), dataclasses.asdict(model.config), data.fingerprint, len(data), backbone])
@@ -92,7 +93,7 @@ def train(
         torch.manual_seed(config.seed + epoch)  # what the losses sample
         total: Dict[str, float] = {}
         for batch in progress(_batches(data, config, epoch), f'Epoch {epoch + 1} of {config.epochs}', steps):
-            with torch.autocast(parameter.device.type, torch.bfloat16, enabled=config.amp):
+            with _in_bfloat16(model, maps) if config.amp else contextlib.nullcontext():
                 losses = _losses(model, data, batch, maps)
             loss = torch.stack([*losses.values()]).sum()
             if not torch.isfinite(loss):
@@ -156,6 +157,30 @@ def _losses(model: Any, data: CocoData, batch: Batch, maps: Optional['_Maps']) -
     return {**losses, **box_losses}
 
 
+@contextlib.contextmanager
+def _in_bfloat16(model: Any, maps: Optional['_Maps']) -> Iterator[None]:
+    """Let what is heavy compute in bfloat16 and give float32, in which boxes are decoded and matched: they take more
+    than the 8 bits of bfloat16."""
+    def wrapped(forward: Callable[..., Any], device: str) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            with torch.autocast(device, torch.bfloat16):
+                out = forward(*args)
+            return tree_map(lambda x: x.float() if isinstance(x, torch.Tensor) else x, out)
+        return run
+
+    heads = model.roi_heads
+    parts = [model.backbone if maps is None else model.backbone.pyramid, model.rpn.head, heads.box_head]
+    parts += [heads.mask_head, heads.mask_predictor] if model.config.masks else []
+    device = next(model.parameters()).device.type
+    try:
+        for part in parts:
+            part.forward = wrapped(part.forward, device)
+        yield
+    finally:
+        for part in parts:
+            part.__dict__.pop('forward', None)
+
+
 def remove_state(directory: Path) -> None:
     """Remove what `train` left for a run that goes on."""
     (directory / STATE_NAME).unlink(missing_ok=True)
@@ -190,8 +215,7 @@ class _Maps:
     def _one(self, name: str, image: torch.Tensor) -> torch.Tensor:
         path = self.directory / f'{name}.safetensors'
         if not path.exists():
-            with torch.autocast(image.device.type, enabled=False):
-                found = self.backbone.features(image[None])[0]
+            found = self.backbone.features(image[None])[0]
             with write_aside(self.directory) as aside:
                 save_file({'map': found.half().contiguous().cpu()}, aside / path.name)
         return load_file(path)['map'].to(image.device, image.dtype)

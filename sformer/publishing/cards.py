@@ -44,10 +44,11 @@ NEURONS = dict(
     levels='levels N per branch', fire='fire function', attention_fire='fire function of the softmax',
     activation_fire='fire function after activation functions',
     initial_potential='initial membrane potential [steps]', dead_zone='dead zone [steps]', scale='scaling factor',
-    silence='price of activity', estimator='threshold estimator')
+    silence='price of activity', estimator='threshold estimator', compensate='weights compensate for neurons')
 SETTINGS = (
     ('benchmark', 'benchmark'), ('image size', 'img_size'), ('crop', 'crop_pct'), ('interpolation', 'interpolation'),
     ('mixed precision', 'amp'), ('device', 'device'), ('processes', 'world_size'), ('images per batch', 'batch_size'),
+    ('compared with', 'source_model'),
     ('images left out', 'skipped_images'), ('spikes counted on images', 'activity_images'),
 )
 
@@ -111,6 +112,7 @@ def _recipe(record: Record) -> List[Tuple[str, Any]]:
     if c.get('weights_sha256'):
         rows.append((f'SHA-256 of `{WEIGHTS_NAME}`', f'`{c["weights_sha256"]}`'))
     fit = {k: v for k, v in record.fit.items() if k != 'quantile' or record.fit.get('estimator') == 'quantile'}
+    fit = {k: v for k, v in fit.items() if k != 'compensate' or v}
     sfn = {k: v for k, v in record.sfn.items() if k != 'silence' or v}
     rows += [(NEURONS.get(key, key.replace('_', ' ')), value) for key, value in {**sfn, **fit}.items()]
     if c.get('distillation'):
@@ -120,6 +122,13 @@ def _recipe(record: Record) -> List[Tuple[str, Any]]:
     if c.get('versions'):
         rows.append(('converted with', _versions(c['versions'])))
     return rows
+
+
+def _trained(record: Record) -> str:
+    """Whether the weights of the source were kept."""
+    if record.conversion.get('distillation') or record.changed and not record.moved:
+        return ', with weights that were changed afterwards'
+    return ' without training' + (', with weights that compensate for its neurons' if record.moved else '')
 
 
 def _training(record: Record) -> List[Tuple[str, Any]]:
@@ -157,6 +166,8 @@ def _result(record: Record, result: Dict[str, Any]) -> Dict[str, Any]:
             rows.append([label, *([''] if sides else []), cell(key, spec)])
     title = _with_split(_dataset_title(record, result), result.get('split'))
     settings = [f'{label} {result[key]}' for label, key in SETTINGS if result.get(key)]
+    if record.moved and sides and not result.get('source_model'):
+        settings.append('the source is the network of the weights of this model without neurons')
     settings += [f'images and annotations left out {len(result["problems"])}'] if result.get('problems') else []
     return dict(
         title=f'{title}, {result["num_images"]:,} images' if 'num_images' in result else title,
@@ -273,9 +284,10 @@ def render_card(record: Record, plots: Optional[Dict[str, str]] = None) -> Any:
         source = f'{detector_kind(record.detector)} on {source}'
     metadata = _metadata(record)
     card = ModelCard.from_template(
-        metadata, template_path=str(TEMPLATE), m=record, source=source, recipe=_cells(_recipe(record)),
-        training=_cells(_training(record)), results=[_result(record, r) for r in record.evaluations.values()],
-        curve=_curve(record), calibration=_calibration(record), plots=list((plots or {}).items()))
+        metadata, template_path=str(TEMPLATE), m=record, source=source, trained=_trained(record),
+        recipe=_cells(_recipe(record)), training=_cells(_training(record)),
+        results=[_result(record, r) for r in record.evaluations.values()], curve=_curve(record),
+        calibration=_calibration(record), plots=list((plots or {}).items()))
     if ModelCard(str(card)).data.to_dict() != metadata.to_dict():
         raise SFormerError(f'the metadata of {record.name} do not survive YAML; see its records.')
     return card

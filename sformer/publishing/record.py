@@ -72,6 +72,11 @@ class Record:
         """Whether the weights are not those of the source any more."""
         return bool(self.conversion.get('changed'))
 
+    @property
+    def moved(self) -> bool:
+        """Whether they were moved on purpose: to compensate for neurons, or by training."""
+        return bool((self.conversion.get('fit') or {}).get('compensate') or self.conversion.get('distillation'))
+
 
 def neuron_configs(config: Mapping[str, Any]) -> Tuple[Dict[str, Any], Dict[str, Any]]:
     """How the neurons of a `config.json` fire, and how their thresholds were fitted."""
@@ -105,7 +110,8 @@ LEVELS = _number(1, 2 ** 15, 'a number of levels', whole=True)
 # What is published of a result; each may be missing, or null where nothing was measured
 RESULT = {
     **dict.fromkeys(('model', 'architecture', 'dataset', 'split', 'dataset_fingerprint', 'dataset_revision', 'command',
-                     'benchmark', 'interpolation', 'amp', 'device', 'weights_sha256', 'curve_command'), TEXT),
+                     'benchmark', 'interpolation', 'amp', 'device', 'weights_sha256', 'curve_command',
+                     'source_model'), TEXT),
     **dict.fromkeys(('top1', 'top1_err', 'top5', 'top5_err', 'ece', 'source_top1', 'source_top5', 'source_ece',
                      'agreement'), PERCENT),
     **dict.fromkeys(('nll', 'source_nll', 'relative_logit_error', 'param_count', 'seconds', 'source_seconds',
@@ -136,7 +142,7 @@ COCO: Check = 'percentages of average precision', _is_precision
 DETECTION = {
     **{key: RESULT[key] for key in (
         'model', 'architecture', 'dataset', 'split', 'dataset_fingerprint', 'command', 'device', 'weights_sha256',
-        'param_count', 'seconds', 'source_seconds', 'num_images', 'world_size', 'versions')},
+        'param_count', 'seconds', 'source_seconds', 'num_images', 'world_size', 'versions', 'source_model')},
     **dict.fromkeys(('boxes', 'masks', 'source_boxes', 'source_masks'), COCO), 'problems': TEXTS,
 }
 

@@ -86,12 +86,20 @@ def test_weights_that_have_moved_are_told_of(convert_digits, run, tmp_path, capl
     sformer.save_model(sformer.convert(build(), [pixels(8)]), tmp_path / 'seven')
     evaluate = ('evaluate', tmp_path / 'out', '--dataset', 'digits', '--num-images', 20)
     assert run(*evaluate).code == 0 and 'have moved since it was converted' in caplog.text
+    caplog.clear()
+    other = timm.create_model('sformer_nano.digits', pretrained=True)
+    with torch.no_grad():
+        other.head.bias.add_(0.1)
+    sformer.save_model(other, tmp_path / 'other')
+    assert run(*evaluate, '--source-model', tmp_path / 'other').code == 0
+    assert caplog.text.count('has other weights than the network that it was converted from') == 1
     for args, message in (
             ((*evaluate, '--source-model', tmp_path / 'out'), 'convert the source itself'),
             ((*evaluate, '--source-model', 'sformer_nano.digits', '--no-source'), 'leave out --source-model'),
-            ((*evaluate, '--source-model', tmp_path / 'seven'), 'has 7'),
+            ((*evaluate, '--source-model', 'sformer_micro.cifar10'), r'other input: \(3, 32, 32\), not \(1, 8, 8\)'),
+            ((*evaluate, '--source-model', tmp_path / 'seven'), 'other classes: 7, not 10'),
             (('distill', tmp_path / 'out', '--dataset', 'digits', '-o', tmp_path / 'new', '--source-model',
-              tmp_path / 'seven'), 'has 7'),
+              tmp_path / 'seven'), 'other classes: 7, not 10'),
             (('distill', tmp_path / 'out', '--dataset', 'digits', '-o', tmp_path / 'new'), 'convert the source itself'),
             (('sweep', tmp_path / 'out', '--dataset', 'digits'), 'convert the source itself')):
         assert_mistake(run(*args), message)

@@ -119,6 +119,22 @@ def test_bad_annotations_are_left_out_on_demand(pair, run_inside):
     assert code == 0 and 'left out: annotation 2 is of the unknown category 99' in out
 
 
+def test_another_source(pair, run_inside, caplog):
+    code, out, _ = run_inside('evaluate', 'boxes', '--data', 'shapes', '--source-model', 'masks', '--results-file',
+                              'r.json')
+    result = json.loads((pair / 'r.json').read_text())
+    assert code == 0 and 'source: mAP' in out and result['source_model'] == 'masks' and 'source_masks' not in result
+    code, _, err = run_inside('evaluate', 'masks', '--data', 'shapes', '--source-model', 'boxes')
+    assert code == 1 and err == 'sformer: error: boxes finds no masks to compare with.\n'
+    code, _, err = run_inside('convert', 'boxes', '--calibration', 'shapes', '--split', 'val', '--num-images', '2',
+                              '-o', 'new', '--compensate')
+    assert code == 0 and not caplog.text
+    assert run_inside('evaluate', 'new', '--data', 'shapes', '--num-images', '1')[0] == 0
+    assert 'the weights of new have moved' in caplog.text
+    code, _, err = run_inside('convert', 'new', '-o', 'newer')
+    assert code == 1 and 'convert the source itself' in err
+
+
 def test_export(pair, run_inside):
     for package in ('onnx', 'onnxscript', 'onnxruntime'):
         pytest.importorskip(package)

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from detection_tools import small_detector, write_coco
+from torchvision.models.detection.roi_heads import RoIHeads
 
 from sformer.detection import TrainingConfig, open_coco, train, training
 from sformer.errors import SFormerError
@@ -74,11 +75,16 @@ def test_last_blocks_learn_if_asked(few, tmp_path):
 
 
 @pytest.mark.parametrize('trained_blocks', [0, 1])
-def test_mixed_precision(few, tmp_path, trained, trained_blocks):
+def test_mixed_precision(few, tmp_path, trained, trained_blocks, monkeypatch):
+    seen = []
+    match = RoIHeads.select_training_samples
+    monkeypatch.setattr(RoIHeads, 'select_training_samples', lambda self, proposals, targets: seen.extend(
+        p.dtype for p in proposals) or match(self, proposals, targets))
     config = dataclasses.replace(CONFIG, amp=True, trained_blocks=trained_blocks)
     detector = small_detector(masks=True)
     history = train(detector, few, config, tmp_path)
-    assert all(p.dtype == torch.float32 for p in detector.parameters())
+    assert all(p.dtype == torch.float32 for p in detector.parameters()) and {*seen} == {torch.float32}
+    assert not any('forward' in vars(module) for module in detector.modules())
     for expected, losses in zip(trained[1], history, strict=True):
         assert losses != expected
         assert all(abs(losses[name] - expected[name]) < 0.1 * expected[name] for name in ('loss_mask', 'loss_box_reg'))
