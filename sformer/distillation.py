@@ -80,13 +80,9 @@ def distill_(
         for step, batch in zip(range(1, steps + 1), batches, strict=False):  # noqa: B007
             spikes.clear()
             batch = batch.to(parameters[0].device, parameters[0].dtype)
-            with torch.no_grad():
-                expected = outputs(taught, batch)
-            with torch.autocast(batch.device.type, torch.bfloat16, enabled=config.amp):
-                pairs = zip(outputs(student, batch), expected, strict=True)
-                error, *features = (squared_error(*pair) for pair in pairs)
+            error, features = _errors(student, taught, batch, config.amp)
             fired = spikes.mean()
-            loss = error + config.features * torch.stack(features).mean() + config.price * fired
+            loss = error + config.features * features + config.price * fired
             if not torch.isfinite(loss):
                 raise SFormerError(f'the loss is not finite in step {step}: choose a smaller learning rate.')
             optimizer.zero_grad()
@@ -100,6 +96,15 @@ def distill_(
     if getattr(model, 'conversion', None):
         student.conversion = dataclasses.replace(student.conversion, changed=True)
     return model
+
+
+def _errors(student: Any, taught: Any, batch: torch.Tensor, amp: bool) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Squared relative error of the output, and that of patch tokens, the mean over blocks."""
+    with torch.no_grad():
+        expected = outputs(taught, batch)
+    with torch.autocast(batch.device.type, torch.bfloat16, enabled=amp):
+        error, *features = (squared_error(*pair) for pair in zip(outputs(student, batch), expected, strict=True))
+    return error, torch.stack(features).mean()
 
 
 def _scheduled(parameters: List[nn.Parameter], learning_rate: float, steps: int) -> Tuple[Any, Any]:
