@@ -4,7 +4,6 @@ import contextlib
 import copy
 import dataclasses
 import io
-import json
 import warnings
 from pathlib import Path
 from typing import Any, List, Optional, Tuple, Union
@@ -12,11 +11,11 @@ from typing import Any, List, Optional, Tuple, Union
 import torch
 import torch.nn as nn
 
-from ..checkpoints import first_line, state_hash, write_aside
+from ..checkpoints import first_line, state_hash
 from ..errors import SFormerError
 from ..execution.graph import to_graph_
 from ..execution.integer import MAX_WEIGHT_ERROR, IntegerReport, to_integer_
-from ..execution.onnx import METADATA, check_output, check_packages, graph_hash
+from ..execution.onnx import graph_hash, writable, write_graph
 from ..layers import named_neurons
 from ..utils import library_versions, quiet
 
@@ -55,9 +54,7 @@ def export_detector(
         SFormerError: If it has no neurons, the file is there, packages are missing, a fire function has no form in
             ONNX, or torch's exporter does not manage the backbone: rotary embeddings (EVA, EVA-02).
     """
-    path = Path(path).resolve() if Path(path).is_symlink() else Path(path)
-    check_output(path, overwrite)
-    check_packages()
+    path = writable(path, overwrite)
     if not any(True for _ in named_neurons(detector)):
         raise SFormerError('the detector has no neurons: convert it first.')
     network: Any = copy.deepcopy(detector).eval().to('cpu', torch.float32)
@@ -72,9 +69,7 @@ def export_detector(
         detector=dataclasses.asdict(network.config), image_size=size, weights_sha256=state_hash(detector.state_dict()),
         versions=library_versions(), max_error=max_error, command=command, graph_sha256=graph_hash(exported),
         floating=[report.name for report in reports if not report.integer])
-    exported.metadata_props.add(key=METADATA, value=json.dumps(about, sort_keys=True))
-    with write_aside(path.parent) as aside:
-        (aside / path.name).write_bytes(exported.SerializeToString())
+    write_graph(exported, about, path)
     return reports
 
 
@@ -85,9 +80,12 @@ def _to_onnx(network: Any, image: torch.Tensor) -> Any:
     names = ['boxes', 'labels', 'scores', *(['masks'] if network.config.masks else [])]
     with (warnings.catch_warnings(action='ignore'), quiet('torch.onnx'), contextlib.redirect_stdout(io.StringIO()),
           torch.no_grad()):
-        torch.onnx.export(
-            network, ([image],), file, dynamo=False, opset_version=OPSET, input_names=['image'], output_names=names,
-            dynamic_axes={name: [0] for name in names})
+        try:
+            torch.onnx.export(
+                network, ([image],), file, dynamo=False, opset_version=OPSET, input_names=['image'],
+                output_names=names, dynamic_axes={name: [0] for name in names})
+        except torch.onnx.errors.OnnxExporterError as e:
+            raise SFormerError(f"torch's exporter cannot write {network.config.backbone}: {first_line(e)}") from None
     model = onnx.load_from_string(file.getvalue())
     try:
         onnx.checker.check_model(model, full_check=True)

@@ -155,10 +155,8 @@ def build_networks(
     for model, source, config, benchmark in zip(models, sources, configs, benchmarks, strict=True):
         transform = distinct.index(config)
         index, reference = add(model, transform), None
-        if isinstance(source, nn.Module):
-            reference = add(source, transform)
-        elif source and _is_spiking(model):
-            source = source_view(model)
+        if isinstance(source, nn.Module) or source and _is_spiking(model):
+            source = source if isinstance(source, nn.Module) else source_view(model)
             key = _source_key(source) if len(models) > 1 else None
             reference = None if key is None else known.get((key, transform))
             if reference is None:

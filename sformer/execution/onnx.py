@@ -26,7 +26,7 @@ from ..utils import library_versions, quiet
 from .graph import to_graph_
 from .integer import MAX_WEIGHT_ERROR, IntegerReport, to_integer_
 
-__all__ = ['export_onnx', 'to_onnx', 'check_output', 'check_packages', 'graph_hash', 'METADATA']
+__all__ = ['export_onnx', 'to_onnx', 'check_output', 'graph_hash', 'write_graph', 'writable', 'METADATA']
 
 OPSET = 20
 BATCH_SIZE = 16
@@ -70,11 +70,8 @@ def export_onnx(
         UncalibratedError: If thresholds were never fitted.
         SFormerError: If the file is there, packages are missing, or a fire function or a layer has no form in ONNX.
     """
-    path = Path(path)
-    check_output(path, overwrite)
+    path = writable(path, overwrite)  # before the work
     _check_options(max_error, calibration is None and (split or image_column))
-    check_packages()  # before the work
-    path = path.resolve() if path.is_symlink() else path
     network = copy.deepcopy(model).eval().to('cpu', torch.float32)
     batches, images = None, None
     if calibration is not None:
@@ -88,10 +85,27 @@ def export_onnx(
     about = dict(
         _record_of(model), max_error=max_error, calibration=images, command=command, graph_sha256=graph_hash(exported),
         floating=[report.name for report in reports if not report.integer])
+    write_graph(exported, about, path)
+    return reports
+
+
+def writable(path: Union[str, Path], overwrite: bool) -> Path:
+    """Where a graph will be written: what a link points to.
+
+    Raises:
+        SFormerError: If it cannot be, or packages are missing.
+    """
+    path = Path(path)
+    check_output(path, overwrite)
+    _check_packages()
+    return path.resolve() if path.is_symlink() else path
+
+
+def write_graph(exported: Any, about: Dict[str, Any], path: Path) -> None:
+    """Write an `onnx.ModelProto` and what is recorded of it, aside and then renamed."""
     exported.metadata_props.add(key=METADATA, value=json.dumps(about, sort_keys=True))
     with write_aside(path.parent) as aside:
         (aside / path.name).write_bytes(exported.SerializeToString())
-    return reports
 
 
 def _record_of(model: nn.Module) -> Dict[str, Any]:
@@ -110,7 +124,7 @@ def to_onnx(network: nn.Module) -> Any:
     Raises:
         SFormerError: If packages are missing.
     """
-    check_packages()
+    _check_packages()
     images = torch.zeros(2, *resolve_input_data_config(network)['input_size'])
     with (warnings.catch_warnings(action='ignore'), quiet('torch.onnx', 'onnxscript', 'onnx_ir'), torch.no_grad(),
           rotary_products()):
@@ -147,7 +161,7 @@ def _check_options(max_error: float, unread: Any) -> None:
         raise SFormerError(f'max_error is a relative error, 0 or more, not {max_error}.')
 
 
-def check_packages() -> None:
+def _check_packages() -> None:
     """Raise SFormerError if what torch exports by is missing."""
     try:
         import onnx  # noqa: F401

@@ -78,6 +78,10 @@ def test_weights_that_compensate_are_compared_with_their_source(convert_digits, 
         assert values['source_model'] == str(tmp_path / 'out')
         (tmp_path / 'r.json').unlink()
     assert errors['better'] < 0.98 * errors['out']
+    run('compare', tmp_path / 'out', tmp_path / 'better', *data, '--source-model', tmp_path / 'out')
+    both = json.loads((tmp_path / 'r.json').read_text())
+    assert [result['relative_logit_error'] for result in both] == [*errors.values()]
+    assert both[0]['source_seconds'] == both[1]['source_seconds']  # run once for both
     assert 'relative_logit_error' in values and values['source_top1'] > 95
 
 
