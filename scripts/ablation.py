@@ -18,10 +18,10 @@ from fidelity import BATCH_SIZE, split_images
 from saliency_source import load_source, relative_error
 
 import sformer
-from sformer.checkpoints import write_json
+from sformer.conversion.record import library_versions
+from sformer.files import write_json
 from sformer.layers import source_of
 from sformer.neurons import FitConfig, SFNConfig
-from sformer.utils import library_versions
 
 # what is left out -> fields of SFNConfig and FitConfig; a config that says the same as the default is not measured
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

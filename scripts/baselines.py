@@ -31,13 +31,13 @@ from timm.data import resolve_input_data_config
 import sformer
 from sformer import baselines
 from sformer.baselines.toolkits import openvino_float
-from sformer.checkpoints import state_hash, write_json
 from sformer.cli.tables import print_table
+from sformer.conversion.record import library_versions
 from sformer.data import open_images
+from sformer.files import state_hash, write_json
 from sformer.layers import named_neurons, source_of
 from sformer.neurons import CODINGS, ScaleAndFire, SFNConfig
 from sformer.profiling import energy, profile_model
-from sformer.utils import library_versions
 
 BATCH_SIZE = 32
 PROFILED = 32  # images whose spikes are counted

@@ -182,8 +182,8 @@ def load(model: str = 'sformer_base', pairs: int = 7):
     import timm
     from safetensors.torch import save_file
 
-    from sformer import pretrained
     from sformer.models.zoo import source_name
+    from sformer.saving import pretrained
     source = source_name(model)
     huggingface_hub.constants.HF_HUB_OFFLINE = True
     pretrained.RECIPE['num_images'] = 4  # the neurons are as many, whatever they were fitted to

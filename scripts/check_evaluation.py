@@ -68,7 +68,8 @@ def free_port() -> int:
 
 def start(args: list[str], world: int, folder: Path, threads: int = 1) -> list[Any]:
     """Start `sformer ARGS` on so many processes, as torchrun would."""
-    FORKS.set_forkserver_preload(['sformer.cli', 'sformer.evaluation', 'datasets', 'accelerate', 'sklearn.datasets'])
+    FORKS.set_forkserver_preload(
+        ['sformer.cli.app', 'sformer.evaluation', 'datasets', 'accelerate', 'sklearn.datasets'])
     port, processes = free_port(), []
     for rank in range(world):
         env = {} if world == 1 else dict(

@@ -5,8 +5,8 @@
     python scripts/train_source.py vit_micro_cifar10 --data DIR -o build
     python scripts/convert_embedded.py build/vit_micro_cifar10.safetensors --data DIR
 
-Writes sformer/weights/NAME.safetensors and, beside it, the record of training and conversion. A better source takes the
-place of an older one with these two commands; scripts/make_cards.py measures it.
+Writes sformer/saving/weights/NAME.safetensors and, beside it, the record of training and conversion. A better source
+takes the place of an older one with these two commands; scripts/make_cards.py measures it.
 """
 import dataclasses
 import json
@@ -19,8 +19,8 @@ import typer
 from safetensors.torch import save_file
 
 import sformer
-from sformer.checkpoints import file_hash, write_aside
-from sformer.sources import create_source, set_data_config_
+from sformer.conversion.sources import create_source, set_data_config_
+from sformer.files import file_hash, write_aside
 
 # recipe of train_source.py -> entry of the zoo
 ENTRIES = {
@@ -52,7 +52,7 @@ def main(
     if recipe['bf16']:
         state.update({key: parameter.detach().half() for key, parameter in model.named_parameters()})
     record = dict(sfn=dataclasses.asdict(model.sfn_config), conversion=conversion.to_dict(), training=training)
-    with write_aside(Path(sformer.__file__).parent / 'weights') as aside:
+    with write_aside(Path(sformer.__file__).parent / 'saving/weights') as aside:
         weights = aside / f'{name}.safetensors'
         save_file(state, weights, metadata={'format': 'pt'})
         record['weights_sha256'], weights_size = file_hash(weights), weights.stat().st_size

@@ -22,14 +22,14 @@ from saliency_source import MODEL, load_source, relative_error
 from timm.data import resolve_input_data_config
 
 import sformer
-from sformer.checkpoints import file_hash, state_hash, write_json
+from sformer.conversion.record import library_versions
 from sformer.data import ImageData, open_images
 from sformer.evaluation.activity import Activity
 from sformer.execution.benchmark import plain_int8
 from sformer.execution.engines import ENGINES, compile_graph
+from sformer.files import file_hash, state_hash, write_json
 from sformer.layers import named_neurons, shared_copy
 from sformer.neurons import FitConfig, SFNConfig
-from sformer.utils import library_versions
 
 BATCH_SIZE = 16
 SITES_IMAGES = 16  # a dozen kinds of sites, each a network of its own

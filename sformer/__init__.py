@@ -4,11 +4,9 @@ Importing the package registers the `sformer_*` models with timm, and detectors 
 """
 from importlib import metadata as _metadata
 
-from . import _interrupt  # noqa: F401  before anything that is slow
+from . import cli as _cli  # noqa: F401  Ctrl-C ends in a line; before anything that is slow
 from . import detection as _detection  # noqa: F401  registers with torchvision
-from . import entrypoints as _entrypoints  # noqa: F401  registers with timm
-from .calibration import calibrate_
-from .conversion import convert
+from .conversion import calibrate_, convert
 from .errors import SFormerError, UncalibratedError, UnsupportedLayerError
 from .evaluation import EvaluationConfig, activity, evaluate, evaluate_all
 from .execution import export_onnx, load_onnx, to_integer_, to_spikes_
@@ -16,6 +14,7 @@ from .layers import is_calibrated, named_neurons, source_of, source_view, spikin
 from .models import SFormer
 from .neurons import FitConfig, SFNConfig
 from .profiling import neurobench_view
+from .saving import entrypoints as _entrypoints  # noqa: F401  registers with timm
 from .saving import load_model, save_model
 
 __version__ = _metadata.version('sformer')

@@ -1,6 +1,20 @@
-"""Errors that a user can mend."""
+"""Errors that a user can mend, what turns the refusals of torch into them, and what keeps others quiet.
 
-__all__ = ['SFormerError', 'UnsupportedLayerError', 'UncalibratedError']
+    SFormerError
+    ├── UnsupportedLayerError
+    ├── UncalibratedError
+    ├── UnreadableImageError
+    ├── RunInterruptedError
+    └── RankError              of `evaluation.distributed`
+"""
+import contextlib
+import logging
+from typing import Iterator
+
+__all__ = [
+    'SFormerError', 'UnsupportedLayerError', 'UncalibratedError', 'UnreadableImageError', 'RunInterruptedError',
+    'enough_memory', 'working_compiler', 'first_line', 'quiet',
+]
 
 
 class SFormerError(Exception):
@@ -13,3 +27,69 @@ class UnsupportedLayerError(SFormerError):
 
 class UncalibratedError(SFormerError):
     """A model whose thresholds were never fitted is used as if it were converted."""
+
+
+class UnreadableImageError(SFormerError):
+    """An image that is damaged, or no image at all."""
+
+
+class RunInterruptedError(SFormerError):
+    """Ctrl-C, where there is more to say than that."""
+
+
+@contextlib.contextmanager
+def enough_memory(remedy: str) -> Iterator[None]:
+    """Say in one line that memory is not enough.
+
+    Args:
+        remedy: What to do.
+
+    Raises:
+        SFormerError: In the place of what torch and Python raise for it.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as e:
+        from accelerate.utils.memory import should_reduce_batch_size
+        if not isinstance(e, MemoryError) and not should_reduce_batch_size(e):
+            raise
+        raise SFormerError(f'out of memory: {remedy}') from e
+
+
+@contextlib.contextmanager
+def working_compiler(remedy: str) -> Iterator[None]:
+    """Say in one line that torch.compile cannot compile here.
+
+    Args:
+        remedy: What to do, other than to install a compiler.
+
+    Raises:
+        SFormerError: In the place of what torch raises for it.
+    """
+    try:
+        yield
+    except RuntimeError as e:
+        if type(e).__module__ not in ('torch._dynamo.exc', 'torch._inductor.exc'):
+            raise
+        reason = str(getattr(e, 'inner_exception', e)).strip().partition('\n')[0].rstrip('.')
+        raise SFormerError(
+            f'the network cannot be compiled ({reason}): torch.compile needs a working compiler, for C++ on CPUs. '
+            f'Install one, or {remedy}.') from e
+
+
+def first_line(e: BaseException) -> str:
+    return (str(e).strip() or type(e).__name__).splitlines()[0].rstrip('.')
+
+
+@contextlib.contextmanager
+def quiet(*names: str) -> Iterator[None]:
+    """Without the warnings of some loggers, such as of optional packages that are missing."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

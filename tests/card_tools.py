@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from sformer.publishing.record import Record
+from sformer.publishing.facts import Record
 
 MODEL_CARDS = Path(__file__).parents[1] / 'model_cards'
 

@@ -1,4 +1,5 @@
 """The command line in processes of their own."""
+import importlib
 import multiprocessing
 import os
 import re
@@ -13,7 +14,7 @@ NAME = 'vit_tiny_patch16_224'
 KWARGS = [f'{key}={value}' for key, value in NANO.items()]
 FORKS = multiprocessing.get_context('forkserver')
 # importing all that takes seconds, once is enough
-FORKS.set_forkserver_preload(['sformer.cli', 'sformer.evaluation', 'datasets', 'accelerate', 'sklearn.datasets'])
+FORKS.set_forkserver_preload(['sformer.cli.app', 'sformer.evaluation', 'datasets', 'accelerate', 'sklearn.datasets'])
 
 
 @dataclass
@@ -39,7 +40,8 @@ def command(args, folder, terminal=None, started=None):
     """
     from huggingface_hub import constants
 
-    from sformer import cli, conversion
+    from sformer import cli
+    convert = importlib.import_module('sformer.conversion.convert')  # the package has the function by this name
     constants.HF_HUB_OFFLINE = True  # nothing here is on the Hub, and its client would try for half a minute
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job would ignore it
     os.chdir(folder)
@@ -47,12 +49,12 @@ def command(args, folder, terminal=None, started=None):
     for fd, path in ((1, 'out'), (2, terminal or 'err')):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOCTTY), fd)
     if started:
-        calibrate = conversion.calibrate_
+        calibrate = convert.calibrate_
 
         def announced(*args, **kwargs):
             Path(started).touch()
             return calibrate(*args, **kwargs)
-        conversion.calibrate_ = announced
+        convert.calibrate_ = announced
     cli.main()
 
 

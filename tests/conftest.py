@@ -8,8 +8,8 @@ import torch
 from timm.data import resolve_input_data_config
 
 import sformer
+from sformer.conversion.sources import set_data_config_
 from sformer.data import open_images
-from sformer.sources import set_data_config_
 
 pytest_plugins = ['hub_fixtures']
 

@@ -15,7 +15,7 @@ from huggingface_hub import constants
 
 import sformer
 from sformer import SFNConfig, cli, convert, load_model, save_model
-from sformer.checkpoints import write_json
+from sformer.files import write_json
 from sformer.publishing.plots import render_plots
 from sformer.publishing.publish import prepare
 

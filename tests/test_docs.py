@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from sformer.cli import app
+from sformer.cli.app import app
 from sformer.layers import FLOATING_LAYERS, SPIKING_LAYERS
 
 ROOT = Path(__file__).parents[1]

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 
 import sformer
+from sformer.conversion.sources import set_data_config_
 from sformer.layers import named_neurons
-from sformer.sources import set_data_config_
 
 with pytest.MonkeyPatch.context() as patch:  # they import one another
     patch.syspath_prepend(Path(__file__).parents[1] / 'scripts')

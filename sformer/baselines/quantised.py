@@ -6,7 +6,7 @@ from typing import Any, Iterable, Optional
 import torch
 import torch.nn as nn
 
-from ..calibration import calibrate_
+from ..conversion import calibrate_
 from ..layers import named_neurons
 from ..models import spiking_model_
 from ..neurons import CurrentStatistics, FitConfig, Neuron, ScaleAndFire, Spikes

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 from ..errors import SFormerError
-from .errors import fail
+from .failure import fail
 
 __all__ = ['spread', 'expand_home', 'parse_kwargs', 'parse_dataset_ids', 'command_line', 'check_source', 'check_folder']
 
@@ -70,7 +70,7 @@ def parse_kwargs(pairs: Optional[List[str]]) -> Dict[str, Any]:
     Raises:
         SFormerError: If a pair is none, or its key is not an argument of the network.
     """
-    from ..model_config import factory_arguments
+    from ..saving.model_config import factory_arguments
     kwargs = {}
     for pair in pairs or []:
         key, equals, value = pair.partition('=')

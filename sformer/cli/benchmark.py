@@ -30,8 +30,8 @@ def benchmark(
     """Time executions of an SFormer on this CPU, against its source and others, in turn within one process."""
     if results_file:
         check_replaceable(results_file)
-    from ..checkpoints import write_json
     from ..execution import benchmark as measure
+    from ..files import write_json
     from ..saving import open_model
     given: Dict[str, Any] = dict(executions=execution, against=against, batch_sizes=batch_size)
     result = measure(open_model(model), pairs=pairs, **{key: value for key, value in given.items() if value})

@@ -23,8 +23,8 @@ def card(
     """Write the model card of an SFormer, with plots, to OUTPUT/NAME.md."""
     check_folder(output)
     from ..publishing.cards import write_card
+    from ..publishing.facts import load_recorded, read_record
     from ..publishing.publish import check_repo_id
-    from ..publishing.record import load_recorded, read_record
     if repo:
         check_repo_id(repo)
     record, unused = read_record(model, load_recorded(model), name=name, repo_id=repo, **options.keywords())

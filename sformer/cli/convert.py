@@ -89,8 +89,8 @@ def convert(
         convert_detector(source, output, neurons.configs(), calibration, split, num_images, seed, overwrite)
         return
     from ..conversion import convert as convert_model
+    from ..conversion.sources import create_source, set_data_config_
     from ..saving import check_output, save_model
-    from ..sources import create_source, set_data_config_
     config, fit = neurons.configs()
     check_output(output, overwrite)
     trained = create_source(source, checkpoint, allow_pickle, **parse_kwargs(model_kwargs))

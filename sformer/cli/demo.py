@@ -1,12 +1,20 @@
-"""`sformer demo`."""
+"""`sformer demo`: a trained ViT becomes an SFormer, is evaluated, saved, reloaded, and drawn."""
+import contextlib
+import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Dict, Iterator
 
 import typer
 
+from ..errors import SFormerError
 from .arguments import check_folder
 
-__all__ = ['demo']
+__all__ = ['demo', 'run']
+
+LEVELS = (4, 8, 32)
+CURVE = (1, 2, 4, 8, 16, 32)
+COMMAND = 'sformer demo'  # what the model of the demo records, whatever its folder
+MODEL, ACCURACY, ACTIVITY = 'sformer_nano', 'accuracy.png', 'activity.png'
 
 
 def demo(
@@ -15,5 +23,107 @@ def demo(
 ) -> None:
     """Convert and evaluate a small vision transformer on handwritten digits; needs no network, under two minutes."""
     check_folder(output)
-    from ..demo import run
     run(output)
+
+
+def run(output: Path) -> None:
+    """Convert the digits ViT that ships with the package and show what comes out.
+
+    Args:
+        output: Folder for the SFormer (`sformer_nano/`) and the pictures; what the demo put there before is replaced.
+
+    Raises:
+        SFormerError: If there is something else by these names.
+    """
+    output = Path(output)
+    _check_foreign(output)
+    with single_thread():
+        _run(output)
+
+
+def _check_foreign(output: Path) -> None:
+    """Raise SFormerError if the demo would replace what it did not write."""
+    from ..publishing.plots import is_own_plot
+    from ..saving.model_config import CONFIG_NAME, WEIGHTS_NAME, read_config
+    for name in (ACCURACY, ACTIVITY):
+        if (output / name).exists() and not is_own_plot(output / name):
+            raise SFormerError(f'{output / name} is none of the demo\'s pictures; choose another folder with -o.')
+    folder = output / MODEL
+    if any((folder / name).exists() for name in (CONFIG_NAME, WEIGHTS_NAME)):
+        try:
+            command = read_config(folder).get('sformer', {}).get('command')
+        except SFormerError:
+            command = None
+        if command != COMMAND:
+            raise SFormerError(f'{folder} holds a model that is not the demo\'s; choose another folder with -o.')
+
+
+@contextlib.contextmanager
+def single_thread() -> Iterator[None]:
+    """One thread for networks this small: several wait for one another, on a busy machine for minutes."""
+    import torch
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(output: Path) -> None:
+    import timm
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+    from timm.data import resolve_input_data_config
+
+    from ..conversion import convert
+    from ..data import open_images
+    from ..evaluation import evaluate
+    from ..files import write_aside
+    from ..layers import source_of
+    from ..neurons import SFNConfig
+    from ..publishing.plots import plot_accuracy, plot_activity
+    from ..saving import save_model
+    console = Console()
+    start = time.perf_counter()
+    source = source_of(timm.create_model('sformer_nano.digits', pretrained=True)).eval()
+    parameters = sum(p.numel() for p in source.parameters())
+    console.print(f'Source: a ViT with {parameters:,} parameters, trained on 1,257 handwritten digits; '
+                  f'evaluated on 540 others.')
+
+    results: Dict[int, Dict[str, Any]] = {}
+    for levels in sorted({*CURVE, *LEVELS}):
+        begin = time.perf_counter()
+        model = convert(source, 'digits', SFNConfig(levels=levels), split='train', command=COMMAND)
+        seconds = time.perf_counter() - begin
+        # of the other points of the curve, only the accuracy is shown
+        shown: Dict[str, Any] = {} if levels in LEVELS else dict(source=False, activity_images=0)
+        results[levels] = dict(evaluate(model, 'digits', 'test', **shown), conversion_seconds=seconds, network=model)
+    best = results[LEVELS[-1]]
+
+    table = Table('network', 'top-1', 'agreement', 'activity', 'convert \\[s]', 'test \\[s]')
+    table.add_row('source ViT', f'{best["source_top1"]:.2f} %', '', '', '', f'{best["source_seconds"]:.2f}')
+    for levels in LEVELS:
+        r = results[levels]
+        table.add_row(f'SFormer, N = {levels}', f'{r["top1"]:.2f} %', f'{r["agreement"]:.2f} %',
+                      f'{r["activity"]:.3f}', f'{r["conversion_seconds"]:.2f}', f'{r["seconds"]:.2f}')
+    console.print(table)
+
+    model = best['network']
+    folder = save_model(model, output / MODEL, overwrite=True)
+    reloaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    data_config = resolve_input_data_config(model)
+    images, _ = next(iter(open_images('digits', 'test', data_config=data_config).batches(64)))
+    with torch.inference_mode():
+        if not torch.equal(model(images), reloaded(images)):
+            raise SFormerError('the reloaded SFormer gives other logits than the one that was saved.')
+    console.print(f'Saved to {folder}, reloaded through timm: the same logits, bit for bit.', soft_wrap=True,
+                  markup=False)
+
+    with write_aside(output) as aside:
+        accuracy = {levels: results[levels]['top1'] for levels in CURVE}
+        (aside / ACCURACY).write_bytes(plot_accuracy(accuracy, best['source_top1']))
+        (aside / ACTIVITY).write_bytes(plot_activity(best['activity_per_site'], LEVELS[-1]))
+    console.print(f'Pictures: {output / ACCURACY}, {output / ACTIVITY} '
+                  f'({time.perf_counter() - start:.0f} s in all)', soft_wrap=True, markup=False)

@@ -86,8 +86,8 @@ def show(
     """Draw what a detector finds; of an SFormer between its source and the share of neurons that fire per patch."""
     check_folder(output.parent)
     from ..detection import load_detector
+    from ..detection.detector_evaluation import check_calibrated
     from ..detection.drawing import draw_file
-    from ..detection.evaluation import check_calibrated
     if output.suffix.lower() not in ('.png', '.jpg', '.jpeg'):
         raise SFormerError(f'{output} is neither a PNG nor a JPEG file by its name.')
     detector = load_detector(model)
@@ -164,7 +164,7 @@ def run_detections(
     """
     from ..conversion import source_inside, warn_if_moved
     from ..detection import evaluate_detector, load_detector, open_coco
-    from ..detection.evaluation import check_evaluable
+    from ..detection.detector_evaluation import check_evaluable
     from ..evaluation import check_replaceable, check_results_file
     for field in dataclasses.fields(options):
         if field.name not in DETECTION_OPTIONS and getattr(options, field.name) != field.default:

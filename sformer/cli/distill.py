@@ -32,7 +32,7 @@ def distill(
 ) -> None:
     """Train an SFormer to follow its source with fewer spikes. This is training, but reads no labels."""
     from ..conversion import another_source, calibration_batches, source_inside
-    from ..distillation import DistillConfig, distill_, shuffled
+    from ..conversion.distillation import DistillConfig, distill_, shuffled
     from ..saving import check_output, open_model, save_model
     check_output(output, overwrite)
     network: Any = open_model(model)

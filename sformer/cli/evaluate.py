@@ -4,10 +4,9 @@ from typing import Annotated, Any, Dict, List, Optional
 
 import typer
 
-from ..errors import SFormerError
+from ..errors import RunInterruptedError, SFormerError
 from .arguments import command_line
 from .detect import detection_summary, run_detections
-from .errors import RunInterruptedError
 from .options import EvaluationOptions, unfolded
 
 __all__ = ['evaluate', 'run_evaluation']
@@ -44,8 +43,8 @@ def run_evaluation(names: List[str], options: EvaluationOptions) -> List[Dict[st
         evaluate_all,
         write_results,
     )
-    from ..evaluation.benchmarks import DATASETS
     from ..evaluation.distributed import Group, RankError
+    from ..evaluation.labels import DATASETS
     file = options.results_file
     journals: List[Journal] = []
 

@@ -12,7 +12,7 @@ CSV_COLUMNS = ('name', 'source', 'param_count', 'input_size', 'num_classes', 'li
 def list_models(format: TableFormat = Format.table) -> None:
     """List the models that the package registers with timm, with their sources, and its names of detectors."""
     from ..detection import detector_names
-    from ..entrypoints import entries
+    from ..saving.entrypoints import entries
     found: List[Dict[str, Any]] = [
         dict(entry, param_count=f'{entry["param_count"]:.1f}', input_size='x'.join(map(str, entry['input_size'])))
         for entry in entries()]

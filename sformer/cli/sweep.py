@@ -33,7 +33,7 @@ class BenchOptions:
 
     def open(self, model: str) -> Tuple[Any, Any, Dict[str, Any]]:
         """What measures, the SFormer that is varied, and what a record says of images."""
-        from ..profiling.search import Bench
+        from ..conversion.search import Bench
         from ..saving import open_model
         network: Any = open_model(model)
         bench, used = Bench.open(network, self.dataset, self.split, self.num_images, self.num_calibration,
@@ -42,8 +42,8 @@ class BenchOptions:
 
     def write(self, model: str, used: Dict[str, Any], bench: Any, points: Sequence[Any], **more: Any) -> None:
         """Write results as JSON, if they are wanted."""
-        from ..checkpoints import write_json
-        from ..utils import library_versions
+        from ..conversion.record import library_versions
+        from ..files import write_json
         if self.results_file:
             self.results_file.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.results_file, dict(
@@ -77,7 +77,7 @@ def sweep(
         silence: Annotated[Optional[float], typer.Option(help="Price of activity, if not the model's own")] = None,
 ) -> None:
     """Convert the source of an SFormer with several numbers of levels, and compare each with it."""
-    from ..profiling.search import SWEPT_LEVELS, replaced, sweep
+    from ..conversion.search import SWEPT_LEVELS, replaced, sweep
     bench_, network, used = bench.open(model)
     base = network.sfn_config if silence is None else replaced(network.sfn_config, silence=silence)
     points = list(sweep(bench_, base, levels or SWEPT_LEVELS))
@@ -101,7 +101,7 @@ def search(
     """Search for neurons that fire little and stay close to the source (an extra: pip install 'sformer[search]')."""
     if spikes not in ('activity', 'unary', 'binary'):
         raise SFormerError(f'--spikes is activity, unary or binary, not {spikes!r}.')
-    from ..profiling.search import need_optuna, pareto_front, recommended, search
+    from ..conversion.search import need_optuna, pareto_front, recommended, search
     need_optuna()
     if storage:
         check_folder(storage.parent)

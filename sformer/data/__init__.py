@@ -2,9 +2,9 @@
 
 `open_images` turns a name into an `ImageData`, which delivers batches preprocessed as the model expects them.
 """
+from ..errors import UnreadableImageError
 from .delivery import Batch, ImageData, Plan, lost_workers
 from .generator import dead_leaves
-from .preprocessing import UnreadableImageError
 from .resolution import open_images
 
 __all__ = ['Batch', 'ImageData', 'Plan', 'UnreadableImageError', 'dead_leaves', 'lost_workers', 'open_images']

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from ..errors import SFormerError
-from .preprocessing import Preprocessor, Read, UnreadableImageError, one_line
-from .sources import TableStream
+from ..errors import SFormerError, UnreadableImageError
+from .origins import TableStream
+from .preprocessing import Preprocessor, Read, one_line
 
 __all__ = ['Batch', 'ImageData', 'Images', 'Plan', 'Stream', 'lost_workers', 'readers_of_shard']
 

@@ -6,21 +6,18 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data.transforms import str_to_interp_mode
 from torchvision import transforms
 
-from ..errors import SFormerError
+from ..errors import SFormerError, UnreadableImageError
 
-__all__ = ['Preprocessor', 'UnreadableImageError', 'check_data_config', 'eight_bits', 'one_line']
+__all__ = ['Preprocessor', 'check_data_config', 'check_preprocessing', 'eight_bits', 'one_line']
 
 _MODES = {1: 'L', 3: 'RGB'}  # PIL mode by number of channels
 _BITS_PER_SAMPLE = 258  # TIFF tag
 
 Sample = Tuple[List[torch.Tensor], Optional[Sequence[int]]]  # one tensor per preprocessing, and accepted classes
 Read = Callable[[], Tuple[Image.Image, Optional[int], Optional[str]]]  # an image, its label and its key
-
-
-class UnreadableImageError(SFormerError):
-    """An image that is damaged, or no image at all."""
 
 
 class Preprocessor:
@@ -135,3 +132,32 @@ def one_line(error: BaseException) -> str:
     if error.__cause__ is not None and type(error).__name__.startswith('DatasetGeneration'):
         error = error.__cause__
     return ' '.join(str(error).split()) or type(error).__name__
+
+
+def check_preprocessing(values: Dict[str, Any]) -> None:
+    """Check what timm's transforms take without a question: those of mean, std, crop_pct and interpolation that are
+    given.
+
+    Raises:
+        SFormerError: If a value is of the wrong kind or out of any sensible range; names it.
+    """
+    def is_number(value: Any) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+    for key, low, high in (('mean', -1e4, 1e4), ('std', 1e-4, 1e4)):
+        value = values.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, (list, tuple)) or not all(map(is_number, value)):
+            raise SFormerError(f'{key} must be a list of numbers, got {value!r}.')
+        if not all(low <= v <= high for v in value):
+            raise SFormerError(f'{key} must lie in [{low:g}, {high:g}], got {", ".join(map(str, value))}.')
+    crop_pct, interpolation = values.get('crop_pct'), values.get('interpolation')
+    if crop_pct is not None and not (is_number(crop_pct) and 0.01 <= crop_pct <= 1):
+        raise SFormerError(f'crop_pct must lie in [0.01, 1], got {crop_pct!r}.')
+    if interpolation is not None:
+        try:
+            str_to_interp_mode(interpolation)
+        except (KeyError, ValueError, AttributeError, TypeError):
+            raise SFormerError(
+                f'unknown interpolation {interpolation!r}: nearest, bilinear, bicubic, lanczos.') from None

@@ -17,10 +17,10 @@ import numpy as np
 from ..errors import SFormerError
 from .columns import Columns, find_columns
 from .delivery import ImageData, Images, Stream
-from .folders import EVALUATION_SPLITS, class_folders, find_images, split_folders
+from .image_folders import EVALUATION_SPLITS, class_folders, find_images, split_folders
+from .origins import DeadLeaves, Digits, Files, Table, TableStream
 from .preprocessing import Preprocessor, check_data_config, one_line
 from .shards import check_archive, check_shards, file_sample, find_damage, find_shards, parquet_rows
-from .sources import DeadLeaves, Digits, Files, Table, TableStream
 
 __all__ = ['open_images']
 

@@ -5,9 +5,9 @@ import tarfile
 from pathlib import Path
 from typing import Dict, List, Optional, Tuple
 
-from ..checkpoints import content_problem
 from ..errors import SFormerError
-from .folders import SPLIT_FOLDERS, subfolders
+from ..files import content_problem
+from .image_folders import SPLIT_FOLDERS, subfolders
 from .preprocessing import one_line
 
 __all__ = ['check_archive', 'check_shards', 'file_sample', 'find_damage', 'find_shards', 'parquet_rows']

@@ -1,12 +1,12 @@
 """Object detection and instance segmentation: torchvision's detectors on plain vision transformers, converted whole."""
 from .coco import CocoData, open_coco
-from .conversion import convert_detector, image_batches
+from .detector_conversion import convert_detector, image_batches
+from .detector_entrypoints import COCO_CATEGORIES, detector_names
+from .detector_evaluation import coco_metrics, detect, evaluate_detector
+from .detector_export import export_detector
+from .detector_folders import is_detector, load_detector, save_detector
 from .detectors import DetectorConfig, build_detector, create_detector
-from .entrypoints import COCO_CATEGORIES, detector_names
-from .evaluation import coco_metrics, detect, evaluate_detector
-from .export import export_detector
 from .pyramid import SimpleFeaturePyramid, ViTDetBackbone
-from .saving import is_detector, load_detector, save_detector
 from .training import TrainingConfig, train
 
 __all__ = [

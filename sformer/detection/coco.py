@@ -11,8 +11,8 @@ from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
-from ..checkpoints import file_hash
 from ..errors import SFormerError
+from ..files import file_hash
 
 __all__ = ['CocoData', 'mask_tools', 'open_coco', 'read_image']
 

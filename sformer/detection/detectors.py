@@ -12,9 +12,9 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import MultiScaleRoIAlign
 
+from ..conversion.sources import create_source
 from ..errors import SFormerError
 from ..models import HEADS, SPIKING_MODELS
-from ..sources import create_source
 from .pyramid import SCALES, SimpleFeaturePyramid, ViTDetBackbone, window_
 
 __all__ = ['DetectorConfig', 'build_detector', 'create_detector']

@@ -7,10 +7,10 @@ import torch.nn as nn
 from torchvision.transforms.v2 import functional as F
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-from ..checkpoints import write_aside
+from ..files import write_aside
 from ..layers import SpikingLinear, WindowedMixin, named_neurons, source_view
 from .coco import read_image
-from .evaluation import detect
+from .detector_evaluation import detect
 from .pictures import save_picture
 
 __all__ = ['draw_detections', 'draw_file', 'picture', 'token_activity']

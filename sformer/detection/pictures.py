@@ -5,8 +5,7 @@ from typing import Any, Dict, Optional
 import torch.nn as nn
 from PIL import Image
 
-from ..checkpoints import file_hash, state_hash
-from ..utils import png_bytes, png_values
+from ..files import file_hash, png_bytes, png_values, state_hash
 
 __all__ = ['read_picture', 'save_picture']
 

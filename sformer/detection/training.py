@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_map
 from torchvision.models.detection.image_list import ImageList
 from torchvision.transforms.v2 import functional as F
 
-from ..checkpoints import state_hash, write_aside
+from ..data.batches import progress
 from ..errors import SFormerError
-from ..utils import progress
+from ..files import state_hash, write_aside
 from .coco import CocoData
 
 __all__ = ['TrainingConfig', 'remove_state', 'train']

@@ -9,11 +9,11 @@ import torch
 from ..data import Batch, ImageData, Plan, lost_workers
 from ..errors import SFormerError
 from .activity import Activity
-from .config import AMP_DTYPES, EvaluationConfig
 from .distributed import Group
 from .journal import Journal
 from .metrics import ChunkScore, PairScore
 from .networks import Network, Subject, device_of
+from .settings import AMP_DTYPES, EvaluationConfig
 
 __all__ = ['Loop']
 

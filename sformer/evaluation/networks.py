@@ -12,12 +12,11 @@ import torch
 import torch.nn as nn
 from timm.data import resolve_input_data_config
 
-from ..checkpoints import state_hash
-from ..errors import SFormerError, UncalibratedError
+from ..errors import SFormerError, UncalibratedError, working_compiler
+from ..files import state_hash
 from ..layers import is_calibrated, named_neurons, shared_copy, source_view, uncalibrated
-from ..utils import working_compiler
-from .benchmarks import Benchmark
-from .config import EvaluationConfig
+from .labels import Benchmark
+from .settings import EvaluationConfig
 
 __all__ = ['Network', 'Subject', 'build_networks', 'check_model', 'data_config_of', 'device_of', 'identity', 'prepare']
 

@@ -9,9 +9,9 @@ from typing import Any, Dict, Iterable, List, Optional, Tuple, Union
 
 import torch.nn as nn
 
-from ..checkpoints import locked, state_hash, write_aside, write_json
 from ..errors import SFormerError
-from ..model_config import CONFIG_NAME, WEIGHTS_NAME
+from ..files import locked, state_hash, write_aside, write_json
+from ..saving.model_config import CONFIG_NAME, WEIGHTS_NAME
 
 __all__ = ['check_replaceable', 'check_results_file', 'write_results']
 

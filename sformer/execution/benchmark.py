@@ -12,9 +12,9 @@ import torch
 import torch.nn as nn
 from timm.data import resolve_input_data_config
 
-from ..errors import SFormerError
+from ..conversion.record import library_versions
+from ..errors import SFormerError, enough_memory, quiet, working_compiler
 from ..layers import source_of
-from ..utils import enough_memory, library_versions, quiet, working_compiler
 from .engines import compile_graph, engine_version, find_engine, load_onnx
 from .integer import to_integer_
 from .onnx import export_onnx, to_onnx

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from ..checkpoints import first_line
-from ..errors import SFormerError
+from ..errors import SFormerError, first_line
 from .onnx import METADATA, graph_hash
 
 __all__ = [

@@ -17,12 +17,12 @@ import torch.nn as nn
 from timm.data import resolve_input_data_config
 from timm.layers import pos_embed_sincos
 
-from ..checkpoints import state_hash, write_aside
 from ..conversion import Images, calibration_batches
-from ..errors import SFormerError
+from ..conversion.record import library_versions
+from ..errors import SFormerError, quiet
+from ..files import state_hash, write_aside
 from ..layers import named_neurons
 from ..neurons import ScaleAndFire
-from ..utils import library_versions, quiet
 from .graph import to_graph_
 from .integer import MAX_WEIGHT_ERROR, IntegerReport, to_integer_
 
@@ -56,7 +56,7 @@ def export_onnx(
         path: File to write, aside and then renamed.
         calibration: Images to round weights for, as of `sformer.convert`; to the nearest if None.
         split: Split of the data set that these are from.
-        num_images: Number of images drawn from a named source of images.
+        num_images: Number of images drawn from a named origin of images.
         seed: Seed of the choice of images.
         image_column: Column of the images of a data set, where it is not found.
         max_error: As of `to_integer_`.

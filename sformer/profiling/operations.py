@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 from torch.utils.flop_counter import flop_registry
 
+from ..data.batches import num_images
 from ..errors import SFormerError, UncalibratedError
 from ..layers import (
     AttentionProduct,
@@ -22,8 +23,8 @@ from ..layers import (
     shared_copy,
     uncalibrated,
 )
+from ..layers.watch import ForwardWatch
 from ..neurons import CODINGS, MAX_LEVEL, Neuron, ScaleAndFire, count_levels, count_spikes, spikes_in
-from ..utils import ForwardWatch, num_images
 from .floating import Floating, FloatingCount
 
 __all__ = ['Operation', 'Profile', 'Site', 'profile_model', 'profile_operations']

@@ -5,12 +5,12 @@ import shlex
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, Union
 
-from ..checkpoints import write_aside
 from ..errors import SFormerError
-from ..model_config import WEIGHTS_NAME
-from .detection import detector_kind, detector_rows, metric_rows, metrics, task_of
+from ..files import write_aside
+from ..saving.model_config import WEIGHTS_NAME
+from .detector_figures import detector_kind, detector_rows, metric_rows, metrics, task_of
+from .facts import Record
 from .plots import is_own_plot, render_plots
-from .record import Record
 
 __all__ = ['render_card', 'render_eval_results', 'write_card']
 

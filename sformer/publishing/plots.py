@@ -6,9 +6,9 @@ from typing import Any, Dict, List, Optional, Tuple
 
 from PIL import Image
 
-from ..utils import png_bytes, png_values
-from .detection import picture_title
-from .record import Record
+from ..files import png_bytes, png_values
+from .detector_figures import picture_title
+from .facts import Record
 
 __all__ = ['plot_accuracy', 'plot_activity', 'png', 'render_plots', 'is_own_plot']
 

@@ -8,10 +8,10 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 import jinja2
 import torch
 
-from ..checkpoints import write_aside
+from ..conversion.record import library_versions
 from ..errors import SFormerError
+from ..files import write_aside
 from ..profiling import Profile
-from ..utils import library_versions
 from .plots import plot_activity
 from .profile_plots import plot_energy, plot_levels, plot_maps, plot_trade_off
 

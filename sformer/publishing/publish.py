@@ -7,14 +7,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Union
 
-from ..checkpoints import file_hash
 from ..errors import SFormerError, UncalibratedError
-from ..hub import hub_errors, redact
+from ..files import file_hash
 from ..layers import is_calibrated, uncalibrated
-from ..model_config import CONFIG_NAME, WEIGHTS_NAME
+from ..saving.hub import hub_errors, redact
+from ..saving.model_config import CONFIG_NAME, WEIGHTS_NAME
 from .cards import render_card, render_eval_results
+from .facts import Record, load_recorded, read_record
 from .plots import render_plots
-from .record import Record, load_recorded, read_record
 
 __all__ = ['Publication', 'prepare', 'publish', 'upload']
 

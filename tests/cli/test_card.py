@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard
 
 import sformer
 from sformer import load_model, save_model
-from sformer.checkpoints import write_json
+from sformer.files import write_json
 
 
 @pytest.fixture

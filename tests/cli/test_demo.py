@@ -6,7 +6,7 @@ import torch
 from cli_process import assert_mistake
 
 import sformer
-from sformer import demo
+from sformer.cli import demo
 
 
 def test_demo(run_apart, tmp_path):

@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import save_file
 
-from sformer.detection import convert_detector, detect, evaluation, load_detector, open_coco, save_detector
+from sformer.detection import convert_detector, detect, detector_evaluation, load_detector, open_coco, save_detector
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_compare_goes_on_where_it_ended(pair, run_inside, monkeypatch):
             if len(seen) > count:
                 raise KeyboardInterrupt
             return detect(detector, image)
-        monkeypatch.setattr(evaluation, 'detect', detect_some)
+        monkeypatch.setattr(detector_evaluation, 'detect', detect_some)
     until(8)  # two of three images of the second, beside its source
     code, _, err = run_inside(*args)
     assert code == 130 and '--resume continues' in err and not (pair / 'r.json').exists()

@@ -5,9 +5,9 @@ import sys
 import pytest
 
 from sformer import save_model
-from sformer.checkpoints import state_hash
 from sformer.cli import export
 from sformer.execution.integer import MAX_WEIGHT_ERROR
+from sformer.files import state_hash
 
 onnx = pytest.importorskip('onnx')
 for package in ('onnxscript', 'onnxruntime', 'openvino'):

@@ -7,7 +7,7 @@ import pytest
 import timm
 import torchvision
 
-from sformer import entrypoints
+from sformer.saving import entrypoints
 
 
 @pytest.fixture(scope='module', autouse=True)

@@ -53,7 +53,8 @@ def test_names_that_the_terminal_cannot_show(model, tmp_path):
 @pytest.mark.parametrize('args', [['--version'], ['list', '--format', 'csv']])
 def test_output_that_is_read_in_part(args, capsys, monkeypatch):
     """As by `sformer list | head`: no complaint, and none when the interpreter flushes."""
-    monkeypatch.setattr('sformer.entrypoints.entries', lambda: iter([dict(param_count=1., input_size=(1, 8, 8))] * 999))
+    entry = dict(param_count=1., input_size=(1, 8, 8))
+    monkeypatch.setattr('sformer.saving.entrypoints.entries', lambda: iter([entry] * 999))
     read, write = os.pipe()
     os.close(read)
     with open(write, 'w') as stdout:

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 import sformer
 from sformer import EvaluationConfig, SFormer, SFormerError, convert, evaluate, evaluate_all
-from sformer.checkpoints import state_hash
+from sformer.files import state_hash
 from sformer.layers import named_neurons, shared_copy, source_view
 
 

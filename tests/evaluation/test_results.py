@@ -10,9 +10,9 @@ import timm
 from evaluation_tools import png
 
 from sformer import SFormerError, evaluate, save_model
-from sformer.checkpoints import state_hash
 from sformer.cli import main
 from sformer.evaluation import check_replaceable, check_results_file, write_results
+from sformer.files import state_hash
 
 
 def test_csv_keeps_rows_and_columns(model, tmp_path):

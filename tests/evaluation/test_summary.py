@@ -6,11 +6,11 @@ import pytest
 import timm
 import torch
 
-from sformer.checkpoints import state_hash
-from sformer.evaluation.benchmarks import Benchmark
+from sformer.evaluation.labels import Benchmark
 from sformer.evaluation.metrics import ChunkScore
 from sformer.evaluation.networks import Subject
 from sformer.evaluation.summary import result_of
+from sformer.files import state_hash
 
 
 def test_what_was_measured(coarse, result):

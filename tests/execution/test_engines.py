@@ -186,7 +186,7 @@ def test_the_record_says_what_was_exported(graph, model):
     about = network.about
     assert about['levels'] == [32] and about['floating'] == [] and about['command'] == 'sformer export a b'
     assert about['input_size'] == [3, 32, 32] and about['num_classes'] == network.num_classes == 7
-    assert about['weights_sha256'] == sformer.checkpoints.state_hash(model.state_dict())
+    assert about['weights_sha256'] == sformer.files.state_hash(model.state_dict())
     assert tuple(network.pretrained_cfg['mean']) == model.pretrained_cfg['mean']
     assert 'openvino' in repr(network)
     assert copy.deepcopy(network).run is network.run

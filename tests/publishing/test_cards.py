@@ -12,8 +12,8 @@ from huggingface_hub import ModelCard, constants, parse_eval_result_entries
 
 from sformer import SFormerError, save_model
 from sformer.publishing.cards import SIDES, SINGLE, render_card, render_eval_results, write_card
+from sformer.publishing.facts import Record, read_record
 from sformer.publishing.plots import render_plots
-from sformer.publishing.record import Record, read_record
 
 # metadata -------------------------------------------------------------------------------------------------------------
 

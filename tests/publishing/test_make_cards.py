@@ -15,7 +15,7 @@ from PIL import Image
 
 import sformer
 from sformer import SFormerError
-from sformer.checkpoints import state_hash
+from sformer.files import state_hash
 from sformer.publishing.cards import render_card, write_card
 from sformer.publishing.plots import render_plots
 
@@ -52,14 +52,15 @@ def test_card_is_what_the_record_says(name, tmp_path):
 @pytest.mark.parametrize('name', EMBEDDED)
 def test_record_names_no_folder_of_a_machine(name):
     """Otherwise run scripts/make_cards.py where the data are, by a relative path."""
-    for path in (MODEL_CARDS / f'{name}.json', MODEL_CARDS / f'{name}.md', ROOT / 'sformer/weights' / f'{name}.json'):
+    shipped = ROOT / 'sformer/saving/weights' / f'{name}.json'
+    for path in (MODEL_CARDS / f'{name}.json', MODEL_CARDS / f'{name}.md', shipped):
         assert re.findall(r'(?<=["=\s])/\w+/\S*', path.read_text()) == [], path.name
 
 
 @pytest.mark.parametrize('name', EMBEDDED)
 def test_record_is_of_the_weights_that_ship(name):
     """Otherwise run scripts/make_cards.py."""
-    record, shipped = committed(name), json.loads((ROOT / 'sformer/weights' / f'{name}.json').read_text())
+    record, shipped = committed(name), json.loads((ROOT / 'sformer/saving/weights' / f'{name}.json').read_text())
     model = timm.create_model(name, pretrained=True).eval()
     assert record.weights_sha256 == state_hash(model.state_dict())
     assert {r['weights_sha256'] for r in record.evaluations.values()} == {record.weights_sha256}

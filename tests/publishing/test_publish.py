@@ -14,7 +14,7 @@ from hub_fixtures import FILES, READER, REPO, TOKEN, assert_same, nothing_loads,
 from huggingface_hub import HfApi, ModelCard, constants
 
 from sformer import SFormerError, UncalibratedError, load_model
-from sformer.checkpoints import write_json
+from sformer.files import write_json
 from sformer.publishing.publish import prepare, publish, upload
 
 # publishing -----------------------------------------------------------------------------------------------------------

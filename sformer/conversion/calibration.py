@@ -1,0 +1,270 @@
+"""Observation of the source network, and the verb that fits a spiking module to it.
+
+The source is a view of the spiking module: the same parameters, with an observer in the place of each neuron. So the
+module itself spikes on meanwhile, and has no state that says otherwise. Images are observed in batches of a fixed size,
+whatever the size they come in, so that thresholds do not depend on it.
+"""
+import contextlib
+import copy
+import itertools
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
+
+import torch
+import torch.nn as nn
+
+from ..data.batches import num_images
+from ..errors import SFormerError, UnsupportedLayerError
+from ..layers import FLOATING_LAYERS, SPIKING_LAYERS, AttentionProduct, named_neurons, shared_copy
+from ..layers.spiking import left_alone
+from ..layers.watch import ForwardWatch
+from ..neurons import FitConfig, Neuron, ScaleAndFire
+from ..neurons.statistics import CurrentStatistics, check_finite
+from .compensation import Correlation, compensable, compensated
+from .silence import RowSensitivity, Sensitivity, set_quiet_
+
+__all__ = ['calibrate_', 'correct', 'observe', 'OBSERVED_BATCH']
+
+SENSITIVITY_BATCHES = 8
+COMPENSATED_IMAGES = 1024  # that are held in memory for it
+CORRELATED_BYTES = 2 ** 31  # of what is summed up at a time
+OBSERVED_BATCH = 16  # images; small enough that currents of a large network at 500 pixels are no burden
+
+Forward = Callable[[nn.Module, Any], Any]
+
+
+def calibrate_(
+        module: nn.Module,
+        batches: Iterable[Any],
+        fit: FitConfig = FitConfig(),
+        forward_fn: Optional[Forward] = None,
+) -> int:
+    """Fit every neuron of a spiking module to the currents of its source network, in place.
+
+    Args:
+        module: Any module that `spiking_` converted.
+        batches: What the module reads. Tensors (B, ...) are observed in batches of `OBSERVED_BATCH`; anything else,
+            such as lists of images, as it comes. The first batch is read twice where the fit is `unbiased`, the first
+            eight where neurons have a price of activity, then with gradients; the first 1,024 images where weights
+            compensate.
+        fit: How thresholds are fitted.
+        forward_fn: Called with the source network and a batch; `network(batch)` if None.
+
+    Returns:
+        Number of images; a batch that is neither a tensor nor a list counts as one.
+
+    Raises:
+        SFormerError: If weights compensate already, there are no images, a current is NaN or infinite, or none reached
+            a neuron, such as that of a mask head on images without objects; names the first such neuron.
+        UnsupportedLayerError: If a module multiplies currents in a forward of its own; names it.
+    """
+    if any(getattr(layer, 'compensates', False) for layer in module.modules()):
+        raise SFormerError('weights compensate for neurons that were fitted before (compensate), so they are not those '
+                           'of the source: start from the source itself.')
+    batches = iter(_rebatched(batches))
+    silent = any(isinstance(neuron, ScaleAndFire) and neuron.config.silence for _, neuron in named_neurons(module))
+    first = list(itertools.islice(batches, SENSITIVITY_BATCHES if silent else 1))
+    if silent:
+        _fit_silence(module, first, forward_fn)
+    held: List[Any] = []
+    batches = itertools.chain(first, batches)
+    statistics, count = observe(module, _kept(batches, held) if fit.compensate else batches, forward_fn)
+    unmet = [name for name, seen in statistics.items() if isinstance(seen, CurrentStatistics) and not seen.counted]
+    if unmet:
+        raise SFormerError(
+            f'no current reached {unmet[0]}{f" and {len(unmet) - 1} more" if len(unmet) > 1 else ""}, so no threshold '
+            f'can be fitted. Use images on which all of the network runs, such as ones with objects that a detector '
+            f'finds, or leave that part out (filter_fn of spiking_).')
+    with torch.device('cpu'):  # where statistics are, whatever the default device is
+        for name, child in module.named_modules():
+            if isinstance(child, AttentionProduct):
+                child.fit({key: statistics.pop(f'{name}.{key}') for key, _ in child.named_children()}, fit)
+            elif isinstance(child, Neuron) and name in statistics:
+                child.fit(statistics[name], fit)
+    if fit.unbiased:
+        correct(module, first[0], forward_fn)
+    if fit.compensate:
+        _compensate(module, held, forward_fn)
+    return count
+
+
+def _kept(batches: Iterable[Any], held: List[Any]) -> Iterator[Any]:
+    """Batches as they pass, the first of which are held."""
+    count = 0
+    for batch in batches:
+        if count < COMPENSATED_IMAGES:
+            held.append(copy.deepcopy(batch))  # a forward may write to what it reads
+            count += num_images(batch)
+        yield batch
+
+
+def _fit_silence(module: nn.Module, batches: List[Any], forward_fn: Optional[Forward]) -> None:
+    """Say below which current each neuron is silent, by the gradients of the source on some batches."""
+    def stand_in(name: str, neuron: Neuron) -> nn.Module:
+        if not isinstance(neuron, ScaleAndFire):
+            return _Observer(name, None)
+        return Sensitivity(neuron) if neuron.signed else RowSensitivity(neuron)
+
+    view, sites = _view(module, stand_in)
+    for layer in list(view.modules()):  # gradients of currents alone, and none left on what others train
+        for name, parameter in list(layer.named_parameters(recurse=False)):
+            setattr(layer, name, nn.Parameter(parameter.detach(), requires_grad=False))
+    set_quiet_([site for site in sites.values() if isinstance(site, Sensitivity)], batches,
+               lambda batch: _forward(module, view, batch, forward_fn))
+
+
+@torch.inference_mode()
+def observe(
+        module: nn.Module,
+        batches: Iterable[Any],
+        forward_fn: Optional[Forward] = None,
+) -> Tuple[Dict[str, Any], int]:
+    """Statistics of the source's currents at every neuron, and the number of images; arguments as of `calibrate_`."""
+    view, observers = _view(module, lambda name, neuron: _Observer(name, neuron.statistics()))
+    count = 0
+    for batch in _rebatched(batches):
+        with contextlib.nullcontext() if count else _ProductWatch(view):
+            out = _forward(module, view, batch, forward_fn)
+        if isinstance(out, torch.Tensor) and not torch.isfinite(out.float().sum()):
+            raise SFormerError('NaN or infinite values in the output of the source network.')
+        count += num_images(batch)
+    if not count:
+        raise SFormerError('calibration needs at least one image, got none.')
+    return {name: observer.statistics for name, observer in observers.items()}, count
+
+
+@torch.inference_mode()
+def correct(module: nn.Module, batch: Any, forward_fn: Optional[Forward] = None) -> None:
+    """Let fitted neurons carry what rounding and clipping take from the source's currents on one batch of images."""
+    view, comparisons = _view(module, lambda name, neuron: _Comparison(neuron))
+    _forward(module, view, batch, forward_fn)
+    for comparison in comparisons.values():
+        if comparison.moments is not None:
+            comparison.neuron.correct(comparison.moments)  # its buffers are those of the module
+
+
+@torch.no_grad()
+def _compensate(module: nn.Module, batches: List[Any], forward_fn: Optional[Forward]) -> None:
+    """Let weights make up for what neurons leave out of the source's currents, as far as other neurons know of it."""
+    layers = {f'{name}.neuron'.lstrip('.'): layer for name, layer in compensable(module)}
+    left = {name: 8 * neuron.step.numel() ** 2 for name, neuron in named_neurons(module)
+            if name in layers and isinstance(neuron, ScaleAndFire)}
+    found: Dict[str, Any] = {}
+    while left:  # as many layers at a time as memory is meant for
+        group: Dict[str, int] = {}
+        while left and (not group or sum(group.values()) + next(iter(left.values())) <= CORRELATED_BYTES):
+            name = next(iter(left))
+            group[name] = left.pop(name)
+
+        def stand_in(name: str, neuron: Neuron, group: Dict[str, int] = group) -> nn.Module:
+            return Correlation(neuron) if name in group and isinstance(neuron, ScaleAndFire) else _Observer(name, None)
+
+        view, seen = _view(module, stand_in)
+        with torch.inference_mode():
+            for batch in batches:
+                _forward(module, view, copy.deepcopy(batch), forward_fn)
+        found.update({name: compensated(layers[name], seen[name]) for name in group})
+    for name, values in found.items():  # not before all of the source was seen
+        layers[name].__dict__['compensates'] = True
+        for parameter, value in zip((layers[name].weight, layers[name].bias), values, strict=True):
+            if parameter is not None:
+                parameter.copy_(value)
+
+
+def _view(module: nn.Module, stand_in: Callable[[str, Neuron], nn.Module]) -> Tuple[nn.Module, Dict[str, Any]]:
+    """The source of a spiking module as a view with `stand_in(name, neuron)` in the place of each neuron, and what
+    stands there by name."""
+    view = shared_copy(module).eval()
+    stand_ins = {name: stand_in(name, neuron).eval() for name, neuron in named_neurons(view)}
+    for name, child in stand_ins.items():
+        view.set_submodule(name, child)
+    return view, stand_ins
+
+
+def _forward(module: nn.Module, view: nn.Module, batch: Any, forward_fn: Optional[Forward]) -> Any:
+    # a layer without parameters, such as a pool, has only what its neurons have
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    parameter = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
+
+    def moved(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor):
+            return [moved(item) for item in x] if isinstance(x, list) else x
+        return x.to(parameter.device, parameter.dtype if x.is_floating_point() else x.dtype)
+
+    batch = moved(batch)
+    try:
+        return view(batch) if forward_fn is None else forward_fn(view, batch)
+    except AssertionError as e:  # timm's way to refuse an image size
+        shape = tuple(batch.shape) if isinstance(batch, torch.Tensor) else type(batch).__name__
+        raise SFormerError(f'calibration images {shape} do not fit the model: {e}') from e
+
+
+class _Observer(nn.Module):
+    """Stands where a neuron is, and lets currents pass."""
+
+    def __init__(self, name: str, statistics: Any):
+        super().__init__()
+        self.name, self.statistics = name, statistics
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        try:
+            if self.statistics is None:
+                check_finite(x)
+            else:
+                self.statistics.update(x)
+        except SFormerError as e:
+            raise SFormerError(f'{e} at {self.name}: the weights or the images of the source are broken.') from None
+        return x
+
+
+class _Comparison(nn.Module):
+    """Lets currents pass, and sums up what the neuron would have made of them."""
+
+    def __init__(self, neuron: Neuron):
+        super().__init__()
+        self.neuron = neuron
+        self.moments: Optional[torch.Tensor] = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        moments = self.neuron.moments(x)
+        if moments is not None:
+            self.moments = moments if self.moments is None else self.moments + moments
+        return x
+
+
+def _rebatched(batches: Iterable[Any]) -> Iterator[Any]:
+    """Tensors in batches of `OBSERVED_BATCH` images of one size, whatever they come in."""
+    held: Optional[torch.Tensor] = None
+    for batch in batches:
+        if not isinstance(batch, torch.Tensor):
+            yield batch
+            continue
+        if held is not None and (held.shape[1:] != batch.shape[1:] or held.dtype != batch.dtype):
+            yield held
+            held = None
+        held = batch if held is None else torch.cat([held, batch])
+        while len(held) >= OBSERVED_BATCH:
+            yield held[:OBSERVED_BATCH]
+            held = held[OBSERVED_BATCH:]
+        if not len(held):
+            held = None
+    if held is not None:
+        yield held
+
+
+class _ProductWatch(ForwardWatch):
+    """Raises where a module multiplies matrices in a forward of its own, which no neuron would ever reach."""
+    OPERATIONS = {'mm', 'bmm', 'addmm', 'baddbmm', 'addbmm', 'convolution', 'linear', 'matmul', 'einsum',
+                  '_scaled_dot_product_flash_attention_for_cpu', '_scaled_dot_product_attention_math',
+                  'scaled_dot_product_attention'}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in self.OPERATIONS and self.stack:
+            name, module = self.stack[-1]
+            known = (*SPIKING_LAYERS.values(), *FLOATING_LAYERS, AttentionProduct)
+            if type(module) not in known and not left_alone(module):
+                kind = type(module)
+                raise UnsupportedLayerError(
+                    f'{name or "(root)"} ({kind.__module__}.{kind.__qualname__}) multiplies currents in its own '
+                    f'forward ({func.overloadpacket.__name__}), which has no spiking counterpart. Register one with '
+                    f'sformer.layers.register_spiking.')
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,219 @@
+"""Conversion: source network -> spiking layers -> observation -> fitted neurons -> record."""
+import copy
+import logging
+from pathlib import Path
+from typing import Any, Dict, Iterable, Optional, Tuple, Union
+
+import torch
+import torch.nn as nn
+from timm.data import resolve_input_data_config
+
+from ..data import open_images
+from ..data.batches import progress
+from ..errors import SFormerError, enough_memory
+from ..files import state_hash
+from ..layers import named_neurons, revert_, source_of
+from ..models import spiking_model_
+from ..models.zoo import CUSTOM, ENTRYPOINTS, architecture_of
+from ..neurons import FitConfig, SFNConfig, as_config
+from .calibration import calibrate_
+from .record import CalibrationRecord, Conversion, library_versions
+from .sources import Source, check_weights, create_source
+
+__all__ = [
+    'Images', 'all_tokens', 'another_source', 'calibration_batches', 'check_source_inside', 'convert', 'source_inside',
+    'warn_if_moved',
+]
+
+_logger = logging.getLogger(__name__)
+
+Images = Union[str, Path, Iterable[torch.Tensor]]
+
+
+def convert(
+        source: Union[str, nn.Module, Source],
+        calibration: Images = 'dead-leaves',
+        config: Union[SFNConfig, Dict[str, Any], None] = None,
+        fit: Union[FitConfig, Dict[str, Any], None] = None,
+        *,
+        split: Optional[str] = None,
+        num_images: int = 256,
+        batch_size: int = 32,
+        seed: int = 0,
+        image_column: Optional[str] = None,
+        inplace: bool = False,
+        command: Optional[str] = None,
+        **source_kwargs: Any,
+) -> nn.Module:
+    """Convert a trained timm model into a calibrated single-timestep SFormer, without training.
+
+    Thresholds are fitted to the currents of the source network (arXiv 2510.23383, post-training); no labels are read.
+
+    Args:
+        source: timm model, or the name of one, which is created with its pretrained weights. An SFormer stands for
+            its own source, unless its weights compensate for its neurons.
+        calibration: `dead-leaves` (generated images), `digits`, a folder of parquet files, an image folder, a Hugging
+            Face data set id, or an iterable of normalised image batches (B, C, H, W), all of which are used.
+        config: How neurons fire, as a config or as its fields.
+        fit: How their thresholds are fitted, likewise.
+        split: Split of the calibration data set.
+        num_images: Number of calibration images drawn from a named origin of images.
+        batch_size: Images per batch that are read from a named origin of images; thresholds do not depend on it.
+        seed: Seed of the choice or the generation of calibration images.
+        image_column: Column of the images of a data set, where it is not found.
+        inplace: Convert the given model itself instead of a copy; where that fails it is the source network.
+        command: Command line to record.
+        **source_kwargs: Passed to `timm.create_model` where `source` is a name.
+
+    Returns:
+        A timm model in eval mode; `model.conversion` records how it came about.
+
+    Raises:
+        SFormerError: If the source, the data set or a value is not usable.
+        UnsupportedLayerError: If a layer of the source has no spiking counterpart.
+    """
+    config, fit = as_config(SFNConfig, config), as_config(FitConfig, fit)
+    if isinstance(source, str):
+        source = create_source(source, **source_kwargs)
+        inplace = True
+    elif source_kwargs:
+        raise TypeError(f'{", ".join(source_kwargs)}: only for a source that is given by name.')
+    if not isinstance(source, Source):
+        source = Source(source)
+    model: Any = source.network if inplace else copy.deepcopy(source.network)
+    if any(True for _ in named_neurons(model)):
+        check_source_inside(model)
+        model = revert_(model)  # converting again starts from the source that is inside
+    check_weights(model)
+    training = model.training
+    before = {k: model.__dict__.get(k) for k in ('pretrained_cfg', 'default_cfg', '_model_args')}
+    try:
+        record = _record_of(model, source.weights, fit, command)
+        _name_architecture(model)
+        model = spiking_model_(model, config).eval()
+        batches, images = calibration_batches(
+            model, calibration, split, num_images, batch_size, seed, image_column=image_column)
+        with enough_memory('the source is observed on 16 images at a time, whatever the batch size. Choose a smaller '
+                           'input (img_size) or a device with more memory.'):
+            count = calibrate_(model, batches, fit, None if model.num_classes else all_tokens)
+        model.conversion = Conversion(**record, calibration=CalibrationRecord(**images, num_images=count))
+        return model
+    except BaseException:
+        revert_(model).train(training).__dict__.update({k: v for k, v in before.items() if v is not None})
+        raise
+
+
+def check_source_inside(model: Any) -> None:
+    """Raise SFormerError if the weights of an SFormer were fitted to its neurons, so that its source is not inside."""
+    if getattr(model, 'conversion', None) and model.conversion.fit.compensate:
+        raise SFormerError('the weights of this SFormer compensate for its neurons (compensate), so its source is not '
+                           'inside: convert the source itself.')
+
+
+def source_inside(model: nn.Module) -> nn.Module:
+    """`source_of`, or an SFormerError where the weights are not those of the source."""
+    check_source_inside(model)
+    return source_of(model)
+
+
+def another_source(model: Any, source: Any) -> nn.Module:
+    """The source network that a model is compared with, which is not inside of it.
+
+    Args:
+        model: What is compared.
+        source: A network, or an SFormer that has its source inside.
+
+    Raises:
+        SFormerError: If the source is not inside, or reads or gives something else than the model.
+    """
+    network: Any = source_inside(source)
+    for what, of in (('classes', lambda m: getattr(m, 'num_classes', None)),
+                     ('input', lambda m: tuple(resolve_input_data_config(m)['input_size']))):
+        mine, other = of(model), of(network)
+        if mine != other:
+            raise SFormerError(f'the source to compare the model with has other {what}: {other}, not {mine}.')
+    recorded = getattr(getattr(model, 'conversion', None), 'source_sha256', None)
+    if recorded not in (None, state_hash(network.state_dict())):
+        _logger.warning('the source that the model is compared with has other weights than the network that it was '
+                        'converted from, or they are of another precision.')
+    return network
+
+
+def warn_if_moved(name: str, model: Any) -> None:
+    """Warn where the source inside of an SFormer is not what it was converted from."""
+    record = getattr(model, 'conversion', None)
+    if record and (record.fit.compensate or record.distillation):
+        _logger.warning(f'the weights of {name} have moved since it was converted, and it is compared with what they '
+                        f'are without neurons. --source-model names what it was converted from.')
+
+
+def all_tokens(network: Any, batch: torch.Tensor) -> torch.Tensor:
+    """Run a network without a classifier, whose output is all of its tokens, not what pooling leaves of them."""
+    tokens = network.forward_features(batch)
+    network.forward_head(tokens)
+    return tokens
+
+
+def _record_of(model: nn.Module, weights: Optional[str], fit: FitConfig, command: Optional[str]) -> Dict[str, Any]:
+    """What the record says of the source and of the run."""
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    return dict(
+        source=cfg.get('architecture') or type(model).__name__, source_tag=cfg.get('tag') or None,
+        source_sha256=state_hash(model.state_dict()), source_weights=weights, changed=fit.compensate,
+        global_pool=getattr(model, 'global_pool', None), fit=fit, versions=library_versions(), command=command)
+
+
+def _name_architecture(model: Any) -> None:
+    """Point a model's config at the `sformer_*` entrypoint that rebuilds it; away from the source's weights."""
+    cfg = dict(getattr(model, 'pretrained_cfg', None) or {})
+    if not cfg:
+        return
+    source = cfg['architecture']
+    if source not in ENTRYPOINTS:
+        cfg['architecture'] = architecture_of(source)
+    if cfg['architecture'] == CUSTOM and source != CUSTOM:
+        model._model_args = dict(getattr(model, '_model_args', {}), source=source)
+    for key in ('hf_hub_id', 'url', 'file', 'state_dict', 'source', 'custom_load'):
+        cfg.pop(key, None)
+    in_chans = getattr(model, 'in_chans', 3)
+    for key in ('mean', 'std'):  # a network built for other channels than the cfg's has no statistics of its own
+        if key in cfg and len(cfg[key]) != in_chans:
+            cfg[key] = (sum(cfg[key]) / len(cfg[key]),) * in_chans
+    model.pretrained_cfg = model.default_cfg = cfg
+
+
+def calibration_batches(
+        model: nn.Module,
+        calibration: Images,
+        split: Optional[str],
+        num_images: int,
+        batch_size: int,
+        seed: int,
+        description: str = 'Calibrating',
+        image_column: Optional[str] = None,
+) -> Tuple[Iterable[torch.Tensor], Dict[str, Any]]:
+    """Batches to observe, and what a record says of them; arguments as of `convert`."""
+    data_config = resolve_input_data_config(model)
+    if not isinstance(calibration, (str, Path)):
+        if image_column:
+            raise SFormerError(f'image_column={image_column!r} is of a named data set, and batches were given.')
+        return _checked(calibration, data_config['input_size']), {}
+    images = open_images(
+        str(calibration), split, data_config=data_config, num_images=num_images, seed=seed, image_column=image_column)
+    if images.passed_over:
+        more = ' ...' if len(images.passed_over) > 3 else ''
+        _logger.warning(f'{images.name}: {len(images.passed_over)} files or folders are no images and were passed over '
+                        f'({", ".join(images.passed_over[:3])}{more})')
+    batches = (batch for batch, _ in progress(images.batches(batch_size), description, images.num_images))
+    return batches, dict(name=images.name, split=images.split, seed=seed, fingerprint=images.fingerprint)
+
+
+def _checked(batches: Iterable[Any], input_size: Tuple[int, int, int]) -> Iterable[torch.Tensor]:
+    for batch in batches:
+        images = batch[0] if isinstance(batch, (tuple, list)) else batch
+        if not isinstance(images, torch.Tensor) or images.ndim != 4 or images.shape[1] != input_size[0]:
+            shape = tuple(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
+            expected = ', '.join(map(str, input_size))
+            raise SFormerError(f'calibration batches must be tensors (B, {expected}), got {shape}.')
+        if len(images):
+            yield images

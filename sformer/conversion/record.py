@@ -1,0 +1,116 @@
+"""The record of a conversion: how a model came about, as it is saved beside its weights."""
+import contextlib
+import dataclasses
+import sys
+from importlib import metadata
+from typing import Any, Dict, Optional, Union, get_args, get_origin
+
+from ..errors import SFormerError
+from ..neurons import FitConfig
+
+__all__ = ['Conversion', 'CalibrationRecord', 'RECORD_VERSION', 'library_versions']
+
+RECORD_VERSION = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationRecord:
+    """Images that thresholds were fitted on.
+
+    Args:
+        name: Name of the data set; None where the caller gave batches.
+        split: Split of it.
+        seed: Seed of the choice or the generation of images.
+        fingerprint: Hash of what identifies the images.
+        num_images: How many there were.
+        local_copy: Whether a copy of the data set of this name was read.
+    """
+    name: Optional[str] = None
+    split: Optional[str] = None
+    seed: Optional[int] = None
+    fingerprint: Optional[str] = None
+    num_images: int = 0
+    local_copy: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """Record of a conversion. How the neurons fire is not in here: the neurons say so, and `model_args` of a config.
+
+    Args:
+        source: timm architecture of the source.
+        source_tag: Tag of its pretrained weights.
+        source_sha256: State hash of the source.
+        source_weights: Where its published weights are from: `org/name@commit` or a URL; None for other weights.
+        global_pool: Pooling that the head was fitted to.
+        fit: How thresholds were fitted.
+        calibration: Images that they were fitted on.
+        versions: Versions of libraries.
+        command: Command line that converted, if one did.
+        changed: Whether the weights are not those of the source any more.
+        distillation: How they were trained to follow it, in words; None if they were not.
+        weights_sha256: SHA-256 of the file of weights.
+        zoo_entry: Line of a table of conversions that this one is of, as `scripts/publish_zoo.py` has one.
+    """
+    source: str
+    source_tag: Optional[str] = None
+    source_sha256: Optional[str] = None
+    source_weights: Optional[str] = None
+    global_pool: Optional[str] = None
+    fit: FitConfig = FitConfig()
+    calibration: CalibrationRecord = CalibrationRecord()
+    versions: Dict[str, str] = dataclasses.field(default_factory=dict)
+    command: Optional[str] = None
+    changed: bool = False
+    distillation: Optional[str] = None
+    weights_sha256: Optional[str] = None
+    zoo_entry: Optional[str] = None
+
+    def to_dict(self) -> Dict[str, Any]:
+        """The record as JSON data, with its version."""
+        return dict(version=RECORD_VERSION, **dataclasses.asdict(self))
+
+    @classmethod
+    def from_dict(cls, data: Dict[str, Any]) -> 'Conversion':
+        """The inverse of `to_dict`.
+
+        Raises:
+            SFormerError: If it is of another version, or not as it was written; names the field.
+        """
+        values = dict(data)
+        version = values.pop('version', 1)
+        if version != RECORD_VERSION:
+            raise SFormerError(f'the record of the conversion has version {version!r}, this sformer reads '
+                               f'{RECORD_VERSION}: convert the source again.')
+        try:
+            fit = FitConfig(**values.pop('fit', {}))
+            calibration = CalibrationRecord(**values.pop('calibration', {}))
+            record = cls(fit=fit, calibration=calibration, **values)
+        except (TypeError, ValueError) as e:
+            raise SFormerError(f'the record of the conversion is not as sformer wrote it: {e}') from None
+        for owner in (record, calibration):
+            for field in dataclasses.fields(owner):
+                value = getattr(owner, field.name)
+                if not _is_of(value, field.type):
+                    raise SFormerError(f'the record of the conversion is not as sformer wrote it: {field.name} is '
+                                       f'{value!r}.')
+        return record
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a value is of the type that a field is annotated with; a bool is no number."""
+    if get_origin(kind) is Union:
+        return any(_is_of(value, other) for other in get_args(kind))
+    if get_origin(kind) is dict:
+        return type(value) is dict and all(_is_of(v, get_args(kind)[1]) for v in value.values())
+    return type(value) is kind
+
+
+def library_versions() -> Dict[str, str]:
+    """Versions of what a result depends on."""
+    names = ('sformer', 'torch', 'timm', 'datasets', 'safetensors', 'huggingface_hub')
+    versions = {'python': '.'.join(map(str, sys.version_info[:3]))}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions

@@ -1,0 +1,255 @@
+"""Which neurons to take: how far an SFormer is from its source, and what it fires, over many configs.
+
+Nothing here reads labels. An SFormer is compared with its source on images that calibration did not see.
+"""
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple
+
+import torch
+import torch.nn as nn
+
+from ..errors import SFormerError
+from ..files import state_hash
+from ..layers import named_neurons
+from ..neurons import CODINGS, FitConfig, Neuron, ScaleAndFire, SFNConfig, count_spikes
+from .convert import all_tokens, calibration_batches, convert, source_inside
+
+__all__ = [
+    'Bench', 'Point', 'SWEPT_LEVELS', 'SILENCES', 'need_optuna', 'pareto_front', 'recommended', 'replaced', 'search',
+    'sweep',
+]
+
+SWEPT_LEVELS = (2, 4, 8, 16, 32, 63)
+SILENCES = (0.001, 0.003, 0.01, 0.03, 0.1)  # prices of activity that are tried without a search
+SILENCE_RANGE, SCALE_RANGE = (1e-4, 0.3), (0.5, 1.5)
+BATCH_SIZE = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """An SFormer beside its source.
+
+    Args:
+        config: How its neurons fire.
+        origin: What led to it: `sweep`, `closed form`, `search` or `lambda`.
+        error: Relative error of its logits (of all tokens, without a classifier).
+        agreement: Share of images on which it predicts what its source does, in [0, 1]; None without a classifier.
+        activity: Share of neurons that fire.
+        unary: Unary spikes per neuron.
+        binary: Binary spikes per neuron.
+    """
+    config: SFNConfig
+    origin: str
+    error: float
+    agreement: Optional[float]
+    activity: float
+    unary: float
+    binary: float
+
+
+class Bench:
+    """Converts one source with many configs, and compares each SFormer with it.
+
+    Args:
+        source: Network, or an SFormer that stands for its source.
+        calibration: Images that thresholds are fitted to, (B, C, H, W), normalised.
+        images: Other images, likewise, that SFormers are compared on.
+        fit: How thresholds are fitted.
+
+    Attributes:
+        seconds: What all measurements have taken.
+        forward_passes: Images that went through a network so far, in calibration and comparison.
+    """
+
+    def __init__(
+            self,
+            source: nn.Module,
+            calibration: torch.Tensor,
+            images: torch.Tensor,
+            fit: FitConfig = FitConfig(),
+    ):
+        self.source, self.calibration, self.images, self.fit = source_inside(source).eval(), calibration, images, fit
+        self.seconds, self.forward_passes = 0., 0
+        self.expected = self._outputs(self.source)
+
+    @classmethod
+    def open(
+            cls,
+            model: Any,
+            dataset: str,
+            split: Optional[str],
+            num_images: int,
+            num_calibration: int,
+            batch_size: int,
+            seed: int,
+    ) -> Tuple['Bench', Dict[str, Any]]:
+        """A bench for the source of an SFormer, with images of a data set by name, and what a record says of these."""
+        batches, used = calibration_batches(
+            model, dataset, split, num_images + num_calibration, batch_size, seed, 'Reading')
+        images = torch.cat([*batches])
+        # the data may be sorted
+        images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))]
+        bench = cls(model, images[:num_calibration], images[num_calibration:],
+                    model.conversion.fit if model.conversion else FitConfig())
+        return bench, dict(used, num_images=len(bench.images), num_calibration=num_calibration)
+
+    @torch.inference_mode()
+    def _outputs(self, network: Any) -> torch.Tensor:
+        parameter = next(network.parameters())
+        self.forward_passes += len(self.images)
+        return torch.cat([
+            (network(batch) if network.num_classes else all_tokens(network, batch)).float().cpu()
+            for batch in self.images.to(parameter.device, parameter.dtype).split(BATCH_SIZE)])
+
+    def measure(self, config: SFNConfig, origin: str) -> Point:
+        """The SFormer of a config, beside its source."""
+        start, before = time.perf_counter(), self.forward_passes
+        model = convert(self.source, [self.calibration], config, self.fit)
+        spikes, neurons = dict.fromkeys(CODINGS, 0), 0
+
+        def count(neuron: Neuron, args: Any) -> None:
+            nonlocal neurons
+            neurons += args[0].numel()
+            for coding, number in count_spikes(neuron.encode(args[0]).levels).items():
+                spikes[coding] += number
+
+        for _, neuron in named_neurons(model):
+            if isinstance(neuron, ScaleAndFire):
+                neuron.register_forward_pre_hook(count)
+        out = self._outputs(model)
+        error = ((out - self.expected).norm() / self.expected.norm()).item()
+        agreement = (out.argmax(-1) == self.expected.argmax(-1)).float().mean().item() if out.ndim == 2 else None
+        self.forward_passes = before + len(self.images) + len(self.calibration)
+        self.seconds += time.perf_counter() - start
+        return Point(config, origin, error, agreement, *(
+            spikes[coding] / neurons for coding in ('graded', 'unary', 'binary')))
+
+
+def sweep(bench: Bench, base: SFNConfig, levels: Sequence[int] = SWEPT_LEVELS) -> Iterable[Point]:
+    """SFormers with other numbers of levels N, as they are measured.
+
+    Raises:
+        SFormerError: If a fire function of the config has not that many.
+    """
+    configs = [replaced(base, levels=n) for n in levels]  # before any work
+    return (bench.measure(config, 'sweep') for config in configs)
+
+
+def replaced(config: SFNConfig, **values: Any) -> SFNConfig:
+    try:
+        return dataclasses.replace(config, **values)
+    except ValueError as e:
+        raise SFormerError(str(e)) from None
+
+
+def pareto_front(points: Sequence[Point], spikes: str = 'activity') -> List[Point]:
+    """Points that no other one beats in both error and spikes, fewest spikes first."""
+    front: List[Point] = []
+    for point in sorted(points, key=lambda p: (getattr(p, spikes), p.error)):
+        if not front or point.error < front[-1].error:
+            front.append(point)
+    return front
+
+
+def recommended(points: Sequence[Point], max_error: float, spikes: str = 'activity') -> Point:
+    """The point with the fewest spikes among those within an error; the one with the least error if there is none."""
+    within = [point for point in points if point.error <= max_error]
+    if within:
+        return min(within, key=lambda p: (getattr(p, spikes), p.error))
+    return min(points, key=lambda p: p.error)
+
+
+def search(
+        bench: Bench,
+        base: SFNConfig,
+        budget: int,
+        storage: Optional[Path] = None,
+        spikes: str = 'activity',
+        seed: int = 0,
+        report: Callable[[Point], None] = lambda point: None,
+) -> List[Point]:
+    """Price of activity, levels and scaling factor by Bayesian optimisation of two objectives, error and spikes
+    (multi-objective tree-structured Parzen estimator of Optuna, arXiv 1907.10902).
+
+    Its first trials are what needs no search, the base config with the prices of `SILENCES`. A fifth of the budget goes
+    to what the paper (arXiv 2510.23383) does: the scaling factor lambda by Bayesian optimisation of the error alone.
+
+    Args:
+        bench: What measures.
+        base: Config that the others are variations of.
+        budget: Trials in all, those that `storage` has already among them.
+        storage: Journal of trials, which continues where it ended; None for none.
+        spikes: What is to be few: `activity`, `unary` or `binary`.
+        seed: Seed of the proposals.
+        report: Called with each new point.
+
+    Returns:
+        Points in the order in which they were measured, the earlier ones of the journal among them.
+
+    Raises:
+        SFormerError: If the journal is of another search, or Optuna is missing.
+    """
+    propose: Dict[str, Callable[[Any], Dict[str, Any]]] = {
+        'search': lambda trial: dict(
+            silence=trial.suggest_float('silence', *SILENCE_RANGE, log=True),
+            levels=trial.suggest_int('levels', 2, max(SWEPT_LEVELS), log=True),
+            scale=trial.suggest_float('scale', *SCALE_RANGE)),
+        'lambda': lambda trial: dict(silence=0., scale=trial.suggest_float('scale', *SCALE_RANGE))}
+    points: List[Point] = []
+    for name, count, objectives in (
+            ('search', budget - budget // 5, ('error', spikes)), ('lambda', budget // 5, ('error',))):
+        study, done = _study(name, objectives, count, seed, storage, dict(
+            base=dataclasses.asdict(base), objectives=list(objectives), images=state_hash(
+                dict(images=bench.images, calibration=bench.calibration, expected=bench.expected))))
+        points.extend(done)
+        for silence in SILENCES if name == 'search' else ():
+            study.enqueue_trial(dict(silence=silence, levels=base.levels, scale=base.scale),
+                                dict(origin='closed form'), skip_if_exists=True)
+
+        def objective(trial: Any, name: str = name, objectives: Tuple[str, ...] = objectives) -> List[float]:
+            point = bench.measure(replaced(base, **propose[name](trial)), trial.user_attrs.get('origin', name))
+            trial.set_user_attr('point', dataclasses.asdict(point))
+            points.append(point)
+            report(point)
+            return [getattr(point, key) for key in objectives]
+
+        study.optimize(objective, n_trials=max(0, count - len(done)))
+    return points
+
+
+def need_optuna() -> Any:
+    """Optuna.
+
+    Raises:
+        SFormerError: If it is not installed.
+    """
+    try:
+        import optuna
+    except ImportError:
+        raise SFormerError("optuna is missing: pip install 'sformer[search]'.") from None
+    return optuna
+
+
+def _study(
+        name: str,
+        objectives: Sequence[str],
+        count: int,
+        seed: int,
+        storage: Optional[Path],
+        identity: Dict[str, Any],
+) -> Tuple[Any, List[Point]]:
+    """A study, which continues one of this identity, and the points that it has."""
+    optuna = need_optuna()
+    from optuna.storages.journal import JournalFileBackend
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(
+        storage=None if storage is None else optuna.storages.JournalStorage(JournalFileBackend(str(storage))),
+        study_name=name, load_if_exists=True, directions=['minimize'] * len(objectives),
+        sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=min(10, count // 2)))
+    if study.user_attrs.get('identity', identity) != identity:
+        raise SFormerError(f'{storage} has trials of another search: choose another file, or remove it.')
+    study.set_user_attr('identity', identity)
+    points = [trial.user_attrs['point'] for trial in study.trials if trial.state.name == 'COMPLETE']
+    return study, [Point(**{**point, 'config': SFNConfig(**point['config'])}) for point in points]

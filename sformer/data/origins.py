@@ -1,0 +1,241 @@
+"""Where images come from.
+
+An origin of images by index has
+
+* `kind`: what it is, for fingerprints;
+* `class_names` by label, or None; `labelled`, whether its images have labels; `columns`, or None;
+* `num_images`, `read(index)`, which returns an image, its label or None and its key or None, and `describe(index)`,
+  which names the image in errors;
+* `identity(indices)`: what to hash.
+
+`TableStream` is read in order instead, shard by shard.
+"""
+import io
+import itertools
+import os
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+
+import numpy as np
+from PIL import Image
+
+from ..files import content_problem
+from .columns import Columns
+from .generator import dead_leaves_image
+from .shards import check_archive
+
+__all__ = ['DeadLeaves', 'Digits', 'Files', 'Table', 'TableStream']
+
+Row = Tuple[Image.Image, Optional[int], Optional[str]]  # image, label, key
+
+
+class DeadLeaves:
+    kind = 'dead-leaves'
+    class_names = columns = None
+    labelled = False
+
+    def __init__(self, num_images: int, size: Tuple[int, int, int], seed: int):
+        self.num_images, self.size, self.seed = num_images, size, seed
+
+    def read(self, index: int) -> Row:
+        image = dead_leaves_image(index, self.size, self.seed)
+        return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image), None, None
+
+    def describe(self, index: int) -> str:
+        return f'image {index}'
+
+    def identity(self, indices: Sequence[int]) -> Any:
+        # The first pixels stand for the version of the generator.
+        return self.size, self.seed, dead_leaves_image(0, (3, 16, 16), 0).tobytes()
+
+
+class Digits:
+    """The digits of scikit-learn: 8x8, levels 0 to 16."""
+    kind = 'digits'
+    columns = None
+    labelled = True
+
+    def __init__(self, split: str):
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+        digits = load_digits()
+        parts = train_test_split(np.arange(len(digits.target)), test_size=540, stratify=digits.target, random_state=0)
+        indices = parts[('train', 'test').index(split)]
+        self.images = np.round(digits.images[indices] * 255 / 16).astype(np.uint8)
+        self.labels = digits.target[indices]
+        self.class_names = [str(name) for name in digits.target_names]
+        self.num_images = len(self.labels)
+
+    def read(self, index: int) -> Row:
+        return Image.fromarray(self.images[index]), int(self.labels[index]), None
+
+    def describe(self, index: int) -> str:
+        return f'image {index}'
+
+    def identity(self, indices: Sequence[int]) -> Any:
+        return self.images.tobytes(), self.labels.tolist()
+
+
+class Files:
+    """Image files below a folder.
+
+    Args:
+        folder: The folder.
+        paths: Relative to it.
+        labels: One per path, or None.
+        class_names: By label, or None.
+    """
+    kind = 'files'
+    columns = None
+
+    def __init__(self, folder: Path, paths: List[str], labels: Optional[List[int]], class_names: Optional[List[str]]):
+        self.folder, self.paths, self.labels, self.class_names = folder, paths, labels, class_names
+        self.labelled = labels is not None
+        self.num_images = len(paths)
+
+    def read(self, index: int) -> Row:
+        with open(self.folder / self.paths[index], 'rb') as f:
+            _check_content(f.read(64))
+            f.seek(0)
+            image = Image.open(f)
+            image.load()
+        return image, self.labels[index] if self.labels is not None else None, self.paths[index]
+
+    def describe(self, index: int) -> str:
+        return f"image {index} ('{self.paths[index]}')"
+
+    def identity(self, indices: Sequence[int]) -> Any:
+        paths = [self.paths[i] for i in indices]
+        return [(Path(path).as_posix(), _size(self.folder / path)) for path in paths], self.class_names
+
+
+class Table:
+    """Rows of a `datasets.Dataset`, memory-mapped.
+
+    Args:
+        table: The rows.
+        columns: Which of its columns to use.
+        origin: What identifies the rows.
+    """
+    kind = 'table'
+
+    def __init__(self, table, columns: Columns, origin: Any):
+        self.table, self.columns, self.origin = _select(table, columns), columns, origin
+        self.class_names, self.labelled = columns.class_names, columns.label is not None
+        self.num_images = len(table)
+
+    def read(self, index: int) -> Row:
+        return _read_row(self.table[index], self.columns)
+
+    def describe(self, index: int) -> str:
+        return f'image {index}'
+
+    def identity(self, indices: Optional[Sequence[int]]) -> Any:
+        return self.origin, self.columns.image, self.columns.label
+
+
+class TableStream:
+    """Rows of a `datasets.IterableDataset`, in shards.
+
+    Args:
+        table: The rows.
+        columns: Which of its columns to use.
+        origin: What identifies the rows.
+        num_images: Number of rows, None where only the end will tell.
+        files: Their files, if they are local; archives are checked to have been read to their ends.
+    """
+    kind = Table.kind  # of the same local files, the fingerprint is that of the same images in memory
+
+    def __init__(self, table, columns: Columns, origin: Any, num_images: Optional[int], files: Sequence[Path] = ()):
+        self.table, self.columns, self.origin = _select(table, columns), columns, origin
+        self.class_names, self.labelled = columns.class_names, columns.label is not None
+        self.num_images = num_images
+        self.num_shards = table.num_shards
+        self.limit: Optional[int] = None
+        self.files = files
+
+    def take(self, limit: int) -> None:
+        """Deliver the first `limit` rows only. They are not those of the shards: it becomes one."""
+        self.limit, self.num_shards = limit, 1
+
+    def shard(self, index: int) -> Iterator[Dict[str, Any]]:
+        """The rows of a shard, not decoded.
+
+        Raises:
+            SFormerError: Its archive is damaged.
+        """
+        table = self.table if self.limit is not None else self.table.shard(self.num_shards, index)
+        # By `iter(batch_size)`, because `__iter__` divides the shards once more among the workers of a `DataLoader`,
+        # and stops those that get none.
+        batches = table.iter(batch_size=16)
+        rows = (dict(zip(b, values, strict=True)) for b in batches for values in zip(*b.values(), strict=True))
+        yield from itertools.islice(rows, self.limit)
+        file = self._file(index)
+        if self.limit is None and file is not None and file.suffix == '.tar':
+            check_archive(file)
+
+    def _file(self, index: int) -> Optional[Path]:
+        return self.files[index] if len(self.files) == self.num_shards else None
+
+    def read(self, row: Dict[str, Any]) -> Row:
+        return _read_row(row, self.columns)
+
+    def describe_shard(self, index: int) -> str:
+        file = self._file(index)
+        return f'shard {index}' + (f' ({file})' if file else '')
+
+    def identity(self, indices: Optional[Sequence[int]]) -> Any:
+        return self.origin, self.columns.image, self.columns.label
+
+
+def _select(table, columns: Columns):
+    """The columns in use, with images as they are encoded: they are decoded here, so that a damaged one can be named.
+    """
+    import datasets
+    feature = table.features[columns.image]
+    table = table.select_columns(columns.names)
+    return table.cast_column(columns.image, datasets.Image(decode=False)) if isinstance(
+        feature, datasets.Image) else table
+
+
+def _read_row(row: Dict[str, Any], columns: Columns) -> Row:
+    value = row[columns.image]
+    key = value.get('path') if isinstance(value, dict) else None
+    if key is None and columns.key:
+        key = str(row[columns.key])
+    return _decode(value), row[columns.label] if columns.label else None, key
+
+
+def _decode(value: Any) -> Image.Image:
+    """Open what an image column holds: encoded bytes, {'bytes', 'path'}, or rows of pixel values 0 to 255."""
+    if isinstance(value, dict):
+        value = value.get('bytes') or value.get('path')
+    if isinstance(value, bytes):
+        _check_content(value)
+        return Image.open(io.BytesIO(value))
+    if isinstance(value, str):
+        return Image.open(value)
+    if value is None:
+        raise ValueError('it is empty')
+    pixels = np.asarray(value)
+    if pixels.ndim == 3 and pixels.shape[0] in (1, 3) and pixels.shape[2] not in (1, 3):
+        pixels = pixels.transpose(1, 2, 0)
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[..., 0]
+    if pixels.dtype.kind not in 'iu' or pixels.ndim not in (2, 3) or pixels.min() < 0 or pixels.max() > 255:
+        raise ValueError(f'neither encoded bytes nor pixels 0 to 255 ({type(value).__name__} of {pixels.dtype})')
+    return Image.fromarray(np.ascontiguousarray(pixels.astype(np.uint8)))
+
+
+def _check_content(start: bytes) -> None:
+    problem = content_problem(start)
+    if problem:
+        raise ValueError(f'it is {problem}')
+
+
+def _size(path: Path) -> Optional[int]:
+    """Size in bytes; None where the file cannot be reached, which is an error when it is read."""
+    try:
+        return os.path.getsize(path)
+    except OSError:
+        return None

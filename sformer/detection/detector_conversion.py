@@ -1,0 +1,115 @@
+"""Conversion of a whole detector: backbone, pyramid, proposals and heads."""
+import itertools
+import random
+from typing import Any, Iterator, List, Optional, Union
+
+import torch
+import torch.nn as nn
+
+from ..conversion import calibrate_, check_source_inside
+from ..conversion.record import CalibrationRecord, Conversion, library_versions
+from ..conversion.sources import check_weights
+from ..data.batches import progress
+from ..data.generator import dead_leaves
+from ..errors import SFormerError, enough_memory
+from ..files import state_hash
+from ..layers import revert_, spiking_
+from ..models import set_pixel_range_
+from ..neurons import FitConfig, SFNConfig
+from .coco import CocoData
+
+__all__ = ['convert_detector', 'image_batches', 'spiking_detector_']
+
+OBSERVED_BATCH = 8  # images of one size, so that none is padded to another's
+
+
+def spiking_detector_(detector: nn.Module, sfn: SFNConfig = SFNConfig()) -> nn.Module:
+    """Turn a detector into an uncalibrated SFormer, in place.
+
+    Raises:
+        UnsupportedLayerError: If a layer has no spiking counterpart; names it, and the detector is unchanged.
+    """
+    model: Any = spiking_(detector, sfn)
+    set_pixel_range_(model, model.config.mean, model.config.std)
+    model.sfn = sfn
+    return model
+
+
+def convert_detector(
+        detector: nn.Module,
+        calibration: Union[CocoData, str] = 'dead-leaves',
+        config: SFNConfig = SFNConfig(),
+        fit: FitConfig = FitConfig(),
+        *,
+        num_images: int = 64,
+        seed: int = 0,
+        name: Optional[str] = None,
+        split: Optional[str] = None,
+        command: Optional[str] = None,
+) -> nn.Module:
+    """Convert a trained detector into a calibrated single-timestep SFormer, in place and without training.
+
+    Args:
+        detector: As of `create_detector`, trained; an SFormer stands for its own source, unless its weights compensate
+            for its neurons.
+        calibration: Images, whose annotations are not read, or `dead-leaves` for generated ones.
+        config: How neurons fire.
+        fit: How their thresholds are fitted.
+        num_images: Number of calibration images.
+        seed: Seed of their choice or generation.
+        name: Name of the data set, for the record.
+        split: Split of it, for the record.
+        command: Command line to record.
+
+    Returns:
+        The detector in eval mode; `detector.conversion` records how it came about.
+
+    Raises:
+        SFormerError: If the weights of the detector or the images are not usable, or neurons have a price of activity.
+        UnsupportedLayerError: If a layer has no spiking counterpart; the detector is unchanged then.
+    """
+    if config.silence:
+        raise SFormerError('a detector has no price of activity (silence) yet: it needs gradients of one output.')
+    check_source_inside(detector)
+    model: Any = revert_(detector)
+    check_weights(model, 'the detector')
+    batches = image_batches(model, calibration, num_images, seed)
+    source_sha256 = state_hash(model.state_dict())
+    spiking_detector_(model.eval(), config)
+    try:
+        with enough_memory(f'the source is observed on {OBSERVED_BATCH} images at a time.'):
+            calibrate_(model, progress(batches, 'Calibrating', len(batches)), fit)
+    except BaseException:
+        revert_(model)
+        raise
+    record = CalibrationRecord(
+        name or 'dead-leaves', split, seed, getattr(calibration, 'fingerprint', None),
+        num_images=sum(map(len, batches)))
+    model.conversion = Conversion(
+        source=model.config.backbone, source_sha256=source_sha256, changed=fit.compensate, fit=fit, calibration=record,
+        versions=library_versions(), command=command)
+    return model
+
+
+def image_batches(
+        detector: nn.Module,
+        images: Union[CocoData, str] = 'dead-leaves',
+        num_images: int = 64,
+        seed: int = 0,
+) -> List[List[torch.Tensor]]:
+    """Images as detectors read them, in batches of one size; arguments as of `convert_detector`."""
+    found = _generated(detector, num_images, seed) if isinstance(images, str) else _drawn(images, num_images, seed)
+    groups = [list(group) for _, group in itertools.groupby(found, key=lambda image: image.shape)]
+    return [group[i:i + OBSERVED_BATCH] for group in groups for i in range(0, len(group), OBSERVED_BATCH)]
+
+
+def _drawn(data: CocoData, num_images: int, seed: int) -> Iterator[torch.Tensor]:
+    """Random images, those of one size after one another."""
+    ids = random.Random(seed).sample(sorted(data.images), min(num_images, len(data)))
+    for id in sorted(ids, key=lambda id: (data.images[id]['height'], data.images[id]['width'])):
+        yield data.image(id)
+
+
+def _generated(detector: Any, num_images: int, seed: int) -> Iterator[torch.Tensor]:
+    for image in dead_leaves(num_images, (3, *detector.config.image_size), seed):
+        yield torch.from_numpy(image).permute(2, 0, 1).float() / 255

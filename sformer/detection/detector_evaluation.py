@@ -1,0 +1,225 @@
+"""COCO metrics of detectors, on one process or many.
+
+Images go through one at a time, so what is detected in one does not depend on the others, nor on how many processes
+share the work; the metrics are those of pycocotools.
+"""
+import contextlib
+import dataclasses
+import io
+import math
+import sys
+import time
+from typing import Any, Dict, List, Optional, Sequence, Union
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+from ..conversion.record import library_versions
+from ..data.batches import progress
+from ..errors import SFormerError, UncalibratedError
+from ..evaluation import Journal
+from ..evaluation.distributed import Group
+from ..files import state_hash
+from ..layers import is_calibrated, named_neurons, source_view, uncalibrated
+from .coco import CocoData, mask_tools, rle
+
+__all__ = ['check_calibrated', 'check_evaluable', 'coco_metrics', 'detect', 'evaluate_detector']
+
+Detections = List[Dict[str, Any]]
+
+
+@torch.inference_mode()
+def detect(detector: nn.Module, image: torch.Tensor) -> Dict[str, torch.Tensor]:
+    """What a detector finds in an image (3, H, W) in [0, 1], as torchvision has it: `boxes` (N, 4), `labels`, `scores`
+    (N) and `masks` (N, 1, H, W) in [0, 1] if it segments."""
+    found = detector.eval()([image.to(next(detector.parameters()).device)])[0]
+    return {key: value.cpu() for key, value in found.items()}
+
+
+def evaluate_detector(
+        detector: nn.Module,
+        data: CocoData,
+        *,
+        source: Union[bool, nn.Module] = True,
+        num_images: Optional[int] = None,
+        group: Optional[Group] = None,
+        journal: Optional[Journal] = None,
+) -> Dict[str, Any]:
+    """Evaluate a detector and, of an SFormer, its source alongside.
+
+    Args:
+        detector: As of `load_detector`.
+        data: Images with annotations.
+        source: Whether the source is evaluated; or another detector in its place.
+        num_images: The first so many images by their ids; all if None.
+        group: Processes of this run; this one alone if None.
+        journal: Where to record what was detected, for a run that goes on where this one ended.
+
+    Returns:
+        Figures in percent as of `coco_metrics`, for `boxes` and, of a detector that segments, `masks`; those of the
+        source as `source_boxes` and `source_masks`; seconds, and what was evaluated on what.
+
+    Raises:
+        UncalibratedError: If an SFormer has default thresholds.
+        SFormerError: If the categories of the data are not those of the detector.
+    """
+    model: Any = detector
+    group = group or Group()
+    check_evaluable(model, data)
+    networks = {'': model.to(group.device).eval()}
+    if isinstance(source, nn.Module):
+        networks['source_'] = source.to(group.device).eval()
+    elif source and any(True for _ in named_neurons(model)):
+        networks['source_'] = source_view(model).eval()
+    ids = list(data.images)[:num_images]
+    key: Dict[str, Any] = dict(
+        models=[state_hash(model.state_dict())], sources=[*networks], dataset=data.fingerprint, num_images=len(ids),
+        config=repr(dataclasses.asdict(model.config)), device=group.device.type,
+        **{name: library_versions().get(name) for name in ('sformer', 'torch', 'timm')})
+    if isinstance(source, nn.Module):
+        key['source'] = state_hash(source.state_dict())
+    group.begin()
+    records = _detect_all(networks, data, ids, key, group, journal)
+    result: Dict[str, Any] = dict(
+        dataset_fingerprint=data.fingerprint, num_images=len(ids), weights_sha256=key['models'][0],
+        param_count=round(sum(p.numel() for p in model.parameters()) / 1e6, 4), device=group.device.type,
+        world_size=group.world_size, versions=library_versions(), problems=data.problems)
+    kinds = ('boxes', 'masks') if model.config.masks else ('boxes',)
+    for prefix in networks:
+        found = [dict(detection, image_id=ids[r['chunk'][0]]) for r in records for detection in r['found'][prefix]]
+        for kind in kinds:
+            result[f'{prefix}{kind}'] = coco_metrics(data, found, ids, kind, max(100, model.config.max_detections))
+        result[f'{prefix}seconds'] = round(sum(r['seconds'][prefix] for r in records), 3)
+    return result
+
+
+def check_calibrated(detector: nn.Module) -> None:
+    """Raise UncalibratedError if a detector has neurons whose thresholds were never fitted."""
+    if any(True for _ in named_neurons(detector)) and not is_calibrated(detector):
+        raise UncalibratedError(f'{uncalibrated(detector)}; convert it with convert_detector().')
+
+
+def check_evaluable(detector: nn.Module, data: CocoData) -> None:
+    """Raise what `evaluate_detector` raises of a detector that cannot be evaluated on these images."""
+    model: Any = detector
+    check_calibrated(model)
+    if data.categories != model.config.categories:
+        raise SFormerError(f'{data.file} has other categories ({", ".join(data.categories.values())}) than the '
+                           f'detector ({", ".join(model.config.categories.values())}).')
+
+
+def _detect_all(
+        networks: Dict[str, nn.Module],
+        data: CocoData,
+        ids: List[int],
+        key: Dict[str, Any],
+        group: Group,
+        journal: Optional[Journal],
+) -> List[Dict[str, Any]]:
+    """Records of all images by their index, from all processes; whoever is free takes the next image."""
+    done = journal.open(key, group) if journal is not None else []
+    if done and group.is_main:
+        print(f'resuming after {len(done)} of {len(ids)} images', file=sys.stderr)
+    left = sorted(set(range(len(ids))) - {record['chunk'][0] for record in done})
+    records = []
+    categories = sorted(data.categories)
+    with contextlib.closing(journal) if journal is not None else contextlib.nullcontext():
+        for i in progress(_taken(group, left), 'Evaluating', math.ceil(len(left) / group.world_size)):
+            group.tick()
+            image = data.image(ids[i])
+            record: Dict[str, Any] = dict(chunk=[i, 0], found={}, seconds={})
+            for prefix, network in networks.items():
+                start = time.perf_counter()
+                found = detect(network, image)
+                record['seconds'][prefix] = time.perf_counter() - start
+                record['found'][prefix] = _as_coco(found, categories)
+            if journal is not None:
+                journal.add(record)
+            records.append(record)
+        shared = group.gather(records, 'detections')
+    records = sorted([*done, *(r for part in shared for r in part)], key=lambda r: r['chunk'])
+    if [record['chunk'][0] for record in records] != list(range(len(ids))):
+        raise SFormerError(f'{data.file}: {len(records)} images were counted, not {len(ids)}.')
+    return records
+
+
+def _taken(group: Group, left: List[int]) -> Any:
+    while (position := group.add('image', 1) - 1) < len(left):
+        yield left[position]
+    group.rest()
+
+
+def _as_coco(found: Dict[str, torch.Tensor], categories: Sequence[int]) -> Detections:
+    """Detections as COCO's results have them, as plain data."""
+    boxes = found['boxes'].clone()
+    boxes[:, 2:] -= boxes[:, :2]
+    detections = [
+        dict(category_id=categories[label - 1], bbox=box, score=score) for box, label, score in zip(
+            boxes.tolist(), found['labels'].tolist(), found['scores'].tolist(), strict=True)]
+    if 'masks' in found:
+        for detection, mask in zip(detections, found['masks'][:, 0] > 0.5, strict=True):
+            code = mask_tools().encode(np.asfortranarray(mask.numpy().astype(np.uint8)))
+            detection['segmentation'] = dict(size=[*code['size']], counts=code['counts'].decode('ascii'))
+    return detections
+
+
+def coco_metrics(
+        data: CocoData,
+        detections: Detections,
+        ids: Sequence[int],
+        kind: str = 'boxes',
+        max_detections: int = 100,
+) -> Dict[str, Any]:
+    """COCO's average precision by pycocotools, in percent.
+
+    Args:
+        data: Images with annotations.
+        detections: As COCO's results have them.
+        ids: Images that were evaluated.
+        kind: `boxes` or `masks`.
+        max_detections: Detections per image that count; COCO's figures count 100.
+
+    Returns:
+        `mAP` (mean over IoU of 0.50 to 0.95), `mAP50`, `mAP75`, and the same by category in `per_class`; None where
+        there is no object.
+    """
+    mask_tools()
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints as it goes
+        truth = COCO()
+        truth.dataset = _truth(data, ids)
+        truth.createIndex()
+        found = truth.loadRes(detections) if detections else COCO()
+        evaluation = COCOeval(truth, found, 'bbox' if kind == 'boxes' else 'segm')
+        evaluation.params.imgIds = sorted(ids)
+        evaluation.params.catIds = sorted(data.categories)
+        evaluation.params.maxDets = [max_detections]
+        evaluation.evaluate()
+        evaluation.accumulate()
+    precision = evaluation.eval['precision'][:, :, :, 0, 0]  # IoU, recall, category of all sizes
+
+    def figures(part: np.ndarray) -> Dict[str, Optional[float]]:
+        def mean(values: np.ndarray) -> Optional[float]:
+            counted = values[values > -1]
+            return round(100 * float(counted.mean()), 4) if counted.size else None
+        return dict(mAP=mean(part), mAP50=mean(part[0]), mAP75=mean(part[5]))
+
+    return dict(figures(precision), per_class={
+        data.categories[category]: figures(precision[:, :, i]) for i, category in enumerate(sorted(data.categories))})
+
+
+def _truth(data: CocoData, ids: Sequence[int]) -> Dict[str, Any]:
+    """What is annotated, as COCO has it, with what files of other origin leave out."""
+    annotations = []
+    for id in ids:
+        size = data.images[id]['height'], data.images[id]['width']
+        for annotation in data.annotations[id]:
+            width, height = annotation['bbox'][2:]
+            entry = dict(annotation, iscrowd=annotation.get('iscrowd', 0), area=annotation.get('area', width * height))
+            if data.masks:
+                entry['segmentation'] = rle(annotation['segmentation'], *size)
+            annotations.append(entry)
+    return dict(images=[data.images[id] for id in ids], annotations=annotations,
+                categories=[dict(id=id, name=name) for id, name in data.categories.items()])

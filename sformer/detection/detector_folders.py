@@ -1,0 +1,157 @@
+"""Detectors as folders: safetensors weights, and a config that says what they are of."""
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Dict, Optional, Tuple, Union
+
+import timm
+import torch.nn as nn
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from ..conversion.record import Conversion
+from ..data.preprocessing import check_preprocessing
+from ..errors import SFormerError, UncalibratedError, first_line
+from ..files import file_hash, read_safetensors, state_hash, write_aside
+from ..layers import is_calibrated, named_neurons, uncalibrated
+from ..neurons import SFNConfig
+from ..saving import check_output
+from ..saving.hub import locate
+from ..saving.model_config import CONFIG_NAME, DETECTOR_KEY, WEIGHTS_NAME, check_firing_config, check_weights_file
+from .detector_conversion import spiking_detector_
+from .detector_entrypoints import create_named, detector_name, is_detector_name
+from .detectors import DetectorConfig, build_detector
+
+__all__ = ['is_detector', 'load_detector', 'read_detector_config', 'save_detector']
+
+MAX_SIZE = 2 ** 14  # of an image in pixels, of layers in channels: what is beyond fills the memory first
+
+
+def save_detector(detector: nn.Module, directory: Union[str, Path], overwrite: bool = False) -> Path:
+    """Save a detector as `model.safetensors` and `config.json`: what it is built of, how its neurons fire if it has
+    any, and the record of its conversion. Both files are written aside and renamed.
+
+    Raises:
+        UncalibratedError: If it has neurons whose thresholds were never fitted.
+        SFormerError: If the folder holds a model, or cannot be written.
+    """
+    model: Any = detector
+    directory = Path(directory)
+    spiking = any(True for _ in named_neurons(detector))
+    if spiking and not is_calibrated(detector):
+        raise UncalibratedError(f'{uncalibrated(detector)}; convert it with convert_detector() before saving.')
+    check_output(directory, overwrite)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in detector.state_dict().items()}
+    config: Dict[str, Any] = {
+        'architecture': detector_name(model.config, spiking), DETECTOR_KEY: dataclasses.asdict(model.config)}
+    try:
+        with write_aside(directory) as aside:
+            save_file(state, aside / WEIGHTS_NAME, metadata={'format': 'pt'})
+            config['weights_sha256'] = file_hash(aside / WEIGHTS_NAME)
+            if spiking:
+                neurons = tuple(f'{name}.' for name, _ in named_neurons(detector))
+                weights = {name: tensor for name, tensor in state.items() if not name.startswith(neurons)}
+                record = dataclasses.replace(
+                    model.conversion, weights_sha256=config['weights_sha256'],
+                    changed=model.conversion.changed or model.conversion.source_sha256 != state_hash(weights))
+                config.update(sfn=dataclasses.asdict(model.sfn), sformer=record.to_dict())
+            (aside / CONFIG_NAME).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+    except (OSError, SafetensorError) as e:
+        raise SFormerError(f'{directory} cannot be written: {first_line(e)}. What was there is unchanged.') from e
+    return directory
+
+
+def is_detector(name: Union[str, Path]) -> bool:
+    """Whether a model is a detector rather than a classifier, by its folder or name as of `load_detector`.
+
+    Raises:
+        SFormerError: If it is on the Hub, and its config cannot be had.
+    """
+    if is_detector_name(str(name)):
+        return True
+    folder = locate(str(name), weights=False, read=lambda _: {})
+    try:
+        return DETECTOR_KEY in json.loads((folder / CONFIG_NAME).read_text(encoding='utf-8'))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def read_detector_config(folder: Path) -> Dict[str, Any]:
+    """Read and check the `config.json` of a detector.
+
+    Raises:
+        SFormerError: If there is none of a detector, or it is not as `save_detector` wrote it.
+    """
+    if not is_detector(folder):
+        raise SFormerError(f'{folder} holds no detector: there is no {CONFIG_NAME} of one.')
+    file = folder / CONFIG_NAME
+    data = json.loads(file.read_text(encoding='utf-8'))
+    config, sfn, _ = _parsed(data, file)
+    if sfn:
+        check_firing_config(data['sfn'], file)
+    for name in ('channels', 'hidden', 'max_detections'):
+        value = getattr(config, name)
+        if type(value) is not int or not 1 <= value <= MAX_SIZE:
+            raise SFormerError(f'{file}: {name} is {value!r}, not a whole number from 1 to {MAX_SIZE}.')
+    if not all(type(side) is int and side <= MAX_SIZE for side in config.image_size):
+        raise SFormerError(f'{file}: image_size is {config.image_size}, which is none of an image.')
+    if not all(isinstance(category, str) for category in config.categories.values()):
+        raise SFormerError(f'{file}: categories have names, not {[*config.categories.values()]}.')
+    if not (str(config.backbone).isidentifier() and timm.is_model(config.backbone)):
+        raise SFormerError(f'{file}: the backbone {config.backbone!r} is not the name of a timm architecture.')
+    try:
+        check_preprocessing(dict(mean=config.mean, std=config.std))
+    except SFormerError as e:
+        raise SFormerError(f'{file}: {e}') from None
+    return data
+
+
+def _parsed(data: Dict[str, Any], file: Path) -> Tuple[DetectorConfig, Optional[SFNConfig], Optional[Conversion]]:
+    """What a detector is built of, how its neurons fire, and the record of its conversion."""
+    try:
+        config = DetectorConfig(**data[DETECTOR_KEY])
+        if not isinstance(data['weights_sha256'], str):
+            raise TypeError('weights_sha256 is no text')
+        if 'sfn' not in data:
+            return config, None, None
+        return config, SFNConfig(**data['sfn']), Conversion.from_dict(data['sformer'])
+    except (SFormerError, KeyError, TypeError, ValueError, AttributeError) as e:
+        raise SFormerError(f'{file} is not as sformer wrote it: {first_line(e)}.') from e
+
+
+def load_detector(
+        path: Union[str, Path],
+        revision: Optional[str] = None,
+        cache_dir: Union[str, Path, None] = None,
+) -> nn.Module:
+    """Load a detector that `save_detector` wrote, in eval mode.
+
+    Args:
+        path: Folder, `local-dir:FOLDER`, `hf-hub:org/name` or `hf-hub:org/name@revision`, whose files are of one
+            commit; or the name of a detector without weights, `sformer_maskrcnn_vit_small_patch16_224`.
+        revision: Branch, tag or commit of a detector on the Hub.
+        cache_dir: Cache to use; the Hub client's own if None.
+
+    Returns:
+        The detector; of an SFormer, `conversion` is the record of its conversion and `sfn` says how its neurons fire.
+
+    Raises:
+        SFormerError: If there is none, its config is not as sformer wrote it, or its weights are damaged or not those
+            that the config records.
+    """
+    if is_detector_name(str(path)):
+        return create_named(str(path))
+    folder = locate(str(path), revision, cache_dir, read=read_detector_config)
+    data = read_detector_config(folder)
+    config, sfn, record = _parsed(data, folder / CONFIG_NAME)
+    check_weights_file(folder, data)
+    detector: Any = build_detector(config)
+    if sfn:
+        spiking_detector_(detector, sfn)
+        detector.conversion = record
+    try:
+        detector.load_state_dict(read_safetensors(folder / WEIGHTS_NAME))
+    except RuntimeError as e:
+        raise SFormerError(f'{folder / WEIGHTS_NAME} is not of the detector that {CONFIG_NAME} describes: '
+                           f'{" ".join(str(e).split())}') from e
+    return detector.eval()

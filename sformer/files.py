@@ -1,0 +1,238 @@
+"""Files: hashed, read, checked, locked, written aside before they take the place of others; PNGs that carry values."""
+import contextlib
+import errno
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Dict, Iterator, Optional
+
+import torch
+from filelock import FileLock
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from .errors import SFormerError, first_line
+
+__all__ = [
+    'state_hash', 'file_hash', 'is_safetensors', 'read_safetensors', 'check_content', 'content_problem', 'write_aside',
+    'write_json', 'restore', 'locked', 'png_bytes', 'png_values',
+]
+
+_LFS_POINTER = b'version https://git-lfs.github.com/spec/'
+_ASIDE = '.writing-'  # folders that `write_aside` writes to
+_CHUNK = 'sformer'  # text chunk of a PNG that holds its values
+
+
+def state_hash(state_dict: Dict[str, torch.Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of a state dict, independent of its order."""
+    digest = hashlib.sha256()
+
+    def add(name: str, value: Any) -> None:
+        if isinstance(value, (tuple, list)):  # weights of quantised layers are packed
+            for i, part in enumerate(value):
+                add(f'{name}.{i}', part)
+        elif isinstance(value, torch.Tensor):
+            tensor = (value.dequantize() if value.is_quantized else value).detach().cpu().contiguous()
+            digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}\n'.encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        else:
+            digest.update(f'{name} {value}\n'.encode())
+
+    for name in sorted(state_dict):
+        add(name, state_dict[name])
+    return digest.hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, 'rb') as f:
+        return hashlib.file_digest(f, 'sha256').hexdigest()
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file begins as safetensors do, whatever its name: the length of a JSON header, then the header."""
+    with open(path, 'rb') as f:
+        start = f.read(9)
+    return len(start) == 9 and int.from_bytes(start[:8], 'little') < path.stat().st_size and start[8:] == b'{'
+
+
+def read_safetensors(path: Path) -> Dict[str, torch.Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        SFormerError: If it is truncated or corrupted, or a Git-LFS pointer.
+    """
+    try:
+        check_content(path)
+        return load_file(path)
+    except (SafetensorError, ValueError, OSError) as e:
+        raise SFormerError(f'{path} is truncated or corrupted: {first_line(e)}.') from e
+
+
+def content_problem(start: bytes) -> Optional[str]:
+    """What is wrong with a file, by its first bytes; None if nothing is known to be."""
+    if not start:
+        return 'empty'
+    if start.startswith(_LFS_POINTER):
+        return 'a Git-LFS pointer, not the file itself: git lfs pull'
+    return None
+
+
+def check_content(path: Path) -> None:
+    with open(path, 'rb') as f:
+        start = f.read(len(_LFS_POINTER))
+    if start == _LFS_POINTER:  # an empty file is a truncated one
+        raise SFormerError(f'{path} is {content_problem(start)}')
+
+
+@contextlib.contextmanager
+def write_aside(directory: Path) -> Iterator[Path]:
+    """A temporary folder beside the files of `directory`, which replace them when the block ends without an error.
+
+    Whatever happens in the block or while they are replaced, the files that were there survive it, and folders that
+    were not there are gone again. A process that is killed leaves its temporary folder behind, for `restore` and until
+    the next call removes it.
+    """
+    directory = Path(directory)
+    created = [d for d in (directory, *directory.parents) if not d.exists()]
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(errno.ENOTDIR, 'is a file, not a folder', str(directory)) from None
+    if not os.access(directory, os.W_OK):
+        raise PermissionError(errno.EACCES, 'is read-only for you', str(directory))
+    try:
+        with _folder_lock(directory) as alone:
+            for leftover in directory.glob(f'{_ASIDE}*'):
+                with contextlib.suppress(OSError):
+                    if alone or time.time() - leftover.stat().st_mtime > 3600:
+                        shutil.rmtree(leftover)
+            with tempfile.TemporaryDirectory(dir=directory, prefix=_ASIDE) as name:
+                new, old = Path(name, 'new'), Path(name, 'old')
+                new.mkdir()
+                old.mkdir()
+                yield new
+                for path in new.iterdir():
+                    path.chmod(0o666 & ~_umask())  # safetensors writes files that only the owner can read
+                    with open(path, 'rb') as f:
+                        os.fsync(f.fileno())
+                _replace_all(new, old, directory)
+    except BaseException as e:
+        if isinstance(e, OSError) and e.errno == errno.ENOSPC and e.filename is None:  # of a write, which knows no name
+            e.filename = str(directory)
+        for d in created:
+            with contextlib.suppress(OSError):
+                d.rmdir()
+        raise
+
+
+def restore(path: Path, sha256: str) -> bool:
+    """Finish or undo what a process that was killed in `write_aside` began: if it left the file of this SHA-256 behind,
+    put that in its place.
+
+    Returns:
+        Whether the file is now the one of this SHA-256.
+    """
+    with _folder_lock(path.parent):  # whoever is writing just now may finish first
+        if path.is_file() and file_hash(path) == sha256:
+            return True
+        for leftover in path.parent.glob(f'{_ASIDE}*/*/{path.name}'):
+            with contextlib.suppress(OSError):
+                if file_hash(leftover) == sha256:
+                    os.replace(leftover, path)
+                    return True
+    return False
+
+
+@contextlib.contextmanager
+def _folder_lock(directory: Path) -> Iterator[bool]:
+    """Keep other processes from writing to a folder; False where the file system or the platform cannot.
+
+    The kernel holds the lock on the folder itself: it leaves no file, and ends with the process.
+    """
+    descriptor = None
+    try:
+        import fcntl
+        descriptor = os.open(directory, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        alone = True
+    except (ImportError, OSError):
+        alone = False
+    try:
+        yield alone
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _replace_all(new: Path, old: Path, directory: Path) -> None:
+    """Move all files of `new` to `directory`, or none of them; `old` holds on to what was there."""
+    begun = []
+    try:
+        for path in sorted(new.iterdir()):
+            target = directory / path.name
+            if target.exists():
+                os.link(target, old / path.name)
+            begun.append(path.name)
+            os.replace(path, target)
+    except BaseException:
+        for name in begun:
+            if (old / name).exists():
+                os.replace(old / name, directory / name)
+            else:
+                (directory / name).unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep other processes that ask for the same lock file from working at the same time, where the file system can."""
+    lock = FileLock(path, mode=0o666)
+    try:
+        lock.acquire()
+    except (OSError, NotImplementedError):
+        yield  # what is written is written aside and renamed, so it is whole at least
+        return
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON to `path`, aside first."""
+    path = Path(path)
+    with write_aside(path.parent) as aside:
+        (aside / path.name).write_text(json.dumps(data, indent=2) + '\n', encoding='utf-8')
+
+
+def png_bytes(image: Image.Image, values: Dict[str, Any]) -> bytes:
+    """An image as a PNG that carries values as JSON in a text chunk, and nothing that changes from one drawing to the
+    next."""
+    out, text = io.BytesIO(), PngInfo()
+    text.add_text(_CHUNK, json.dumps(values, sort_keys=True))
+    image.convert('RGB').save(out, 'PNG', pnginfo=text)
+    return out.getvalue()
+
+
+def png_values(path: Path) -> Optional[Dict[str, Any]]:
+    """Values that a PNG of `png_bytes` carries; None if it is no such file."""
+    try:
+        with Image.open(path, formats=['PNG']) as image:
+            values = json.loads(image.info[_CHUNK])
+    except (OSError, SyntaxError, KeyError, ValueError, TypeError, Image.DecompressionBombError):  # as PIL raises
+        return None
+    return values if isinstance(values, dict) else None

@@ -1,0 +1,168 @@
+"""SFormers as folders: safetensors weights and a timm config that records the conversion."""
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Dict, Optional, Tuple, Union
+
+import timm
+import torch
+import torch.nn as nn
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from timm.models._hub import save_config_for_hf
+
+from ..conversion.record import Conversion
+from ..conversion.sources import create_source
+from ..errors import SFormerError, UncalibratedError, first_line
+from ..files import file_hash, state_hash, write_aside
+from ..layers import SPIKING_LAYERS, SpikingLayer, is_calibrated, named_neurons, uncalibrated
+from ..models import SFormerMixin
+from .hub import locate, redact
+from .model_config import CONFIG_NAME, WEIGHTS_NAME, conversion_of, read_config
+
+__all__ = ['save_model', 'load_model', 'open_model', 'check_output']
+
+
+def save_model(model: nn.Module, directory: Union[str, Path], overwrite: bool = False) -> Path:
+    """Save an SFormer as `model.safetensors` and a timm `config.json` with one more root key, `sformer`.
+
+    Both files are written aside and renamed: until they are complete the old model is the one that is there.
+
+    Args:
+        model: Calibrated SFormer.
+        directory: Folder to write to.
+        overwrite: Replace a model that is there already.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UncalibratedError: If the thresholds were never fitted.
+        SFormerError: If the folder holds a model, can't be written to, or the model can't be rebuilt from a config.
+    """
+    directory = Path(directory)
+    state = {k: v.detach() for k, v in model.state_dict().items()}
+    for name, tensor in state.items():
+        if tensor.is_meta:
+            raise SFormerError(f'{name} has no values: it is on the meta device, or offloaded.')
+    if not is_calibrated(model):
+        raise UncalibratedError(f'{uncalibrated(model)}; convert it with sformer.convert() before saving.')
+    if not isinstance(model, SFormerMixin):
+        raise SFormerError(f'no config can rebuild a {type(model).__name__}; save the whole SFormer.')
+    if not (getattr(model, 'pretrained_cfg', None) or {}).get('architecture'):
+        raise SFormerError('the source was not built by timm.create_model(), so no config can rebuild it.')
+    for name, layer in model.named_modules():
+        if isinstance(layer, SpikingLayer) and type(layer) not in SPIKING_LAYERS.values():
+            raise SFormerError(f'{name} is an {type(layer).__name__}, which no config can rebuild: save the model that '
+                               f'it was made of.')
+    _check_untied(state)
+    check_output(directory, overwrite)
+    state = {k: v.cpu().contiguous() for k, v in state.items()}
+    try:
+        with write_aside(directory) as aside:
+            save_file(state, aside / WEIGHTS_NAME, metadata={'format': 'pt'})
+            record = _record(model, state, file_hash(aside / WEIGHTS_NAME))
+            _save_config(model, aside / CONFIG_NAME, record)
+            _check_rebuild(aside, state)
+    except (OSError, SafetensorError) as e:
+        raise SFormerError(f'{directory} cannot be written: {first_line(e)}. What was there is unchanged.') from e
+    return directory
+
+
+def _record(model: SFormerMixin, state: Dict[str, torch.Tensor], weights_sha256: str) -> Conversion:
+    """The record of the conversion, as it goes with weights that may have been fine-tuned since."""
+    record = model.conversion or Conversion(source=type(model).__name__)
+    neurons = tuple(f'{name}.' for name, _ in named_neurons(model))
+    weights = {k: v for k, v in state.items() if not k.startswith(neurons)}
+    changed = record.changed or record.source_sha256 not in (None, state_hash(weights))  # or of another dtype
+    return dataclasses.replace(record, changed=changed, weights_sha256=weights_sha256)
+
+
+def _check_untied(state: Dict[str, torch.Tensor]) -> None:
+    """Raise SFormerError if two names share a tensor, which they would not do any more in what is loaded."""
+    names: Dict[Tuple[torch.device, int], str] = {}
+    for name, tensor in state.items():
+        first = names.setdefault((tensor.device, tensor.data_ptr()), name) if tensor.numel() else name
+        if first != name:
+            raise SFormerError(f'{name} and {first} share their values, so no config can rebuild this model: give each '
+                               f'a copy of its own.')
+
+
+def _save_config(model: SFormerMixin, path: Path, record: Conversion) -> None:
+    try:
+        save_config_for_hf(model, str(path), model_config=dict(sformer=record.to_dict()))
+    except ValueError as e:  # an argument that JSON does not know
+        raise SFormerError(f'no config can rebuild this model: {first_line(e)}.') from e
+    config = json.loads(path.read_text(encoding='utf-8'))
+    config['model_args'].pop('num_classes', None)  # stands at the root; transformers refuses a second one
+    path.write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+
+
+def _check_rebuild(directory: Path, state: Dict[str, torch.Tensor]) -> None:
+    """Raise SFormerError if the config does not build a model that these weights fit."""
+    try:
+        rebuilt = timm.create_model(f'local-dir:{directory}', device='meta').state_dict()
+    except (TypeError, ValueError, RuntimeError, AssertionError) as e:
+        raise SFormerError(f'no config can rebuild this model: {first_line(e)}.') from e
+    for key in [*state, *rebuilt]:
+        if key not in rebuilt or key not in state or rebuilt[key].shape != state[key].shape:
+            raise SFormerError(f'no config can rebuild this model: it was changed after it was built ({key} differs).')
+
+
+def check_output(directory: Path, overwrite: bool = False) -> None:
+    """Raise SFormerError if a model can't be saved to `directory` because of what is there."""
+    if directory.exists() and not directory.is_dir():
+        raise SFormerError(f'{directory} is a file, not a folder.')
+    existing = next(d for d in (directory, *directory.absolute().parents) if d.exists())
+    if not os.access(existing, os.W_OK):
+        raise SFormerError(f'{directory} cannot be written: {existing} is read-only for you.')
+    if not overwrite and any((directory / name).exists() for name in (WEIGHTS_NAME, CONFIG_NAME)):
+        raise SFormerError(f'{directory} holds a model already; --overwrite (overwrite=True) replaces it.')
+
+
+def open_model(name: str) -> nn.Module:
+    """Model by the folder of an SFormer, `local-dir:` or `hf-hub:` name, or name of a timm model with weights.
+
+    Raises:
+        SFormerError: If there is no such model or its weights can't be loaded.
+    """
+    if name.startswith(('hf-hub:', 'local-dir:')) or Path(name).is_dir():
+        return load_model(name)
+    if '/' in name or '\\' in name:
+        raise SFormerError(f'{name} is no folder. A model on the Hub is hf-hub:{name}.')
+    return create_source(name).network
+
+
+def load_model(path: Union[str, Path], revision: Optional[str] = None, **kwargs) -> nn.Module:
+    """Load a saved SFormer; the same as `timm.create_model(..., pretrained=True)`, with its record.
+
+    Args:
+        path: Folder written by `save_model`, or `hf-hub:org/name`, or `hf-hub:org/name@revision`.
+        revision: Branch, tag or commit of a model on the Hub.
+        **kwargs: Passed to `timm.create_model`.
+
+    Returns:
+        The model in eval mode; `model.conversion` is the record of its conversion.
+
+    Raises:
+        SFormerError: If the model is not there or incomplete, its weights are damaged or not those that the config
+            records, or the config tries to direct the loader.
+    """
+    name = str(path)
+    folder = locate(name, revision, kwargs.get('cache_dir'), weights=False)
+    if name.startswith('hf-hub:'):
+        where, name = name, f'{name.partition("@")[0]}@{folder.name}'
+    else:
+        where, name = str(folder), f'local-dir:{folder}'
+    config = read_config(folder)
+    try:
+        model = timm.create_model(name, pretrained=True, **kwargs)
+    except SFormerError:
+        raise
+    except Exception as e:  # whatever a wrong value in a config makes timm and torch raise
+        lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+        what = ' '.join(lines[:4]) if lines and not isinstance(e, KeyError) else repr(e)
+        raise SFormerError(f'{where} cannot be loaded: {redact(what)}') from e
+    model.conversion = conversion_of(config)
+    return model.eval()

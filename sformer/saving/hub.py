@@ -1,0 +1,190 @@
+"""The Hugging Face Hub: fetching a checked SFormer from it, and saying in one line what went wrong."""
+import contextlib
+import errno
+import re
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, Optional, Tuple, Union
+from urllib.parse import urlsplit
+
+import timm
+
+from ..errors import SFormerError
+from .model_config import CONFIG_NAME, WEIGHTS_NAME, check_weights_file, read_config
+
+__all__ = ['fetch', 'locate', 'split_revision', 'hub_errors', 'redact']
+
+
+def split_revision(name: str) -> Tuple[str, Optional[str]]:
+    """`org/name@revision` -> `('org/name', 'revision')`."""
+    repo_id, at, revision = name.partition('@')
+    if not repo_id or (at and not revision) or '@' in revision:
+        raise SFormerError(f'{name!r} does not name a repository; org/name or org/name@revision does.')
+    return repo_id, revision or None
+
+
+def locate(name: str, revision: Optional[str] = None, cache_dir: Union[str, Path, None] = None, **how: Any) -> Path:
+    """Folder of a model, which is fetched if it is on the Hub.
+
+    Args:
+        name: A folder, `local-dir:FOLDER`, `hf-hub:org/name` or `hf-hub:org/name@revision`.
+        revision: Branch, tag or commit of a model on the Hub.
+        cache_dir: Cache to use; the Hub client's own if None.
+        **how: Passed to `fetch`.
+
+    Raises:
+        SFormerError: If a revision is named twice, or of a folder; or as `fetch` raises.
+    """
+    if name.startswith('hf-hub:'):
+        repo_id, tag = split_revision(name.removeprefix('hf-hub:'))
+        if tag and revision and tag != revision:
+            raise SFormerError(f'{name} names one revision and revision={revision!r} another.')
+        return fetch(repo_id, tag or revision, cache_dir, **how)
+    if revision:
+        raise SFormerError(f'{name} is a folder; only a model on the Hub has revisions.')
+    return Path(name.removeprefix('local-dir:'))
+
+
+def fetch(
+        repo_id: str,
+        revision: Optional[str] = None,
+        cache_dir: Union[str, Path, None] = None,
+        weights: bool = True,
+        config_is_cached: bool = False,
+        read: Callable[[Path], Dict[str, Any]] = read_config,
+) -> Path:
+    """Download and check an SFormer: its config, and the weights of the same commit.
+
+    Args:
+        repo_id: `org/name`.
+        revision: Branch, tag or commit; the main branch if None.
+        cache_dir: Cache to use; the Hub client's own if None.
+        weights: Fetch the weights, too.
+        config_is_cached: The config was downloaded a moment ago.
+        read: Reads and checks the config in a folder.
+
+    Returns:
+        Folder of the files; its name is the commit.
+
+    Raises:
+        SFormerError: If there is no such model, it can't be had, or it is not what it says; names the file.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RemoteEntryNotFoundError
+    where = f'{repo_id}@{revision}' if revision else repo_id
+
+    def get(name: str, revision: Optional[str], **kwargs: Any) -> Path:
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings('ignore', 'Not enough free disk space')  # the error that follows says so
+                return Path(hf_hub_download(
+                    repo_id, name, revision=revision, cache_dir=cache_dir, library_name='timm',
+                    library_version=timm.__version__, **kwargs))
+        except RemoteEntryNotFoundError:
+            reason = ' Pickled weights are not loaded.' if name == WEIGHTS_NAME else ''
+            raise SFormerError(f'{where} on the Hub holds no SFormer: there is no {name}.{reason}') from None
+
+    with hub_errors(where):
+        path = None
+        if config_is_cached:
+            with contextlib.suppress(EntryNotFoundError, LocalEntryNotFoundError):
+                path = get(CONFIG_NAME, revision, local_files_only=True)
+        folder = (path or get(CONFIG_NAME, revision)).parent
+        config = read(folder)
+        if weights:
+            get(WEIGHTS_NAME, folder.name)
+            try:
+                check_weights_file(folder, config)
+            except SFormerError:
+                with contextlib.suppress(ValueError):  # offline: nothing better can be had
+                    get(WEIGHTS_NAME, folder.name, force_download=True)  # a damaged cache, or a damaged transfer
+                try:
+                    check_weights_file(folder, config)
+                except SFormerError as e:
+                    raise SFormerError(f'{where} on the Hub, downloaded twice: {e}') from None
+    return folder
+
+
+def redact(text: str, token: Optional[str] = None) -> str:
+    """Text without access tokens."""
+    from huggingface_hub import get_token
+    for secret in filter(None, (token, get_token())):
+        text = text.replace(secret, '***')
+    return re.sub(r'\bhf_[A-Za-z0-9]{8,}', '***', text)
+
+
+@contextlib.contextmanager
+def hub_errors(where: str, token: Optional[str] = None) -> Iterator[None]:
+    """Turn what goes wrong between here and the Hub into one clear line without secrets.
+
+    Args:
+        where: Repository, with or without a revision.
+        token: Access token in use, if it is not the one that the Hub client finds.
+
+    Raises:
+        SFormerError: For every error of the Hub, of the connection or of the disk.
+    """
+    from huggingface_hub import errors
+    http_error: Any = errors.HfHubHTTPError.__mro__[1]  # httpx's own, whichever httpx the client uses
+    xet_error: Any = getattr(errors, 'XetDownloadError', OSError)
+    try:
+        with _progress_on_terminals():
+            yield
+    except (http_error, OSError, ValueError, RuntimeError, errors.EntryNotFoundError, xet_error) as e:
+        raise SFormerError(redact(' '.join(_explain(e, where, http_error).split()), token)) from None
+
+
+@contextlib.contextmanager
+def _progress_on_terminals() -> Iterator[None]:
+    """The client draws progress bars into files, too; this package does not."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    if sys.stderr.isatty() or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
+def _explain(e: BaseException, where: str, http_error: Any) -> str:
+    from huggingface_hub import constants, errors
+    chain = [e]  # the client wraps what happened, once or twice
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+
+    def find(kind: Any) -> Any:
+        return next((cause for cause in chain if isinstance(cause, kind)), None)
+
+    login = 'hf auth login, or HF_TOKEN'
+    if find(errors.HFValidationError):
+        return f'{where!r} is not a name that the Hub allows: {find(errors.HFValidationError)}'
+    if find(errors.GatedRepoError):
+        return f'{where} is gated: ask for access on its page, and be logged in ({login}).'
+    if find(errors.RevisionNotFoundError):
+        return f'{where}: there is no such revision on the Hub.'
+    if find(errors.HfHubHTTPError):
+        cause = find(errors.HfHubHTTPError)
+        status, said = cause.response.status_code, cause.server_message or cause.response.reason_phrase
+        if status == 401 and 'credentials' in str(said):
+            return f'{where}: the Hub does not accept the access token ({login}).'
+        if status in (401, 404):
+            return (f'{where}: there is no such repository on the Hub, or it is private and no access token that may '
+                    f'read it is at hand ({login}).')
+        if status == 403:
+            return f'{where}: the access token does not permit this ({said}).'
+        if status >= 500 or status == 429:
+            return f'{where}: the Hub is not able to answer just now ({status} {said}). Try again later.'
+        return f'{where}: the Hub refuses ({status} {said}).'
+    if find(errors.OfflineModeIsEnabled):
+        return f'{where} is not in the local cache, and the Hub client is in offline mode (HF_HUB_OFFLINE).'
+    if find(http_error):
+        host, cause = urlsplit(constants.ENDPOINT).hostname, find(http_error)
+        return f'{where}: the connection to {host} failed ({str(cause) or type(cause).__name__}). Try again.'
+    for cause in chain:
+        if isinstance(cause, OSError) and cause.errno is not None:
+            what = 'the disk is full' if cause.errno == errno.ENOSPC else cause.strerror
+            return f'{where}: {what}{f" ({cause.filename})" if cause.filename else ""}.'
+    return f'{where}: {str(e) or type(e).__name__}'

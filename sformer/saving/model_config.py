@@ -1,0 +1,128 @@
+"""Is a folder the SFormer that its `config.json` says, and what may such a config say?
+
+timm builds a model from a `config.json` and the weights beside it. Both may come from elsewhere, so neither is trusted:
+the weights must be the safetensors file whose SHA-256 the config records, and a config that names other weights, other
+code or a loader's own switches is refused.
+"""
+import dataclasses
+import inspect
+import json
+from pathlib import Path
+from typing import Any, Dict, Optional, Set
+
+import timm
+from timm.models import build_model_with_cfg
+
+from ..conversion.record import Conversion
+from ..data.preprocessing import check_preprocessing
+from ..errors import SFormerError
+from ..files import file_hash, read_safetensors, restore
+from ..neurons import SFNConfig
+
+__all__ = [
+    'WEIGHTS_NAME', 'CONFIG_NAME', 'DETECTOR_KEY', 'read_config', 'check_firing_config', 'check_weights_file',
+    'conversion_of', 'factory_arguments',
+]
+
+WEIGHTS_NAME = 'model.safetensors'
+CONFIG_NAME = 'config.json'
+DETECTOR_KEY = 'detector'  # what a config of a detector has, and no config of timm
+
+# where timm finds weights, and how it reads them: a config does not choose, its weights lie beside it
+LOCATIONS = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'custom_load', 'source')
+LATER_FIELDS = {'silence'}  # of SFNConfig: models that were saved before have nothing of it, as its default says
+
+
+def factory_arguments() -> Set[str]:
+    """Arguments that mean something to timm's factory instead of the network."""
+    names = {*inspect.signature(timm.create_model).parameters, *inspect.signature(build_model_with_cfg).parameters}
+    return names - {'kwargs'} | {'pruned', 'features_only', 'feature_cls'}
+
+
+def read_config(folder: Path) -> Dict[str, Any]:
+    """Read and check the `config.json` of an SFormer.
+
+    Raises:
+        SFormerError: If there is none, it is none of timm's, of no SFormer or of a detector, or tries to direct the
+            loader.
+    """
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise SFormerError(f'{folder} holds no SFormer: there is no {CONFIG_NAME}.')
+    try:
+        config = json.loads(path.read_text(encoding='utf-8'))
+        if DETECTOR_KEY in config:
+            raise SFormerError(
+                f'{folder} holds a detector, which sformer convert, evaluate, compare, profile, detect show, card and '
+                f'publish take.')
+        architecture = config['architecture']
+        for key in ('model_args', 'pretrained_cfg', 'sformer'):
+            if not isinstance(config.get(key, {}), dict):
+                raise TypeError(f'{key} is {config[key]!r}')
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        raise SFormerError(f'{path} is not a timm config: {str(e).splitlines()[0].rstrip(".")}.') from e
+    try:
+        if config.get('sformer'):
+            Conversion.from_dict(config['sformer'])
+    except SFormerError as e:
+        raise SFormerError(f'{path}: {e}') from None
+    if not isinstance(architecture, str) or not architecture.startswith('sformer') or not timm.is_model(architecture):
+        raise SFormerError(f'{path}: architecture {architecture!r} is not an SFormer of this version.')
+    cfg, args = config.get('pretrained_cfg', config), config.get('model_args', {})
+    directed = [key for key in LOCATIONS if cfg.get(key)]
+    if directed:
+        raise SFormerError(f'{path}: pretrained_cfg sets {", ".join(directed)}, but weights are the {WEIGHTS_NAME} '
+                           f'beside it. Not loaded.')
+    directed = sorted(factory_arguments() & args.keys())
+    if directed:
+        raise SFormerError(f'{path}: model_args sets {", ".join(directed)}, which is no argument of a network. '
+                           f'Not loaded.')
+    sfn = args.get('sfn') or {}
+    if config.get('sformer') and isinstance(sfn, dict):
+        check_firing_config(sfn, path)
+    source = args.get('source')
+    if source is not None and not (isinstance(source, str) and source.isidentifier() and timm.is_model(source)):
+        raise SFormerError(f'{path}: source {source!r} is not the name of a timm architecture.')
+    try:
+        check_preprocessing(cfg)
+    except SFormerError as e:
+        raise SFormerError(f'{path}: {e}') from None
+    for key, value in args.items():  # a network of that size would only be noticed when memory is gone
+        if isinstance(value, int) and value > (1000 if key == 'depth' else 10 ** 6):
+            raise SFormerError(f'{path}: model_args sets {key} to {value}, which no vision transformer has.')
+    # timm's own defaults where a config is silent
+    default = cfg.get('num_classes', config.get('num_classes', 1000))
+    classes = {str(values.get('num_classes', default)) for values in (config, cfg, args)}
+    if len(classes) > 1:  # timm would take this for a wish and start with a random head
+        raise SFormerError(f'{path} contradicts itself about num_classes: {", ".join(sorted(classes))}.')
+    return config
+
+
+def check_firing_config(sfn: Dict[str, Any], path: Path) -> None:
+    """Raise SFormerError if a config leaves out how its neurons fire: they would fire as those of the default do."""
+    missing = [field.name for field in dataclasses.fields(SFNConfig) if field.name not in {*sfn, *LATER_FIELDS}]
+    if missing:
+        raise SFormerError(f'{path} does not say how its neurons fire: sfn lacks {", ".join(missing)}. '
+                           f'Convert the source again.')
+
+
+def conversion_of(config: Dict[str, Any]) -> Optional[Conversion]:
+    """Record of the conversion in a config; None if it has none."""
+    return Conversion.from_dict(config['sformer']) if config.get('sformer') else None
+
+
+def check_weights_file(folder: Path, config: Dict[str, Any]) -> None:
+    """Raise SFormerError unless a folder holds safetensors weights, and those that its config records.
+
+    A save that was killed between its two files is finished here.
+    """
+    path = folder / WEIGHTS_NAME
+    of = config if DETECTOR_KEY in config else config.get('sformer', {})  # a detector need not be converted
+    expected = of.get('weights_sha256')
+    if expected is not None and ((path.is_file() and file_hash(path) == expected) or restore(path, expected)):
+        return
+    if not path.is_file():
+        raise SFormerError(f'{folder} holds no SFormer: there is no {WEIGHTS_NAME}.')
+    read_safetensors(path)  # a damaged file says so itself
+    if expected is not None:
+        raise SFormerError(f'{path} is not the file that {CONFIG_NAME} belongs to (SHA-256 differs).')

@@ -1,0 +1,133 @@
+"""Where a network is silent: centres, dead zones by one price, and what a default conversion has nothing of."""
+import copy
+
+import pytest
+import torch
+import torch.nn as nn
+from hypothesis import given
+from hypothesis import strategies as st
+from layer_tools import build, named_neurons, pixels, relative_error, rng
+from neuron_tools import prop
+
+from sformer import SFNConfig, activity, calibrate_, convert, spiking_
+from sformer.conversion.silence import RowSensitivity, Sensitivity, set_quiet_
+from sformer.neurons import ScaleAndFire
+from sformer.neurons.statistics import silent_center
+
+
+@prop
+@given(st.integers(0, 99), st.floats(0.02, 5))
+def test_no_centre_saves_much_more(seed, q):
+    x = torch.randn(3, 200, generator=rng(seed)).double()
+    x[1] = torch.where(x[1] > 0.5, x[1] * 3, -0.1)  # a flat tail, as of GELU
+    x[2] += 7
+    quiet = torch.full((3,), q, dtype=torch.float64)
+
+    def saved(c):
+        return (quiet[:, None, None] ** 2 - (x[:, None] - c[..., None]) ** 2).clamp_min(0).sum(-1)
+
+    grid = x.amin(1)[:, None] + (x.amax(1) - x.amin(1))[:, None] * torch.linspace(0, 1, 500, dtype=torch.float64)
+    best = saved(grid).amax(1)
+    assert (saved(silent_center(x, quiet).double()[:, None])[:, 0] >= 0.9 * best).all()
+
+
+def test_the_dead_zone_of_a_linear_layer_is_the_price_over_its_columns():
+    layer, x, price = nn.Linear(5, 3), torch.randn(4000, 5, generator=rng()), 0.07
+    with torch.no_grad():
+        power = layer(x).square().sum() / len(x)
+    neuron = ScaleAndFire((5,), SFNConfig(silence=price))
+    site = Sensitivity(neuron)
+    set_quiet_([site], [x[:2000], x[2000:]], lambda batch: layer(site(batch)))
+    # w q^2 = price per neuron, of five, with w the squared norm of a column over the power of the output
+    expected = (price / 5 * power / layer.weight.detach().square().sum(0)).sqrt()
+    torch.testing.assert_close(neuron.quiet, expected, rtol=0.05, atol=0)
+
+
+def test_what_is_silent_in_a_row_errs_together():
+    n, v = torch.rand(8, 2, 5, 30, generator=rng()) ** 6, torch.randn(30, 1, generator=rng(1))
+    n = n / n.amax(-1, keepdim=True)
+    neuron = ScaleAndFire((2, 1, 1), SFNConfig(silence=0.4), signed=False)
+    site = RowSensitivity(neuron)
+
+    def attend(x):
+        return (x @ v) / x.sum(-1, keepdim=True)
+
+    set_quiet_([site], [n], lambda x: attend(site(x)))
+    t = site.thresholds[:-1]
+    quieter = attend(torch.where(n[..., None, :, :] < t.view(-1, 1, 1), 0., n[..., None, :, :]))  # (B, H, K, L, 1)
+    errors = (quieter - attend(n)[:, :, None]).square().sum((0, 3, 4))
+    torch.testing.assert_close(site.errors[:, :-1].float(), errors, rtol=1e-3, atol=1e-5)
+    silent = (n[..., None, :, :] < t.view(-1, 1, 1)).sum((0, 3, 4))
+    assert torch.equal(site.silent[:, :-1].long(), silent)
+    best = (errors / attend(n).square().sum() - 0.4 / n.numel() * silent).argmin(1)
+    assert torch.equal(neuron.quiet.flatten(), t[best]) and (best > 0).all()
+
+
+def test_the_strongest_key_of_a_row_fires_at_any_price():
+    source, x = build(), pixels(32)
+    model = convert(source, [x], SFNConfig(levels=8, silence=1e6))
+    per_site = activity(model, x)
+    softmax = {name: share for name, share in per_site.items() if name.endswith('attn_neuron')}
+    assert softmax and all(share > 0 for share in softmax.values()) and torch.isfinite(model(x)).all()
+    assert all(share < 0.01 for name, share in per_site.items() if name not in softmax)
+
+
+@pytest.mark.parametrize('family', ['gated attention', *(
+    pytest.param(family, marks=pytest.mark.slow) for family in ('vit', 'eva02', 'map pooling', 'differential'))])
+def test_a_price_buys_silence(family):
+    source, x = build(family), pixels(48)
+    shares, errors = [], []
+    for price in (0., 0.01, 0.1):
+        model = convert(source, [x[:32]], SFNConfig(levels=16, silence=price))
+        with torch.no_grad():
+            errors.append(relative_error(model(x), source(x)))
+        per_site = activity(model, x)
+        shares.append(sum(per_site.values()) / len(per_site))
+    assert shares[0] > shares[1] + 0.03 and shares[1] > shares[2] + 0.03
+    assert errors[2] < errors[0] + 0.25
+
+
+def test_levels_lie_beyond_the_dead_zone():
+    model, x = convert(build(), [pixels(32)], SFNConfig(levels=8, silence=0.03)), pixels()
+    checked = 0
+
+    def check(neuron, args):
+        nonlocal checked
+        h = args[0] if neuron.center is None else args[0] - neuron.center
+        k = neuron.encode(args[0]).levels
+        assert (k[h.abs() < neuron.quiet] == 0).all()
+        assert torch.equal(neuron.forward(args[0]), neuron.encode(args[0]).decode())
+        checked += int((h.abs() < neuron.quiet).sum())
+
+    for _, neuron in named_neurons(model):
+        if isinstance(neuron, ScaleAndFire):
+            neuron.register_forward_pre_hook(check)
+    with torch.no_grad():
+        model(x)
+    assert checked > 1000
+
+
+def test_without_a_price_there_is_nothing_of_it():
+    source, x = build(), pixels(32)
+    plain = convert(source, [x], SFNConfig(levels=8))
+    assert not [name for name in plain.state_dict() if name.endswith('.quiet')]
+    assert [name for name in plain.state_dict() if name.endswith('.center')] == [
+        'patch_embed.proj.neuron.center', *(f'blocks.{i}.attn.products.0.k_neuron.center' for i in (0, 1))]
+
+
+def test_gradients_of_the_source_leave_no_trace():
+    source, x = build(), pixels(16)
+    model = spiking_(copy.deepcopy(source), SFNConfig(silence=0.01))
+    model.norm.weight.requires_grad_(False)
+    calibrate_(model, [x])
+    for (name, p), q in zip(model.named_parameters(), source.parameters(), strict=True):
+        assert p.grad is None and torch.equal(p, q) and p.requires_grad == (name != 'norm.weight')
+
+
+def test_silent_neurons_can_be_trained_awake():
+    neuron = ScaleAndFire((4,), SFNConfig(silence=0.01), folds=True)
+    neuron.quiet.fill_(1.)
+    x = torch.full((1, 4), 0.5, requires_grad=True)
+    out = neuron(x)
+    out.sum().backward()
+    assert (out == 0).all() and (x.grad == 1).all()

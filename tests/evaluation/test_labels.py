@@ -1,0 +1,122 @@
+"""Benchmarks: which labels count as right."""
+import copy
+
+import datasets
+import pytest
+import timm
+import torch
+from evaluation_tools import all_images, class_folders, png
+from timm.data import ImageNetInfo, RealLabelsImagenet
+
+from sformer import SFormerError, evaluate
+from sformer.evaluation.labels import RealLabels, _synsets, resolve_benchmark
+
+SYNSETS = ImageNetInfo('imagenet-1k').label_names()
+
+
+def logits_of(model, folder):
+    x, y = all_images(model, folder)
+    with torch.inference_mode():
+        return model(x), y
+
+
+def test_imagenet_a_and_r_compare_200_classes(classifier, tmp_path):
+    for name in ('imagenet-a', 'imagenet-r'):
+        synsets = _synsets(name)
+        folder = class_folders(tmp_path / name, synsets)
+        result = evaluate(classifier, folder)
+        logits, labels = logits_of(classifier, folder)
+        chosen = [SYNSETS.index(s) for s in synsets]
+        order = logits[:, chosen].argsort(1, descending=True)
+        assert result['benchmark'] == name and result['num_images'] == 200
+        assert result['top1'] == pytest.approx(100 * (order[:, 0] == labels).double().mean().item())
+        assert result['top5'] == pytest.approx(100 * (order[:, :5] == labels[:, None]).any(1).double().mean().item())
+        among_all = (logits.argsort(1, descending=True)[:, :5] == torch.tensor(chosen)[labels][:, None]).any(1)
+        assert result['top5'] > 100 * among_all.double().mean().item(), 'restriction makes it easier'
+
+
+def test_labels_go_by_class_names(classifier, tmp_path):
+    """Some classes of ImageNet, under labels of their own: none of them may be taken for classes 0, 1, 2."""
+    names = [SYNSETS[i] for i in (7, 500, 999)]
+    folder = class_folders(tmp_path / 'three', names)
+    logits, _ = logits_of(classifier, folder)
+    expected = copy.deepcopy(classifier)
+    expected.head.bias.data[[7, 500, 999]] += 1000
+    result = evaluate(expected, folder)
+    assert result['top5'] == 100 and result['benchmark'] is None
+    assert evaluate(classifier, folder)['top1'] == pytest.approx(
+        100 * (logits.argmax(1) == torch.tensor([7, 500, 999])).double().mean().item())
+
+
+def test_class_folders_named_by_numbers(classifier):
+    """ImageNet-V2 names its folders 0 to 999, and some readers sort 10 before 2."""
+    names = sorted(map(str, range(1000)))
+    found = resolve_benchmark('imagenet-v2', classifier, 'v2', names)
+    assert found.label_map is not None and all(found.label_map[i] == int(n) for i, n in enumerate(names))
+    assert resolve_benchmark('imagenet-v2', classifier, 'v2', list(map(str, range(1000)))).label_map is None
+
+
+def test_label_sets_that_do_not_match(classifier, model, tmp_path):
+    with pytest.raises(SFormerError, match='has 2 classes .* the model has 1000, and their names'):
+        evaluate(classifier, class_folders(tmp_path / 'two', ['cat', 'dog']))
+    with pytest.raises(SFormerError, match='no benchmark .imagenet-z., but: imagenet-1k'):
+        evaluate(model, 'digits', benchmark='imagenet-z')
+    with pytest.raises(SFormerError, match='imagenet-v2 has 1000 classes, digits has 10'):
+        evaluate(model, 'digits', benchmark='imagenet-v2')
+    with pytest.raises(SFormerError, match='imagenet-a needs a model of ImageNet classes, this one has 10'):
+        evaluate(model, 'digits', benchmark='imagenet-a')
+    with pytest.raises(SFormerError, match='imagenet-r has 200 classes with names like n0'):
+        evaluate(classifier, str(tmp_path / 'two'), benchmark='imagenet-r')
+    with pytest.raises(SFormerError, match='ReaL labels are of 1000 classes'):
+        evaluate(model, 'digits', benchmark='imagenet-real')
+
+
+def write_validation(folder, numbers, shards=3):
+    """Images named as those of the ImageNet validation set, with these numbers."""
+    rows = [{'bytes': png(n % 251), 'path': f'ILSVRC2012_val_{n:08d}_n01440764.JPEG'} for n in numbers]
+    table = datasets.Dataset.from_dict(
+        dict(image=rows, label=[0] * len(rows)),
+        features=datasets.Features(dict(image=datasets.Image(), label=datasets.Value('int64'))))
+    folder.mkdir()
+    for i in range(shards):
+        table.shard(shards, i, contiguous=False).to_parquet(folder / f'validation-{i}.parquet')
+    return str(folder)
+
+
+@pytest.mark.parametrize('streaming', [False, True])
+def test_real_labels_go_by_number_not_by_order(classifier, tmp_path, streaming):
+    numbers = [50_000, 3, 1, 777, 12, 40_001, 2, 9, 31_337, 8]
+    folder = write_validation(tmp_path / 'val', numbers)
+    result = evaluate(classifier, folder, benchmark='imagenet-real', streaming=streaming, batch_size=2)
+    real = RealLabelsImagenet(range(50_000)).real_labels
+    right = {1: 0, 5: 0}
+    labelled = [n for n in numbers if real[f'ILSVRC2012_val_{n:08d}.JPEG']]
+    for n in labelled:
+        x = torch.full((1, 1, 8, 8), (n % 251 / 255 - 0.5) / 0.5)
+        order = classifier(x)[0].argsort(descending=True).tolist()
+        for k in right:
+            right[k] += bool(set(order[:k]) & set(real[f'ILSVRC2012_val_{n:08d}.JPEG']))
+    assert 0 < len(labelled) < len(numbers), 'one of them has no label'
+    assert (result['num_images'], result['skipped_images']) == (len(labelled), len(numbers) - len(labelled))
+    assert result['top1'] == pytest.approx(100 * right[1] / len(labelled), abs=1e-3)
+    assert result['top5'] == pytest.approx(100 * right[5] / len(labelled), abs=1e-3)
+    assert result['nll'] is None and result['benchmark'] == 'imagenet-real'
+
+
+def test_real_labels_need_file_names(classifier, tmp_path):
+    with pytest.raises(SFormerError, match="ReaL labels go by file names .* called 'a.png'"):
+        RealLabels()(0, 'a.png')
+    folder = class_folders(tmp_path / 'x', SYNSETS[:1])
+    with pytest.raises(SFormerError, match='ReaL labels go by file names'):
+        evaluate(classifier, folder, benchmark='imagenet-real')
+
+
+def test_imagenet_sample(test_data):
+    """Real images of ImageNet, whose class names are WordNet ids."""
+    torch.manual_seed(0)
+    model = timm.create_model('vit_tiny_patch16_224', img_size=32, patch_size=16, embed_dim=12, depth=1, num_heads=3)
+    folder = str(test_data / 'data' / 'imagenet-sample')
+    result = evaluate(model, folder, num_images=40, batch_size=16)
+    assert result['num_images'] == 40 and result['img_size'] == 32 and 6 < result['nll'] < 8
+    streamed = evaluate(model, folder, num_images=40, batch_size=16, streaming=True)
+    assert streamed['num_images'] == 40 and streamed['dataset_fingerprint'] != result['dataset_fingerprint']

@@ -1,0 +1,52 @@
+"""Registration with timm: which models there are, what they are built like, and what is known of each."""
+import pytest
+import timm
+
+from sformer.layers import named_neurons
+from sformer.models.zoo import SMALL, SOURCES, ZOO, architecture_of, source_name
+from sformer.saving.entrypoints import entries
+
+
+def test_pinned_tags_are_published_and_of_no_namespace_but_timm():
+    for name, (source, tags) in ZOO.items():
+        for tag in tags.split():
+            cfg, published = timm.get_pretrained_cfg(f'{name}.{tag}'), timm.get_pretrained_cfg(f'{source}.{tag}')
+            assert cfg.hf_hub_id == published.hf_hub_id == f'timm/{source}.{tag}'
+            for key in ('input_size', 'mean', 'std', 'crop_pct', 'interpolation', 'num_classes', 'classifier',
+                        'license'):
+                assert getattr(cfg, key) == getattr(published, key), f'{name}.{tag}: {key}'
+        assert timm.get_pretrained_cfg(name).tag == tags.split()[0]
+        assert source_name(name) == f'{source}.{tags.split()[0]}'
+
+
+def test_zoo_is_listed_as_pretrained():
+    listed = timm.list_models('sformer*', pretrained=True)
+    assert {f'{name}.{tag}' for name, (_, tags) in ZOO.items() for tag in tags.split()} <= set(listed)
+    assert not any('_test_' in name for name in listed)
+    assert {'sformer_base.augreg_in21k_ft_in1k', 'sformer_eva02_large_448.mim_m38m_ft_in22k_in1k',
+            'sformer_eva_giant_336.m30m_ft_in22k_in1k', 'sformer_nano.digits'} <= set(listed)
+
+
+@pytest.mark.parametrize('name', sorted({*ZOO, *SMALL}))
+def test_entrypoint_is_its_source(name):
+    model = timm.create_model(name, device='meta')
+    kwargs = SMALL[name][1] if name in SMALL else {}
+    cfg = timm.get_pretrained_cfg(name)
+    source = timm.create_model(
+        SOURCES[name], device='meta', **{'img_size': cfg.input_size[-1], 'in_chans': cfg.input_size[0],
+                                         'num_classes': cfg.num_classes, **kwargs})
+    neurons = {f'{n}.{key}' for n, neuron in named_neurons(model) for key, _ in neuron.named_buffers()}
+    assert model.state_dict().keys() - source.state_dict().keys() == neurons
+    assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in source.named_parameters()}
+    assert name in SMALL or architecture_of(SOURCES[name]) == name
+
+
+def test_entries_say_what_is_known(monkeypatch):
+    monkeypatch.setattr(timm, 'list_models', lambda *args, **kwargs: [
+        'sformer_nano.digits', 'sformer_tiny.augreg_in21k_ft_in1k', 'sformer_test_vit', 'sformer_custom'])
+    found = {entry['name']: entry for entry in entries()}
+    assert found.keys() == {'sformer_nano.digits', 'sformer_tiny.augreg_in21k_ft_in1k', 'sformer_test_vit'}
+    tiny, nano = found['sformer_tiny.augreg_in21k_ft_in1k'], found['sformer_nano.digits']
+    assert tiny['source'] == 'vit_tiny_patch16_224.augreg_in21k_ft_in1k' and 5.7 < tiny['param_count'] < 5.8
+    assert tiny['weights'] == 'converted on first use' and tiny['results'] == ''
+    assert nano['weights'] == 'in the package' and nano['results'].endswith('N = 32')
