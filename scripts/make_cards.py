@@ -22,7 +22,7 @@ from sformer.files import state_hash, write_json
 from sformer.layers import source_of
 from sformer.neurons import SFNConfig
 from sformer.publishing.cards import shell, write_card
-from sformer.publishing.facts import Record
+from sformer.publishing.model_record import ModelRecord
 
 MODEL_CARDS = Path(__file__).parents[1] / 'model_cards'
 WEIGHTS = Path(sformer.__file__).parent / 'saving/weights'
@@ -40,7 +40,7 @@ def measure(
         data: Optional[str] = None,
         note: Optional[str] = None,
         num_images: Optional[int] = None,
-) -> Record:
+) -> ModelRecord:
     """Evaluate a model on the test images of its dataset, and conversions of its source with other N.
 
     Args:
@@ -69,7 +69,7 @@ def measure(
     copy = ['--data', f'{used["name"]}={data}'] if data else []
     part = ['--num-images', num_images] if num_images else []
     command = shell('python', 'scripts/make_cards.py', name, *copy, *part)
-    return Record(
+    return ModelRecord(
         name=name, load_name=name, architecture=result['model'], weights_sha256=state_hash(model.state_dict()),
         input_size=list(cfg['input_size']), num_classes=cfg['num_classes'], conversion=shipped['conversion'],
         sfn=sfn, fit=shipped['conversion']['fit'], training=shipped.get('training'), license=cfg['license'],
@@ -78,7 +78,7 @@ def measure(
         curve_command=command, dataset_ids={data: used['name']} if data else {}, note=note)
 
 
-def note_result(record: Record) -> None:
+def note_result(record: ModelRecord) -> None:
     """Note beside the weights what `sformer list` shows."""
     path = WEIGHTS / f'{record.name}.json'
     shipped, result = json.loads(path.read_text()), record.evaluations['eval.json']
@@ -86,7 +86,7 @@ def note_result(record: Record) -> None:
     write_json(path, shipped)
 
 
-def check_current(record: Record) -> None:
+def check_current(record: ModelRecord) -> None:
     """Raise SFormerError if a record is not of what ships now."""
     shipped = json.loads((WEIGHTS / f'{record.name}.json').read_text())
     now = state_hash(timm.create_model(record.name, pretrained=True).state_dict())
@@ -112,7 +112,7 @@ def main(
             dataset = json.loads((WEIGHTS / f'{name}.json').read_text())['conversion']['calibration']['name']
             copy = copies.get(dataset)
             write_json(path, dataclasses.asdict(measure(name, copy, note if copy else None, num_images)))
-        record = Record(**json.loads(path.read_text()))
+        record = ModelRecord(**json.loads(path.read_text()))
         check_current(record)
         if output == MODEL_CARDS:
             note_result(record)

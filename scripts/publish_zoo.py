@@ -30,7 +30,7 @@ from sformer.evaluation.distributed import Group
 from sformer.files import state_hash, write_json
 from sformer.models.zoo import ZOO
 from sformer.neurons import SFNConfig
-from sformer.publishing.facts import recorded_results
+from sformer.publishing.model_record import recorded_results
 from sformer.publishing.publish import check_repo_id, prepare, publish
 
 IMAGENET = 'ILSVRC/imagenet-1k'

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import torch
 
-from sformer.publishing.facts import Record
+from sformer.publishing.model_record import ModelRecord
 
 MODEL_CARDS = Path(__file__).parents[1] / 'model_cards'
 
 
 def committed(name):
     """Record of a model that ships with the package."""
-    return Record(**json.loads((MODEL_CARDS / f'{name}.json').read_text()))
+    return ModelRecord(**json.loads((MODEL_CARDS / f'{name}.json').read_text()))
 
 
 def run_snippet(card):

@@ -44,6 +44,15 @@ LONG: dict[str, str] = {
 }
 
 
+# what is defined in two modules -> why
+COMMAND = 'the command has the name of the verb that it runs'
+TWICE = {
+    **dict.fromkeys(('benchmark', 'convert', 'evaluate', 'publish', 'search', 'sweep'), COMMAND),
+    '_logger': 'every module that warns has its own',
+    'Batch': 'of images, and of their ids before they are read',
+}
+
+
 def name_of(path: Path) -> str:
     """Name of the module in a file of the package; `sformer.__init__` is the package itself."""
     parts = path.relative_to(ROOT).with_suffix('').parts
@@ -194,6 +203,27 @@ def test_scripts_and_tests_import_what_is_there(path):
     names |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     known = {*MODULES, 'sformer'}
     assert not {name for name in names if name.split('.')[0] == 'sformer'} - known
+
+
+def defined() -> dict[str, list[str]]:
+    """Names that are defined at the top of modules, and where."""
+    found: dict[str, list[str]] = {}
+    for module, path in MODULES.items():
+        names = set()
+        for node in ast.parse(path.read_text(encoding='utf-8')).body:
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                names.add(node.name)
+            elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                names |= {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+        for name in names - {'__all__'}:
+            found.setdefault(name, []).append(module)
+    return found
+
+
+def test_what_is_defined_twice_has_a_reason():
+    twice = {name for name, modules in defined().items() if len(modules) > 1}
+    assert twice == TWICE.keys() and len(TWICE) <= 8
 
 
 def lengths() -> dict[str, int]:

@@ -11,14 +11,14 @@ from ..execution.onnx import to_onnx
 
 __all__ = ['nncf_int8', 'openvino_float', 'torchao_int8']
 
-Run = Callable[[torch.Tensor], torch.Tensor]
+Inference = Callable[[torch.Tensor], torch.Tensor]
 
 
 def _missing(e: ImportError) -> SFormerError:
     return SFormerError(f"{e.name} is missing: pip install 'sformer[baselines]'.")
 
 
-def openvino_float(source: nn.Module) -> Run:
+def openvino_float(source: nn.Module) -> Inference:
     """The source in float32 on OpenVINO, on the CPU: what `nncf_int8` is compared with.
 
     Raises:
@@ -28,7 +28,7 @@ def openvino_float(source: nn.Module) -> Run:
     return lambda images: torch.from_numpy(run(images.numpy()))
 
 
-def nncf_int8(source: nn.Module, batches: Iterable[torch.Tensor]) -> Run:
+def nncf_int8(source: nn.Module, batches: Iterable[torch.Tensor]) -> Inference:
     """W8A8 by NNCF's post-training quantisation, as its documentation says for transformers, on OpenVINO.
 
     Args:

@@ -12,5 +12,5 @@ __all__ = ['main']
 
 def main(argv: Optional[List[str]] = None) -> None:
     """Entry point: mistakes of the user end in one line on stderr and a non-zero exit code."""
-    from .app import run
-    run(argv)
+    from .app import run_command
+    run_command(argv)

@@ -27,7 +27,7 @@ from . import (
 from .arguments import expand_home, spread
 from .failure import fail
 
-__all__ = ['app', 'run']
+__all__ = ['app', 'run_command']
 
 USAGE_ERROR: Any = typer.BadParameter.__mro__[1]  # typer brings its own click and exports no more than this
 
@@ -43,7 +43,7 @@ app.command()(profile.profile)
 app.command()(sweep.sweep)
 app.command()(sweep.search)
 app.command()(distill.distill)
-app.add_typer(detect.app, name='detect')
+app.add_typer(detect.commands, name='detect')
 app.command('list')(list_models.list_models)
 app.command()(demo.demo)
 app.command()(publish.publish)
@@ -64,7 +64,7 @@ def options(
     pass
 
 
-def run(argv: Optional[List[str]] = None) -> None:
+def run_command(argv: Optional[List[str]] = None) -> None:
     """Run a command; mistakes of the user end in one line on stderr and a non-zero exit code."""
     for name in ('huggingface_hub', 'datasets'):  # retries, failed reads; the error that ends them is ours
         logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -16,7 +16,7 @@ __all__ = ['spread', 'expand_home', 'parse_kwargs', 'parse_dataset_ids', 'comman
 MULTI_VALUE = ('--model-kwargs', '--mean', '--std')
 MULTI_VALUE_OF = {  # of one command only
     'benchmark': ('--execution', '--against', '--batch-size'), 'sweep': ('--levels',)}
-AMP_DTYPES = ('bfloat16', 'bf16', 'float16', 'fp16', 'half')
+AMP_NAMES = ('bfloat16', 'bf16', 'float16', 'fp16', 'half')
 
 
 def spread(args: List[str]) -> List[str]:
@@ -29,7 +29,7 @@ def spread(args: List[str]) -> List[str]:
         if arg in multi_value:
             option = arg
             counts.setdefault(arg, 0)
-        elif arg in AMP_DTYPES and out[-1:] == ['--amp']:
+        elif arg in AMP_NAMES and out[-1:] == ['--amp']:
             out += ['--amp-dtype', arg]
         elif arg.startswith('-') and not _is_number(arg):
             option = None

@@ -29,7 +29,7 @@ def benchmark(
 ) -> None:
     """Time executions of an SFormer on this CPU, against its source and others, in turn within one process."""
     if results_file:
-        check_replaceable(results_file)
+        check_timings_file(results_file)
     from ..execution import benchmark as measure
     from ..files import write_json
     from ..saving import open_model
@@ -46,7 +46,7 @@ def benchmark(
         print(f'results in {results_file}')
 
 
-def check_replaceable(path: Path) -> None:
+def check_timings_file(path: Path) -> None:
     """Raise SFormerError if a file that is there is none of timings, or none can be written."""
     check_folder(path)
     if path.is_dir():

@@ -23,7 +23,7 @@ def card(
     """Write the model card of an SFormer, with plots, to OUTPUT/NAME.md."""
     check_folder(output)
     from ..publishing.cards import write_card
-    from ..publishing.facts import load_recorded, read_record
+    from ..publishing.model_record import load_recorded, read_record
     from ..publishing.publish import check_repo_id
     if repo:
         check_repo_id(repo)

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Dict, List, Tuple
 
 import typer
 
-from .detect import FIGURES
+from ..publishing.detector_figures import FIGURES
 from .evaluate import run_evaluation
 from .options import EvaluationOptions, Format, TableFormat, unfolded
 from .tables import print_csv, print_table
@@ -15,14 +15,14 @@ __all__ = ['compare']
 COLUMNS = (
     ('top-1 [%]', 'top1', 2), ('source top-1', 'source_top1', 2), ('agree [%]', 'agreement', 2),
     ('logit error', 'relative_logit_error', 4), ('activity', 'activity', 3), ('images /s', 'images_per_second', 1))
-CSV_COLUMNS = (
+IMAGE_COLUMNS = (
     'model', 'architecture', 'dataset', 'split', 'num_images', 'top1', 'top5', 'nll', 'ece', 'source_top1',
     'source_top5', 'source_nll', 'source_ece', 'agreement', 'relative_logit_error', 'activity', 'spikes_unary',
     'spikes_binary', 'spikes_graded', 'param_count', 'images_per_second', 'weights_sha256')
 
 # the same of detectors: key of a result, which the source's has a prefix to, and head
 KINDS = (('boxes', 'box'), ('masks', 'mask'))
-DETECTION_CSV_COLUMNS = (
+DETECTION_COLUMNS = (
     'model', 'architecture', 'dataset', 'split', 'num_images',
     *(f'{prefix}{kind}_{name}' for prefix in ('', 'source_') for kind, _ in KINDS for name in FIGURES),
     'param_count', 'seconds', 'source_seconds', 'weights_sha256')
@@ -41,7 +41,7 @@ def compare(
     first = results[0]
     detectors = 'boxes' in first
     if format == Format.csv:
-        print_csv(DETECTION_CSV_COLUMNS if detectors else CSV_COLUMNS, [
+        print_csv(DETECTION_COLUMNS if detectors else IMAGE_COLUMNS, [
             with_precision(result) if detectors else with_spikes(result) for result in results])
     else:
         split = f' ({first["split"]})' if first['split'] else ''

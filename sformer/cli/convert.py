@@ -8,7 +8,7 @@ import typer
 
 from ..errors import SFormerError
 from .arguments import check_folder, check_source, command_line, parse_kwargs
-from .detect import convert_detector
+from .detect import run_conversion
 from .options import MAX_BATCH_SIZE, MAX_IMAGES, MAX_SEED, ColumnOptions, Dataset, unfolded
 
 __all__ = ['convert']
@@ -86,13 +86,13 @@ def convert(
                                 crop_pct=crop_pct, interpolation=interpolation).items():
             if value:
                 raise SFormerError(f'{source} is a detector: leave out --{name.replace("_", "-")}.')
-        convert_detector(source, output, neurons.configs(), calibration, split, num_images, seed, overwrite)
+        run_conversion(source, output, neurons.configs(), calibration, split, num_images, seed, overwrite)
         return
     from ..conversion import convert as convert_model
     from ..conversion.sources import create_source, set_data_config_
-    from ..saving import check_output, save_model
+    from ..saving import check_vacant, save_model
     config, fit = neurons.configs()
-    check_output(output, overwrite)
+    check_vacant(output, overwrite)
     trained = create_source(source, checkpoint, allow_pickle, **parse_kwargs(model_kwargs))
     set_data_config_(trained.network, mean=mean, std=std, crop_pct=crop_pct, interpolation=interpolation)
     model: Any = convert_model(

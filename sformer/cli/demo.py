@@ -11,7 +11,7 @@ from .arguments import check_folder
 
 __all__ = ['demo', 'run']
 
-LEVELS = (4, 8, 32)
+SHOWN_LEVELS = (4, 8, 32)
 CURVE = (1, 2, 4, 8, 16, 32)
 COMMAND = 'sformer demo'  # what the model of the demo records, whatever its folder
 MODEL, ACCURACY, ACTIVITY = 'sformer_nano', 'accuracy.png', 'activity.png'
@@ -93,18 +93,18 @@ def _run(output: Path) -> None:
                   f'evaluated on 540 others.')
 
     results: Dict[int, Dict[str, Any]] = {}
-    for levels in sorted({*CURVE, *LEVELS}):
+    for levels in sorted({*CURVE, *SHOWN_LEVELS}):
         begin = time.perf_counter()
         model = convert(source, 'digits', SFNConfig(levels=levels), split='train', command=COMMAND)
         seconds = time.perf_counter() - begin
         # of the other points of the curve, only the accuracy is shown
-        shown: Dict[str, Any] = {} if levels in LEVELS else dict(source=False, activity_images=0)
+        shown: Dict[str, Any] = {} if levels in SHOWN_LEVELS else dict(source=False, activity_images=0)
         results[levels] = dict(evaluate(model, 'digits', 'test', **shown), conversion_seconds=seconds, network=model)
-    best = results[LEVELS[-1]]
+    best = results[SHOWN_LEVELS[-1]]
 
     table = Table('network', 'top-1', 'agreement', 'activity', 'convert \\[s]', 'test \\[s]')
     table.add_row('source ViT', f'{best["source_top1"]:.2f} %', '', '', '', f'{best["source_seconds"]:.2f}')
-    for levels in LEVELS:
+    for levels in SHOWN_LEVELS:
         r = results[levels]
         table.add_row(f'SFormer, N = {levels}', f'{r["top1"]:.2f} %', f'{r["agreement"]:.2f} %',
                       f'{r["activity"]:.3f}', f'{r["conversion_seconds"]:.2f}', f'{r["seconds"]:.2f}')
@@ -124,6 +124,6 @@ def _run(output: Path) -> None:
     with write_aside(output) as aside:
         accuracy = {levels: results[levels]['top1'] for levels in CURVE}
         (aside / ACCURACY).write_bytes(plot_accuracy(accuracy, best['source_top1']))
-        (aside / ACTIVITY).write_bytes(plot_activity(best['activity_per_site'], LEVELS[-1]))
+        (aside / ACTIVITY).write_bytes(plot_activity(best['activity_per_site'], SHOWN_LEVELS[-1]))
     console.print(f'Pictures: {output / ACCURACY}, {output / ACTIVITY} '
                   f'({time.perf_counter() - start:.0f} s in all)', soft_wrap=True, markup=False)

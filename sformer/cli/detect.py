@@ -6,23 +6,24 @@ from typing import TYPE_CHECKING, Annotated, Any, Callable, Dict, List, Optional
 import typer
 
 from ..errors import SFormerError
+from ..publishing.detector_figures import FIGURES
 from .arguments import check_folder, command_line
 from .options import MAX_IMG_SIZE, MAX_SEED, EvaluationOptions
 
 if TYPE_CHECKING:
     from ..neurons import FitConfig, SFNConfig
 
-__all__ = ['app', 'convert_detector', 'detection_summary', 'detector_batches', 'run_detections']
+__all__ = ['commands', 'run_conversion', 'detection_summary', 'detector_batches', 'run_detections']
 
-app = typer.Typer(help='Object detection and instance segmentation.', rich_markup_mode=None)
+commands = typer.Typer(help='Object detection and instance segmentation.', rich_markup_mode=None)
 
 Data = 'Folder in COCO format: SPLIT.json or annotations/instances_SPLIT.json, and images in SPLIT/'
 SkipBad = Annotated[bool, typer.Option(
     '--skip-bad', help='Leave out images and annotations that are not usable, instead of an error')]
 
 
-@app.command()
-def train(
+@commands.command('train')
+def train_detector(
         backbone: Annotated[str, typer.Option(help='timm model: a plain ViT or EVA')],
         data: Annotated[Path, typer.Option(help=Data)],
         output: Annotated[Path, typer.Option('--output', '-o', help='Folder for the detector')],
@@ -58,8 +59,8 @@ def train(
     from ..detection import train as train_detector
     from ..detection.training import remove_state
     from ..evaluation.distributed import Group
-    from ..saving import check_output
-    check_output(output, overwrite)
+    from ..saving import check_vacant
+    check_vacant(output, overwrite)
     images = open_coco(data, split, masks, skip_bad)
     config = DetectorConfig(
         backbone, images.categories, masks, image_size, channels,
@@ -74,7 +75,7 @@ def train(
           f'to {output}')
 
 
-@app.command()
+@commands.command()
 def show(
         model: Annotated[str, typer.Argument(help='Folder of a detector, or hf-hub:ID')],
         image: Annotated[Path, typer.Argument(help='Image')],
@@ -96,7 +97,7 @@ def show(
     print(f'{model} on {image}: {output}')
 
 
-def convert_detector(
+def run_conversion(
         source: str,
         output: Path,
         configs: Tuple['SFNConfig', 'FitConfig'],
@@ -107,15 +108,14 @@ def convert_detector(
         overwrite: bool,
 ) -> None:
     """What `sformer convert` does with a detector."""
-    from ..detection import convert_detector as convert
-    from ..detection import detector_names, load_detector, save_detector
-    from ..saving import check_output
-    check_output(output, overwrite)
+    from ..detection import convert_detector, detector_names, load_detector, save_detector
+    from ..saving import check_vacant
+    check_vacant(output, overwrite)
     if source in detector_names() and not Path(source).is_dir():
         raise SFormerError(f'{source} has no weights: sformer detect train makes a detector that has.')
     detector = load_detector(source)
     images, split = unlabelled(calibration, split)
-    converted: Any = convert(
+    converted: Any = convert_detector(
         detector, images, *configs, num_images=num_images, seed=seed, name=Path(calibration).name, split=split,
         command=command_line())
     save_detector(converted, output, overwrite)
@@ -205,19 +205,16 @@ def detection_summary(result: Dict[str, Any]) -> List[str]:
         if kind not in result:
             continue
         found, source = result[kind], result.get(f'source_{kind}')
-        lines.append(f'  {kind}: {_figures(found)}')
+        lines.append(f'  {kind}: {_in_words(found)}')
         if source:
             drops = '   '.join(f'{name} {source[name] - found[name]:+.2f}' for name in FIGURES
                                if None not in (source[name], found[name]))
-            lines += [f'  source: {_figures(source)}', f'  drop: {drops}']
-        lines += [f'    {name}: {_figures(figures)}' for name, figures in found['per_class'].items()]
+            lines += [f'  source: {_in_words(source)}', f'  drop: {drops}']
+        lines += [f'    {name}: {_in_words(figures)}' for name, figures in found['per_class'].items()]
     lines += [f'  left out: {problem}' for problem in result['problems'][:5]]
     return [*lines, f'  {result["seconds"]:.1f} s'
             + (f', source {result["source_seconds"]:.1f} s' if 'source_seconds' in result else '')]
 
 
-FIGURES = ('mAP', 'mAP50', 'mAP75')
-
-
-def _figures(figures: Dict[str, Any]) -> str:
+def _in_words(figures: Dict[str, Any]) -> str:
     return '   '.join(f'{name} ' + ('-' if figures[name] is None else f'{figures[name]:.2f}') for name in FIGURES)

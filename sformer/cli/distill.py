@@ -33,8 +33,8 @@ def distill(
     """Train an SFormer to follow its source with fewer spikes. This is training, but reads no labels."""
     from ..conversion import another_source, calibration_batches, source_inside
     from ..conversion.distillation import DistillConfig, distill_, shuffled
-    from ..saving import check_output, open_model, save_model
-    check_output(output, overwrite)
+    from ..saving import check_vacant, open_model, save_model
+    check_vacant(output, overwrite)
     network: Any = open_model(model)
     teacher = another_source(network, open_model(source_model)) if source_model else source_inside(network)
     batches, used = calibration_batches(network, dataset, split, num_images, batch_size, seed, 'Reading')

@@ -10,7 +10,7 @@ from .options import MAX_IMAGES, MAX_IMG_SIZE, MAX_SEED, ColumnOptions, Dataset,
 
 __all__ = ['export']
 
-MAX_WEIGHT_ERROR = 0.03  # of `to_integer_`; a test holds them together
+WEIGHT_ERROR = 0.03  # of `to_integer_`; a test holds them together
 
 
 @unfolded
@@ -20,7 +20,7 @@ def export(
         columns: ColumnOptions,
         max_error: Annotated[float, typer.Option(
             min=0, help='Relative error of int8 weights beyond which a layer stays in floating point')
-        ] = MAX_WEIGHT_ERROR,
+        ] = WEIGHT_ERROR,
         calibration: Annotated[Optional[str], typer.Option(
             help=f'Round weights such that errors cancel on images of this kind: dead-leaves, {Dataset}')] = None,
         split: Annotated[Optional[str], typer.Option(help='Split of these images')] = None,

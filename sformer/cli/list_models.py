@@ -6,7 +6,7 @@ from .tables import print_csv, print_table
 
 __all__ = ['list_models']
 
-CSV_COLUMNS = ('name', 'source', 'param_count', 'input_size', 'num_classes', 'license', 'weights', 'results')
+LIST_COLUMNS = ('name', 'source', 'param_count', 'input_size', 'num_classes', 'license', 'weights', 'results')
 
 
 def list_models(format: TableFormat = Format.table) -> None:
@@ -17,7 +17,7 @@ def list_models(format: TableFormat = Format.table) -> None:
         dict(entry, param_count=f'{entry["param_count"]:.1f}', input_size='x'.join(map(str, entry['input_size'])))
         for entry in entries()]
     if format == Format.csv:
-        print_csv(CSV_COLUMNS, found)
+        print_csv(LIST_COLUMNS, found)
         return
     for weights in dict.fromkeys(entry['weights'] for entry in found):
         rows = []

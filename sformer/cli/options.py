@@ -10,7 +10,7 @@ from typing import Annotated, Any, Callable, Dict, List, Optional
 import typer
 
 from ..errors import SFormerError
-from .arguments import AMP_DTYPES, parse_dataset_ids
+from .arguments import AMP_NAMES, parse_dataset_ids
 
 __all__ = ['unfolded', 'ColumnOptions', 'EvaluationOptions', 'RecordOptions', 'Format', 'TableFormat']
 
@@ -104,8 +104,8 @@ class EvaluationOptions(ColumnOptions):
         min=1, max=MAX_TIMEOUT, help='Seconds until a silent process counts as lost')] = 600.
 
     def __post_init__(self) -> None:
-        if self.amp_dtype not in AMP_DTYPES:
-            raise SFormerError(f'--amp-dtype is {" or ".join(AMP_DTYPES[:3:2])}, not {self.amp_dtype!r}.')
+        if self.amp_dtype not in AMP_NAMES:
+            raise SFormerError(f'--amp-dtype is {" or ".join(AMP_NAMES[:3:2])}, not {self.amp_dtype!r}.')
         if self.source_model and not self.source:
             raise SFormerError('--no-source compares with nothing: leave out --source-model.')
         if self.device is not None and self.device.startswith('meta'):

@@ -53,7 +53,7 @@ class BenchOptions:
             print(f'written to {self.results_file}')
 
 
-HEADS = ('N', 'silence', 'lambda', 'agreement [%]', 'relative error', 'activity', 'unary', 'binary')
+POINT_HEADS = ('N', 'silence', 'lambda', 'agreement [%]', 'relative error', 'activity', 'unary', 'binary')
 
 
 def cells(point: Any) -> Tuple[str, ...]:
@@ -82,7 +82,7 @@ def sweep(
     base = network.sfn_config if silence is None else replaced(network.sfn_config, silence=silence)
     points = list(sweep(bench_, base, levels or SWEPT_LEVELS))
     print_table(f'{model}: {used["num_images"]} images of {used["name"]}, beside the source',
-                HEADS, [cells(point) for point in points])
+                POINT_HEADS, [cells(point) for point in points])
     print(f'\n{cost(bench_)}')
     bench.write(model, used, bench_, points)
 
@@ -115,7 +115,7 @@ def search(
     rows += [('lambda alone', min(lambdas, key=lambda p: p.error))] if lambdas else []
     rows += [('recommended', best)]
     print_table(f'{model}: {used["num_images"]} images of {used["name"]}, beside the source',
-                ('', *HEADS), [(name, *cells(point)) for name, point in rows])
+                ('', *POINT_HEADS), [(name, *cells(point)) for name, point in rows])
     print(f'\n{len(points)} trials, {cost(bench_)}')
     bench.write(model, used, bench_, points, spikes=spikes, budget=budget, max_error=max_error,
                 front=[dataclasses.asdict(point) for point in front], recommended=dataclasses.asdict(best))

@@ -22,27 +22,27 @@ from ..neurons.statistics import CurrentStatistics, check_finite
 from .compensation import Correlation, compensable, compensated
 from .silence import RowSensitivity, Sensitivity, set_quiet_
 
-__all__ = ['calibrate_', 'correct', 'observe', 'OBSERVED_BATCH']
+__all__ = ['calibrate_', 'correct', 'observe', 'OBSERVED_IMAGES']
 
 SENSITIVITY_BATCHES = 8
 COMPENSATED_IMAGES = 1024  # that are held in memory for it
 CORRELATED_BYTES = 2 ** 31  # of what is summed up at a time
-OBSERVED_BATCH = 16  # images; small enough that currents of a large network at 500 pixels are no burden
+OBSERVED_IMAGES = 16  # at a time; small enough that currents of a large network at 500 pixels are no burden
 
-Forward = Callable[[nn.Module, Any], Any]
+ForwardFn = Callable[[nn.Module, Any], Any]
 
 
 def calibrate_(
         module: nn.Module,
         batches: Iterable[Any],
         fit: FitConfig = FitConfig(),
-        forward_fn: Optional[Forward] = None,
+        forward_fn: Optional[ForwardFn] = None,
 ) -> int:
     """Fit every neuron of a spiking module to the currents of its source network, in place.
 
     Args:
         module: Any module that `spiking_` converted.
-        batches: What the module reads. Tensors (B, ...) are observed in batches of `OBSERVED_BATCH`; anything else,
+        batches: What the module reads. Tensors (B, ...) are observed in batches of `OBSERVED_IMAGES`; anything else,
             such as lists of images, as it comes. The first batch is read twice where the fit is `unbiased`, the first
             eight where neurons have a price of activity, then with gradients; the first 1,024 images where weights
             compensate.
@@ -97,7 +97,7 @@ def _kept(batches: Iterable[Any], held: List[Any]) -> Iterator[Any]:
         yield batch
 
 
-def _fit_silence(module: nn.Module, batches: List[Any], forward_fn: Optional[Forward]) -> None:
+def _fit_silence(module: nn.Module, batches: List[Any], forward_fn: Optional[ForwardFn]) -> None:
     """Say below which current each neuron is silent, by the gradients of the source on some batches."""
     def stand_in(name: str, neuron: Neuron) -> nn.Module:
         if not isinstance(neuron, ScaleAndFire):
@@ -116,13 +116,13 @@ def _fit_silence(module: nn.Module, batches: List[Any], forward_fn: Optional[For
 def observe(
         module: nn.Module,
         batches: Iterable[Any],
-        forward_fn: Optional[Forward] = None,
+        forward_fn: Optional[ForwardFn] = None,
 ) -> Tuple[Dict[str, Any], int]:
     """Statistics of the source's currents at every neuron, and the number of images; arguments as of `calibrate_`."""
     view, observers = _view(module, lambda name, neuron: _Observer(name, neuron.statistics()))
     count = 0
     for batch in _rebatched(batches):
-        with contextlib.nullcontext() if count else _ProductWatch(view):
+        with contextlib.nullcontext() if count else _UnreachedProducts(view):
             out = _forward(module, view, batch, forward_fn)
         if isinstance(out, torch.Tensor) and not torch.isfinite(out.float().sum()):
             raise SFormerError('NaN or infinite values in the output of the source network.')
@@ -133,7 +133,7 @@ def observe(
 
 
 @torch.inference_mode()
-def correct(module: nn.Module, batch: Any, forward_fn: Optional[Forward] = None) -> None:
+def correct(module: nn.Module, batch: Any, forward_fn: Optional[ForwardFn] = None) -> None:
     """Let fitted neurons carry what rounding and clipping take from the source's currents on one batch of images."""
     view, comparisons = _view(module, lambda name, neuron: _Comparison(neuron))
     _forward(module, view, batch, forward_fn)
@@ -143,7 +143,7 @@ def correct(module: nn.Module, batch: Any, forward_fn: Optional[Forward] = None)
 
 
 @torch.no_grad()
-def _compensate(module: nn.Module, batches: List[Any], forward_fn: Optional[Forward]) -> None:
+def _compensate(module: nn.Module, batches: List[Any], forward_fn: Optional[ForwardFn]) -> None:
     """Let weights make up for what neurons leave out of the source's currents, as far as other neurons know of it."""
     layers = {f'{name}.neuron'.lstrip('.'): layer for name, layer in compensable(module)}
     left = {name: 8 * neuron.step.numel() ** 2 for name, neuron in named_neurons(module)
@@ -180,7 +180,7 @@ def _view(module: nn.Module, stand_in: Callable[[str, Neuron], nn.Module]) -> Tu
     return view, stand_ins
 
 
-def _forward(module: nn.Module, view: nn.Module, batch: Any, forward_fn: Optional[Forward]) -> Any:
+def _forward(module: nn.Module, view: nn.Module, batch: Any, forward_fn: Optional[ForwardFn]) -> Any:
     # a layer without parameters, such as a pool, has only what its neurons have
     tensors = itertools.chain(module.parameters(), module.buffers())
     parameter = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
@@ -232,7 +232,7 @@ class _Comparison(nn.Module):
 
 
 def _rebatched(batches: Iterable[Any]) -> Iterator[Any]:
-    """Tensors in batches of `OBSERVED_BATCH` images of one size, whatever they come in."""
+    """Tensors in batches of `OBSERVED_IMAGES` images of one size, whatever they come in."""
     held: Optional[torch.Tensor] = None
     for batch in batches:
         if not isinstance(batch, torch.Tensor):
@@ -242,16 +242,16 @@ def _rebatched(batches: Iterable[Any]) -> Iterator[Any]:
             yield held
             held = None
         held = batch if held is None else torch.cat([held, batch])
-        while len(held) >= OBSERVED_BATCH:
-            yield held[:OBSERVED_BATCH]
-            held = held[OBSERVED_BATCH:]
+        while len(held) >= OBSERVED_IMAGES:
+            yield held[:OBSERVED_IMAGES]
+            held = held[OBSERVED_IMAGES:]
         if not len(held):
             held = None
     if held is not None:
         yield held
 
 
-class _ProductWatch(ForwardWatch):
+class _UnreachedProducts(ForwardWatch):
     """Raises where a module multiplies matrices in a forward of its own, which no neuron would ever reach."""
     OPERATIONS = {'mm', 'bmm', 'addmm', 'baddbmm', 'addbmm', 'convolution', 'linear', 'matmul', 'einsum',
                   '_scaled_dot_product_flash_attention_for_cpu', '_scaled_dot_product_attention_math',

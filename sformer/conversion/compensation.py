@@ -14,16 +14,17 @@ import torch.nn as nn
 
 from ..layers import SpikingConv2d, SpikingConvTranspose2d, SpikingLinear
 from ..neurons import ScaleAndFire
+from ..neurons.scale_and_fire import TINY
 
 __all__ = ['Correlation', 'compensable', 'compensated']
 
 RIDGE = 0.1  # of a channel's own power: what a few images say of many channels is not all true
-TINY, ROUNDING = 1e-30, 1e-5  # of float32 sums
+ROUNDING = 1e-5  # of float32 sums
 
-Layer = Union[SpikingLinear, SpikingConv2d, SpikingConvTranspose2d]
+Compensable = Union[SpikingLinear, SpikingConv2d, SpikingConvTranspose2d]
 
 
-def compensable(module: nn.Module) -> Iterable[Tuple[str, Layer]]:
+def compensable(module: nn.Module) -> Iterable[Tuple[str, Compensable]]:
     """Layers of a spiking module whose weights read the spikes of a neuron of their own and nothing else, with names;
     no grouped convolutions, whose weights do not see all channels."""
     read = Counter(id(parameter) for layer in module.modules() for parameter in layer._parameters.values())
@@ -83,7 +84,7 @@ class Correlation(nn.Module):
         return a, expected - a @ (mean + center) if shifted else expected
 
 
-def compensated(layer: Layer, seen: Correlation) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+def compensated(layer: Compensable, seen: Correlation) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
     """Weights of a layer that read spikes for currents, and its bias.
 
     Args:

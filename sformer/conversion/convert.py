@@ -88,7 +88,7 @@ def convert(
     training = model.training
     before = {k: model.__dict__.get(k) for k in ('pretrained_cfg', 'default_cfg', '_model_args')}
     try:
-        record = _record_of(model, source.weights, fit, command)
+        record = _source_record(model, source.weights, fit, command)
         _name_architecture(model)
         model = spiking_model_(model, config).eval()
         batches, images = calibration_batches(
@@ -154,7 +154,7 @@ def all_tokens(network: Any, batch: torch.Tensor) -> torch.Tensor:
     return tokens
 
 
-def _record_of(model: nn.Module, weights: Optional[str], fit: FitConfig, command: Optional[str]) -> Dict[str, Any]:
+def _source_record(model: nn.Module, weights: Optional[str], fit: FitConfig, command: Optional[str]) -> Dict[str, Any]:
     """What the record says of the source and of the run."""
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     return dict(

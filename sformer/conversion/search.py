@@ -24,7 +24,7 @@ __all__ = [
 SWEPT_LEVELS = (2, 4, 8, 16, 32, 63)
 SILENCES = (0.001, 0.003, 0.01, 0.03, 0.1)  # prices of activity that are tried without a search
 SILENCE_RANGE, SCALE_RANGE = (1e-4, 0.3), (0.5, 1.5)
-BATCH_SIZE = 64
+BENCH_BATCH = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Bench:
         self.forward_passes += len(self.images)
         return torch.cat([
             (network(batch) if network.num_classes else all_tokens(network, batch)).float().cpu()
-            for batch in self.images.to(parameter.device, parameter.dtype).split(BATCH_SIZE)])
+            for batch in self.images.to(parameter.device, parameter.dtype).split(BENCH_BATCH)])
 
     def measure(self, config: SFNConfig, origin: str) -> Point:
         """The SFormer of a config, beside its source."""

@@ -15,10 +15,10 @@ import torch.nn as nn
 
 from ..errors import SFormerError
 from ..neurons import ScaleAndFire
+from ..neurons.scale_and_fire import TINY
 
 __all__ = ['RowSensitivity', 'Sensitivity', 'set_quiet_']
 
-TINY = 1e-30  # what the output does not depend on is silent at any price
 
 
 class Sensitivity(nn.Module):

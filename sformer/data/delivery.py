@@ -14,7 +14,7 @@ from ..errors import SFormerError, UnreadableImageError
 from .origins import TableStream
 from .preprocessing import Preprocessor, Read, one_line
 
-__all__ = ['Batch', 'ImageData', 'Images', 'Plan', 'Stream', 'lost_workers', 'readers_of_shard']
+__all__ = ['Batch', 'ImageData', 'ChosenImages', 'Plan', 'Stream', 'lost_workers', 'readers_of_shard']
 
 
 @dataclass
@@ -98,7 +98,7 @@ class ImageData:
     num_images: Optional[int]
     fingerprint: Optional[str]
     class_names: Optional[List[str]]
-    dataset: Union['Images', 'Stream'] = field(repr=False, compare=False)
+    dataset: Union['ChosenImages', 'Stream'] = field(repr=False, compare=False)
     revision: Optional[str] = None
     num_shards: int = 1
     image_column: Optional[str] = None
@@ -195,13 +195,13 @@ def _pieces(num_images: int, plan: Plan) -> List[Piece]:
     return pieces
 
 
-class Images(Dataset):
+class ChosenImages(Dataset):
     """The chosen images of a source by whole batches, so that one worker makes one batch."""
 
     def __init__(self, source, indices: np.ndarray, preprocessor: Preprocessor):
         self.source, self.indices, self.preprocessor = source, indices, preprocessor
 
-    def planned(self, plan: Plan) -> 'Images':
+    def planned(self, plan: Plan) -> 'ChosenImages':
         return self  # the sampler knows the plan
 
     def __getitem__(self, piece: Piece) -> Union[Batch, SFormerError]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import SFormerError
 from .columns import Columns, find_columns
-from .delivery import ImageData, Images, Stream
+from .delivery import ChosenImages, ImageData, Stream
 from .image_folders import EVALUATION_SPLITS, class_folders, find_images, split_folders
 from .origins import DeadLeaves, Digits, Files, Table, TableStream
 from .preprocessing import Preprocessor, check_data_config, one_line
@@ -132,13 +132,13 @@ def _image_data(request: _Request, found: _Found, data_configs: Sequence[Dict[st
     indices = _choose(title, source.num_images, request)
     chosen = None if indices is None else indices.tolist()
     preprocessor = Preprocessor(title, data_configs, isinstance(source, DeadLeaves), request.needs_labels)
-    dataset: Union[Images, Stream]
+    dataset: Union[ChosenImages, Stream]
     if isinstance(source, TableStream):
         if request.num_images not in (None, source.num_images):
             source.take(request.num_images)
         dataset = Stream(source, preprocessor)
     else:
-        dataset = Images(source, indices, preprocessor)
+        dataset = ChosenImages(source, indices, preprocessor)
     return ImageData(
         name=name,
         split=split,

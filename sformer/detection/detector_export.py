@@ -21,7 +21,7 @@ from ..layers import named_neurons
 
 __all__ = ['export_detector']
 
-OPSET = 20  # the last one that the older exporter knows
+LEGACY_OPSET = 20  # the last one that the older exporter knows
 
 
 def export_detector(
@@ -82,7 +82,7 @@ def _to_onnx(network: Any, image: torch.Tensor) -> Any:
           torch.no_grad()):
         try:
             torch.onnx.export(
-                network, ([image],), file, dynamo=False, opset_version=OPSET, input_names=['image'],
+                network, ([image],), file, dynamo=False, opset_version=LEGACY_OPSET, input_names=['image'],
                 output_names=names, dynamic_axes={name: [0] for name in names})
         except torch.onnx.errors.OnnxExporterError as e:
             raise SFormerError(f"torch's exporter cannot write {network.config.backbone}: {first_line(e)}") from None

@@ -15,7 +15,7 @@ from ..errors import SFormerError, UncalibratedError, first_line
 from ..files import file_hash, read_safetensors, state_hash, write_aside
 from ..layers import is_calibrated, named_neurons, uncalibrated
 from ..neurons import SFNConfig
-from ..saving import check_output
+from ..saving import check_vacant
 from ..saving.hub import locate
 from ..saving.model_config import CONFIG_NAME, DETECTOR_KEY, WEIGHTS_NAME, check_firing_config, check_weights_file
 from .detector_conversion import spiking_detector_
@@ -40,7 +40,7 @@ def save_detector(detector: nn.Module, directory: Union[str, Path], overwrite: b
     spiking = any(True for _ in named_neurons(detector))
     if spiking and not is_calibrated(detector):
         raise UncalibratedError(f'{uncalibrated(detector)}; convert it with convert_detector() before saving.')
-    check_output(directory, overwrite)
+    check_vacant(directory, overwrite)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in detector.state_dict().items()}
     config: Dict[str, Any] = {
         'architecture': detector_name(model.config, spiking), DETECTOR_KEY: dataclasses.asdict(model.config)}

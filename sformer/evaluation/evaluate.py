@@ -13,7 +13,7 @@ from .distributed import Group
 from .journal import Journal
 from .labels import resolve_benchmark
 from .loop import Loop
-from .networks import build_networks, check_model, data_config_of, device_of, distinct_configs, identity, prepare
+from .networks import build_networks, check_model, data_config_of, device_of, distinct_configs, identity, prepare_model
 from .settings import EvaluationConfig
 from .summary import check_complete, finished_shards, peak_memory, result_of
 
@@ -104,7 +104,7 @@ def _evaluate(
     target = group.device if group.world_size > 1 else None
     if config.device is not None:
         target = torch.device(config.device)
-    models = [prepare(model, config, target) for model in models]
+    models = [prepare_model(model, config, target) for model in models]
     device = device_of(models[0])
     data_configs = [data_config_of(model, config) for model in models]
     images = open_images(
@@ -116,7 +116,7 @@ def _evaluate(
         images.label_with(labels)
     key = _key(identities, [s if isinstance(s, bool) else identity(s) for s in sources], images, benchmarks[0].name,
                data_configs, config, device)
-    sources = [s if isinstance(s, bool) else prepare(s, config, target) for s in sources]
+    sources = [s if isinstance(s, bool) else prepare_model(s, config, target) for s in sources]
     subjects, networks = build_networks(models, sources, data_configs, benchmarks, config.torchcompile)
     _check_same(key, group)
 

@@ -17,7 +17,9 @@ from typing import IO, Any, Dict, List, Optional, Union
 from ..errors import SFormerError
 from .distributed import Group
 
-__all__ = ['Journal']
+__all__ = ['ChunkRecord', 'Journal']
+
+ChunkRecord = Dict[str, Any]  # what was counted in one chunk
 
 # What tells runs apart; one that differs in anything else is the same run with other options, which cannot go on.
 IDENTITY = {'models', 'sources', 'dataset', 'split', 'benchmark'}
@@ -37,7 +39,7 @@ class Journal:
         self._file: Optional[IO[str]] = None
         self._synced = 0.
 
-    def open(self, key: Dict[str, Any], group: Group) -> List[Dict[str, Any]]:
+    def open(self, key: Dict[str, Any], group: Group) -> List[ChunkRecord]:
         """Begin to record; returns the records of earlier runs, one per chunk.
 
         Args:
@@ -47,10 +49,10 @@ class Journal:
         Raises:
             SFormerError: If there are records of another run, or no record can be written.
         """
-        self.path = self.root / _digest(json.dumps(key, sort_keys=True))
+        self.path = self.root / _line_digest(json.dumps(key, sort_keys=True))
         files = sorted(self.path.glob('*.jsonl'))
         found = self._read(files or sorted(self.root.glob('*/*.jsonl')), key) if self.resume else []
-        records: Dict[Any, Dict[str, Any]] = {}
+        records: Dict[Any, ChunkRecord] = {}
         for record in (r for rs in group.gather(found, 'journal') for r in rs):
             records.setdefault(tuple(record['chunk']), record)
         if not self.resume:
@@ -65,7 +67,7 @@ class Journal:
         self._append(key)
         return [records[chunk] for chunk in sorted(records)]
 
-    def _read(self, files: List[Path], key: Dict[str, Any]) -> List[Dict[str, Any]]:
+    def _read(self, files: List[Path], key: Dict[str, Any]) -> List[ChunkRecord]:
         records = []
         for path in files:
             lines = [_parse(line) for line in path.read_text(encoding='utf-8', errors='replace').splitlines()]
@@ -81,7 +83,7 @@ class Journal:
             records += [line for line in lines[1:] if line is not None]
         return records
 
-    def add(self, record: Dict[str, Any]) -> None:
+    def add(self, record: ChunkRecord) -> None:
         """Record a finished chunk."""
         self._append(record)
 
@@ -89,7 +91,7 @@ class Journal:
         text = json.dumps(data)
         assert self._file is not None
         try:
-            self._file.write(f'{_digest(text)} {text}\n')
+            self._file.write(f'{_line_digest(text)} {text}\n')
             self._file.flush()
             if time.monotonic() - self._synced > 5:  # a kill loses nothing; a power cut, these seconds
                 os.fsync(self._file.fileno())
@@ -110,11 +112,11 @@ class Journal:
             self.root.rmdir()
 
 
-def _digest(text: str) -> str:
+def _line_digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _parse(line: str) -> Any:
     """Data of a line, None if it was cut off."""
     digest, _, text = line.partition(' ')
-    return json.loads(text) if digest == _digest(text) else None
+    return json.loads(text) if digest == _line_digest(text) else None

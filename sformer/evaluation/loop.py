@@ -10,14 +10,12 @@ from ..data import Batch, ImageData, Plan, lost_workers
 from ..errors import SFormerError
 from .activity import Activity
 from .distributed import Group
-from .journal import Journal
+from .journal import ChunkRecord, Journal
 from .metrics import ChunkScore, PairScore
 from .networks import Network, Subject, device_of
 from .settings import AMP_DTYPES, EvaluationConfig
 
 __all__ = ['Loop']
-
-Record = Dict[str, Any]
 
 
 class Loop:
@@ -44,7 +42,7 @@ class Loop:
         self.wall = self.wait = 0.
         self.done = 0
 
-    def already(self, records: List[Record]) -> None:
+    def already(self, records: List[ChunkRecord]) -> None:
         """Take over what earlier runs counted."""
         self.done = sum(r['num'] for r in records)
         if records and self.group.is_main:
@@ -53,14 +51,14 @@ class Loop:
             self.group.add('hits', sum(r['networks'][0]['top1'] for r in records))
             self.group.add('bad', sum(len(r['bad']) for r in records))
 
-    def run(self) -> List[Record]:
+    def run(self) -> List[ChunkRecord]:
         """Records of the chunks of this process.
 
         Raises:
             SFormerError: If images cannot be read or do not fit into memory, or logits or labels are out of range.
         """
         begin = time.perf_counter()
-        records: List[Record] = []
+        records: List[ChunkRecord] = []
         chunks: Dict[Tuple[int, int], _Chunk] = {}  # workers deliver chunks in turns
         with _bar(self.group, self.images.num_images, self.done) as bar, lost_workers():
             for batch in self._batches():
@@ -193,7 +191,7 @@ class _Chunk:
         hits = self.scores[0][0].top1 if self.scores[0] else 0
         self.last_hits, self._hits = hits - self._hits, hits
 
-    def record(self) -> Record:
+    def record(self) -> ChunkRecord:
         """All counts, for JSON; lists have one entry per subject."""
         empty = ChunkScore()
         activity = [self.activity[s.network].counts if s.spiking else None for s in self.subjects]

@@ -11,7 +11,7 @@ import torch
 
 __all__ = ['ChunkScore', 'PairScore', 'summarize', 'summarize_pair']
 
-NUM_BINS = 15  # of the calibration error, as in Guo et al., arXiv 1706.04599
+ECE_BINS = 15  # of the calibration error, as in Guo et al., arXiv 1706.04599
 
 
 class ChunkScore:
@@ -41,9 +41,9 @@ class ChunkScore:
 
     def record(self) -> Dict[str, Any]:
         """Counts, for JSON. `bins` has images, hits and the sum of confidences per bin of confidence."""
-        bins: List[List[Any]] = [[0, 0, []] for _ in range(NUM_BINS)]
+        bins: List[List[Any]] = [[0, 0, []] for _ in range(ECE_BINS)]
         for confidence, right in zip(self.confidence, self.right, strict=True):
-            b = bins[min(NUM_BINS - 1, max(0, math.ceil(confidence * NUM_BINS) - 1))]
+            b = bins[min(ECE_BINS - 1, max(0, math.ceil(confidence * ECE_BINS) - 1))]
             b[0] += 1
             b[1] += right
             b[2].append(confidence)
@@ -79,7 +79,7 @@ def summarize(records: List[Dict[str, Any]], count: int) -> Dict[str, Optional[f
     calibration error [%] from the records of `ChunkScore` over `count` images."""
     losses = [r['nll'] for r in records]
     gaps = []
-    for b in range(NUM_BINS):
+    for b in range(ECE_BINS):
         hits, confidence = sum(r['bins'][b][1] for r in records), math.fsum(r['bins'][b][2] for r in records)
         gaps.append(abs(hits - confidence))
     return dict(

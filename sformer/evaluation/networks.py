@@ -18,7 +18,9 @@ from ..layers import is_calibrated, named_neurons, shared_copy, source_view, unc
 from .labels import Benchmark
 from .settings import EvaluationConfig
 
-__all__ = ['Network', 'Subject', 'build_networks', 'check_model', 'data_config_of', 'device_of', 'identity', 'prepare']
+__all__ = [
+    'Network', 'Subject', 'build_networks', 'check_model', 'data_config_of', 'device_of', 'identity', 'prepare_model',
+]
 
 
 # what timm and torch note on a model and no forward reads
@@ -91,7 +93,7 @@ def identity(model: nn.Module) -> Dict[str, Any]:
 
 
 @torch.inference_mode(False)  # parameters that are made in inference mode could not be trained afterwards
-def prepare(model: nn.Module, config: EvaluationConfig, device: Optional[torch.device]) -> nn.Module:
+def prepare_model(model: nn.Module, config: EvaluationConfig, device: Optional[torch.device]) -> nn.Module:
     """A view of a model in eval mode, on a device; a copy where the model has to change for the evaluation.
 
     Raises:

@@ -117,12 +117,12 @@ def write_results(path: Union[str, Path], results: List[Dict[str, Any]], format:
     """
     path = _target(path)
     try:
-        _write(path, results, format)
+        _write_format(path, results, format)
     except OSError as e:
         raise OSError(e.errno, e.strerror, str(path)) from e
 
 
-def _write(path: Path, results: List[Dict[str, Any]], format: str) -> None:
+def _write_format(path: Path, results: List[Dict[str, Any]], format: str) -> None:
     if format == 'json':
         write_json(path, results[0] if len(results) == 1 else results)
         return

@@ -9,24 +9,24 @@ from ..data import ImageData
 from ..errors import SFormerError
 from ..execution import EngineNetwork
 from .activity import Activity
+from .journal import ChunkRecord
 from .metrics import summarize, summarize_pair
 from .networks import Subject
 
 __all__ = ['check_complete', 'finished_shards', 'peak_memory', 'result_of']
 
-Record = Dict[str, Any]
 
-NAMED = 100  # of the files that are passed over in a folder; an archive of macOS has one for each image
+MAX_PASSED_OVER = 100  # of the files that are passed over in a folder; an archive of macOS has one for each image
 
 
-def finished_shards(records: Sequence[Record]) -> Set[int]:
+def finished_shards(records: Sequence[ChunkRecord]) -> Set[int]:
     """Shards of which every chunk is done."""
     last = {r['chunk'][0]: r['chunk'][1] for r in records if r['ends_shard']}
     done = {tuple(r['chunk']) for r in records}
     return {s for s, c in last.items() if all((s, i) in done for i in range(c + 1))}
 
 
-def check_complete(records: Sequence[Record], images: ImageData, max_bad: int) -> None:
+def check_complete(records: Sequence[ChunkRecord], images: ImageData, max_bad: int) -> None:
     """Raise SFormerError unless every image was counted once."""
     chunks = [tuple(r['chunk']) for r in records]
     twice = next((c for c in chunks if chunks.count(c) > 1), None) if len(set(chunks)) < len(chunks) else None
@@ -45,7 +45,7 @@ def check_complete(records: Sequence[Record], images: ImageData, max_bad: int) -
         raise SFormerError(f'{images.name}: not one image has a label and can be read.')
 
 
-def result_of(subject: Subject, images: ImageData, records: Sequence[Record]) -> Dict[str, Any]:
+def result_of(subject: Subject, images: ImageData, records: Sequence[ChunkRecord]) -> Dict[str, Any]:
     """Result of one model: what was evaluated on what, its figures and those of its source, and seconds."""
     i, model, config = subject.index, subject.model, subject.data_config
     count = sum(r['count'] for r in records)
@@ -57,7 +57,7 @@ def result_of(subject: Subject, images: ImageData, records: Sequence[Record]) ->
         image_column=getattr(images, 'image_column', None), label_column=getattr(images, 'label_column', None),
         benchmark=subject.benchmark.name, num_images=count,
         skipped_images=sum(r['skipped'] for r in records), bad_images=[name for r in records for name in r['bad']],
-        num_passed_over=len(images.passed_over), passed_over=images.passed_over[:NAMED],
+        num_passed_over=len(images.passed_over), passed_over=images.passed_over[:MAX_PASSED_OVER],
         top1=score['top1'], top1_err=round(100 - score['top1'], 4),
         top5=score['top5'], top5_err=round(100 - score['top5'], 4), nll=score['nll'], ece=score['ece'])
     if subject.source is not None:
@@ -72,21 +72,21 @@ def result_of(subject: Subject, images: ImageData, records: Sequence[Record]) ->
             activity=activity.mean(), activity_per_site=activity.per_site(),
             spikes_per_neuron=activity.spikes_per_neuron(),
             activity_images=sum(r['activity_images'] for r in records))
-    seconds = _seconds(records, 'seconds', i)
+    seconds = _sum_seconds(records, 'seconds', i)
     result.update(
         param_count=round(sum(p.numel() for p in model.parameters()) / 1e6, 4),
         img_size=config['input_size'][-1], crop_pct=config['crop_pct'], interpolation=config['interpolation'],
         seconds=round(seconds, 3), images_per_second=round(count / seconds, 2) if seconds else None,
-        decode_seconds=round(_seconds(records, 'decode'), 3),
-        preprocess_seconds=round(_seconds(records, 'preprocess'), 3))
+        decode_seconds=round(_sum_seconds(records, 'decode'), 3),
+        preprocess_seconds=round(_sum_seconds(records, 'preprocess'), 3))
     if isinstance(model, EngineNetwork):
         result.update(model.describe())
     if subject.source is not None:
-        result['source_seconds'] = round(_seconds(records, 'source_seconds', i), 3)
+        result['source_seconds'] = round(_sum_seconds(records, 'source_seconds', i), 3)
     return result
 
 
-def _seconds(records: Sequence[Record], key: str, index: Optional[int] = None) -> float:
+def _sum_seconds(records: Sequence[ChunkRecord], key: str, index: Optional[int] = None) -> float:
     """Seconds, averaged over the processes that worked at the same time; a resumed run may have had others."""
     return sum((r[key] if index is None else r[key][index]) / r['world_size'] for r in records)
 

@@ -42,7 +42,7 @@ def spiking_(
             the module is unchanged.
     """
     named = list(_filtered(module, filter_fn))
-    _check(named)
+    _check_counterparts(named)
     # layers without weights build their neurons where the others are
     device = next((p.device for p in module.parameters()), None)
     with contextlib.nullcontext() if device is None else torch.device(device):
@@ -74,7 +74,7 @@ def _filtered(
         yield from _filtered(child, filter_fn, f'{name}.{child_name}' if name else child_name)
 
 
-def _check(named: List[Tuple[str, nn.Module]]) -> None:
+def _check_counterparts(named: List[Tuple[str, nn.Module]]) -> None:
     """Raise UnsupportedLayerError if a layer would stay analog."""
     unknown = []
     for name, child in named:

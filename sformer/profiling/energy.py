@@ -14,9 +14,9 @@ from .operations import Operation, Site
 
 __all__ = ['MOVEMENT', 'energy', 'traffic', 'verdicts']
 
-WEIGHT_BITS, FLOAT_BITS = 8, 32
+STORED_BITS, FLOAT_BITS = 8, 32
 MOVEMENT = ('weights', 'activations', 'routing')  # data that is moved, of which figures are +- 50 %
-LOW, HIGH = 0.5, 1.5
+LOW_MOVEMENT, HIGH_MOVEMENT = 0.5, 1.5
 TWIN = 'quantised'
 SKIPPING = 'quantised, skipping zeros'
 ALIKE = 0.05  # what differs by less is no win
@@ -125,12 +125,13 @@ def _account(
         movement = sum(parts[part] for part in MOVEMENT)
         total = sum(parts.values())
         account[name] = {part: _mj(value) for part, value in dict(
-            parts, total=total, low=total - (1 - LOW) * movement, high=total + (HIGH - 1) * movement).items()}
+            parts, total=total, low=total - (1 - LOW_MOVEMENT) * movement,
+            high=total + (HIGH_MOVEMENT - 1) * movement).items()}
     return account
 
 
 def _weight_bits(operations: Sequence[Operation]) -> float:
-    return sum(o.weights * (FLOAT_BITS if o.kind == 'floating' else WEIGHT_BITS) for o in operations)
+    return sum(o.weights * (FLOAT_BITS if o.kind == 'floating' else STORED_BITS) for o in operations)
 
 
 def _functions(floating: Sequence[Floating], c: Constants) -> float:

@@ -254,7 +254,7 @@ def _add_gate(sums: Dict[str, Dict[str, int]], gate: Any, value: Any) -> None:
         both[coding] += int((spikes_in(gate, coding) * spikes_in(value, coding)).sum())
 
 
-OPERANDS = {'QK^T': ('q', 'k'), 'AV': ('attn', 'v'), 'gate': ('gate', 'value')}
+OPERAND_NAMES = {'QK^T': ('q', 'k'), 'AV': ('attn', 'v'), 'gate': ('gate', 'value')}
 
 
 def _operations(
@@ -271,7 +271,7 @@ def _operations(
         macs = flops.get(name, 0) // 2
         for kind, sums in pairs.get(name, {}).items():
             found.append(Operation(
-                f'{name} {kind}', kind, tuple(f'{name}.{o}_neuron' for o in OPERANDS[kind]), sums['macs'] / images,
+                f'{name} {kind}', kind, tuple(f'{name}.{o}_neuron' for o in OPERAND_NAMES[kind]), sums['macs'] / images,
                 {coding: sums[coding] / images for coding in CODINGS}))
             macs -= sums['macs'] if kind != 'gate' else 0  # torch counts matrix products only
         if macs and isinstance(getattr(module, 'neuron', None), Neuron):

@@ -9,14 +9,14 @@ from ..errors import SFormerError
 from ..files import write_aside
 from ..saving.model_config import WEIGHTS_NAME
 from .detector_figures import detector_kind, detector_rows, metric_rows, metrics, task_of
-from .facts import Record
+from .model_record import ModelRecord
 from .plots import is_own_plot, render_plots
 
 __all__ = ['render_card', 'render_eval_results', 'write_card']
 
 TEMPLATE = Path(__file__).parent / 'templates' / 'model_card.md'
 
-DATASETS = {'digits': 'Digits (scikit-learn)', 'dead-leaves': 'dead leaves (generated images)'}
+DATASET_TITLES = {'digits': 'Digits (scikit-learn)', 'dead-leaves': 'dead leaves (generated images)'}
 
 # identifiers that the Hub takes as a licence; others go by `other` with a name and a link
 LICENSES = (
@@ -56,12 +56,12 @@ SETTINGS = (
 # What is said of it ---------------------------------------------------------------------------------------------------
 
 
-def _dataset_id(record: Record, used: Dict[str, Any], key: str = 'dataset') -> Optional[str]:
+def _dataset_id(record: ModelRecord, used: Dict[str, Any], key: str = 'dataset') -> Optional[str]:
     """Hub id of the data set of a result; None for those that are not on the Hub."""
     name = used.get(key)
     if name in record.dataset_ids:
         return record.dataset_ids[name]
-    if not name or name in DATASETS:
+    if not name or name in DATASET_TITLES:
         return None
     # a result that knows revisions has one for data from the Hub; without that, what is no folder is from there
     if not used['dataset_revision'] if 'dataset_revision' in used else Path(name).expanduser().exists():
@@ -69,10 +69,10 @@ def _dataset_id(record: Record, used: Dict[str, Any], key: str = 'dataset') -> O
     return name if re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', name) else None
 
 
-def _dataset_title(record: Record, used: Dict[str, Any], key: str = 'dataset') -> str:
+def _dataset_title(record: ModelRecord, used: Dict[str, Any], key: str = 'dataset') -> str:
     name = used.get(key)
-    if name in DATASETS:
-        return DATASETS[name]
+    if name in DATASET_TITLES:
+        return DATASET_TITLES[name]
     if name in record.dataset_ids or used.get('local_copy'):
         return f'{record.dataset_ids.get(name, name)} (local copy)'
     return _dataset_id(record, used, key) or (Path(name).name if name else 'images of the caller')
@@ -86,7 +86,7 @@ def _versions(versions: Optional[Dict[str, str]]) -> str:
     return ', '.join(f'{name} {version}' for name, version in (versions or {}).items())
 
 
-def _calibration(record: Record) -> str:
+def _calibration(record: ModelRecord) -> str:
     used = record.conversion.get('calibration') or {}
     if not used.get('num_images'):
         return 'images that were not recorded'
@@ -94,7 +94,7 @@ def _calibration(record: Record) -> str:
     return f'{used["num_images"]:,} images of {title}'
 
 
-def _recipe(record: Record) -> List[Tuple[str, Any]]:
+def _recipe(record: ModelRecord) -> List[Tuple[str, Any]]:
     c = record.conversion
     rows: List[Tuple[str, Any]] = [('architecture', f'`{record.architecture}`')]
     if record.detector:
@@ -124,14 +124,14 @@ def _recipe(record: Record) -> List[Tuple[str, Any]]:
     return rows
 
 
-def _trained(record: Record) -> str:
+def _trained(record: ModelRecord) -> str:
     """Whether the weights of the source were kept."""
     if record.conversion.get('distillation') or record.changed and not record.moved:
         return ', with weights that were changed afterwards'
     return ' without training' + (', with weights that compensate for its neurons' if record.moved else '')
 
 
-def _training(record: Record) -> List[Tuple[str, Any]]:
+def _training(record: ModelRecord) -> List[Tuple[str, Any]]:
     t = record.training or {}
     rows: List[Tuple[str, Any]] = []
     if 'train_samples' in t:
@@ -147,7 +147,7 @@ def _training(record: Record) -> List[Tuple[str, Any]]:
     return rows
 
 
-def _result(record: Record, result: Dict[str, Any]) -> Dict[str, Any]:
+def _result(record: ModelRecord, result: Dict[str, Any]) -> Dict[str, Any]:
     sides = any(source in result for _, _, source, _ in SIDES)
     rows: List[List[str]] = []
     if record.detector:
@@ -175,7 +175,7 @@ def _result(record: Record, result: Dict[str, Any]) -> Dict[str, Any]:
         versions=_versions(result.get('versions')))
 
 
-def _curve(record: Record) -> Optional[Dict[str, Any]]:
+def _curve(record: ModelRecord) -> Optional[Dict[str, Any]]:
     if not record.curve:
         return None
     first = record.curve[0]
@@ -185,7 +185,7 @@ def _curve(record: Record) -> Optional[Dict[str, Any]]:
                 of=f', evaluated on {title}{count}' if title else '')
 
 
-def _comparable(record: Record) -> List[Dict[str, Any]]:
+def _comparable(record: ModelRecord) -> List[Dict[str, Any]]:
     """Results that an index may list by data set and split: with its own labels, and of each the one on most images."""
     found: Dict[Any, Dict[str, Any]] = {}
     for result in record.evaluations.values():
@@ -196,7 +196,7 @@ def _comparable(record: Record) -> List[Dict[str, Any]]:
     return list(found.values())
 
 
-def _eval_results(record: Record) -> List[Any]:
+def _eval_results(record: ModelRecord) -> List[Any]:
     from huggingface_hub import EvalResult
     entries = []
     task, task_name = _task(record)
@@ -212,16 +212,16 @@ def _eval_results(record: Record) -> List[Any]:
     return entries
 
 
-def _task(record: Record) -> Tuple[str, str]:
+def _task(record: ModelRecord) -> Tuple[str, str]:
     """Identifier and name of the task on the Hub."""
     return task_of(record.detector) if record.detector else ('image-classification', 'Image Classification')
 
 
-def _metric(record: Record) -> str:
+def _metric(record: ModelRecord) -> str:
     return 'mean_average_precision' if record.detector else 'accuracy'
 
 
-def _figures(record: Record, result: Dict[str, Any]) -> List[Tuple[str, float]]:
+def _figures(record: ModelRecord, result: Dict[str, Any]) -> List[Tuple[str, float]]:
     """Names and values of what an index may list, the first is the one to compare by."""
     if record.detector:
         return metrics(result)
@@ -229,7 +229,7 @@ def _figures(record: Record, result: Dict[str, Any]) -> List[Tuple[str, float]]:
             if isinstance(result.get(key), (int, float))]
 
 
-def _metadata(record: Record) -> Any:
+def _metadata(record: ModelRecord) -> Any:
     from huggingface_hub import ModelCardData
     from huggingface_hub.utils import validate_repo_id
     used = [_dataset_id(record, record.conversion.get('calibration') or {}, 'name')]
@@ -263,7 +263,7 @@ def _metadata(record: Record) -> Any:
         model_name=record.name if results else None, eval_results=results or None)
 
 
-def render_card(record: Record, plots: Optional[Dict[str, str]] = None) -> Any:
+def render_card(record: ModelRecord, plots: Optional[Dict[str, str]] = None) -> Any:
     """Render a model card.
 
     Args:
@@ -298,7 +298,7 @@ def _cells(rows: Iterable[Sequence[Any]]) -> List[List[str]]:
     return [[' '.join(str(value).split()).replace('|', r'\|') for value in row] for row in rows]
 
 
-def render_eval_results(record: Record) -> Optional[str]:
+def render_eval_results(record: ModelRecord) -> Optional[str]:
     """Evaluation results in the Hub's `.eval_results/*.yaml` format; None if no result is on a data set of the Hub."""
     from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
     from huggingface_hub.utils import yaml_dump
@@ -315,11 +315,11 @@ def render_eval_results(record: Record) -> Optional[str]:
     return yaml_dump(eval_result_entries_to_yaml(entries), sort_keys=False) if entries else None
 
 
-def card_name(record: Record) -> str:
+def card_name(record: ModelRecord) -> str:
     return re.sub(r'[^\w.-]+', '_', record.name) or 'model'
 
 
-def write_card(record: Record, directory: Union[str, Path], overwrite: bool = False) -> Path:
+def write_card(record: ModelRecord, directory: Union[str, Path], overwrite: bool = False) -> Path:
     """Write a card and its plots to a folder: `NAME.md`, `NAME.activity.png` ...
 
     The last line of a card is a comment with the hash of what precedes it, so that edits are noticed.

@@ -2,7 +2,7 @@
 import re
 from typing import Any, Dict, List, Tuple
 
-__all__ = ['detector_kind', 'detector_rows', 'metric_rows', 'metrics', 'picture_title', 'task_of']
+__all__ = ['FIGURES', 'detector_kind', 'detector_rows', 'metric_rows', 'metrics', 'picture_title', 'task_of']
 
 FIGURES = ('mAP', 'mAP50', 'mAP75')
 LISTED = 20  # categories that are named; results have them all

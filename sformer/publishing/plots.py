@@ -8,7 +8,7 @@ from PIL import Image
 
 from ..files import png_bytes, png_values
 from .detector_figures import picture_title
-from .facts import Record
+from .model_record import ModelRecord
 
 __all__ = ['plot_accuracy', 'plot_activity', 'png', 'render_plots', 'is_own_plot']
 
@@ -73,7 +73,7 @@ def plot_activity(activity: Dict[str, float], levels: Optional[int] = None) -> b
     return png(figure, dict(levels=levels, activity_per_site=activity))
 
 
-def render_plots(record: Record) -> Dict[str, Tuple[str, bytes]]:
+def render_plots(record: ModelRecord) -> Dict[str, Tuple[str, bytes]]:
     """Plots of what a record has numbers for, and pictures of what a detector finds.
 
     Returns:

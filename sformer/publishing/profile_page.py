@@ -97,7 +97,7 @@ def write_profile(
     Returns:
         Names of the files.
     """
-    pictures = _pictures(result, profile, image, dict(maps or {}), curve)
+    pictures = _drawings(result, profile, image, dict(maps or {}), curve)
     result = dict(result, versions=library_versions())
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader('sformer.publishing'), autoescape=True, undefined=jinja2.StrictUndefined,
@@ -119,7 +119,7 @@ def write_profile(
         return sorted(path.name for path in aside.iterdir())
 
 
-def _pictures(
+def _drawings(
         result: Dict[str, Any],
         profile: Profile,
         image: Optional[torch.Tensor],

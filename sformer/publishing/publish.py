@@ -13,7 +13,7 @@ from ..layers import is_calibrated, uncalibrated
 from ..saving.hub import hub_errors, redact
 from ..saving.model_config import CONFIG_NAME, WEIGHTS_NAME
 from .cards import render_card, render_eval_results
-from .facts import Record, load_recorded, read_record
+from .model_record import ModelRecord, load_recorded, read_record
 from .plots import render_plots
 
 __all__ = ['Publication', 'prepare', 'publish', 'upload']
@@ -37,7 +37,7 @@ class Publication:
         changed: Whether there was anything to commit.
     """
     repo_id: str
-    record: Record
+    record: ModelRecord
     files: Dict[str, Union[Path, bytes]]
     unused: List[str] = field(default_factory=list)
     url: Optional[str] = None

@@ -1,5 +1,5 @@
 """Where a model lies and how it comes back: folders, the Hub, the weights of the zoo, and timm's registry."""
-from .folders import check_output, load_model, open_model, save_model
+from .folders import check_vacant, load_model, open_model, save_model
 from .model_config import CONFIG_NAME, WEIGHTS_NAME
 
-__all__ = ['CONFIG_NAME', 'WEIGHTS_NAME', 'check_output', 'load_model', 'open_model', 'save_model']
+__all__ = ['CONFIG_NAME', 'WEIGHTS_NAME', 'check_vacant', 'load_model', 'open_model', 'save_model']

@@ -95,7 +95,7 @@ default_cfgs = generate_default_cfgs({
 })
 
 
-def _register(name: str, source: str, model_args: Dict[str, Any]) -> None:
+def _register_sformer(name: str, source: str, model_args: Dict[str, Any]) -> None:
     def entrypoint(pretrained: bool = False, **kwargs) -> nn.Module:
         return _create_sformer(name, source, pretrained, **dict(model_args, **kwargs))
 
@@ -105,9 +105,9 @@ def _register(name: str, source: str, model_args: Dict[str, Any]) -> None:
 
 
 for _name, (_source, _) in ZOO.items():
-    _register(_name, _source, {})
+    _register_sformer(_name, _source, {})
 for _name, (_source, _model_args) in SMALL.items():
-    _register(_name, _source, _model_args)
+    _register_sformer(_name, _source, _model_args)
 
 
 @register_model

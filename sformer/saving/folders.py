@@ -21,7 +21,7 @@ from ..models import SFormerMixin
 from .hub import locate, redact
 from .model_config import CONFIG_NAME, WEIGHTS_NAME, conversion_of, read_config
 
-__all__ = ['save_model', 'load_model', 'open_model', 'check_output']
+__all__ = ['save_model', 'load_model', 'open_model', 'check_vacant']
 
 
 def save_model(model: nn.Module, directory: Union[str, Path], overwrite: bool = False) -> Path:
@@ -57,7 +57,7 @@ def save_model(model: nn.Module, directory: Union[str, Path], overwrite: bool = 
             raise SFormerError(f'{name} is an {type(layer).__name__}, which no config can rebuild: save the model that '
                                f'it was made of.')
     _check_untied(state)
-    check_output(directory, overwrite)
+    check_vacant(directory, overwrite)
     state = {k: v.cpu().contiguous() for k, v in state.items()}
     try:
         with write_aside(directory) as aside:
@@ -110,7 +110,7 @@ def _check_rebuild(directory: Path, state: Dict[str, torch.Tensor]) -> None:
             raise SFormerError(f'no config can rebuild this model: it was changed after it was built ({key} differs).')
 
 
-def check_output(directory: Path, overwrite: bool = False) -> None:
+def check_vacant(directory: Path, overwrite: bool = False) -> None:
     """Raise SFormerError if a model can't be saved to `directory` because of what is there."""
     if directory.exists() and not directory.is_dir():
         raise SFormerError(f'{directory} is a file, not a folder.')

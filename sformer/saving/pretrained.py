@@ -29,7 +29,7 @@ from ..conversion.sources import create_source
 from ..errors import SFormerError, first_line
 from ..files import locked, state_hash, write_aside
 from ..layers import named_neurons
-from ..models.sformer import is_neuron_key
+from ..models.sformer import State, is_neuron_key
 from ..neurons import SFNConfig, as_config
 from .hub import fetch, hub_errors, redact, split_revision
 from .model_config import WEIGHTS_NAME, check_weights_file, conversion_of, read_config
@@ -40,8 +40,6 @@ _logger = logging.getLogger(__name__)
 
 NAMESPACE_VARIABLE = 'SFORMER_HUB_NAMESPACE'
 RECIPE = dict(calibration='dead-leaves', num_images=256, seed=0)
-
-State = Dict[str, torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,14 +222,14 @@ def neuron_state(
     folder, key = cache_folder(cache_dir), cache_key(hub_id, config)
     path = folder / f'{name}-{key[:16]}.safetensors'
     with contextlib.suppress(FileNotFoundError, SFormerError):
-        cached = _read(path, key)
+        cached = _read_neurons(path, key)
         _logger.info(f'{name}: neurons of {path}')
         return cached
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
     with locked(path.with_suffix('.lock')):
         try:
-            cached = _read(path, key)
+            cached = _read_neurons(path, key)
             _logger.info(f'{name}: neurons of {path}, which another process has just written')
             return cached
         except FileNotFoundError:
@@ -241,7 +239,7 @@ def neuron_state(
         _logger.warning(
             f'{name}: fitting neurons to {source} on {RECIPE["num_images"]} generated images{why or ", this once"}')
         state, conversion = _fit(source, hub_id, config, cache_dir)
-        _write(path, key, state, conversion)
+        _write_neurons(path, key, state, conversion)
         return state, conversion
 
 
@@ -257,7 +255,7 @@ def cache_key(hub_id: str, config: SFNConfig) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _write(path: Path, key: str, state: State, conversion: Conversion) -> None:
+def _write_neurons(path: Path, key: str, state: State, conversion: Conversion) -> None:
     about = dict(format='pt', key=key, sha256=state_hash(state), conversion=json.dumps(conversion.to_dict()))
     try:
         with write_aside(path.parent) as aside:
@@ -266,7 +264,7 @@ def _write(path: Path, key: str, state: State, conversion: Conversion) -> None:
         _logger.warning(f'{path} cannot be written ({e}): the next call will fit these neurons again')
 
 
-def _read(path: Path, key: str) -> Tuple[State, Conversion]:
+def _read_neurons(path: Path, key: str) -> Tuple[State, Conversion]:
     """Neurons of a file in the cache.
 
     Raises:

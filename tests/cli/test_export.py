@@ -15,7 +15,7 @@ for package in ('onnxscript', 'onnxruntime', 'openvino'):
 
 
 def test_defaults_are_those_of_the_library():
-    assert export.MAX_WEIGHT_ERROR == MAX_WEIGHT_ERROR
+    assert export.WEIGHT_ERROR == MAX_WEIGHT_ERROR
 
 
 def test_export_and_evaluate(run_inside, model, tmp_path):

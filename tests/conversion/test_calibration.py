@@ -54,7 +54,7 @@ def test_batches_of_other_sizes_and_kinds_are_not_mixed():
     model = spiking_(nn.Sequential(nn.Conv2d(3, 4, 2)))
     batches = [torch.randn(n, 3, size, size, generator=rng(n)) for n, size in ((20, 4), (3, 8), (15, 8), (2, 4))]
     count = calibrate_(model, batches, forward_fn=lambda net, x: seen.append(tuple(x.shape)) or net(x))
-    assert count == 40 and calibration.OBSERVED_BATCH == 16
+    assert count == 40 and calibration.OBSERVED_IMAGES == 16
     again = [(16, 3, 4, 4)]  # the first ones, to see what spikes of the fitted neurons carry
     assert seen == [(16, 3, 4, 4), (4, 3, 4, 4), (16, 3, 8, 8), (2, 3, 8, 8), (2, 3, 4, 4), *again]
 

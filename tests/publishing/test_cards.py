@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, constants, parse_eval_result_entries
 
 from sformer import SFormerError, save_model
 from sformer.publishing.cards import SIDES, SINGLE, render_card, render_eval_results, write_card
-from sformer.publishing.facts import Record, read_record
+from sformer.publishing.model_record import ModelRecord, read_record
 from sformer.publishing.plots import render_plots
 
 # metadata -------------------------------------------------------------------------------------------------------------
@@ -153,7 +153,7 @@ def test_what_was_not_measured_is_absent(record, key, value):
 
 
 def test_nothing_recorded_nothing_said():
-    record = Record('name', 'local-dir:out', 'sformer_tiny', 'abc', [3, 224, 224], 1000)
+    record = ModelRecord('name', 'local-dir:out', 'sformer_tiny', 'abc', [3, 224, 224], 1000)
     card = str(render_card(record))
     assert render_plots(record) == {} and render_eval_results(record) is None
     assert 'was not evaluated' in card and 'None' not in card and 'nan' not in card.lower().replace('nano', '')

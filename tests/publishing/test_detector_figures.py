@@ -16,7 +16,7 @@ from sformer.detection import convert_detector, evaluate_detector, load_detector
 from sformer.detection.drawing import draw_file
 from sformer.files import write_json
 from sformer.publishing.cards import render_card, render_eval_results
-from sformer.publishing.facts import load_recorded, read_record
+from sformer.publishing.model_record import load_recorded, read_record
 from sformer.publishing.publish import publish
 
 REPO = 'my-org/shapes'

@@ -17,11 +17,11 @@ from ..layers import is_calibrated
 from ..saving import load_model
 from ..saving.model_config import CONFIG_NAME, DETECTOR_KEY, read_config
 
-__all__ = ['Record', 'load_recorded', 'read_record', 'recorded_results', 'neuron_configs']
+__all__ = ['ModelRecord', 'load_recorded', 'read_record', 'recorded_results', 'neuron_configs']
 
 
 @dataclass
-class Record:
+class ModelRecord:
     """All that a card may say.
 
     Args:
@@ -132,7 +132,7 @@ def _is_precision(value: Any) -> bool:
         return False
     try:
         for figures in (value, *classes.values()):
-            _check(figures, PRECISION)
+            _check_values(figures, PRECISION)
     except ValueError:
         return False
     return all(map(TEXT[1], classes))
@@ -147,7 +147,7 @@ DETECTION = {
 }
 
 
-def _check(values: Any, checks: Mapping[str, Check], needed: Tuple[str, ...] = ()) -> None:
+def _check_values(values: Any, checks: Mapping[str, Check], needed: Tuple[str, ...] = ()) -> None:
     """Raise ValueError that names the first value which is not what it has to be."""
     if not isinstance(values, dict):
         raise ValueError(f'{_short(values)} is no record')
@@ -166,14 +166,14 @@ def _check_result(result: Dict[str, Any], path: Path) -> None:
     """Raise SFormerError unless everything that is published of a result can be true."""
     try:
         if 'boxes' in result:
-            _check(result, DETECTION, ('dataset', 'boxes', 'weights_sha256'))
+            _check_values(result, DETECTION, ('dataset', 'boxes', 'weights_sha256'))
         else:
-            _check(result, RESULT, ('dataset', 'top1', 'weights_sha256'))
+            _check_values(result, RESULT, ('dataset', 'top1', 'weights_sha256'))
         curve = result.get('curve') or []
         if not isinstance(curve, list):
             raise ValueError(f'curve is {_short(curve)}, not a list')
         for point in curve:
-            _check(point, POINT, ('levels', 'top1'))
+            _check_values(point, POINT, ('levels', 'top1'))
         json.dumps(result, allow_nan=False)  # JSON has no NaN, and the Hub takes none
     except ValueError as e:
         raise SFormerError(f'{path} is not as sformer evaluate wrote it: {e}.') from None
@@ -190,10 +190,10 @@ def _check_config(config: Dict[str, Any], path: Path, num_classes: int) -> None:
         'label_names': (f'a list of {num_classes} names', names),
         'label_descriptions': ('texts', lambda v: TEXTS[1](v) or _mapping(TEXT)[1](v))}
     try:
-        _check(config, labels)
-        _check(cfg, {**labels, 'license': TEXT})
-        _check(conversion.get('calibration') or {}, dict(num_images=COUNT))
-        _check(neuron_configs(config)[0], dict(levels=LEVELS))
+        _check_values(config, labels)
+        _check_values(cfg, {**labels, 'license': TEXT})
+        _check_values(conversion.get('calibration') or {}, dict(num_images=COUNT))
+        _check_values(neuron_configs(config)[0], dict(levels=LEVELS))
     except ValueError as e:
         raise SFormerError(f'{path} cannot be published: {e}.') from None
 
@@ -263,7 +263,7 @@ def read_record(
         license: Optional[str] = None,
         base_model: Optional[str] = None,
         dataset_ids: Optional[Dict[str, str]] = None,
-) -> Tuple[Record, List[str]]:
+) -> Tuple[ModelRecord, List[str]]:
     """Gather what a folder records about the model in it.
 
     Args:
@@ -295,7 +295,7 @@ def read_record(
         base_model = published.partition('@')[0]
     curves = [r for r in results.values() if r.get('curve')]
     sfn, fit = neuron_configs(config)
-    return Record(
+    return ModelRecord(
         name=name or (repo_id or '').rpartition('/')[2] or folder.resolve().name,
         load_name=f'hf-hub:{repo_id}' if repo_id else f'local-dir:{folder}',
         architecture=detector_name(DetectorConfig(**detector)) if detector else config['architecture'],

@@ -6,7 +6,7 @@ import pytest
 from sformer import SFormerError, load_model
 from sformer.files import state_hash, write_json
 from sformer.publishing.cards import render_card
-from sformer.publishing.facts import neuron_configs, read_record, recorded_results
+from sformer.publishing.model_record import neuron_configs, read_record, recorded_results
 
 
 def test_results_files(saved):
