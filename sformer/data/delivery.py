@@ -85,7 +85,7 @@ class ImageData:
         fingerprint: Hash of what identifies the delivered images, for results files. It does not depend on where local
             data lies; of folders and parquet files it hashes names, sizes and samples, not every byte.
         class_names: Class names by label, None where unknown.
-        dataset: What is delivered: the chosen images of a source, or a stream.
+        dataset: What is delivered: the chosen images of an origin, or a stream.
         revision: Commit of a data set on the Hub.
         num_shards: Shards of a stream, else 1.
         image_column: Column of the images, None where there are no columns.
@@ -145,7 +145,7 @@ class ImageData:
             if batch.bad:
                 raise UnreadableImageError(batch.bad[0])
             if batch.images:
-                yield batch.images[0], batch.labels[:, 0] if self.dataset.source.labelled else None
+                yield batch.images[0], batch.labels[:, 0] if self.dataset.origin.labelled else None
 
     def planned(self, plan: Plan, timeout: float = 0., pin_memory: bool = False) -> Iterator[Batch]:
         """Deliver the chunks of one rank that are not done, each image once.
@@ -196,10 +196,10 @@ def _pieces(num_images: int, plan: Plan) -> List[Piece]:
 
 
 class ChosenImages(Dataset):
-    """The chosen images of a source by whole batches, so that one worker makes one batch."""
+    """The chosen images of an origin by whole batches, so that one worker makes one batch."""
 
-    def __init__(self, source, indices: np.ndarray, preprocessor: Preprocessor):
-        self.source, self.indices, self.preprocessor = source, indices, preprocessor
+    def __init__(self, origin, indices: np.ndarray, preprocessor: Preprocessor):
+        self.origin, self.indices, self.preprocessor = origin, indices, preprocessor
 
     def planned(self, plan: Plan) -> 'ChosenImages':
         return self  # the sampler knows the plan
@@ -207,7 +207,7 @@ class ChosenImages(Dataset):
     def __getitem__(self, piece: Piece) -> Union[Batch, SFormerError]:
         ends = dict(piece)
         chosen = self.indices[ends['start']:ends.pop('stop')].tolist()
-        reads = [(partial(self.source.read, i), self.source.describe(i)) for i in chosen]
+        reads = [(partial(self.origin.read, i), self.origin.describe(i)) for i in chosen]
         return _make_batch(self.preprocessor, reads, **ends)
 
 
@@ -220,14 +220,14 @@ class Stream(IterableDataset):
     the number of processes.
     """
 
-    def __init__(self, source: TableStream, preprocessor: Preprocessor, plan: Optional[Plan] = None):
-        self.source, self.preprocessor, self.plan = source, preprocessor, plan
+    def __init__(self, origin: TableStream, preprocessor: Preprocessor, plan: Optional[Plan] = None):
+        self.origin, self.preprocessor, self.plan = origin, preprocessor, plan
 
     def planned(self, plan: Plan) -> 'Stream':
-        return Stream(self.source, self.preprocessor, plan)
+        return Stream(self.origin, self.preprocessor, plan)
 
     def __iter__(self) -> Iterator[Union[Batch, SFormerError]]:
-        plan, num_shards = self.plan, self.source.num_shards
+        plan, num_shards = self.plan, self.origin.num_shards
         assert plan is not None  # `planned` gave it
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
@@ -239,7 +239,7 @@ class Stream(IterableDataset):
             try:
                 yield from self._batches(shard, team.index(reader), len(team))
             except Exception as e:  # the network, or a damaged file
-                what = self.source.describe_shard(shard)
+                what = self.origin.describe_shard(shard)
                 yield SFormerError(f'cannot read {what} of {self.preprocessor.title}: {one_line(e)}')
                 return
 
@@ -253,13 +253,13 @@ class Stream(IterableDataset):
             return chunk, position // plan.batch_size
 
         def make(chunk: int, rows: List[Tuple[int, Dict[str, Any]]], last: bool) -> Union[Batch, SFormerError]:
-            reads = [(partial(self.source.read, row), f'image {i} of shard {shard}') for i, row in rows]
+            reads = [(partial(self.origin.read, row), f'image {i} of shard {shard}') for i, row in rows]
             ends_chunk = last or (rows[-1][0] + 1) % plan.chunk_size == 0
             return _make_batch(
                 self.preprocessor, reads, (shard, chunk), rows[0][0], ends_chunk=ends_chunk, ends_shard=last)
 
         waiting = None
-        for (chunk, _), rows in itertools.groupby(enumerate(self.source.shard(shard)), key=place_of):
+        for (chunk, _), rows in itertools.groupby(enumerate(self.origin.shard(shard)), key=place_of):
             if waiting:
                 yield make(*waiting, last=False)
             mine = chunk % team_size == place and (shard, chunk) not in plan.done

@@ -21,7 +21,7 @@ Read = Callable[[], Tuple[Image.Image, Optional[int], Optional[str]]]  # an imag
 
 
 class Preprocessor:
-    """From what a source reads to tensors and labels.
+    """From what an origin reads to tensors and labels.
 
     Errors are returned, not raised: a `DataLoader` worker would wrap them in its traceback.
 

@@ -74,7 +74,7 @@ class _Request:
 
 @dataclass
 class _Found:
-    source: Union[DeadLeaves, Digits, Files, Table, TableStream]
+    origin: Union[DeadLeaves, Digits, Files, Table, TableStream]
     split: Optional[str] = None
     revision: Optional[str] = None
     passed_over: List[str] = field(default_factory=list)
@@ -127,29 +127,29 @@ def open_images(
 
 
 def _image_data(request: _Request, found: _Found, data_configs: Sequence[Dict[str, Any]]) -> ImageData:
-    name, source, split = request.name, found.source, found.split
+    name, origin, split = request.name, found.origin, found.split
     title = f'{name!r}' + (f' (split {split!r})' if split else '')
-    indices = _choose(title, source.num_images, request)
+    indices = _choose(title, origin.num_images, request)
     chosen = None if indices is None else indices.tolist()
-    preprocessor = Preprocessor(title, data_configs, isinstance(source, DeadLeaves), request.needs_labels)
+    preprocessor = Preprocessor(title, data_configs, isinstance(origin, DeadLeaves), request.needs_labels)
     dataset: Union[ChosenImages, Stream]
-    if isinstance(source, TableStream):
-        if request.num_images not in (None, source.num_images):
-            source.take(request.num_images)
-        dataset = Stream(source, preprocessor)
+    if isinstance(origin, TableStream):
+        if request.num_images not in (None, origin.num_images):
+            origin.take(request.num_images)
+        dataset = Stream(origin, preprocessor)
     else:
-        dataset = ChosenImages(source, indices, preprocessor)
+        dataset = ChosenImages(origin, indices, preprocessor)
     return ImageData(
         name=name,
         split=split,
         num_images=None if chosen is None else len(chosen),
-        fingerprint=_fingerprint(source.kind, split, source.identity(chosen), chosen),
-        class_names=source.class_names,
+        fingerprint=_fingerprint(origin.kind, split, origin.identity(chosen), chosen),
+        class_names=origin.class_names,
         dataset=dataset,
         revision=found.revision,
-        num_shards=source.num_shards if isinstance(source, TableStream) else 1,
-        image_column=source.columns.image if source.columns else None,
-        label_column=source.columns.label if source.columns else None,
+        num_shards=origin.num_shards if isinstance(origin, TableStream) else 1,
+        image_column=origin.columns.image if origin.columns else None,
+        label_column=origin.columns.label if origin.columns else None,
         passed_over=found.passed_over,
     )
 
