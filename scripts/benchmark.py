@@ -57,7 +57,7 @@ def simulate(
     import timm
 
     import sformer
-    from sformer.execution.benchmark import normalised_images
+    from sformer.execution.timing import normalised_images
     source = timm.create_model(model).eval()
     images = normalised_images(batch_size, source.pretrained_cfg)
     spiking = sformer.convert(source, [images], sformer.SFNConfig(levels=levels))
@@ -75,7 +75,7 @@ def convert(model: str = 'vit_base_patch16_224', num_images: int = 128, batch_si
     import timm
 
     import sformer
-    from sformer.execution.benchmark import normalised_images
+    from sformer.execution.timing import normalised_images
     source = timm.create_model(model).eval()
 
     def batches():
@@ -100,7 +100,8 @@ def engine(model: str = 'vit_base_patch16_224', batch_size: int = 8, levels: int
     import timm
 
     import sformer
-    from sformer.execution.benchmark import normalised_images, plain_int8
+    from sformer.execution.quantisers import plain_int8
+    from sformer.execution.timing import normalised_images
     torch.set_num_threads(threads or torch.get_num_threads())
     source = timm.create_model(model).eval()
     images = normalised_images(batch_size, source.pretrained_cfg)

@@ -25,8 +25,8 @@ import sformer
 from sformer.conversion.record import library_versions
 from sformer.data import ImageData, open_images
 from sformer.evaluation.activity import Activity
-from sformer.execution.benchmark import plain_int8
 from sformer.execution.engines import ENGINES, compile_graph
+from sformer.execution.quantisers import plain_int8
 from sformer.files import file_hash, state_hash, write_json
 from sformer.layers import named_neurons, shared_copy
 from sformer.neurons import FitConfig, SFNConfig

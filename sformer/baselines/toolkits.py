@@ -1,12 +1,13 @@
 """Quantised networks by the libraries that users would take: NNCF on OpenVINO, and torchao."""
 import copy
-from typing import Any, Callable, Iterable, List
+from typing import Callable, Iterable
 
 import torch
 import torch.nn as nn
 
 from ..errors import SFormerError
-from ..execution.engines import compile_graph, openvino_config
+from ..execution import quantisers
+from ..execution.engines import compile_graph
 from ..execution.onnx import to_onnx
 
 __all__ = ['nncf_int8', 'openvino_float', 'torchao_int8']
@@ -29,7 +30,7 @@ def openvino_float(source: nn.Module) -> Inference:
 
 
 def nncf_int8(source: nn.Module, batches: Iterable[torch.Tensor]) -> Inference:
-    """W8A8 by NNCF's post-training quantisation, as its documentation says for transformers, on OpenVINO.
+    """W8A8 by NNCF (`execution.quantisers`), on OpenVINO.
 
     Args:
         source: timm model on the CPU.
@@ -41,18 +42,8 @@ def nncf_int8(source: nn.Module, batches: Iterable[torch.Tensor]) -> Inference:
     Raises:
         SFormerError: If packages are missing.
     """
-    try:
-        import nncf
-        import openvino
-    except ImportError as e:
-        raise _missing(e) from None
-    core = openvino.Core()
-    images: List[Any] = [batch.numpy() for batch in batches]
-    quantised = nncf.quantize(
-        core.read_model(to_onnx(source).SerializeToString()), nncf.Dataset(images), subset_size=len(images),
-        model_type=nncf.ModelType.TRANSFORMER)
-    compiled = core.compile_model(quantised, 'CPU', openvino_config())
-    return lambda x: torch.from_numpy(compiled([x.numpy()])[0].copy())
+    run = compile_graph(quantisers.nncf_int8(source, batches), 'openvino')
+    return lambda images: torch.from_numpy(run(images.numpy()))
 
 
 def torchao_int8(source: nn.Module) -> nn.Module:

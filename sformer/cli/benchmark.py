@@ -20,7 +20,7 @@ def benchmark(
         execution: Annotated[Optional[List[str]], typer.Option(
             help='What is measured: simulate, integer, openvino, onnxruntime ...  [default: openvino]')] = None,
         against: Annotated[Optional[List[str]], typer.Option(
-            help='What it is compared with: source:fp32, source:bf16, openvino:int8 (the network without neurons) ...  '
+            help='What it is compared with: source:fp32, source:bf16, openvino:fp32, openvino:nncf, openvino:int8 ...  '
                  '[default: source:fp32 source:bf16]')] = None,
         batch_size: Annotated[Optional[List[int]], typer.Option(
             min=1, max=MAX_BATCH_SIZE, help='Images per forward pass  [default: 8]')] = None,
@@ -38,9 +38,13 @@ def benchmark(
     for table in tables(result):
         print_table(**table)
         print()
-    print(f'{result["processor"]}, {result["threads"]} threads, medians of {pairs} rounds (smallest to largest), '
+    print(f'{result["processor"]} ({result["instruction_set"]}), {result["threads"]} threads, medians of {pairs} rounds (smallest to largest), '
           + ', '.join(f'{name} {version}' for name, version in result['versions'].items()
                       if name in ('torch', 'timm', 'openvino', 'onnxruntime')))
+    for name, reason in result['skipped'].items():
+        print(f'{name} is left out: {reason}.')
+    if result['verdict']:
+        print(result['verdict'])
     if results_file:
         write_json(results_file, dict(result, model=model, command=command_line()))
         print(f'results in {results_file}')

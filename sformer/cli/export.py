@@ -28,6 +28,8 @@ def export(
         seed: Annotated[int, typer.Option(max=MAX_SEED, help='Seed of the choice of these images')] = 0,
         image_size: Annotated[Optional[Tuple[int, int]], typer.Option(
             min=1, max=MAX_IMG_SIZE, help="Height and width of images of a detector, if not its own")] = None,
+        portable: Annotated[bool, typer.Option(
+            help='Products that every processor sums exactly, or 8-bit weights everywhere, which want VNNI')] = True,
         overwrite: Annotated[bool, typer.Option('--overwrite', help='Replace a file that is there')] = False,
 ) -> None:
     """Write an SFormer as ONNX with int8 levels and int8 weights, for OpenVINO and ONNX Runtime."""
@@ -42,17 +44,30 @@ def export(
         if detects and value:
             raise SFormerError(f'{model} is a detector: leave out --{option.replace("_", "-")}.')
     if detects:
-        reports = export_detector(load_detector(model), output, image_size, max_error=max_error, overwrite=overwrite,
-                                  command=command_line())
+        reports = export_detector(load_detector(model), output, image_size, max_error=max_error, portable=portable,
+                                  overwrite=overwrite, command=command_line())
     elif image_size:
         raise SFormerError(f'{model} is no detector, and is exported for the size of its own: leave out --image-size.')
     else:
         reports = export_onnx(
             open_model(model), output, calibration, split=split, num_images=num_images, seed=seed, max_error=max_error,
-            image_column=columns.image_column, overwrite=overwrite, command=command_line())
+            portable=portable, image_column=columns.image_column, overwrite=overwrite, command=command_line())
     whole = [report for report in reports if report.integer]
     print(f'{model} -> {output}: {output.stat().st_size / 2 ** 20:.1f} MiB, {len(whole)} of {len(reports)} layers in '
           f'integers, largest error of int8 weights {max((r.error for r in whole), default=0):.4f}')
     for report in reports:
         if not report.integer:
             print(f'  {report.name} stays in floating point: {report.reason}')
+    print_verdict()
+
+
+def print_verdict() -> None:
+    """Say so if integers gain little on this processor, by the engine that would be taken."""
+    from ..execution.engines import find_engine
+    from ..execution.processor import int8_verdict
+    try:
+        verdict = int8_verdict(find_engine())
+    except SFormerError:  # no engine is here: the file is for another machine
+        return
+    if verdict:
+        print(verdict)

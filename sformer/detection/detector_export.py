@@ -30,6 +30,7 @@ def export_detector(
         image_size: Optional[Tuple[int, int]] = None,
         *,
         max_error: float = MAX_WEIGHT_ERROR,
+        portable: bool = True,
         overwrite: bool = False,
         command: Optional[str] = None,
 ) -> List[IntegerReport]:
@@ -43,6 +44,7 @@ def export_detector(
         path: File to write, aside and then renamed.
         image_size: Height and width of the images; those of the detector's config if None.
         max_error: As of `to_integer_`.
+        portable: As of `export_onnx`.
         overwrite: Replace a file that is there.
         command: Command line to record.
 
@@ -62,12 +64,12 @@ def export_detector(
     image = torch.rand(3, *size, generator=torch.Generator().manual_seed(0))
     # position embeddings of what the image is resized to: the exporter has no word for resampling them
     network.backbone.vit.set_input_size(img_size=tuple(network.transform([image])[0].tensors.shape[-2:]))
-    reports = to_integer_(network, max_error)
-    to_graph_(network, early=False)
+    reports = to_integer_(network, max_error, portable=portable)
+    to_graph_(network, early=False, portable=portable)
     exported = _to_onnx(network, image)
     about = dict(
         detector=dataclasses.asdict(network.config), image_size=size, weights_sha256=state_hash(detector.state_dict()),
-        versions=library_versions(), max_error=max_error, command=command, graph_sha256=graph_hash(exported),
+        versions=library_versions(), max_error=max_error, portable=portable, command=command, graph_sha256=graph_hash(exported),
         floating=[report.name for report in reports if not report.integer])
     write_graph(exported, about, path)
     return reports

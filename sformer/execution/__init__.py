@@ -1,9 +1,9 @@
 """Executions of an SFormer other than the simulation: in integers, in torch and in engines that read ONNX."""
-from .benchmark import EXECUTIONS, benchmark
-from .engines import EngineNetwork, load_onnx
+from .exported import EngineNetwork, load_onnx
 from .integer import IntegerReport, to_integer_
 from .onnx import export_onnx
 from .spikes import SPIKE_CODINGS, spike_planes, spike_trains, to_spikes_
+from .timing import EXECUTIONS, benchmark
 
 __all__ = [
     'EXECUTIONS', 'SPIKE_CODINGS', 'EngineNetwork', 'IntegerReport', 'benchmark', 'export_onnx', 'load_onnx',

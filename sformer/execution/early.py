@@ -4,7 +4,7 @@ Queries, keys and values are often parts of what a linear layer gives. Where not
 may fire in that layer: an engine then writes int8 instead of float32, and moves a quarter of the bytes.
 """
 from collections import Counter
-from typing import Any, Dict, List, Optional, Set, Tuple
+from typing import Any, Collection, Dict, List, Optional, Set, Tuple
 
 import torch
 import torch.nn as nn
@@ -46,12 +46,16 @@ class _Readers(TorchDispatchMode):
         return out
 
 
-def early_neurons(network: nn.Module) -> Tuple[Dict[str, ScaleAndFire], Dict[str, Set[int]]]:
+def early_neurons(
+        network: nn.Module,
+        left_out: Collection[str] = (),
+) -> Tuple[Dict[str, ScaleAndFire], Dict[str, Set[int]]]:
     """Neurons of attention that may fire in the linear layer which gives their current, found by running the network
     on one empty image.
 
     Args:
         network: Calibrated spiking network on the CPU, whose layers have been through `to_integer_`.
+        left_out: Names of `AttentionProduct`s whose neurons fire where they are.
 
     Returns:
         By name of a linear layer, one neuron with a step per output channel; and by name of an `AttentionProduct`,
@@ -96,7 +100,8 @@ def early_neurons(network: nn.Module) -> Tuple[Dict[str, ScaleAndFire], Dict[str
         read = [part for part in parts if _storage(part[3]) == _storage(out)]
         once = all(calls[name] == 1 for name in (layer, *(part[0] for part in read)))
         unchanged = out._version == version and _storage(out) not in readers.read
-        neuron = _per_channel(read, out) if read and once and unchanged else None
+        wanted = read and not any(part[0] in left_out for part in read)
+        neuron = _per_channel(read, out) if wanted and once and unchanged else None
         if neuron is not None:
             neurons[layer] = neuron
             for name, i, *_ in read:

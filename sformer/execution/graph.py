@@ -1,8 +1,9 @@
 """What a graph says of spikes, in the words of ONNX and in the form that engines execute fastest.
 
 "Levels of step 1 times int8 weights with a step per output channel" is QuantizeLinear, DequantizeLinear and MatMul,
-which engines multiply in int8. A neuron is written as few elementwise operations, which they fuse; its levels are those
-of `encode` but for currents within float rounding of a boundary.
+which engines multiply in int8. Levels that meet weights are unsigned bytes with a zero point, and weights as large as
+that leaves them (`saturation`), so that every processor sums exactly. A neuron is written as few elementwise
+operations, which engines fuse; its levels are those of `encode` but for currents within float rounding of a boundary.
 """
 from typing import Any, Collection, Dict, Optional, Tuple
 
@@ -17,23 +18,29 @@ from ..neurons import MAX_BYTE_LEVEL, GradedCoding, Neuron, ScaleAndFire, fire, 
 from ..neurons.scale_and_fire import TINY
 from .early import early_neurons
 from .integer import IntegerConv2d, IntegerConvTranspose2d, IntegerLinear, folded_bias
+from .saturation import Range, fits, upright, zero_point
 
 __all__ = ['to_graph_']
 
 
-def to_graph_(network: nn.Module, early: bool = True) -> None:
+def to_graph_(network: nn.Module, early: bool = True, portable: bool = True) -> None:
     """Replace what spikes in a network, in integers where it is so already, by what a graph says of it, in place.
 
     Args:
         network: Calibrated spiking network on the CPU.
         early: Let queries, keys and values fire in the layer that gives them, where that can be; of timm models.
+        portable: As of `to_integer_`, which the network has been through.
 
     Raises:
         SFormerError: If a layer or a fire function has no form in ONNX; names it.
     """
     for _, neuron in named_neurons(network):
         _levels_of(neuron)  # which names what has no form, before the network is run
-    neurons, fired = early_neurons(network) if early else ({}, {})
+    neurons, fired = {}, {}
+    if early:
+        floating = {name for name, product in network.named_modules()
+                    if isinstance(product, AttentionProduct) and portable and not scores_fit(product)}
+        neurons, fired = early_neurons(network, floating)
     for name, layer in list(network.named_modules()):
         new: Any = None
         if isinstance(layer, (IntegerLinear, SpikingLinear)):
@@ -44,7 +51,7 @@ def to_graph_(network: nn.Module, early: bool = True) -> None:
             new = nn.Sequential(_Decoded(layer.neuron), layer)
             layer.neuron = None
         elif isinstance(layer, AttentionProduct):
-            new = _Attention(layer, fired.get(name, ()))
+            new = _Attention(layer, fired.get(name, ()), portable)
         if new is not None:
             network.set_submodule(name, new)
     for name, neuron in list(named_neurons(network)):  # of gates, whose product is elementwise
@@ -57,7 +64,7 @@ class _Quantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, step: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:  # type: ignore
         info = torch.iinfo(zero.dtype)
-        return (x / step).round().clamp(info.min, info.max).to(zero.dtype)
+        return ((x / step).round() + zero).clamp(info.min, info.max).to(zero.dtype)
 
     @staticmethod
     def symbolic(g: Any, x: Any, step: Any, zero: Any) -> Any:
@@ -76,7 +83,7 @@ class _Dequantize(torch.autograd.Function):
             axis: int = 0,
     ) -> torch.Tensor:
         shape = [-1 if d == axis else 1 for d in range(x.ndim)] if step.ndim else []
-        return x.to(step.dtype) * step.view(shape)
+        return (x.to(step.dtype) - zero.view(shape)) * step.view(shape)
 
     @staticmethod
     def symbolic(g: Any, x: Any, step: Any, zero: Any, axis: int = 0) -> Any:
@@ -104,18 +111,21 @@ def _onnx(operator: str, like: torch.Tensor, dtype: torch.dtype, *inputs: torch.
     return torch.onnx.ops.symbolic(operator, inputs, {**attributes}, dtype=dtype, shape=like.shape)
 
 
-def _int8(k: torch.Tensor, signed: bool = True) -> torch.Tensor:
-    """Levels, which are whole numbers or are rounded here, as a byte, and what these stand for at a step of 1."""
-    dtype = torch.int8 if signed else torch.uint8
-    one, zero = torch.ones(()), torch.zeros((), dtype=dtype)
-    levels = _onnx('QuantizeLinear', k, dtype, k, one, zero)
-    return _onnx('DequantizeLinear', k, torch.float32, levels, one, zero)
+def _byte(k: torch.Tensor, dtype: torch.dtype, zero: int = 0) -> torch.Tensor:
+    """Levels, which are whole numbers or are rounded here, as bytes, and what these stand for at a step of 1."""
+    one, point = torch.ones(()), torch.full((), zero, dtype=dtype)
+    levels = _onnx('QuantizeLinear', k, dtype, k, one, point)
+    return _onnx('DequantizeLinear', k, torch.float32, levels, one, point)
 
 
-def _fire(levels: nn.Module, x: torch.Tensor) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
-    """Levels as int8, at a step of 1, and the factor per token."""
-    k, row = levels(x)
-    return _int8(k), row
+def _beside_weights(k: torch.Tensor, levels: Range) -> torch.Tensor:
+    """Levels that meet weights, as unsigned bytes."""
+    return _byte(k, torch.uint8, zero_point(levels))
+
+
+def _beside_levels(k: torch.Tensor, levels: Range) -> torch.Tensor:
+    """Levels that meet other levels: engines multiply these in int8 if they have no zero point."""
+    return _byte(k, torch.uint8 if levels[0] >= 0 else torch.int8)
 
 
 def _weights(weight: torch.Tensor, step: torch.Tensor, axis: int) -> torch.Tensor:
@@ -132,9 +142,15 @@ def _by_branch(x: torch.Tensor, ratio: Optional[torch.Tensor]) -> torch.Tensor:
 class _Levels(nn.Module):
     """Levels that a scale-and-fire neuron fires, in float32, and the factor per token.
 
+    Args:
+        neuron: The neuron.
+        stand_up: Let levels be `upright`, by the factor `flip` per channel, None if that is 1 everywhere: so do the
+            weights that they meet.
+
     Shape:
         As of `ScaleAndFire.encode`.
     """
+    flip: Optional[torch.Tensor]
     values: torch.Tensor
     inverse: torch.Tensor
     center: Optional[torch.Tensor]
@@ -144,17 +160,24 @@ class _Levels(nn.Module):
     outward: Optional[torch.Tensor]
     table: Optional[torch.Tensor]
 
-    def __init__(self, neuron: Neuron):
+    def __init__(self, neuron: Neuron, stand_up: bool = False):
         super().__init__()
         if not isinstance(neuron, ScaleAndFire):
             raise SFormerError(f'a {type(neuron).__name__} has no form in ONNX: a ScaleAndFire has.')
         self.config, self.fire_function, self.top = neuron.config, neuron.fire_function, neuron.top
         self.token, self.reach, self.signed = neuron.token, neuron.reach, neuron.signed
-        self.largest = int(neuron.levels[-1])
-        m = neuron.multiplier
+        self.largest, self.range = int(neuron.levels[-1]), neuron.level_range
+        m, inverse, flip = neuron.multiplier, 1 / neuron.threshold[0], None
+        if stand_up:
+            flipped, self.range, _ = upright(neuron.top_levels)
+            if flipped.any():
+                flip = torch.where(flipped, -1., 1.)
+                m = torch.where(flipped, m.flip(0), m)
+                inverse = flip / (m[0] * neuron.step / neuron.gain)
+        self.register_buffer('flip', flip)
         uneven = self.signed and not torch.equal(m[0], m[1])
         self.register_buffer('values', neuron.levels.to(torch.float32))
-        self.register_buffer('inverse', 1 / neuron.threshold[0])
+        self.register_buffer('inverse', inverse)
         self.register_buffer('center', neuron.center)
         self.register_buffer('quiet', neuron.quiet)
         self.register_buffer('multiplier', None if (m[0] == 1).all() else m[0])
@@ -194,7 +217,7 @@ class _Levels(nn.Module):
             k = self.table[(2 * u.abs()).clamp(max=2 * self.largest).to(torch.int64)]
             k = torch.where(u < 0, -k, k)
         elif self.fire_function in ('uniform', 'byte') and rounds:
-            if self.signed and (not self.token or self.reach < 1):  # else the largest potential is the top level
+            if self.signed:  # also where the largest potential is the top level: a graph says how large levels are
                 u = u.clamp(-self.largest, self.largest)
             if self.multiplier is None and self.outward is None and not dead_zone:
                 return u  # rounded as it becomes an int8; softmax numerators are not negative
@@ -227,7 +250,7 @@ class _Decoded(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         k, row = self.levels(x)
-        out = _int8(k) * self.step
+        out = _byte(k, torch.int8) * self.step
         out = out if row is None else out * row
         return out if self.center is None else out + self.center
 
@@ -242,13 +265,16 @@ class _Linear(nn.Module):
 
     def __init__(self, layer: Any, fires: Optional[ScaleAndFire] = None):
         super().__init__()
-        self.neuron = _Levels(layer.neuron)
+        self.neuron = _Levels(layer.neuron, stand_up=True)
         self.fires = None if fires is None else _Levels(fires)
         self.integer = isinstance(layer, IntegerLinear)
         weight = layer.weight if self.integer else layer.weight.detach() * layer.neuron.step
+        self.register_buffer('columns', layer.columns if self.integer else None)
+        if self.neuron.flip is not None:
+            flip = self.neuron.flip if self.columns is None else self.neuron.flip[self.columns]
+            weight = weight * flip.to(weight.dtype)
         self.register_buffer('weight', weight.t().contiguous())
         self.register_buffer('step', layer.weight_step if self.integer else None)
-        self.register_buffer('columns', layer.columns if self.integer else None)
         self.register_buffer('bias', layer.bias if self.integer else folded_bias(layer))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -257,10 +283,11 @@ class _Linear(nn.Module):
         k, row = self.neuron(x)
         if self.columns is not None:  # before they are int8, or OpenVINO multiplies in float32
             k = k.index_select(-1, self.columns)
-        out = _int8(k) @ (_weights(self.weight, self.step, axis=1) if self.integer else self.weight)
+        out = _beside_weights(k, self.neuron.range) @ (
+            _weights(self.weight, self.step, axis=1) if self.integer else self.weight)
         out = out if row is None else out * row
         out = out if self.bias is None else out + self.bias
-        return out if self.fires is None else _int8(self.fires(out)[0])
+        return out if self.fires is None else _beside_levels(self.fires(out)[0], self.fires.range)
 
 
 class _Conv2d(nn.Module):
@@ -270,14 +297,14 @@ class _Conv2d(nn.Module):
 
     def __init__(self, layer: IntegerConv2d):
         super().__init__()
-        self.neuron = _levels_of(layer.neuron)
+        self.neuron = _levels_of(layer.neuron)  # as they are: levels of padding have no sign to change
         self.geometry, self.transposed = layer.geometry, isinstance(layer, IntegerConvTranspose2d)
         self.register_buffer('weight', layer.weight)
         self.register_buffer('step', layer.weight_step.flatten())
         self.register_buffer('bias', layer.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        levels = _int8(self.neuron(x)[0])
+        levels = _beside_weights(self.neuron(x)[0], self.neuron.range)
         if not self.transposed:
             return F.conv2d(levels, _weights(self.weight, self.step, axis=0), self.bias, *self.geometry)
         # ONNX has no axis for the output channels of its weights where they are grouped
@@ -292,6 +319,7 @@ class _Pixels(nn.Module):
 
     def __init__(self, neuron: GradedCoding):
         super().__init__()
+        self.range = neuron.level_range
         self.register_buffer('step', neuron.step)
         self.register_buffer('center', neuron.center)
 
@@ -300,16 +328,23 @@ class _Pixels(nn.Module):
 
 
 class _Attention(nn.Module):
-    """QK^T and AV, each row divided by its spike sum; arguments as of `AttentionProduct`."""
+    """QK^T and AV, each row divided by its spike sum; arguments as of `AttentionProduct`.
+
+    Levels that meet levels have no weights that could be made smaller: a product that not every processor would sum
+    exactly in int8 is left to float32, if the graph is to be `portable`.
+    """
     score_step: torch.Tensor
     v_step: torch.Tensor
     v_center: Optional[torch.Tensor]
 
-    def __init__(self, product: AttentionProduct, fired: Collection[int] = ()):
+    def __init__(self, product: AttentionProduct, fired: Collection[int] = (), portable: bool = True):
         super().__init__()
         self.fired = fired  # which of q, k and v are levels by then
         self.q, self.k, self.v, self.attn = (
             _Levels(getattr(product, f'{name}_neuron')) for name in ('q', 'k', 'v', 'attn'))
+        self.int8_scores = not portable or scores_fit(product)
+        self.int8_values = self.attn.range[1] <= MAX_BYTE_LEVEL and (
+            not portable or fits(self.attn.range, self.v.range))
         # powers of two per channel cancel, so what remains is one step per head
         self.register_buffer('score_step', (product.q_neuron.step * product.k_neuron.step)[..., :1].clone())
         self.register_buffer('v_step', product.v_neuron.step)
@@ -325,18 +360,36 @@ class _Attention(nn.Module):
             is_causal: bool = False,
             scale: Optional[float] = None,
     ) -> torch.Tensor:
-        (q, q_row), (k, k_row), (v, _) = (
-            (x, None) if i in self.fired else _fire(neuron, x)
-            for i, (neuron, x) in enumerate(((self.q, query), (self.k, key), (self.v, value))))
+        q, q_row = self._operand(0, self.q, query)
+        k, k_row = self._operand(1, self.k, key, self.int8_scores)
+        v, _ = self._operand(2, self.v, value)
         step = self.score_step * (query.shape[-1] ** -0.5 if scale is None else scale)
         scores = q @ k.transpose(-2, -1)
         scores = scores * (step if q_row is None else step * q_row)
         if k_row is not None:
             scores = scores * k_row.transpose(-2, -1)
         attn, _ = self.attn(softmax_numerators(scores, attn_mask, is_causal))
-        if self.attn.largest <= MAX_BYTE_LEVEL:
-            attn = _int8(attn, signed=False)
-        out = attn @ v  # of wide levels in float32, which OpenVINO does faster than two planes of int8
+        # of wide levels in float32, which OpenVINO does faster than two planes of int8
+        attn = _beside_levels(attn, self.attn.range) if self.int8_values else attn.round()
+        out = attn @ v
         total = attn.sum(dim=-1, keepdim=True)
         out = out / total.clamp_min(1.) * self.v_step
         return out if self.v_center is None else out + self.v_center * total.clamp(max=1.)  # none of no key
+
+    def _operand(
+            self,
+            index: int,
+            neuron: _Levels,
+            x: torch.Tensor,
+            int8: bool = True,
+    ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+        """Levels of q, k or v, and their factor per token."""
+        if index in self.fired:
+            return x, None
+        levels, row = neuron(x)
+        return _beside_levels(levels, neuron.range) if int8 else levels.round(), row
+
+
+def scores_fit(product: AttentionProduct) -> bool:
+    """Whether every processor sums QK^T exactly in int8."""
+    return fits(product.q_neuron.level_range, product.k_neuron.level_range)

@@ -1,10 +1,12 @@
-"""Integer execution in torch: spikes of int8 times weights of int8, summed exactly.
+"""Integer execution in torch: spikes of int8 times weights of int8, summed exactly by whatever is fastest at it here.
 
 The step of each input channel folds into the weights, which are then rounded to int8 with a step per output channel.
 Attention, where spikes meet spikes, keeps its float form: its operands are int8 levels times a step already.
 """
 import dataclasses
-from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
+import functools
+import time
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -20,16 +22,18 @@ from ..layers import (
     shared_copy,
     uncalibrated,
 )
-from ..neurons import Float32Buffers, Neuron
+from ..neurons import Float32Buffers, Neuron, ScaleAndFire
 from .rounding import IntegerWeights, integer_weights, rounded
+from .saturation import MAX_WEIGHT, upright, weight_limit
 
 __all__ = [
-    'to_integer_', 'folded_bias', 'IntegerLinear', 'IntegerConv2d', 'IntegerConvTranspose2d', 'IntegerReport',
-    'MAX_WEIGHT_ERROR',
+    'to_integer_', 'folded_bias', 'multiplies_int8', 'IntegerLinear', 'IntegerConv2d', 'IntegerConvTranspose2d',
+    'IntegerReport', 'MAX_WEIGHT_ERROR',
 ]
 
 MAX_WEIGHT_ERROR = 0.03
 MOMENTS_MEMORY = 2 ** 30  # bytes that second moments of levels may take at once
+EXACT = 2 ** 24  # integers below it are exact in float32, and so are their sums
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +67,8 @@ class IntegerLayer(Float32Buffers, SpikingLayer):
 class IntegerLinear(IntegerLayer):
     """Linear layer on spikes with int8 weights.
 
-    `y = (levels @ weight.T) * weight_step * row + bias`, where the bracket is a sum of int8 products in int32.
+    `y = (levels @ weight.T) * weight_step * row + bias`, where the bracket is a sum of integers, exact: of int8 in int32
+    where the processor accelerates that, else of float32 in blocks of columns whose sums stay below 2^24.
 
     Args:
         layer: Calibrated layer.
@@ -86,6 +91,8 @@ class IntegerLinear(IntegerLayer):
         self.register_buffer('weight_step', weights.step)
         self.register_buffer('columns', weights.columns)
         self.register_buffer('bias', bias)
+        self.blocks = exact_blocks(weights.weight, _largest_level(self.neuron))
+        self.int8 = multiplies_int8()  # on a CPU
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         spikes = self.neuron.encode(x)
@@ -95,8 +102,11 @@ class IntegerLinear(IntegerLayer):
         return (out if self.bias is None else out + self.bias).to(x.dtype)
 
     def sums(self, levels: torch.Tensor) -> torch.Tensor:
-        """Sums (..., D) of products of levels (..., C) and weights, exact."""
-        return _product(self.read(levels), self.weight)
+        """Sums (..., D) of products of levels (..., C) and weights, exact, int32 or float32."""
+        levels = self.read(levels)
+        if levels.is_cuda or self.int8:
+            return _int8_sums(levels, self.weight)
+        return _float_sums(levels, self.weight, self.blocks)
 
     def read(self, levels: torch.Tensor) -> torch.Tensor:
         """Levels that the columns of the weights read: outliers are split over several."""
@@ -104,7 +114,9 @@ class IntegerLinear(IntegerLayer):
 
     def extra_repr(self) -> str:
         columns = '' if self.columns is None else f', columns={len(self.columns)}'
-        return f'in_features={self.in_features}, out_features={self.out_features}, int8 weights{columns}'
+        product = 'int8' if self.weight.is_cuda or self.int8 else 'float32'
+        return (f'in_features={self.in_features}, out_features={self.out_features}, int8 weights{columns}, '
+                f'exact sums by {product} products')
 
 
 class IntegerConv2d(IntegerLayer):
@@ -129,8 +141,8 @@ class IntegerConv2d(IntegerLayer):
         self.neuron: Any = layer.neuron
         self.geometry: Any = (layer.stride, layer.padding, layer.dilation, layer.groups)
         self.in_channels = layer.in_channels
-        largest = weights.weight.abs().sum(1, dtype=torch.int64).max().item() * 128
-        self.exact = torch.float32 if largest < 2 ** 24 else torch.float64
+        one_block = len(exact_blocks(weights.weight, _largest_level(self.neuron))) == 1
+        self.exact = torch.float32 if one_block else torch.float64
         self.register_buffer('weight', _by_output(layer, weights.weight.view(_by_output(layer).shape)))
         self.register_buffer('weight_step', weights.step.view(-1, 1, 1))
         self.register_buffer('bias', bias)
@@ -182,8 +194,34 @@ def _per_output(layer: Any, values: torch.Tensor) -> torch.Tensor:
     return grouped if layer.groups == 1 else grouped.repeat_interleave(layer.out_channels // layer.groups, 0)
 
 
-def _product(levels: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Sums (..., D) int32 of products of levels (..., C) and weights (D, C), both int8."""
+def exact_blocks(weight: torch.Tensor, largest: int) -> List[int]:
+    """Numbers of columns of int8 weights (D, C) whose products with levels of at most `largest` are summed exactly in
+    float32, as few blocks as can be."""
+    blocks, start = [], 0
+    reach = weight.abs().to(torch.int64).cumsum(1) * largest
+    while start < weight.shape[1]:
+        sums = reach[:, start:] - (reach[:, start - 1:start] if start else 0)
+        count = int((sums.amax(0) < EXACT).sum())
+        blocks.append(count)
+        start += count
+    return blocks or [0]
+
+
+def _largest_level(neuron: Neuron) -> int:
+    return max(map(abs, neuron.level_range))
+
+
+def _float_sums(levels: torch.Tensor, weight: torch.Tensor, blocks: List[int]) -> torch.Tensor:
+    """Sums (..., D) of products of levels (..., C) and weights (D, C), float32, or int32 of more blocks than one."""
+    if len(blocks) == 1:
+        return F.linear(levels.to(torch.float32), weight.to(torch.float32))
+    parts = zip(levels.split(blocks, -1), weight.split(blocks, 1), strict=True)
+    sums = [_float_sums(part, columns, [0]).to(torch.int32) for part, columns in parts]
+    return torch.stack(sums).sum(0, dtype=torch.int32)
+
+
+def _int8_sums(levels: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The same by products of int8, int32."""
     rows = levels.reshape(-1, levels.shape[-1])
     if rows.is_cuda:  # whose kernel takes more than 16 rows, and multiples of 8
         num, (out, columns) = len(rows), weight.shape
@@ -194,10 +232,29 @@ def _product(levels: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return product.view(*levels.shape[:-1], -1)
 
 
+@functools.cache
+def multiplies_int8() -> bool:
+    """Whether this CPU multiplies int8 faster than float32, by a product of the size of a small ViT's: without VNNI
+    torch's own product of int8 takes tens of times as long. Measured once per process."""
+    levels = torch.ones(256, 384, dtype=torch.int8, device='cpu')
+    weight = torch.ones(384, 384, dtype=torch.int8, device='cpu')
+
+    def seconds(sums: Any) -> float:
+        start = time.perf_counter()
+        sums()
+        return time.perf_counter() - start
+    with torch.inference_mode():
+        pairs = [(seconds(lambda: _int8_sums(levels, weight)), seconds(lambda: _float_sums(levels, weight, [0])))
+                 for _ in range(4)]
+    int8, floating = (min(times) for times in zip(*pairs[1:], strict=True))
+    return int8 < floating
+
+
 def to_integer_(
         model: nn.Module,
         max_error: float = MAX_WEIGHT_ERROR,
         batches: Optional[Iterable[torch.Tensor]] = None,
+        portable: bool = True,
 ) -> List[IntegerReport]:
     """Let the layers of a calibrated spiking model compute with int8 weights, in place.
 
@@ -210,6 +267,8 @@ def to_integer_(
         max_error: A layer whose int8 weights have a larger relative error stays in floating point.
         batches: Images as the model reads them, some dozens; no labels. If given, weights are rounded such that errors
             cancel in the products with the spikes on these images, instead of each to the nearest.
+        portable: Round weights to so few bits where levels are many that engines, too, sum such products exactly on
+            every processor (`saturation`); otherwise to 8 bits, which wants VNNI.
 
     Returns:
         What became of each layer, in the order of the modules.
@@ -230,10 +289,11 @@ def to_integer_(
     made: List[Tuple[str, nn.Module, Optional[nn.Module]]] = []
     reports, images = [], None if batches is None else [*batches]
     for name, layer, moments in _with_moments(model, layers, images):
+        limit = _weight_limit(layer) if portable else MAX_WEIGHT
         if isinstance(layer, SpikingLinear):
-            new, report = _linear(name, layer, moments)
+            new, report = _linear(name, layer, moments, limit)
         else:
-            new, report = _convolution(name, layer)
+            new, report = _convolution(name, layer, limit)
         if report.error > max_error:
             new, report = None, dataclasses.replace(
                 report, integer=False, columns=1.,
@@ -283,22 +343,31 @@ def _moments(model: nn.Module, layers: List[Tuple[str, Any]], images: List[torch
     return found
 
 
+def _weight_limit(layer: Any) -> Union[int, torch.Tensor]:
+    """Largest magnitude of the int8 weights of a layer, or of each of its input channels, that every processor sums
+    exactly."""
+    if isinstance(layer, SpikingLinear) and isinstance(layer.neuron, ScaleAndFire):
+        return upright(layer.neuron.top_levels).limits
+    return weight_limit(layer.neuron.level_range)
+
+
 def _linear(
         name: str,
         layer: SpikingLinear,
         moments: Optional[torch.Tensor],
+        limit: Union[int, torch.Tensor],
 ) -> Tuple[Optional[nn.Module], IntegerReport]:
-    weights = integer_weights(layer.weight * layer.neuron.step, moments)
+    weights = integer_weights(layer.weight * layer.neuron.step, moments, limit)
     columns = weights.weight.shape[1] / layer.in_features
     return IntegerLinear(layer, weights, folded_bias(layer)), IntegerReport(name, weights.error, columns)
 
 
-def _convolution(name: str, layer: Any) -> Tuple[Optional[nn.Module], IntegerReport]:
+def _convolution(name: str, layer: Any, limit: Union[int, torch.Tensor]) -> Tuple[Optional[nn.Module], IntegerReport]:
     neuron: Any = layer.neuron
     if layer.padding_mode != 'zeros' or (layer.padding not in ((0, 0), 'valid') and neuron.center is not None):
         return None, IntegerReport(name, 0., integer=False, reason='what it pads with is no zero')
     weight = _by_output(layer)
-    weights = rounded((weight * _per_output(layer, neuron.step)).flatten(1))
+    weights = rounded((weight * _per_output(layer, neuron.step)).flatten(1), limit=limit)
     kind = IntegerConvTranspose2d if isinstance(layer, nn.ConvTranspose2d) else IntegerConv2d
     return kind(layer, weights, folded_bias(layer)), IntegerReport(name, weights.error)
 

@@ -43,6 +43,7 @@ def export_onnx(
         seed: int = 0,
         image_column: Optional[str] = None,
         max_error: float = MAX_WEIGHT_ERROR,
+        portable: bool = True,
         overwrite: bool = False,
         command: Optional[str] = None,
 ) -> List[IntegerReport]:
@@ -60,6 +61,9 @@ def export_onnx(
         seed: Seed of the choice of images.
         image_column: Column of the images of a data set, where it is not found.
         max_error: As of `to_integer_`.
+        portable: Sum products exactly on every processor: where levels are many, weights have fewer bits, and what
+            meets other levels is multiplied in float32. Otherwise the graph wants VNNI, and `load_onnx` refuses it on a
+            processor that has none.
         overwrite: Replace a file that is there.
         command: Command line to record.
 
@@ -79,11 +83,11 @@ def export_onnx(
             network, calibration, split, num_images, BATCH_SIZE, seed, 'Rounding', image_column)
         batches = list(batches)
         images = dict(images, num_images=sum(map(len, batches)))
-    reports = to_integer_(network, max_error, batches)
-    to_graph_(network)
+    reports = to_integer_(network, max_error, batches, portable)
+    to_graph_(network, portable=portable)
     exported = to_onnx(network)
     about = dict(
-        _record_of(model), max_error=max_error, calibration=images, command=command, graph_sha256=graph_hash(exported),
+        _record_of(model), max_error=max_error, portable=portable, calibration=images, command=command, graph_sha256=graph_hash(exported),
         floating=[report.name for report in reports if not report.integer])
     write_graph(exported, about, path)
     return reports

@@ -1,14 +1,15 @@
 """Weights as int8: outliers split over columns, and errors of rounding fed back to what is rounded later."""
 import dataclasses
-from typing import Optional
+from typing import Optional, Union
 
 import torch
 
+from .saturation import MAX_WEIGHT
+
 __all__ = ['IntegerWeights', 'integer_weights', 'rounded']
 
-TARGET_ERROR = 0.015  # a little more than that of normal weights, whose largest is at four standard deviations
+TARGET_ERROR = 0.015  # of 8 bits: a little more than that of normal weights, whose largest is at four standard deviations
 MAX_SPLIT = 1.125  # columns, as a multiple
-MAX_WEIGHT = 127
 DAMPING = 0.01  # of the mean power of a channel
 BLOCK = 128  # columns between two corrections of all that follow
 
@@ -29,7 +30,11 @@ class IntegerWeights:
     error: float
 
 
-def integer_weights(weight: torch.Tensor, moments: Optional[torch.Tensor] = None) -> IntegerWeights:
+def integer_weights(
+        weight: torch.Tensor,
+        moments: Optional[torch.Tensor] = None,
+        limit: Union[int, torch.Tensor] = MAX_WEIGHT,
+) -> IntegerWeights:
     """Round weights (D, C), with the steps of their input folded in, to int8 with a step per output channel.
 
     A few input channels with a large step would leave all other weights of a row few levels. Such a channel is read
@@ -39,36 +44,39 @@ def integer_weights(weight: torch.Tensor, moments: Optional[torch.Tensor] = None
         weight: Weights, times the step of their input channel.
         moments: Second moments of the levels, (C, C), up to a factor. If given, what rounding a column loses is taken
             back by the columns that come after it, as far as their levels are correlated (GPTQ, arXiv 2210.17323).
+        limit: Largest magnitude of an int8 weight, of all or of each input channel, (C,).
     """
     weight = weight.detach().to(torch.float32)
-    largest = weight.abs().amax(0)
-    best, parts = rounded(weight), None
+    largest = (weight / limit).abs().amax(0)
+    best, parts = rounded(weight, limit=limit), None
     typical = largest.median().clamp_min(torch.finfo(torch.float32).tiny)
+    target = TARGET_ERROR * MAX_WEIGHT / float(torch.as_tensor(limit, dtype=torch.float32).mean())
     for factor in (16, 8, 4, 3, 2):
-        if best.error <= TARGET_ERROR:
+        if best.error <= target:
             break
         trial = (largest / (factor * typical)).ceil().clamp(1, 2 ** 15).to(torch.int64)
         if trial.sum() > MAX_SPLIT * len(trial):
             break
-        split = rounded(weight, trial)
+        split = rounded(weight, trial, limit=limit)
         if split.error < best.error:
             best, parts = split, trial
-    return best if moments is None else rounded(weight, parts, moments)
+    return best if moments is None else rounded(weight, parts, moments, limit)
 
 
 def rounded(
         weight: torch.Tensor,
         parts: Optional[torch.Tensor] = None,
         moments: Optional[torch.Tensor] = None,
+        limit: Union[int, torch.Tensor] = MAX_WEIGHT,
 ) -> IntegerWeights:
     """Int8 weights in which column c is the sum of `parts[c]` columns, or itself; arguments as above."""
-    reach = (weight if parts is None else weight / parts).abs().amax(1)
-    step = (reach / MAX_WEIGHT).clamp_min(torch.finfo(torch.float32).tiny)
+    whole_limit = torch.as_tensor(limit, device=weight.device) * (1 if parts is None else parts)
+    step = (weight / whole_limit).abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny)
     scaled = weight / step[:, None]
     if moments is None:
         whole = scaled.round()
     else:
-        whole = _fed_back(scaled, MAX_WEIGHT * (torch.ones_like(weight[0]) if parts is None else parts), moments)
+        whole = _fed_back(scaled, whole_limit.expand(weight.shape[1]), moments)
     error = _relative_error((whole - scaled) * step[:, None], weight, moments)
     columns = None
     if parts is not None:

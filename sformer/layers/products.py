@@ -100,9 +100,10 @@ class AttentionProduct(nn.Module):
         super().__init__()
         self.group_size = group_size
         head, channel = (num_heads, 1, 1), (num_heads, 1, head_dim)
-        self.q_neuron = ScaleAndFire(channel, config, token=True, device=device)
-        self.k_neuron = ScaleAndFire(channel, config, center_shape=channel, token=True, device=device)
-        self.v_neuron = ScaleAndFire((num_heads, 1, v_head_dim or head_dim), config, folds=True, device=device)
+        meets = dict(meets_levels=True, device=device)
+        self.q_neuron = ScaleAndFire(channel, config, token=True, **meets)
+        self.k_neuron = ScaleAndFire(channel, config, center_shape=channel, token=True, **meets)
+        self.v_neuron = ScaleAndFire((num_heads, 1, v_head_dim or head_dim), config, folds=True, **meets)
         self.attn_neuron = ScaleAndFire(head, config, signed=False, device=device)
 
     def fit(self, statistics: Dict[str, Any], config: FitConfig) -> None:

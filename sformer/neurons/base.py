@@ -1,5 +1,5 @@
 """What all neurons share: spikes, state that is validated when it is loaded, and whether it is calibrated."""
-from typing import Any, Mapping, NamedTuple, Optional, Union
+from typing import Any, Mapping, NamedTuple, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -72,6 +72,11 @@ class Neuron(Float32Buffers):
             everywhere = x.new_full((), float('inf'), dtype=torch.float32)
             out = straight_through(out, x, -everywhere, everywhere)
         return out
+
+    @property
+    def level_range(self) -> Tuple[int, int]:
+        """The lowest and the highest level that this neuron can fire: those of int8, if a type knows no less."""
+        return -127, 127
 
     def statistics(self) -> Any:
         """A new observer, whose `update(x)` takes the currents that enter this neuron; None if nothing is fitted."""

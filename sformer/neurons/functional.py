@@ -10,11 +10,12 @@ from typing import Union
 import torch
 
 __all__ = [
-    'MAX_LEVEL', 'MAX_BYTE_LEVEL', 'MAX_WIDE_LEVEL', 'integrate_and_fire', 'multi_threshold', 'max_levels',
+    'MAX_LEVEL', 'MAX_MET_LEVEL', 'MAX_BYTE_LEVEL', 'MAX_WIDE_LEVEL', 'integrate_and_fire', 'multi_threshold', 'max_levels',
     'level_values', 'firing_boundaries', 'fire', 'token_reach', 'straight_through',
 ]
 
 MAX_LEVEL = 127  # a level is one int8 on hardware
+MAX_MET_LEVEL = 63  # or, where spikes meet spikes, what every processor multiplies by its like in 8 bits
 MAX_BYTE_LEVEL = 255  # or, where none is negative, one unsigned byte
 MAX_WIDE_LEVEL = 128 * 127 + 127  # or, where a site says so, two int8 planes: k = 128 high + low
 

@@ -55,6 +55,10 @@ class GradedCoding(Neuron):
         self._set(step=step.view(-1, 1, 1), center=(low + 128 * step).view(-1, 1, 1))
         self.calibrated.fill_(True)
 
+    @property
+    def level_range(self) -> Tuple[int, int]:
+        return -128, 127
+
     def encode(self, x: torch.Tensor) -> Spikes:
         """Spikes on normalised pixels (B, C, H, W): levels p - 128, int8.
 

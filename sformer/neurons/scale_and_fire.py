@@ -5,7 +5,16 @@ import torch
 
 from .base import Neuron, Spikes
 from .config import DEFAULT_RANGE, FitConfig, SFNConfig
-from .functional import MAX_LEVEL, MAX_WIDE_LEVEL, fire, firing_boundaries, level_values, straight_through, token_reach
+from .functional import (
+    MAX_LEVEL,
+    MAX_MET_LEVEL,
+    MAX_WIDE_LEVEL,
+    fire,
+    firing_boundaries,
+    level_values,
+    straight_through,
+    token_reach,
+)
 from .statistics import CurrentStatistics
 from .thresholds import exact_step, fit_density_levels, fit_steps
 
@@ -38,6 +47,9 @@ class ScaleAndFire(Neuron):
             by `config.attention_fire`, with levels of up to 14 bits.
         fire_function: Name of the fire function, if it is another than that of signed currents or softmax numerators in
             `config`.
+        meets_levels: Whether its spikes are multiplied by spikes, not by weights. Its levels are then fitted such that
+            none exceeds 63, if `config.levels` allows: two operands of 6 bits and a sign are what every processor
+            multiplies exactly in 8 bits.
         center_shape: If given, a buffer `center` of this shape is subtracted from the input before it fires.
         folds: Whether a constant is free after the product that follows; with `config.silence`, `center` is one per
             element of `shape`.
@@ -64,10 +76,12 @@ class ScaleAndFire(Neuron):
             folds: bool = False,
             token: bool = False,
             fire_function: Optional[str] = None,
+            meets_levels: bool = False,
             device=None,
     ):
         super().__init__(device=device)
         self.config = config
+        self.meets_levels = meets_levels
         self.signed = signed
         self.fire_function = fire_function or (config.signed_fire if signed else config.softmax_fire)
         self.token = token and config.token_scale
@@ -97,6 +111,16 @@ class ScaleAndFire(Neuron):
         """Thresholds `step * m / gain`, float32, (2, *shape): of the positive and the negative branch; (1, *shape) if
         unsigned."""
         return self.multiplier * self.step / self.gain
+
+    @property
+    def top_levels(self) -> torch.Tensor:
+        """The largest level that each branch fires, as a magnitude, float32, (2, *shape); (1, *shape) if unsigned."""
+        return self.multiplier * self.levels[-1]
+
+    @property
+    def level_range(self) -> Tuple[int, int]:
+        highest = self.top_levels.flatten(1).amax(1).tolist()
+        return (-int(highest[1]) if self.signed else 0), int(highest[0])
 
     def set_state(
             self,
@@ -229,7 +253,7 @@ class ScaleAndFire(Neuron):
             shape, relative = (*shape[:-1], 1), 2. ** octaves
             statistics = statistics.pooled(octaves, shape)
         # silent networks have one threshold for both branches: a multiplier takes as many times the unary spikes
-        most = 1 if self.config.silence else MAX_LEVEL // int(values[-1])
+        most = 1 if self.config.silence else self._most_multiplier(values)
         step, multiplier = fit_steps(statistics, values, boundaries, config, most)
         step = step.view(shape) * relative
         if self.quiet is not None and octaves is None:
@@ -237,6 +261,10 @@ class ScaleAndFire(Neuron):
             step = torch.maximum(step, self.quiet.to(step.device) / values[-1])
         self.set_state(step * self.config.scale,
                        multiplier.view(-1, *shape).expand(self.multiplier.shape), values, center)
+
+    def _most_multiplier(self, values: torch.Tensor) -> int:
+        """The largest multiplier that levels leave room for."""
+        return max(1, (MAX_MET_LEVEL if self.meets_levels else MAX_LEVEL) // int(values[-1]))
 
     def moments(self, x: torch.Tensor) -> Optional[torch.Tensor]:
         if not self.signed:

@@ -1,7 +1,5 @@
-"""Paired timings of the executions of a model, of its source, and of a plain int8 network of the same shape."""
+"""Paired timings of the executions of a model, of its source, and of int8 networks of the same shape."""
 import copy
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -13,15 +11,20 @@ import torch.nn as nn
 from timm.data import resolve_input_data_config
 
 from ..conversion.record import library_versions
-from ..errors import SFormerError, enough_memory, quiet, working_compiler
+from ..errors import SFormerError, enough_memory, working_compiler
 from ..layers import source_of
-from .engines import compile_graph, engine_version, find_engine, load_onnx
+from .engines import compile_graph, engine_version, find_engine
+from .exported import load_onnx
 from .integer import to_integer_
 from .onnx import export_onnx, to_onnx
+from .processor import int8_verdict, instruction_set, processor, slowdown
+from .quantisers import nncf_int8, plain_int8
 
 __all__ = ['EXECUTIONS', 'benchmark']
 
 Forward = Callable[[torch.Tensor], Any]
+
+MAX_SLOWDOWN = 10  # of a dtype over float32, beyond which an execution in it is left out
 
 
 def _compiled(network: nn.Module, dtype: torch.dtype = torch.float32) -> Forward:
@@ -53,37 +56,17 @@ def _plain_int8(model: nn.Module, engine: str) -> Forward:
     return lambda x: run(x.numpy())
 
 
-def plain_int8(network: nn.Module, images: torch.Tensor) -> bytes:
-    """A network without neurons as ONNX Runtime's quantiser makes it: symmetric int8, weights per channel, activations
-    per tensor, whose ranges are those on some images (B, C, H, W).
+def _float32(model: nn.Module, engine: str) -> Forward:
+    find_engine(engine)
+    run = compile_graph(to_onnx(source_of(model).eval().float()).SerializeToString(), engine)
+    return lambda x: run(x.numpy())
 
-    Returns:
-        A serialised ONNX model.
 
-    Raises:
-        SFormerError: If packages are missing.
-    """
-    try:
-        from onnxruntime import quantization
-    except ImportError:
-        raise SFormerError("onnxruntime is missing, which quantises: pip install 'sformer[onnx]'.") from None
-
-    class Reader(quantization.CalibrationDataReader):
-        def __init__(self):
-            self.batches = iter([{'images': image[None].numpy()} for image in images])
-
-        def get_next(self):
-            return next(self.batches, None)
-
-    with tempfile.TemporaryDirectory() as folder:
-        plain, quantised = f'{folder}/plain.onnx', f'{folder}/int8.onnx'
-        Path(plain).write_bytes(to_onnx(network).SerializeToString())
-        with quiet('root'):  # which recommends to prepare the graph, as torch's exporter has done
-            quantization.quantize_static(
-                plain, quantised, Reader(), op_types_to_quantize=['MatMul', 'Gemm', 'Conv'], per_channel=True,
-                activation_type=quantization.QuantType.QInt8, weight_type=quantization.QuantType.QInt8,
-                extra_options=dict(ActivationSymmetric=True, WeightSymmetric=True))
-        return Path(quantised).read_bytes()
+def _nncf_int8(model: nn.Module) -> Forward:
+    find_engine('openvino')
+    images = normalised_images(4, resolve_input_data_config(model))
+    run = compile_graph(nncf_int8(source_of(model).eval().float(), images.split(1)), 'openvino')
+    return lambda x: run(x.numpy())
 
 
 EXECUTIONS: Dict[str, Callable[[nn.Module], Forward]] = {
@@ -94,6 +77,9 @@ EXECUTIONS: Dict[str, Callable[[nn.Module], Forward]] = {
     'integer:bf16': lambda model: _integer(model, torch.bfloat16),  # what is no spike in bfloat16
     'openvino': lambda model: _exported(model, 'openvino'),
     'onnxruntime': lambda model: _exported(model, 'onnxruntime'),
+    'openvino:fp32': lambda model: _float32(model, 'openvino'),
+    'onnxruntime:fp32': lambda model: _float32(model, 'onnxruntime'),
+    'openvino:nncf': _nncf_int8,
     'openvino:int8': lambda model: _plain_int8(model, 'openvino'),
     'onnxruntime:int8': lambda model: _plain_int8(model, 'onnxruntime'),
 }
@@ -130,7 +116,8 @@ def benchmark(
 
     Returns:
         `results`, one per batch size and execution: median `seconds` per batch, and per reference the median, smallest
-        and largest `speedup` over the rounds; and processor, threads, versions.
+        and largest `speedup` over the rounds; what was `skipped` and why; a `verdict` where an engine gains little by
+        int8 on this processor; and processor, its instruction set, threads, versions.
 
     Raises:
         SFormerError: If there is no execution of a name, or its engine is missing.
@@ -139,6 +126,10 @@ def benchmark(
     for name in names:
         if name not in EXECUTIONS:
             raise SFormerError(f'no execution {name!r}: there are {", ".join(EXECUTIONS)}.')
+    skipped = {name: reason for name in names if (reason := _too_slow(name))}
+    names = [name for name in names if name not in skipped]
+    if not set(names) & set(executions):
+        raise SFormerError(f'nothing is left to measure: {"; ".join(f"{k}: {v}" for k, v in skipped.items())}.')
     with torch.inference_mode(False), torch.no_grad():
         runs = {name: EXECUTIONS[name](model) for name in names}
     cfg, results = resolve_input_data_config(model), []
@@ -151,12 +142,23 @@ def benchmark(
                 rounds.append(times)
         for name in names:
             speedups = {
-                other: _spread([times[other] / times[name] for times in rounds]) for other in against if other != name}
+                other: _spread([times[other] / times[name] for times in rounds]) for other in against if other in runs and other != name}
             results.append(dict(
                 execution=name, batch_size=batch_size, seconds=statistics.median(times[name] for times in rounds),
                 speedup=speedups))
-    return dict(results=results, pairs=pairs, processor=_processor(), threads=torch.get_num_threads(),
-                versions=library_versions() | _engine_versions(runs))
+    versions = _engine_versions(runs)
+    return dict(
+        results=results, pairs=pairs, skipped=skipped, verdict=' '.join(filter(None, map(int8_verdict, versions))),
+        processor=processor(), instruction_set=instruction_set(), threads=torch.get_num_threads(),
+        versions=library_versions() | versions)
+
+
+def _too_slow(name: str) -> str:
+    """Why an execution is left out, if it would not end within minutes on this processor."""
+    factor = slowdown(torch.bfloat16) if name.endswith(':bf16') else 1.
+    if factor < MAX_SLOWDOWN:
+        return ''
+    return f'bfloat16 products take {factor:.0f} times as long as float32 ones on this processor'
 
 
 def _seconds(run: Forward, images: torch.Tensor) -> float:
@@ -173,15 +175,3 @@ def _spread(ratios: List[float]) -> Dict[str, float]:
 def _engine_versions(runs: Dict[str, Forward]) -> Dict[str, str]:
     engines = {name.partition(':')[0] for name in runs} & {'openvino', 'onnxruntime'}
     return {engine: engine_version(engine) for engine in sorted(engines)}
-
-
-def _processor() -> str:
-    """Name of the processor and what it knows of int8."""
-    name, flags = platform.processor() or platform.machine(), ''
-    if os.path.exists('/proc/cpuinfo'):
-        lines = dict(line.partition(':')[::2] for line in Path('/proc/cpuinfo').read_text().splitlines() if ':' in line)
-        about = {key.strip(): value.strip() for key, value in lines.items()}
-        name = about.get('model name', name)
-        known = set(about.get('flags', '').split()) & {'avx512_vnni', 'avx_vnni', 'avx512_bf16', 'amx_int8', 'amx_bf16'}
-        flags = ' '.join(sorted(known))
-    return f'{name} ({flags})' if flags else name

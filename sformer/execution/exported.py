@@ -1,0 +1,112 @@
+"""Graphs that `export_onnx` wrote, run by an engine behind the interface of a timm classifier."""
+import json
+from pathlib import Path
+from typing import Any, Dict, Optional, Union
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+from ..errors import SFormerError, first_line
+from .engines import Run, compile_graph, engine_version, find_engine
+from .onnx import METADATA, graph_hash
+from .processor import instruction_set, sums_exactly
+from .proof import saturating
+
+__all__ = ['EngineNetwork', 'load_onnx', 'check_exact']
+
+RECORDED = {'graph_sha256', 'weights_sha256', 'pretrained_cfg', 'input_size', 'num_classes', 'param_count'}
+
+
+class EngineNetwork(nn.Module):
+    """A network that an engine runs on CPUs.
+
+    Args:
+        run: Compiled graph.
+        about: What `export_onnx` recorded.
+        engine: Name of the engine.
+
+    Shape:
+        Input (B, C, H, W) of the size of the export, normalised; output (B, classes), float32.
+    """
+
+    def __init__(self, run: Run, about: Dict[str, Any], engine: str):
+        super().__init__()
+        self.run, self.about, self.engine = run, about, engine
+        self.num_classes = about['num_classes']
+        self.pretrained_cfg = self.default_cfg = dict(about['pretrained_cfg'], input_size=tuple(about['input_size']))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if list(x.shape[1:]) != self.about['input_size']:
+            raise SFormerError(f'the graph was exported for images {tuple(self.about["input_size"])}, got '
+                               f'{tuple(x.shape[1:])}.')
+        images = x.detach().to('cpu', torch.float32).contiguous().numpy()
+        # one pass; integers would hide what is no number. By numpy: threads of torch would go on spinning for a while
+        if not np.isfinite(images.sum()):
+            raise SFormerError('images have NaN or infinity in them.')
+        return torch.from_numpy(self.run(images)).to(x.device)
+
+    def set_input_size(self, img_size: Any) -> None:
+        raise ValueError(f'the graph was exported for images {tuple(self.about["input_size"])}; export it of a model '
+                         f'of that size')
+
+    def describe(self) -> Dict[str, Any]:
+        """What results say of it: the engine, and size and `state_hash` of the model that was exported."""
+        return dict(engine=f'{self.engine} {engine_version(self.engine)}',
+                    param_count=round(self.about['param_count'] / 1e6, 4),
+                    exported_of_sha256=self.about['weights_sha256'])
+
+    def get_extra_state(self) -> str:
+        return f'{self.engine} {self.about["graph_sha256"]}'  # tells it from others where results are recorded
+
+    def set_extra_state(self, state: str) -> None:
+        pass
+
+    def __deepcopy__(self, memo: Any) -> 'EngineNetwork':
+        return type(self)(self.run, self.about, self.engine)  # what is compiled is shared
+
+    def extra_repr(self) -> str:
+        return f'{self.engine}, input_size={tuple(self.about["input_size"])}, num_classes={self.num_classes}'
+
+
+def load_onnx(path: Union[str, Path], engine: Optional[str] = None) -> EngineNetwork:
+    """Open a graph that `export_onnx` wrote.
+
+    Args:
+        path: The file.
+        engine: `openvino` or `onnxruntime`; the first one that is installed if None.
+
+    Raises:
+        SFormerError: If the file is missing, damaged or of another origin, or the engine is missing, cannot run it, or
+            would sum its products wrongly on this processor.
+    """
+    path, engine = Path(path), find_engine(engine)
+    if not path.is_file():
+        raise SFormerError(f'no graph at {path}.')
+    try:
+        import onnx
+    except ImportError:
+        raise SFormerError("onnx is missing: pip install 'sformer[onnx]'.") from None
+    try:
+        model = onnx.load(path)
+        recorded = {p.key: p.value for p in model.metadata_props}.get(METADATA)
+        about = json.loads(recorded) if recorded else None
+    except Exception as e:  # protobuf's own, of which each version has others
+        raise SFormerError(f'{path} is damaged, or no ONNX file ({first_line(e)}).') from None
+    if isinstance(about, dict) and 'detector' in about:
+        raise SFormerError(f'{path} is the graph of a detector, which reads one image: run it with onnxruntime.')
+    if not isinstance(about, dict) or not RECORDED <= {*about}:
+        raise SFormerError(f'{path} was not written by `sformer export`.')
+    if about['graph_sha256'] != graph_hash(model):
+        raise SFormerError(f'{path} is not as it was written: its hash differs from its record. Export it again.')
+    check_exact(model, engine, path)
+    return EngineNetwork(compile_graph(model.SerializeToString(), engine), about, engine)
+
+
+def check_exact(model: Any, engine: str, where: Union[str, Path]) -> None:
+    """Raise SFormerError if an engine would sum products of an `onnx.ModelProto` with saturation on this processor."""
+    found = saturating(model)
+    if found and not sums_exactly(engine):
+        raise SFormerError(
+            f'{where} has {len(found)} products of bytes ({found[0]} ...) that {engine} would sum wrongly on this '
+            f'processor ({instruction_set()}), which has no VNNI: export the model again, without --no-portable.')
