@@ -42,7 +42,7 @@ def nncf_int8(source: nn.Module, batches: Iterable[torch.Tensor]) -> Inference:
     Raises:
         SFormerError: If packages are missing.
     """
-    run = compile_graph(quantisers.nncf_int8(source, batches), 'openvino')
+    run = compile_graph(quantisers.nncf_graph(source, batches), 'openvino')
     return lambda images: torch.from_numpy(run(images.numpy()))
 
 

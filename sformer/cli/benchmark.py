@@ -38,7 +38,8 @@ def benchmark(
     for table in tables(result):
         print_table(**table)
         print()
-    print(f'{result["processor"]} ({result["instruction_set"]}), {result["threads"]} threads, medians of {pairs} rounds (smallest to largest), '
+    print(f'{result["processor"]} ({result["instruction_set"]}), {result["threads"]} threads, '
+          f'medians of {pairs} rounds (smallest to largest), '
           + ', '.join(f'{name} {version}' for name, version in result['versions'].items()
                       if name in ('torch', 'timm', 'openvino', 'onnxruntime')))
     for name, reason in result['skipped'].items():

@@ -69,7 +69,8 @@ def export_detector(
     exported = _to_onnx(network, image)
     about = dict(
         detector=dataclasses.asdict(network.config), image_size=size, weights_sha256=state_hash(detector.state_dict()),
-        versions=library_versions(), max_error=max_error, portable=portable, command=command, graph_sha256=graph_hash(exported),
+        versions=library_versions(), max_error=max_error, portable=portable, command=command,
+        graph_sha256=graph_hash(exported),
         floating=[report.name for report in reports if not report.integer])
     write_graph(exported, about, path)
     return reports

@@ -67,7 +67,7 @@ class IntegerLayer(Float32Buffers, SpikingLayer):
 class IntegerLinear(IntegerLayer):
     """Linear layer on spikes with int8 weights.
 
-    `y = (levels @ weight.T) * weight_step * row + bias`, where the bracket is a sum of integers, exact: of int8 in int32
+    `y = (levels @ weight.T) * weight_step * row + bias`. The bracket is an exact sum of integers: of int8 in int32
     where the processor accelerates that, else of float32 in blocks of columns whose sums stay below 2^24.
 
     Args:

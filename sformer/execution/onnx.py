@@ -87,7 +87,8 @@ def export_onnx(
     to_graph_(network, portable=portable)
     exported = to_onnx(network)
     about = dict(
-        _record_of(model), max_error=max_error, portable=portable, calibration=images, command=command, graph_sha256=graph_hash(exported),
+        _record_of(model), max_error=max_error, portable=portable, calibration=images, command=command,
+        graph_sha256=graph_hash(exported),
         floating=[report.name for report in reports if not report.integer])
     write_graph(exported, about, path)
     return reports

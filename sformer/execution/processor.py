@@ -15,7 +15,8 @@ from .engines import compile_graph
 
 __all__ = ['processor', 'instruction_set', 'sums_exactly', 'int8_gain', 'slowdown', 'int8_verdict']
 
-INSTRUCTION_SETS = ('amx_int8', 'amx_bf16', 'avx512_vnni', 'avx_vnni', 'avx512_bf16', 'avx512f', 'avx2', 'asimddp', 'i8mm')
+INSTRUCTION_SETS = (
+    'amx_int8', 'amx_bf16', 'avx512_vnni', 'avx_vnni', 'avx512_bf16', 'avx512f', 'avx2', 'asimddp', 'i8mm')
 LIMITS = ('ONEDNN_MAX_CPU_ISA', 'OV_CPU_MAX_ISA', 'ATEN_CPU_CAPABILITY')  # variables that keep libraries from using all
 LITTLE_GAIN = 1.2
 ROUNDS = 5

@@ -11,7 +11,7 @@ import torch.nn as nn
 from ..errors import SFormerError, quiet
 from .onnx import to_onnx
 
-__all__ = ['nncf_int8', 'plain_int8']
+__all__ = ['nncf_graph', 'plain_int8']
 
 
 def plain_int8(network: nn.Module, images: torch.Tensor) -> bytes:
@@ -47,7 +47,7 @@ def plain_int8(network: nn.Module, images: torch.Tensor) -> bytes:
         return Path(quantised).read_bytes()
 
 
-def nncf_int8(network: nn.Module, batches: Iterable[torch.Tensor]) -> Any:
+def nncf_graph(network: nn.Module, batches: Iterable[torch.Tensor]) -> Any:
     """W8A8 by NNCF's post-training quantisation, as its documentation says for transformers.
 
     Args:

@@ -8,7 +8,7 @@ from .saturation import MAX_WEIGHT
 
 __all__ = ['IntegerWeights', 'integer_weights', 'rounded']
 
-TARGET_ERROR = 0.015  # of 8 bits: a little more than that of normal weights, whose largest is at four standard deviations
+TARGET_ERROR = 0.015  # of 8 bits: a little more than that of normal weights, the largest at four standard deviations
 MAX_SPLIT = 1.125  # columns, as a multiple
 DAMPING = 0.01  # of the mean power of a channel
 BLOCK = 128  # columns between two corrections of all that follow

@@ -17,8 +17,8 @@ from .engines import compile_graph, engine_version, find_engine
 from .exported import load_onnx
 from .integer import to_integer_
 from .onnx import export_onnx, to_onnx
-from .processor import int8_verdict, instruction_set, processor, slowdown
-from .quantisers import nncf_int8, plain_int8
+from .processor import instruction_set, int8_verdict, processor, slowdown
+from .quantisers import nncf_graph, plain_int8
 
 __all__ = ['EXECUTIONS', 'benchmark']
 
@@ -65,7 +65,7 @@ def _float32(model: nn.Module, engine: str) -> Forward:
 def _nncf_int8(model: nn.Module) -> Forward:
     find_engine('openvino')
     images = normalised_images(4, resolve_input_data_config(model))
-    run = compile_graph(nncf_int8(source_of(model).eval().float(), images.split(1)), 'openvino')
+    run = compile_graph(nncf_graph(source_of(model).eval().float(), images.split(1)), 'openvino')
     return lambda x: run(x.numpy())
 
 
@@ -141,8 +141,8 @@ def benchmark(
             if i >= warmup:
                 rounds.append(times)
         for name in names:
-            speedups = {
-                other: _spread([times[other] / times[name] for times in rounds]) for other in against if other in runs and other != name}
+            others = [other for other in against if other in runs and other != name]
+            speedups = {other: _spread([times[other] / times[name] for times in rounds]) for other in others}
             results.append(dict(
                 execution=name, batch_size=batch_size, seconds=statistics.median(times[name] for times in rounds),
                 speedup=speedups))

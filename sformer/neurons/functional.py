@@ -10,8 +10,8 @@ from typing import Union
 import torch
 
 __all__ = [
-    'MAX_LEVEL', 'MAX_MET_LEVEL', 'MAX_BYTE_LEVEL', 'MAX_WIDE_LEVEL', 'integrate_and_fire', 'multi_threshold', 'max_levels',
-    'level_values', 'firing_boundaries', 'fire', 'token_reach', 'straight_through',
+    'MAX_LEVEL', 'MAX_MET_LEVEL', 'MAX_BYTE_LEVEL', 'MAX_WIDE_LEVEL', 'integrate_and_fire', 'multi_threshold',
+    'max_levels', 'level_values', 'firing_boundaries', 'fire', 'token_reach', 'straight_through',
 ]
 
 MAX_LEVEL = 127  # a level is one int8 on hardware

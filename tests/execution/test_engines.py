@@ -2,6 +2,7 @@
 import copy
 import importlib
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -54,7 +55,9 @@ def model():
 
 @pytest.fixture(scope='module')
 def graph(model, tmp_path_factory):
-    path = tmp_path_factory.getbasetemp().parent / 'graphs' / 'model.onnx'  # of all processes that test
+    base = tmp_path_factory.getbasetemp()
+    # of all processes that test, and of no other run
+    path = (base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base) / 'graphs' / 'model.onnx'
     path.parent.mkdir(exist_ok=True)
     with FileLock(path.with_suffix('.lock')):
         if not path.exists():
