@@ -16,30 +16,37 @@ __all__ = ['convert']
 
 @dataclass(frozen=True, kw_only=True)
 class NeuronOptions:
-    """How neurons fire and how their thresholds are fitted."""
-    levels: Annotated[int, typer.Option(help='Thresholds N per branch, 1 to 127')] = 32
-    fire: Annotated[str, typer.Option(
-        help='auto (by N), uniform, widening, quarter_square, quadratic, quartic, power2 or density')] = 'auto'
-    attention_fire: Annotated[str, typer.Option(
-        help='Fire function of the softmax: auto (by N), quadratic, quartic, byte, ...')] = 'auto'
-    activation_fire: Annotated[str, typer.Option(
-        help='Fire function after an activation function: auto (by N), quarter_square, uniform, ...')] = 'auto'
-    initial_potential: Annotated[float, typer.Option(
+    """How neurons fire and how their thresholds are fitted: a recipe, and what is to be other than it says."""
+    recipe: Annotated[str, typer.Option(
+        help='default (63 levels), fast (int8 engines), accurate (127), paper (32), few (8) or quiet (few spikes)'
+    )] = 'default'
+    levels: Annotated[Optional[int], typer.Option(
+        help='Thresholds N per branch, 1 to 127  [default: 63, or of the recipe]')] = None
+    fire: Annotated[Optional[str], typer.Option(
+        help='auto (by N), uniform, widening, quarter_square, quadratic, quartic, power2 or density')] = None
+    attention_fire: Annotated[Optional[str], typer.Option(
+        help='Fire function of the softmax: auto (by N), quadratic, quartic, byte, ...')] = None
+    activation_fire: Annotated[Optional[str], typer.Option(
+        help='Fire function after an activation function: auto (by N), quarter_square, uniform, ...')] = None
+    initial_potential: Annotated[Optional[float], typer.Option(
         help='Membrane potential before the input, as a share of the distance to the next level: 0.5 rounds, 0 is the '
-             'paper\'s floor')] = 0.5
-    dead_zone: Annotated[float, typer.Option(help='No spike below this many thresholds')] = 0.
-    scale: Annotated[float, typer.Option(help='Scaling factor lambda on top of all thresholds')] = 1.
-    token_scale: Annotated[bool, typer.Option(
-        help='Let thresholds follow each token where the factor is free after the product')] = True
-    silence: Annotated[float, typer.Option(
-        help='Price of activity: the higher, the fewer neurons fire; 0.003 to 0.1 are usual')] = 0.
-    estimator: Annotated[str, typer.Option(help='Threshold estimator: mse, quantile or max')] = 'mse'
-    quantile: Annotated[float, typer.Option(help='Share of currents that the quantile estimator covers')] = 0.999
-    unbiased: Annotated[bool, typer.Option(
-        help='Let spikes carry what rounding and clipping would take from the signal')] = True
-    compensate: Annotated[bool, typer.Option(
+             'paper\'s floor  [default: 0.5]')] = None
+    dead_zone: Annotated[Optional[float], typer.Option(help='No spike below this many thresholds')] = None
+    scale: Annotated[Optional[float], typer.Option(help='Scaling factor lambda on top of all thresholds')] = None
+    token_scale: Annotated[Optional[bool], typer.Option(
+        help='Let thresholds follow each token where the factor is free after the product  [default: they do, but of '
+             'fast]')] = None
+    silence: Annotated[Optional[float], typer.Option(
+        help='Price of activity: the higher, the fewer neurons fire; 0.003 to 0.1 are usual')] = None
+    estimator: Annotated[Optional[str], typer.Option(
+        help='Threshold estimator: mse, quantile or max  [default: mse, of fast max]')] = None
+    quantile: Annotated[Optional[float], typer.Option(
+        help='Share of currents that the quantile estimator covers  [default: 0.999]')] = None
+    unbiased: Annotated[Optional[bool], typer.Option(
+        help='Let spikes carry what rounding and clipping would take from the signal  [default: they do]')] = None
+    compensate: Annotated[Optional[bool], typer.Option(
         '--compensate', help='Let weights make up for what neurons leave out: closer to the source, whose weights they '
-        'are no longer')] = False
+        'are no longer')] = None
 
     def configs(self) -> Tuple[Any, Any]:
         """How neurons fire and how they are fitted, as `sformer.convert` takes both.
@@ -47,11 +54,12 @@ class NeuronOptions:
         Raises:
             SFormerError: If a value is out of its range.
         """
-        from ..neurons import FitConfig, SFNConfig
-        values = dataclasses.asdict(self)
-        fit = {field.name: values.pop(field.name) for field in dataclasses.fields(FitConfig)}
+        from ..neurons import FitConfig, recipe_configs
+        values = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        fields = {field.name for field in dataclasses.fields(FitConfig)}
+        fit = {name: values.pop(name) for name in fields & values.keys()}
         try:
-            return SFNConfig(**values), FitConfig(**fit)
+            return recipe_configs(values.pop('recipe'), values, fit)
         except ValueError as e:
             raise SFormerError(str(e)) from None
 
@@ -100,5 +108,5 @@ def convert(
         image_column=columns.image_column, inplace=True, command=command_line())
     save_model(model, output, overwrite)
     used = model.conversion.calibration
-    print(f'{source} -> {model.pretrained_cfg["architecture"]}: N = {neurons.levels}, calibrated on '
+    print(f'{source} -> {model.pretrained_cfg["architecture"]}: N = {config.levels}, calibrated on '
           f'{used.num_images} {used.name} images, saved to {output}')

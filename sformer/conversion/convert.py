@@ -15,7 +15,7 @@ from ..files import state_hash
 from ..layers import named_neurons, revert_, source_of
 from ..models import spiking_model_
 from ..models.zoo import CUSTOM, ENTRYPOINTS, architecture_of
-from ..neurons import FitConfig, SFNConfig, as_config
+from ..neurons import FitConfig, SFNConfig, recipe_configs, recipe_name
 from .calibration import calibrate_
 from .record import CalibrationRecord, Conversion, library_versions
 from .sources import Source, check_weights, create_source
@@ -36,6 +36,7 @@ def convert(
         config: Union[SFNConfig, Dict[str, Any], None] = None,
         fit: Union[FitConfig, Dict[str, Any], None] = None,
         *,
+        recipe: Optional[str] = None,
         split: Optional[str] = None,
         num_images: int = 256,
         batch_size: int = 32,
@@ -56,6 +57,8 @@ def convert(
             Face data set id, or an iterable of normalised image batches (B, C, H, W), all of which are used.
         config: How neurons fire, as a config or as its fields.
         fit: How their thresholds are fitted, likewise.
+        recipe: Name of both (`RECIPES`): `default`, `fast`, `accurate`, `paper`, `few`, `quiet`; fields that are given
+            change it.
         split: Split of the calibration data set.
         num_images: Number of calibration images drawn from a named origin of images.
         batch_size: Images per batch that are read from a named origin of images; thresholds do not depend on it.
@@ -72,7 +75,7 @@ def convert(
         SFormerError: If the source, the data set or a value is not usable.
         UnsupportedLayerError: If a layer of the source has no spiking counterpart.
     """
-    config, fit = as_config(SFNConfig, config), as_config(FitConfig, fit)
+    config, fit = recipe_configs(recipe, config, fit)
     if isinstance(source, str):
         source = create_source(source, **source_kwargs)
         inplace = True
@@ -96,7 +99,8 @@ def convert(
         with enough_memory('the source is observed on 16 images at a time, whatever the batch size. Choose a smaller '
                            'input (img_size) or a device with more memory.'):
             count = calibrate_(model, batches, fit, None if model.num_classes else all_tokens)
-        model.conversion = Conversion(**record, calibration=CalibrationRecord(**images, num_images=count))
+        model.conversion = Conversion(
+            **record, recipe=recipe_name(config, fit), calibration=CalibrationRecord(**images, num_images=count))
         return model
     except BaseException:
         revert_(model).train(training).__dict__.update({k: v for k, v in before.items() if v is not None})

@@ -43,6 +43,7 @@ class Conversion:
         source_sha256: State hash of the source.
         source_weights: Where its published weights are from: `org/name@commit` or a URL; None for other weights.
         global_pool: Pooling that the head was fitted to.
+        recipe: Name of the recipe that neurons and their fit are of; None if of none.
         fit: How thresholds were fitted.
         calibration: Images that they were fitted on.
         versions: Versions of libraries.
@@ -57,6 +58,7 @@ class Conversion:
     source_sha256: Optional[str] = None
     source_weights: Optional[str] = None
     global_pool: Optional[str] = None
+    recipe: Optional[str] = None
     fit: FitConfig = FitConfig()
     calibration: CalibrationRecord = CalibrationRecord()
     versions: Dict[str, str] = dataclasses.field(default_factory=dict)

@@ -5,7 +5,18 @@ No timm, no files: currents are tensors, and everything here works on any of the
 """
 from .base import Float32Buffers, Neuron, Spikes
 from .coding import CODINGS, count_levels, count_spikes, spikes_in
-from .config import DEFAULT_RANGE, FIRE_FUNCTIONS, SOFTMAX_FIRE_FUNCTIONS, FitConfig, SFNConfig, as_config
+from .config import (
+    DEFAULT_RANGE,
+    FIRE_FUNCTIONS,
+    RECIPES,
+    SOFTMAX_FIRE_FUNCTIONS,
+    FitConfig,
+    Recipe,
+    SFNConfig,
+    as_config,
+    recipe_configs,
+    recipe_name,
+)
 from .functional import (
     MAX_BYTE_LEVEL,
     MAX_LEVEL,
@@ -24,7 +35,7 @@ from .statistics import CurrentStatistics
 
 __all__ = [
     'MAX_LEVEL', 'MAX_BYTE_LEVEL', 'MAX_WIDE_LEVEL', 'FIRE_FUNCTIONS', 'SOFTMAX_FIRE_FUNCTIONS', 'DEFAULT_RANGE',
-    'SFNConfig', 'FitConfig', 'as_config',
+    'SFNConfig', 'FitConfig', 'as_config', 'RECIPES', 'Recipe', 'recipe_configs', 'recipe_name',
     'integrate_and_fire', 'multi_threshold', 'max_levels', 'level_values', 'firing_boundaries', 'fire',
     'straight_through', 'Float32Buffers', 'Neuron', 'Spikes', 'ScaleAndFire', 'GradedCoding', 'CurrentStatistics',
     'CODINGS', 'count_levels', 'count_spikes', 'spikes_in',

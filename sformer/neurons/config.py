@@ -1,12 +1,13 @@
 """How neurons fire, and how they are fitted: two frozen configs, each with one owner."""
 import dataclasses
 import math
-from typing import Any, Dict, Type, TypeVar, Union
+from typing import Any, Dict, Optional, Tuple, Type, TypeVar, Union
 
 from .functional import MAX_LEVEL, MAX_WIDE_LEVEL, level_values, max_levels
 
 __all__ = [
-    'FIRE_FUNCTIONS', 'SOFTMAX_FIRE_FUNCTIONS', 'ESTIMATORS', 'DEFAULT_RANGE', 'SFNConfig', 'FitConfig', 'as_config',
+    'FIRE_FUNCTIONS', 'SOFTMAX_FIRE_FUNCTIONS', 'ESTIMATORS', 'DEFAULT_RANGE', 'RECIPES', 'Recipe', 'SFNConfig',
+    'FitConfig', 'as_config', 'recipe_configs', 'recipe_name', 'recipe_of',
 ]
 
 FIRE_FUNCTIONS = ('uniform', 'widening', 'quarter_square', 'quadratic', 'quartic', 'power2', 'density')
@@ -31,7 +32,7 @@ class SFNConfig:
 
     Args:
         levels: Number of thresholds N per branch, 1 to 127 (to 7 for `power2`, 18 for `widening`, 20 for
-            `quarter_square`).
+            `quarter_square`). Up to 63 cost engines nothing: every processor multiplies them by 8-bit weights.
         fire: Fire function of signed currents, one of `uniform`, `widening`, `quarter_square`, `quadratic`, `quartic`,
             `power2`, `density`. `auto` is `widening` with up to 11 levels, which few levels have to reach far with, and
             `uniform` with more, and with `silence`, which wants low levels.
@@ -58,7 +59,7 @@ class SFNConfig:
     Raises:
         ValueError: If a value is out of its range; the message names it.
     """
-    levels: int = 32
+    levels: int = 63
     fire: str = 'auto'
     attention_fire: str = 'auto'
     activation_fire: str = 'auto'
@@ -67,6 +68,15 @@ class SFNConfig:
     scale: float = 1.
     token_scale: bool = True
     silence: float = 0.
+
+    @classmethod
+    def recipe(cls, name: str, **changes: Any) -> 'SFNConfig':
+        """How neurons of a recipe (`RECIPES`) fire, single fields changed.
+
+        Raises:
+            ValueError: If there is no such recipe, or a value is out of its range.
+        """
+        return cls(**{**recipe_of(name).config, **changes})
 
     def __post_init__(self):
         _check(type(self.levels) is int and 1 <= self.levels <= MAX_LEVEL,
@@ -149,6 +159,15 @@ class FitConfig:
     unbiased: bool = True
     compensate: bool = False
 
+    @classmethod
+    def recipe(cls, name: str, **changes: Any) -> 'FitConfig':
+        """How neurons of a recipe (`RECIPES`) are fitted, single fields changed.
+
+        Raises:
+            ValueError: If there is no such recipe, or a value is out of its range.
+        """
+        return cls(**{**recipe_of(name).fit, **changes})
+
     def __post_init__(self):
         _check(self.estimator in ESTIMATORS, f'estimator must be mse, quantile or max, got {self.estimator!r}.')
         _check_number('quantile', self.quantile, math.ulp(0.), 1, '(0, 1]')
@@ -157,9 +176,70 @@ class FitConfig:
             _check(isinstance(value, bool), f'{name} must be True or False, got {value!r}.')
 
 
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Neurons, and how they are fitted, by one name.
+
+    Args:
+        summary: For whom it is, in a line.
+        config: Fields of `SFNConfig` that are not as they are by default.
+        fit: Fields of `FitConfig` likewise.
+    """
+    summary: str
+    config: Dict[str, Any] = dataclasses.field(default_factory=dict)
+    fit: Dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+RECIPES: Dict[str, Recipe] = {
+    'default': Recipe('close to the source, in integers as fast as fewer levels'),
+    'fast': Recipe('for int8 engines: one threshold for all tokens, a softmax of bytes',
+                   dict(token_scale=False, attention_fire='byte'), dict(estimator='max')),
+    'accurate': Recipe('closest to the source; weights of 7 bits where engines multiply', dict(levels=127)),
+    'paper': Recipe('32 levels per branch, as in arXiv 2510.23383', dict(levels=32)),
+    'few': Recipe('few levels: short spike trains', dict(levels=8)),
+    'quiet': Recipe('few spikes: neurons are silent where a spike costs more than it brings',
+                    dict(levels=16, silence=0.008)),
+}
+
+
+def recipe_of(name: str) -> Recipe:
+    """The recipe of a name.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    _check(name in RECIPES, f'no recipe {name!r}: there are {", ".join(RECIPES)}.')
+    return RECIPES[name]
+
+
+def recipe_name(config: SFNConfig, fit: FitConfig) -> Optional[str]:
+    """Name of the recipe that configs are of; None if they are of none."""
+    return next((name for name in RECIPES
+                 if SFNConfig.recipe(name) == config and FitConfig.recipe(name) == fit), None)
+
+
 Config = TypeVar('Config', SFNConfig, FitConfig)
 
 
 def as_config(kind: Type[Config], value: Union[Config, Dict[str, Any], None]) -> Config:
     """A config that is given as one, as its fields, or as None for the default one."""
     return value if isinstance(value, kind) else kind(**(value or {}))  # type: ignore[arg-type]
+
+
+def recipe_configs(
+        recipe: Optional[str],
+        config: Union[SFNConfig, Dict[str, Any], None] = None,
+        fit: Union[FitConfig, Dict[str, Any], None] = None,
+) -> Tuple[SFNConfig, FitConfig]:
+    """How neurons fire and how they are fitted, by a recipe, whose single fields configs change that are given as such.
+
+    Raises:
+        ValueError: If there is no such recipe, a whole config is given beside one, or a value is out of its range.
+    """
+    if recipe is None:
+        return as_config(SFNConfig, config), as_config(FitConfig, fit)
+    for whole in (config, fit):
+        _check(whole is None or isinstance(whole, dict),
+               f'recipe={recipe!r} and a whole {type(whole).__name__} say two things: give the fields that change, or '
+               f'{type(whole).__name__}.recipe({recipe!r}, ...) alone.')
+    return SFNConfig.recipe(recipe, **(config or {})), FitConfig.recipe(recipe, **(fit or {}))  # type: ignore[arg-type]

@@ -26,7 +26,7 @@ PREPROCESSING = ['--mean', '.5', '--std', '.5', '--crop-pct', '1', '--interpolat
 def test_convert_and_evaluate(convert_digits, run_apart, model, tmp_path):
     result = convert_digits(*PREPROCESSING, run=run_apart)
     assert (result.code, result.err) == (0, '')
-    assert re.fullmatch(rf'{NAME} -> sformer_tiny: N = 32, calibrated on 256 digits images, saved to \S+out\n',
+    assert re.fullmatch(rf'{NAME} -> sformer_tiny: N = 63, calibrated on 256 digits images, saved to \S+out\n',
                         result.out)
     assert {p.name for p in (tmp_path / 'out').iterdir()} == {'model.safetensors', 'config.json'}
     config = json.loads((tmp_path / 'out' / 'config.json').read_text())
@@ -181,7 +181,7 @@ def test_progress_bar_on_a_terminal_only(convert_digits, run_apart):
     (['--levels', '1.5'], "'--levels'.* integer"),
     (['--levels'], "'--levels'"),
     (['--fire', 'gauss'], "fire must be one of auto, uniform, .*'gauss'"),
-    (['--fire', 'power2'], 'power2 .* levels=32'),
+    (['--fire', 'power2'], 'power2 .* levels=63'),
     (['--attention-fire', 'gauss'], "attention_fire must be one of .*'gauss'"),
     (['--initial-potential', '1'], r'initial_potential must be a number in \[0, 1\), got 1.0'),
     (['--estimator', 'mean'], "estimator must be .*'mean'"),

@@ -37,7 +37,7 @@ def test_train_convert_evaluate_show(files, run_inside):
     assert lines[-1] == 'detector of disc, square on test_vit2, trained on 6 images, saved to det'
     assert {path.name for path in (files / 'det').iterdir()} == {'model.safetensors', 'config.json'}
     code, out, _ = run_inside('convert', 'det', '--calibration', 'shapes', '--num-images', '4', '-o', 'det-s')
-    assert code == 0 and out == 'det -> det-s: N = 32, calibrated on 4 shapes images\n'
+    assert code == 0 and out == 'det -> det-s: N = 63, calibrated on 4 shapes images\n'
     assert load_detector(files / 'det-s').conversion.calibration.split == 'train'
     code, out, _ = run_inside('evaluate', 'det-s', '--data', 'shapes', '--split', 'train', '--results-file', 'r.json')
     assert code == 0 and 'det-s on 6 images of shapes (train)' in out and 'source: mAP' in out

@@ -187,7 +187,7 @@ def test_openvino_multiplies_int8(graph):
 def test_the_record_says_what_was_exported(graph, model):
     network = load_onnx(graph)
     about = network.about
-    assert about['levels'] == [32] and about['floating'] == [] and about['command'] == 'sformer export a b'
+    assert about['levels'] == [63] and about['floating'] == [] and about['command'] == 'sformer export a b'
     assert about['input_size'] == [3, 32, 32] and about['num_classes'] == network.num_classes == 7
     assert about['weights_sha256'] == sformer.files.state_hash(model.state_dict())
     assert tuple(network.pretrained_cfg['mean']) == model.pretrained_cfg['mean']

@@ -162,7 +162,7 @@ def test_neuron_config_reaches_every_neuron(sfn):
 
 def test_printed_model_says_what_a_neuron_does(model):
     text = repr(model)
-    assert 'levels=32, uniform, signed, threshold=' in text and 'levels=256, graded' in text
+    assert 'levels=63, uniform, signed, threshold=' in text and 'levels=256, graded' in text
     assert 'uncalibrated' not in text
     assert 'uncalibrated' in repr(timm.create_model('sformer_tiny', **MICRO))
 
