@@ -111,6 +111,8 @@ DEEP = json.loads('[' * 900 + ']' * 900)
     (dict(bbox=[-0.9, 10, 0.9, 20]), 'has a box of no size within its image'),
     (dict(bbox=[30, 64, 20, 0.5]), 'has a box of no size within its image'),
     (dict(bbox=[30, 10, 1e-9, 20]), 'has a box of no size within its image'),
+    *((dict(bbox=box), 'has a box outside of its image') for box in (
+        [-1.1, 10, 20, 20], [30, -1.1, 20, 20], [77.1, 10, 20, 20], [30, 45.1, 20, 20], [1e8, 10, 20, 20])),
     # what they are of
     *((dict(image_id=value), 'is of the unknown image') for value in ([1], None, '10', {}, 10.5, True)),
     *((dict(category_id=value), 'is of the unknown category') for value in ([3], None, '3', True)),
@@ -243,6 +245,17 @@ def test_boxes_are_cut_off_at_the_image(tmp_path, data):
     found = opened(tmp_path, data, masks=False)
     assert found.target(10)['boxes'].tolist() == [[0., 0., 19.5, 19.25], [80., 50., 96., 64.]]
     assert found.annotations[10][0].box == (-0.5, -1., 20., 20.25)  # which COCO's figures are of
+
+
+@pytest.mark.parametrize('rows, usable', [(3, True), (11, True), (13, True), (17, False)])
+def test_half_of_a_mask_lies_in_its_box(tmp_path, data, rows, usable):
+    """Or beside it by a pixel. The box may be larger: of the whole object, of which the mask is what can be seen."""
+    data['annotations'][0].update(bbox=[30, 10, 20, 7], segmentation=[[30, 10, 50, 10, 50, 10 + rows, 30, 10 + rows]])
+    if usable:
+        assert opened(tmp_path, data).target(10)['masks'][0].sum() == 20 * rows
+    else:  # 8 rows of 17
+        with pytest.raises(SFormerError, match='annotation 1 has a mask of which 47% lies in its box'):
+            opened(tmp_path, data)
 
 
 def test_a_crowd_is_no_object(tmp_path, data):
