@@ -71,7 +71,8 @@ def convert(
         split: Annotated[Optional[str], typer.Option(help='Split of the calibration data set')] = None,
         num_images: Annotated[int, typer.Option(min=1, max=MAX_IMAGES, help='Number of calibration images')] = 256,
         seed: Annotated[int, typer.Option(max=MAX_SEED, help='Seed of the choice of calibration images')] = 0,
-        batch_size: Annotated[int, typer.Option(min=1, max=MAX_BATCH_SIZE, help='Images per batch')] = CALIBRATION_BATCH,
+        batch_size: Annotated[int, typer.Option(
+            min=1, max=MAX_BATCH_SIZE, help='Images per batch')] = CALIBRATION_BATCH,
         mean: Annotated[Optional[List[float]], typer.Option(help='Mean of the normalisation, one per channel')] = None,
         std: Annotated[Optional[List[float]], typer.Option(help='Std of the normalisation, one per channel')] = None,
         crop_pct: Annotated[Optional[float], typer.Option(help='Centre crop')] = None,

@@ -118,11 +118,11 @@ def check_evaluable(detector: nn.Module, data: CocoData) -> None:
     check_calibrated(model)
     here, there = data.categories.items(), model.config.categories.items()
     if here != there:
-        raise SFormerError(f'{data.file} has other categories ({_named(here - there)}) than the detector '
-                           f'({_named(there - here)}): ids and names have to be the same.')
+        raise SFormerError(f'{data.file} has other categories ({_some_categories(here - there)}) than the detector '
+                           f'({_some_categories(there - here)}): ids and names have to be the same.')
 
 
-def _named(categories: Set[Tuple[int, str]]) -> str:
+def _some_categories(categories: Set[Tuple[int, str]]) -> str:
     """Categories by their ids, up to five of them."""
     named = [f'{id} {name}' for id, name in sorted(categories)]
     return ', '.join([*named[:5], *(['...'] if len(named) > 5 else [])]) or 'none'

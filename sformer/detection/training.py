@@ -97,12 +97,8 @@ def train(
         for batch in progress(_batches(data, config, epoch), f'Epoch {epoch + 1} of {config.epochs}', steps):
             with _in_bfloat16(model, maps) if config.amp else contextlib.nullcontext():
                 losses = _losses(model, data, batch, maps)
-            loss = torch.stack([*losses.values()]).sum()
-            if not torch.isfinite(loss):
-                raise SFormerError(f'the loss became {loss.item()} in epoch {epoch + 1}: lower the learning rate '
-                                   f'(--lr).')
             optimizer.zero_grad()
-            loss.backward()
+            _finite_sum(losses, epoch).backward()
             nn.utils.clip_grad_norm_(parameters.values(), 1.)
             optimizer.step()
             scheduler.step()
@@ -162,6 +158,13 @@ def _losses(model: Any, data: CocoData, batch: Batch, maps: Optional['_Maps']) -
     proposals, losses = model.rpn(resized, features, targets)
     _, box_losses = model.roi_heads(features, proposals, resized.image_sizes, targets)
     return {**losses, **box_losses}
+
+
+def _finite_sum(losses: Dict[str, torch.Tensor], epoch: int) -> torch.Tensor:
+    loss = torch.stack([*losses.values()]).sum()
+    if not torch.isfinite(loss):
+        raise SFormerError(f'the loss became {loss.item()} in epoch {epoch + 1}: lower the learning rate (--lr).')
+    return loss
 
 
 @contextlib.contextmanager
