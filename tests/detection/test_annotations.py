@@ -334,6 +334,7 @@ def test_pillow_turns_tiff_itself(tmp_path, data):
         with_photograph(tmp_path, data, '0.tif', (96, 64))
 
 
+@pytest.mark.filterwarnings('ignore:Corrupt EXIF')  # which Pillow says on opening
 def test_damaged_metadata_say_nothing(tmp_path, data):
     Image.new('RGB', (96, 64), (255, 0, 0)).save(tmp_path / 'train' / '0.jpg', exif=b'Exif\0\0MM\0*\0\0\0\xff\xff\xff')
     assert with_photograph(tmp_path, data, '0.jpg', (96, 64)).image(10)[0].min() > 0.9
