@@ -29,7 +29,7 @@ def write_coco(root, split='train', num=6, sizes=((64, 96), (96, 64))):
                 segmentation=[[x, y, x + side, y, x + side, y + side, x, y + side]]))
         image.save(root / split / f'{i}.png')
         images.append(dict(id=10 + i, file_name=f'{i}.png', width=width, height=height))
-    data = dict(images=images, annotations=annotations, categories=CATEGORIES)
+    data = dict(images=images, annotations=annotations, categories=[dict(category) for category in CATEGORIES])
     write_annotations(root, data, split)
     return data
 

@@ -8,10 +8,12 @@ import typer
 
 from ..errors import SFormerError
 from .arguments import check_folder, check_source, command_line, parse_kwargs
-from .detect import run_conversion
+from .detect import refuse_options, run_conversion
 from .options import MAX_BATCH_SIZE, MAX_IMAGES, MAX_SEED, ColumnOptions, Dataset, unfolded
 
 __all__ = ['convert']
+
+CALIBRATION_BATCH = 32  # images, if not given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +79,8 @@ def convert(
         split: Annotated[Optional[str], typer.Option(help='Split of the calibration data set')] = None,
         num_images: Annotated[int, typer.Option(min=1, max=MAX_IMAGES, help='Number of calibration images')] = 256,
         seed: Annotated[int, typer.Option(max=MAX_SEED, help='Seed of the choice of calibration images')] = 0,
-        batch_size: Annotated[int, typer.Option(min=1, max=MAX_BATCH_SIZE, help='Images per batch')] = 32,
+        batch_size: Annotated[int, typer.Option(
+            min=1, max=MAX_BATCH_SIZE, help='Images per batch')] = CALIBRATION_BATCH,
         mean: Annotated[Optional[List[float]], typer.Option(help='Mean of the normalisation, one per channel')] = None,
         std: Annotated[Optional[List[float]], typer.Option(help='Std of the normalisation, one per channel')] = None,
         crop_pct: Annotated[Optional[float], typer.Option(help='Centre crop')] = None,
@@ -90,10 +93,10 @@ def convert(
     check_folder(output)
     from ..detection import is_detector
     if is_detector(source):
-        for name, value in dict(checkpoint=checkpoint, model_kwargs=model_kwargs, mean=mean, std=std,
-                                crop_pct=crop_pct, interpolation=interpolation).items():
-            if value:
-                raise SFormerError(f'{source} is a detector: leave out --{name.replace("_", "-")}.')
+        refuse_options(
+            source, checkpoint=bool(checkpoint), model_kwargs=bool(model_kwargs), mean=bool(mean), std=bool(std),
+            crop_pct=crop_pct is not None, interpolation=bool(interpolation), allow_pickle=allow_pickle,
+            batch_size=batch_size != CALIBRATION_BATCH, image_column=bool(columns.image_column))
         run_conversion(source, output, neurons.configs(), calibration, split, num_images, seed, overwrite)
         return
     from ..conversion import convert as convert_model

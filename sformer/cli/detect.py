@@ -13,7 +13,9 @@ from .options import MAX_IMG_SIZE, MAX_SEED, EvaluationOptions
 if TYPE_CHECKING:
     from ..neurons import FitConfig, SFNConfig
 
-__all__ = ['commands', 'run_conversion', 'detection_summary', 'detector_batches', 'run_detections']
+__all__ = [
+    'commands', 'run_conversion', 'detection_summary', 'detector_batches', 'refuse_options', 'run_detections',
+]
 
 commands = typer.Typer(help='Object detection and instance segmentation.', rich_markup_mode=None)
 
@@ -79,18 +81,20 @@ def train_detector(
 def show(
         model: Annotated[str, typer.Argument(help='Folder of a detector, or hf-hub:ID')],
         image: Annotated[Path, typer.Argument(help='Image')],
-        output: Annotated[Path, typer.Option('--output', '-o', help='PNG or JPEG file')],
+        output: Annotated[Path, typer.Option('--output', '-o', help='PNG or JPEG file to write')],
         min_score: Annotated[float, typer.Option(min=0, max=1, help='Least score of what is drawn')] = 0.5,
         alone: Annotated[bool, typer.Option(
             '--alone', help='Not beside the source, nor with the activity of patches')] = False,
+        overwrite: Annotated[bool, typer.Option(
+            '--overwrite', help='Replace a file that is there; a PNG of this command is replaced anyway')] = False,
 ) -> None:
     """Draw what a detector finds; of an SFormer between its source and the share of neurons that fire per patch."""
     check_folder(output.parent)
     from ..detection import load_detector
     from ..detection.detector_evaluation import check_calibrated
     from ..detection.drawing import draw_file
-    if output.suffix.lower() not in ('.png', '.jpg', '.jpeg'):
-        raise SFormerError(f'{output} is neither a PNG nor a JPEG file by its name.')
+    from ..detection.pictures import check_picture
+    check_picture(output, image, overwrite)
     detector = load_detector(model)
     check_calibrated(detector)
     draw_file(detector, image, output, min_score, not alone)
@@ -128,7 +132,7 @@ def unlabelled(name: str, split: Optional[str]) -> Tuple[Any, Optional[str]]:
     from ..detection import open_coco
     if name == 'dead-leaves':
         return name, None
-    return open_coco(name, split or 'train', skip_bad=True), split or 'train'
+    return open_coco(name, split or 'train', skip_bad=True, objects=False), split or 'train'
 
 
 def detector_batches(
@@ -146,9 +150,21 @@ def detector_batches(
         name=Path(dataset).name, split=split, seed=seed, fingerprint=getattr(images, 'fingerprint', None))
 
 
+def refuse_options(name: str, **given: bool) -> None:
+    """Raise SFormerError for the first option that is given and says nothing to a detector.
+
+    Args:
+        name: The detector.
+        given: Whether each option is given, by its name in Python.
+    """
+    for option, is_given in given.items():
+        if is_given:
+            raise SFormerError(f'{name} is a detector: leave out --{option.replace("_", "-")}.')
+
+
 # of `sformer evaluate`, what says something to a detector
-DETECTION_OPTIONS = {'dataset', 'split', 'num_images', 'source', 'source_model', 'results_file', 'results_format',
-                     'resume', 'device', 'num_processes', 'timeout', 'max_bad'}
+DETECTION_OPTIONS = {'dataset', 'split', 'num_images', 'seed', 'source', 'source_model', 'results_file',
+                     'results_format', 'resume', 'device', 'num_processes', 'timeout', 'max_bad'}
 
 
 def run_detections(
@@ -166,9 +182,9 @@ def run_detections(
     from ..detection import evaluate_detector, load_detector, open_coco
     from ..detection.detector_evaluation import check_evaluable
     from ..evaluation import check_replaceable, check_results_file
-    for field in dataclasses.fields(options):
-        if field.name not in DETECTION_OPTIONS and getattr(options, field.name) != field.default:
-            raise SFormerError(f'{names[0]} is a detector: leave out --{field.name.replace("_", "-")}.')
+    refuse_options(names[0], **{
+        field.name: getattr(options, field.name) != field.default for field in dataclasses.fields(options)
+        if field.name not in DETECTION_OPTIONS})
     file, dataset = options.results_file, Path(options.dataset).name
     if file and check_results_file(file, options.results_format) != 'json':
         raise SFormerError(f'results of a detector are written as JSON, not to {file}.')
@@ -194,7 +210,8 @@ def run_detections(
             warn_if_moved(name, detector)
     return [dict(
         model=type(detector).__name__, dataset=dataset, split=options.split or 'val', **evaluate_detector(
-            detector, data, source=source, num_images=options.num_images, group=group, journal=new_journal()))
+            detector, data, source=source, num_images=options.num_images, seed=options.seed, group=group,
+            journal=new_journal()))
         for detector in detectors]
 
 

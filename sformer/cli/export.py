@@ -6,10 +6,12 @@ import typer
 
 from ..errors import SFormerError
 from .arguments import check_folder, command_line
+from .detect import refuse_options
 from .options import MAX_IMAGES, MAX_IMG_SIZE, MAX_SEED, ColumnOptions, Dataset, unfolded
 
 __all__ = ['export']
 
+ROUNDING_IMAGES = 128  # if not given
 WEIGHT_ERROR = 0.03  # of `to_integer_`; a test holds them together
 
 
@@ -24,7 +26,8 @@ def export(
         calibration: Annotated[Optional[str], typer.Option(
             help=f'Round weights such that errors cancel on images of this kind: dead-leaves, {Dataset}')] = None,
         split: Annotated[Optional[str], typer.Option(help='Split of these images')] = None,
-        num_images: Annotated[int, typer.Option(min=1, max=MAX_IMAGES, help='Number of these images')] = 128,
+        num_images: Annotated[int, typer.Option(
+            min=1, max=MAX_IMAGES, help='Number of these images')] = ROUNDING_IMAGES,
         seed: Annotated[int, typer.Option(max=MAX_SEED, help='Seed of the choice of these images')] = 0,
         image_size: Annotated[Optional[Tuple[int, int]], typer.Option(
             min=1, max=MAX_IMG_SIZE, help="Height and width of images of a detector, if not its own")] = None,
@@ -40,10 +43,10 @@ def export(
     from ..saving import open_model
     check_output(output, overwrite)
     detects = is_detector(model)
-    for option, value in dict(calibration=calibration, split=split, image_column=columns.image_column).items():
-        if detects and value:
-            raise SFormerError(f'{model} is a detector: leave out --{option.replace("_", "-")}.')
     if detects:
+        refuse_options(
+            model, calibration=bool(calibration), split=bool(split), image_column=bool(columns.image_column),
+            num_images=num_images != ROUNDING_IMAGES, seed=seed != 0)
         reports = export_detector(load_detector(model), output, image_size, max_error=max_error, portable=portable,
                                   overwrite=overwrite, command=command_line())
     elif image_size:

@@ -10,12 +10,14 @@ import typer
 
 from ..errors import SFormerError
 from .arguments import check_folder, command_line
-from .detect import detector_batches
+from .detect import detector_batches, refuse_options
 from .options import MAX_BATCH_SIZE, MAX_IMAGES, MAX_SEED, ColumnOptions, Dataset, unfolded
 from .tables import print_table
 
 __all__ = ['profile']
 
+COUNTED_BATCH = 8  # images, if not given
+EXECUTED = 1  # of them, if not given
 REPORT = ('profile.json', 'index.html', 'operations.csv', 'sites.csv', 'floating.csv')
 
 
@@ -26,12 +28,12 @@ def profile(
         dataset: Annotated[str, typer.Option(help=f'Images: dead-leaves (generated), {Dataset}')] = 'dead-leaves',
         split: Annotated[Optional[str], typer.Option(help='Split of the data set')] = None,
         num_images: Annotated[int, typer.Option(min=1, max=MAX_IMAGES, help='Number of images')] = 64,
-        batch_size: Annotated[int, typer.Option(min=1, max=MAX_BATCH_SIZE, help='Images per batch')] = 8,
+        batch_size: Annotated[int, typer.Option(min=1, max=MAX_BATCH_SIZE, help='Images per batch')] = COUNTED_BATCH,
         seed: Annotated[int, typer.Option(max=MAX_SEED, help='Seed of the choice of images')] = 0,
         what_is_spiking: Annotated[bool, typer.Option(
             '--what-is-spiking', help='List every product and what enters it, and every function on currents')] = False,
         execute: Annotated[int, typer.Option(
-            min=0, max=MAX_BATCH_SIZE, help='Images of the first batch to run through bit planes')] = 1,
+            min=0, max=MAX_BATCH_SIZE, help='Images of the first batch to run through bit planes')] = EXECUTED,
         constants: Annotated[Optional[Path], typer.Option(
             help='JSON file with energies by name, in the place of the defaults')] = None,
         constant: Annotated[Optional[List[str]], typer.Option(help='One of them, name=value; may be repeated')] = None,
@@ -54,6 +56,8 @@ def profile(
     batches: Any
     detector = is_detector(model)
     if detector:
+        refuse_options(model, batch_size=batch_size != COUNTED_BATCH, execute=execute not in (0, EXECUTED),
+                       image_column=bool(columns.image_column))
         network, batches, images = detector_batches(model, dataset, split, num_images, seed)
     else:
         network = open_model(model)

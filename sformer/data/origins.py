@@ -10,7 +10,6 @@ An origin of images by index has
 
 `TableStream` is read in order instead, shard by shard.
 """
-import io
 import itertools
 import os
 from pathlib import Path
@@ -19,9 +18,9 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 import numpy as np
 from PIL import Image
 
-from ..files import content_problem
 from .columns import Columns
 from .generator import dead_leaves_image
+from .pixels import open_picture
 from .shards import check_archive
 
 __all__ = ['DeadLeaves', 'Digits', 'Files', 'Table', 'TableStream']
@@ -94,12 +93,8 @@ class Files:
         self.num_images = len(paths)
 
     def read(self, index: int) -> Row:
-        with open(self.folder / self.paths[index], 'rb') as f:
-            _check_content(f.read(64))
-            f.seek(0)
-            image = Image.open(f)
-            image.load()
-        return image, self.labels[index] if self.labels is not None else None, self.paths[index]
+        path = self.paths[index]
+        return open_picture(self.folder / path), self.labels[index] if self.labels is not None else None, path
 
     def describe(self, index: int) -> str:
         return f"image {index} ('{self.paths[index]}')"
@@ -210,11 +205,8 @@ def _decode(value: Any) -> Image.Image:
     """Open what an image column holds: encoded bytes, {'bytes', 'path'}, or rows of pixel values 0 to 255."""
     if isinstance(value, dict):
         value = value.get('bytes') or value.get('path')
-    if isinstance(value, bytes):
-        _check_content(value)
-        return Image.open(io.BytesIO(value))
-    if isinstance(value, str):
-        return Image.open(value)
+    if isinstance(value, (bytes, str)):
+        return open_picture(Path(value) if isinstance(value, str) else value)
     if value is None:
         raise ValueError('it is empty')
     pixels = np.asarray(value)
@@ -225,12 +217,6 @@ def _decode(value: Any) -> Image.Image:
     if pixels.dtype.kind not in 'iu' or pixels.ndim not in (2, 3) or pixels.min() < 0 or pixels.max() > 255:
         raise ValueError(f'neither encoded bytes nor pixels 0 to 255 ({type(value).__name__} of {pixels.dtype})')
     return Image.fromarray(np.ascontiguousarray(pixels.astype(np.uint8)))
-
-
-def _check_content(start: bytes) -> None:
-    problem = content_problem(start)
-    if problem:
-        raise ValueError(f'it is {problem}')
 
 
 def _size(path: Path) -> Optional[int]:

@@ -2,7 +2,6 @@
 import time
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
-import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
@@ -10,11 +9,11 @@ from timm.data.transforms import str_to_interp_mode
 from torchvision import transforms
 
 from ..errors import SFormerError, UnreadableImageError
+from .pixels import eight_bits
 
-__all__ = ['Preprocessor', 'check_data_config', 'check_preprocessing', 'eight_bits', 'one_line']
+__all__ = ['Preprocessor', 'check_data_config', 'check_preprocessing', 'one_line', 'unreadable']
 
 _MODES = {1: 'L', 3: 'RGB'}  # PIL mode by number of channels
-_BITS_PER_SAMPLE = 258  # TIFF tag
 
 Sample = Tuple[List[torch.Tensor], Optional[Sequence[int]]]  # one tensor per preprocessing, and accepted classes
 Read = Callable[[], Tuple[Image.Image, Optional[int], Optional[str]]]  # an image, its label and its key
@@ -59,14 +58,13 @@ class Preprocessor:
             accepted = None if label is None else [label] if self.labels is None else self.labels(label, key)
             if accepted is not None and len(accepted) == 0:
                 return None
-            # Loads the pixels. EXIF orientation is left alone, as in timm's evaluation.
-            image = eight_bits(image)
+            image.load()
+            image = eight_bits(image)  # EXIF orientation is left alone, as in timm's evaluation
             images = [image.convert(mode) for mode in self.modes]
         except SFormerError as e:
             return e
         except Exception as e:  # damaged files raise about anything: OSError, SyntaxError, struct.error, ...
-            reason = 'not an image' if isinstance(e, UnidentifiedImageError) else one_line(e)
-            return UnreadableImageError(f'cannot read {what} of {self.title}: {reason}')
+            return UnreadableImageError(f'cannot read {what} of {self.title}: {unreadable(e)}')
         decoded = time.perf_counter()
         tensors = [transform(image) for transform, image in zip(self.transforms, images, strict=True)]
         times[0] += decoded - start
@@ -101,29 +99,9 @@ def _create_transform(data_config: Dict[str, Any], generated: bool) -> Callable[
     return transforms.Compose([transforms.ToTensor(), transforms.Normalize(mean, std)])
 
 
-def eight_bits(image: Image.Image) -> Image.Image:
-    """Scale the levels of a 16-bit image to 0 to 255 (mode L); `Image.convert` would clip them. Other images pass.
-
-    Raises:
-        ValueError: The pixels are 32-bit integers or floats, and the file does not say which of them is white.
-    """
-    if image.mode not in ('I', 'F') and not image.mode.startswith('I;'):
-        return image
-    white = _white(image)
-    if white is None:
-        raise ValueError(f'pixels of mode {image.mode!r} have no known range: save them with 8 or 16 bits')
-    levels = np.asarray(image, dtype=np.float64) * (255 / white)
-    return Image.fromarray(np.clip(np.rint(levels), 0, 255).astype(np.uint8))
-
-
-def _white(image: Image.Image) -> Optional[int]:
-    """The highest level of an integer image of more than 8 bits; None where it is not known."""
-    if image.mode == 'I' and image.format in ('PNG', 'PPM'):  # 16 bits, widened by Pillow
-        return 65535
-    if not image.mode.startswith('I;16'):
-        return None
-    bits = getattr(image, 'tag_v2', {}).get(_BITS_PER_SAMPLE, 16)
-    return 2 ** (bits if isinstance(bits, int) else bits[0]) - 1
+def unreadable(error: BaseException) -> str:
+    """Why a file cannot be read as an image, by what was raised."""
+    return 'not an image' if isinstance(error, UnidentifiedImageError) else one_line(error)
 
 
 def one_line(error: BaseException) -> str:

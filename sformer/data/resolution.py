@@ -22,7 +22,7 @@ from .origins import DeadLeaves, Digits, Files, Table, TableStream
 from .preprocessing import Preprocessor, check_data_config, one_line
 from .shards import check_archive, check_shards, file_sample, find_damage, find_shards, parquet_rows
 
-__all__ = ['open_images']
+__all__ = ['choose', 'open_images']
 
 _logger = logging.getLogger(__name__)
 
@@ -43,10 +43,7 @@ class _Request:
     streaming: bool
 
     def check(self) -> None:
-        if self.num_images is not None and self.num_images < 1:
-            raise SFormerError(f'{self.num_images} images of {self.name!r} asked for: at least 1 is needed')
-        if self.seed < 0:
-            raise SFormerError(f'seed {self.seed} is negative: seeds are 0 or more')
+        _check_choice(repr(self.name), self.num_images, self.seed)
 
     def refuse_table_options(self) -> None:
         column = self.image_column or self.label_column
@@ -156,16 +153,40 @@ def _image_data(request: _Request, found: _Found, data_configs: Sequence[Dict[st
 
 def _choose(title: str, available: Optional[int], request: _Request) -> Optional[np.ndarray]:
     """Indices of the images that are asked for; None if only the end of a stream will tell."""
-    num_images = request.num_images
-    if available == 0:
+    if available is None:
+        return None if request.num_images is None else np.arange(request.num_images)
+    indices = choose(title, available, request.num_images, request.seed)
+    return np.arange(len(indices)) if request.streaming else indices
+
+
+def choose(title: str, available: int, num_images: Optional[int] = None, seed: int = 0) -> np.ndarray:
+    """Sorted indices of a random subset of images.
+
+    Args:
+        title: What the images are called in errors.
+        available: How many there are.
+        num_images: Size of the subset; None takes all.
+        seed: Seed of the subset.
+
+    Raises:
+        SFormerError: If there are none, fewer than are asked for, or none is asked for, or the seed is negative.
+    """
+    _check_choice(title, num_images, seed)
+    if not available:
         raise SFormerError(f'{title} has no images')
-    if num_images is not None and available is not None and num_images > available:
+    if num_images is not None and num_images > available:
         raise SFormerError(f'{num_images} images asked for, but {title} has only {available}')
-    if num_images is None or request.streaming or num_images == available:
-        size = available if num_images is None else num_images
-        return None if size is None else np.arange(size)
+    if num_images is None or num_images == available:
+        return np.arange(available)
     # Sorted, because neighbours are fast to read.
-    return np.sort(np.random.default_rng(request.seed).choice(available, num_images, replace=False))
+    return np.sort(np.random.default_rng(seed).choice(available, num_images, replace=False))
+
+
+def _check_choice(title: str, num_images: Optional[int], seed: int) -> None:
+    if num_images is not None and num_images < 1:
+        raise SFormerError(f'{num_images} images of {title} asked for: at least 1 is needed')
+    if seed < 0:
+        raise SFormerError(f'seed {seed} is negative: seeds are 0 or more')
 
 
 def _fingerprint(*parts: Any) -> str:

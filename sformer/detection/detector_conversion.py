@@ -106,7 +106,7 @@ def image_batches(
 def _drawn(data: CocoData, num_images: int, seed: int) -> Iterator[torch.Tensor]:
     """Random images, those of one size after one another."""
     ids = random.Random(seed).sample(sorted(data.images), min(num_images, len(data)))
-    for id in sorted(ids, key=lambda id: (data.images[id]['height'], data.images[id]['width'])):
+    for id in sorted(ids, key=lambda id: (data.images[id].height, data.images[id].width)):
         yield data.image(id)
 
 

@@ -9,20 +9,22 @@ import io
 import math
 import sys
 import time
-from typing import Any, Dict, List, Optional, Sequence, Union
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Union
 
 import numpy as np
 import torch
 import torch.nn as nn
 
 from ..conversion.record import library_versions
+from ..data import choose
 from ..data.batches import progress
 from ..errors import SFormerError, UncalibratedError
 from ..evaluation import Journal
 from ..evaluation.distributed import Group
 from ..files import state_hash
-from ..layers import is_calibrated, named_neurons, source_view, uncalibrated
-from .coco import CocoData, mask_tools, rle
+from ..layers import is_calibrated, named_neurons, placed, shared_copy, source_view, uncalibrated
+from .coco import CocoData
+from .masks import encode, mask_tools
 
 __all__ = ['check_calibrated', 'check_evaluable', 'coco_metrics', 'detect', 'evaluate_detector']
 
@@ -32,9 +34,15 @@ Detections = List[Dict[str, Any]]
 @torch.inference_mode()
 def detect(detector: nn.Module, image: torch.Tensor) -> Dict[str, torch.Tensor]:
     """What a detector finds in an image (3, H, W) in [0, 1], as torchvision has it: `boxes` (N, 4), `labels`, `scores`
-    (N) and `masks` (N, 1, H, W) in [0, 1] if it segments."""
-    found = detector.eval()([image.to(next(detector.parameters()).device)])[0]
+    (N) and `masks` (N, 1, H, W) in [0, 1] if it segments. Its mode is not changed."""
+    found = in_eval_mode(detector)([image.to(next(detector.parameters()).device)])[0]
     return {key: value.cpu() for key, value in found.items()}
+
+
+def in_eval_mode(detector: nn.Module) -> nn.Module:
+    """A detector if it is in eval mode, else a view of it that is."""
+    trains = any(module.training for module in detector.modules())
+    return shared_copy(detector).eval() if trains else detector
 
 
 def evaluate_detector(
@@ -43,16 +51,18 @@ def evaluate_detector(
         *,
         source: Union[bool, nn.Module] = True,
         num_images: Optional[int] = None,
+        seed: int = 0,
         group: Optional[Group] = None,
         journal: Optional[Journal] = None,
 ) -> Dict[str, Any]:
-    """Evaluate a detector and, of an SFormer, its source alongside.
+    """Evaluate a detector and, of an SFormer, its source alongside. Neither is changed, nor moved.
 
     Args:
         detector: As of `load_detector`.
         data: Images with annotations.
         source: Whether the source is evaluated; or another detector in its place.
-        num_images: The first so many images by their ids; all if None.
+        num_images: Size of a random subset of the images; all if None.
+        seed: Seed of the subset.
         group: Processes of this run; this one alone if None.
         journal: Where to record what was detected, for a run that goes on where this one ended.
 
@@ -62,27 +72,29 @@ def evaluate_detector(
 
     Raises:
         UncalibratedError: If an SFormer has default thresholds.
-        SFormerError: If the categories of the data are not those of the detector.
+        SFormerError: If the categories of the data are not those of the detector, or there are fewer images.
     """
     model: Any = detector
     group = group or Group()
     check_evaluable(model, data)
-    networks = {'': model.to(group.device).eval()}
+    every = list(data.images)
+    ids = [every[i] for i in choose(str(data.file), len(every), num_images, seed)]
+    networks = {'': shared_copy(placed(model, group.device)).eval()}
     if isinstance(source, nn.Module):
-        networks['source_'] = source.to(group.device).eval()
+        networks['source_'] = shared_copy(placed(source, group.device)).eval()
     elif source and any(True for _ in named_neurons(model)):
-        networks['source_'] = source_view(model).eval()
-    ids = list(data.images)[:num_images]
+        networks['source_'] = source_view(networks['']).eval()
     key: Dict[str, Any] = dict(
         models=[state_hash(model.state_dict())], sources=[*networks], dataset=data.fingerprint, num_images=len(ids),
-        config=repr(dataclasses.asdict(model.config)), device=group.device.type,
+        seed=seed if len(ids) < len(every) else None, config=repr(dataclasses.asdict(model.config)),
+        device=group.device.type,
         **{name: library_versions().get(name) for name in ('sformer', 'torch', 'timm')})
     if isinstance(source, nn.Module):
         key['source'] = state_hash(source.state_dict())
     group.begin()
     records = _detect_all(networks, data, ids, key, group, journal)
     result: Dict[str, Any] = dict(
-        dataset_fingerprint=data.fingerprint, num_images=len(ids), weights_sha256=key['models'][0],
+        dataset_fingerprint=data.fingerprint, num_images=len(ids), seed=seed, weights_sha256=key['models'][0],
         param_count=round(sum(p.numel() for p in model.parameters()) / 1e6, 4), device=group.device.type,
         world_size=group.world_size, versions=library_versions(), problems=data.problems)
     kinds = ('boxes', 'masks') if model.config.masks else ('boxes',)
@@ -104,9 +116,16 @@ def check_evaluable(detector: nn.Module, data: CocoData) -> None:
     """Raise what `evaluate_detector` raises of a detector that cannot be evaluated on these images."""
     model: Any = detector
     check_calibrated(model)
-    if data.categories != model.config.categories:
-        raise SFormerError(f'{data.file} has other categories ({", ".join(data.categories.values())}) than the '
-                           f'detector ({", ".join(model.config.categories.values())}).')
+    here, there = data.categories.items(), model.config.categories.items()
+    if here != there:
+        raise SFormerError(f'{data.file} has other categories ({_some_categories(here - there)}) than the detector '
+                           f'({_some_categories(there - here)}): ids and names have to be the same.')
+
+
+def _some_categories(categories: Set[Tuple[int, str]]) -> str:
+    """Categories by their ids, up to five of them."""
+    named = [f'{id} {name}' for id, name in sorted(categories)]
+    return ', '.join([*named[:5], *(['...'] if len(named) > 5 else [])]) or 'none'
 
 
 def _detect_all(
@@ -159,7 +178,7 @@ def _as_coco(found: Dict[str, torch.Tensor], categories: Sequence[int]) -> Detec
             boxes.tolist(), found['labels'].tolist(), found['scores'].tolist(), strict=True)]
     if 'masks' in found:
         for detection, mask in zip(detections, found['masks'][:, 0] > 0.5, strict=True):
-            code = mask_tools().encode(np.asfortranarray(mask.numpy().astype(np.uint8)))
+            code = encode(mask.numpy())
             detection['segmentation'] = dict(size=[*code['size']], counts=code['counts'].decode('ascii'))
     return detections
 
@@ -187,18 +206,21 @@ def coco_metrics(
     mask_tools()
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
+    places = {id: place for place, id in enumerate(ids, start=1)}
+    labels = {category: label for label, category in enumerate(sorted(data.categories), start=1)}
+    results = [dict(found, image_id=places[found['image_id']], category_id=labels[found['category_id']])
+               for found in detections]
     with contextlib.redirect_stdout(io.StringIO()):  # it prints as it goes
         truth = COCO()
-        truth.dataset = _truth(data, ids)
+        truth.dataset = _truth(data, places, labels)
         truth.createIndex()
-        found = truth.loadRes(detections) if detections else COCO()
+        found = truth.loadRes(results) if results else COCO()
         evaluation = COCOeval(truth, found, 'bbox' if kind == 'boxes' else 'segm')
-        evaluation.params.imgIds = sorted(ids)
-        evaluation.params.catIds = sorted(data.categories)
+        evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, math.inf]], ['all']
         evaluation.params.maxDets = [max_detections]
         evaluation.evaluate()
         evaluation.accumulate()
-    precision = evaluation.eval['precision'][:, :, :, 0, 0]  # IoU, recall, category of all sizes
+    precision = evaluation.eval['precision'][:, :, :, 0, 0]  # IoU, recall, category
 
     def figures(part: np.ndarray) -> Dict[str, Optional[float]]:
         def mean(values: np.ndarray) -> Optional[float]:
@@ -210,16 +232,19 @@ def coco_metrics(
         data.categories[category]: figures(precision[:, :, i]) for i, category in enumerate(sorted(data.categories))})
 
 
-def _truth(data: CocoData, ids: Sequence[int]) -> Dict[str, Any]:
-    """What is annotated, as COCO has it, with what files of other origin leave out."""
-    annotations = []
-    for id in ids:
-        size = data.images[id]['height'], data.images[id]['width']
+def _truth(data: CocoData, places: Dict[int, int], labels: Dict[int, int]) -> Dict[str, Any]:
+    """What is annotated, as COCO has it, numbered from 1: pycocotools takes an object with the id 0 for none, and
+    numbers that are large for others."""
+    annotations: List[Dict[str, Any]] = []
+    for id, place in places.items():
         for annotation in data.annotations[id]:
-            width, height = annotation['bbox'][2:]
-            entry = dict(annotation, iscrowd=annotation.get('iscrowd', 0), area=annotation.get('area', width * height))
-            if data.masks:
-                entry['segmentation'] = rle(annotation['segmentation'], *size)
-            annotations.append(entry)
-    return dict(images=[data.images[id] for id in ids], annotations=annotations,
-                categories=[dict(id=id, name=name) for id, name in data.categories.items()])
+            _, _, width, height = annotation.box
+            entry = dict(
+                id=len(annotations) + 1, image_id=place, category_id=labels[annotation.category_id],
+                bbox=[*annotation.box], area=width * height, iscrowd=int(annotation.crowd))
+            annotations.append(entry if annotation.mask is None else dict(entry, segmentation=annotation.mask))
+    return dict(
+        images=[dict(id=place, height=data.images[id].height, width=data.images[id].width)
+                for id, place in places.items()],
+        annotations=annotations,
+        categories=[dict(id=label, name=data.categories[category]) for category, label in labels.items()])

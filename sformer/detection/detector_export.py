@@ -90,9 +90,20 @@ def _to_onnx(network: Any, image: torch.Tensor) -> Any:
         except torch.onnx.errors.OnnxExporterError as e:
             raise SFormerError(f"torch's exporter cannot write {network.config.backbone}: {first_line(e)}") from None
     model = onnx.load_from_string(file.getvalue())
+    _forget_shapes_of_loops_(model.graph)
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as e:
         raise SFormerError(f"torch's exporter wrote a graph of {network.config.backbone} that is not valid "
                            f'({first_line(e)}): it garbles rotary embeddings, for one.') from None
     return model
+
+
+def _forget_shapes_of_loops_(graph: Any) -> None:
+    """Leave out the shapes of what loops carry on, in place: the exporter writes those of the first round, and masks
+    are pasted one more in each, at which ONNX Runtime wonders every time."""
+    for node in graph.node:
+        for attribute in node.attribute if node.op_type == 'Loop' else ():
+            body = attribute.g  # which begins with the number of the round and whether to go on
+            for value in (*body.input[2:], *body.output[1:], *body.value_info):
+                value.type.tensor_type.ClearField('shape')

@@ -1,4 +1,5 @@
 """torchvision's Faster and Mask R-CNN on a plain vision transformer of timm."""
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any, Dict, Optional, Tuple, Union
@@ -10,10 +11,12 @@ from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
 
 from ..conversion.sources import create_source
 from ..errors import SFormerError
+from ..layers import register_floating
 from ..models import HEADS, SPIKING_MODELS
 from .pyramid import SCALES, SimpleFeaturePyramid, ViTDetBackbone, window_
 
@@ -71,6 +74,26 @@ class DetectorConfig:
             raise SFormerError('a detector needs at least one category.')
 
 
+class ResizedToFit(GeneralizedRCNNTransform):
+    """torchvision's preprocessing, but of an image of 3000 x 4 pixels it leaves one of the short side, not none."""
+
+    def resize(
+            self,
+            image: torch.Tensor,
+            target: Optional[Dict[str, torch.Tensor]] = None,
+    ) -> Tuple[torch.Tensor, Optional[Dict[str, torch.Tensor]]]:
+        height, width = image.shape[-2:]
+        scale = self.max_size / max(height, width)
+        if min(height, width) * scale >= 1:
+            return super().resize(image, target)
+        fixed = copy.copy(self)
+        fixed.fixed_size = max(1, int(width * scale)), max(1, int(height * scale))
+        return GeneralizedRCNNTransform.resize(fixed, image, target)
+
+
+register_floating(ResizedToFit)
+
+
 def build_detector(config: DetectorConfig, vit: Optional[nn.Module] = None) -> nn.Module:
     """A detector with a new pyramid and new heads.
 
@@ -92,8 +115,6 @@ def build_detector(config: DetectorConfig, vit: Optional[nn.Module] = None) -> n
     strides = [PATCH_SIZE / scale for scale in config.scales]
     num_classes = len(config.categories) + 1  # 0 is the background
     parts: Dict[str, Any] = dict(
-        min_size=min(config.image_size), max_size=max(config.image_size), image_mean=list(config.mean),
-        image_std=list(config.std), size_divisible=32,
         rpn_anchor_generator=AnchorGenerator(
             tuple(tuple(stride * side for side in ANCHORS_PER_OCTAVE) for stride in strides),
             (ASPECT_RATIOS,) * len(strides)),
@@ -110,6 +131,8 @@ def build_detector(config: DetectorConfig, vit: Optional[nn.Module] = None) -> n
             mask_head=MaskRCNNHeads(channels, (channels,) * 4, 1),
             mask_predictor=MaskRCNNPredictor(channels, channels, num_classes))
     detector = kind(ViTDetBackbone(vit, pyramid, channels), **parts)
+    detector.transform = ResizedToFit(
+        min(config.image_size), max(config.image_size), list(config.mean), list(config.std), size_divisible=32)
     detector.config = config
     return detector
 

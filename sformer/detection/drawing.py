@@ -10,7 +10,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from ..files import write_aside
 from ..layers import SpikingLinear, WindowedMixin, named_neurons, source_view
 from .coco import read_image
-from .detector_evaluation import detect
+from .detector_evaluation import detect, in_eval_mode
 from .pictures import save_picture
 
 __all__ = ['draw_detections', 'draw_file', 'picture', 'token_activity']
@@ -95,7 +95,7 @@ def draw_detections(
 def token_activity(detector: nn.Module, image: torch.Tensor) -> Tuple[Dict[str, torch.Tensor], torch.Tensor]:
     """What an SFormer finds, and the share of neurons that fire at each patch (h, w), over all linear layers of the
     backbone, which each read a vector per token."""
-    model: Any = detector
+    model: Any = in_eval_mode(detector)
     vit = model.backbone.vit
     shares: List[torch.Tensor] = []
     grid: List[Any] = []
@@ -112,7 +112,7 @@ def token_activity(detector: nn.Module, image: torch.Tensor) -> Tuple[Dict[str, 
     handles = [layer.register_forward_pre_hook(count) for layer in layers]
     handles.append(model.backbone.pyramid.register_forward_pre_hook(lambda _, args: grid.append(args[0].shape[-2:])))
     try:
-        found = detect(detector, image)
+        found = detect(model, image)
     finally:
         for handle in handles:
             handle.remove()

@@ -5,9 +5,33 @@ from typing import Any, Dict, Optional
 import torch.nn as nn
 from PIL import Image
 
+from ..errors import SFormerError
 from ..files import file_hash, png_bytes, png_values, state_hash
 
-__all__ = ['read_picture', 'save_picture']
+__all__ = ['check_picture', 'read_picture', 'save_picture']
+
+
+def check_picture(path: Path, image: Path, overwrite: bool = False) -> None:
+    """Make sure that a picture may be written, before there is one.
+
+    Args:
+        path: PNG or JPEG file; there may be one already.
+        image: What will be drawn over, which is never replaced.
+        overwrite: Replace whatever is there; a PNG that `save_picture` wrote is replaced anyway.
+
+    Raises:
+        SFormerError: If the file is neither by its name, is the image, or is there and is not to be replaced.
+    """
+    if path.suffix.lower() not in ('.png', '.jpg', '.jpeg'):
+        raise SFormerError(f'{path} is neither a PNG nor a JPEG file by its name.')
+    if path.is_dir():
+        raise SFormerError(f'{path} is a folder.')
+    if not path.exists():
+        return
+    if image.exists() and path.samefile(image):
+        raise SFormerError(f'{path} is the image itself, which a picture would replace. Name another file.')
+    if not overwrite and 'weights_sha256' not in (png_values(path) or {}):
+        raise SFormerError(f'{path} is there and is no PNG that detect show wrote; --overwrite replaces it.')
 
 
 def save_picture(drawn: Image.Image, path: Path, detector: nn.Module, image: Path, **how: Any) -> None:

@@ -73,8 +73,10 @@ def train(
         Mean losses of every epoch of this run.
 
     Raises:
-        SFormerError: If a loss is NaN or infinite, or the state in `directory` is of another training.
+        SFormerError: If no object is annotated, a loss is NaN or infinite, or the state in `directory` is of another
+            training.
     """
+    _check_objects(data)
     model: Any = detector.to(device or 'cpu').train()
     backbone = state_hash(model.backbone.vit.state_dict())
     _freeze_(model, config.trained_blocks)
@@ -95,12 +97,8 @@ def train(
         for batch in progress(_batches(data, config, epoch), f'Epoch {epoch + 1} of {config.epochs}', steps):
             with _in_bfloat16(model, maps) if config.amp else contextlib.nullcontext():
                 losses = _losses(model, data, batch, maps)
-            loss = torch.stack([*losses.values()]).sum()
-            if not torch.isfinite(loss):
-                raise SFormerError(f'the loss became {loss.item()} in epoch {epoch + 1}: lower the learning rate '
-                                   f'(--lr).')
             optimizer.zero_grad()
-            loss.backward()
+            _finite_sum(losses, epoch).backward()
             nn.utils.clip_grad_norm_(parameters.values(), 1.)
             optimizer.step()
             scheduler.step()
@@ -110,6 +108,11 @@ def train(
         report(f'epoch {epoch + 1}: ' + ', '.join(f'{name} {value:.4f}' for name, value in total.items()))
         _save(directory / STATE_NAME, key, epoch + 1, parameters, optimizer)
     return history
+
+
+def _check_objects(data: CocoData) -> None:
+    if all(annotation.crowd for annotations in data.annotations.values() for annotation in annotations):
+        raise SFormerError(f'{data.file} has no annotation of a single object, so there is nothing to learn from it.')
 
 
 def _freeze_(model: Any, trained_blocks: int) -> None:
@@ -131,7 +134,7 @@ def _batches(data: CocoData, config: TrainingConfig, epoch: int) -> Iterator[Bat
     rng = random.Random(f'{config.seed} {epoch}')
     groups: Dict[Tuple[int, int], Batch] = {}
     for id, entry in data.images.items():
-        groups.setdefault((entry['height'], entry['width']), []).append((id, rng.random() < 0.5))
+        groups.setdefault((entry.height, entry.width), []).append((id, rng.random() < 0.5))
     batches = []
     for group in groups.values():
         rng.shuffle(group)
@@ -151,10 +154,17 @@ def _losses(model: Any, data: CocoData, batch: Batch, maps: Optional['_Maps']) -
     if maps is None:
         return model(images, targets)
     resized, targets = model.transform(images, targets)
-    features = model.backbone.pyramid(maps(batch, resized))
+    features = model.backbone.pyramid(maps(images, resized))
     proposals, losses = model.rpn(resized, features, targets)
     _, box_losses = model.roi_heads(features, proposals, resized.image_sizes, targets)
     return {**losses, **box_losses}
+
+
+def _finite_sum(losses: Dict[str, torch.Tensor], epoch: int) -> torch.Tensor:
+    loss = torch.stack([*losses.values()]).sum()
+    if not torch.isfinite(loss):
+        raise SFormerError(f'the loss became {loss.item()} in epoch {epoch + 1}: lower the learning rate (--lr).')
+    return loss
 
 
 @contextlib.contextmanager
@@ -198,7 +208,8 @@ def _example(data: CocoData, id: int, mirrored: bool) -> Tuple[torch.Tensor, Dic
 
 
 class _Maps:
-    """Maps of a frozen backbone, computed once per image and kept on disk in half precision."""
+    """Maps of a frozen backbone, computed once per picture and kept on disk in half precision, by its pixels: whatever
+    the folder was used for before, no map is of another one."""
 
     def __init__(self, model: Any, directory: Path):
         self.backbone = model.backbone
@@ -206,10 +217,10 @@ class _Maps:
         self.directory = directory / f'maps-{key}'
         self.directory.mkdir(parents=True, exist_ok=True)
 
-    def __call__(self, batch: Batch, images: ImageList) -> torch.Tensor:
-        """Maps (B, C, h, w) of images that were resized and normalised."""
-        return torch.stack([self._one(f'{id}{"-mirrored" * mirrored}', image)
-                            for (id, mirrored), image in zip(batch, images.tensors, strict=True)])
+    def __call__(self, images: List[torch.Tensor], resized: ImageList) -> torch.Tensor:
+        """Maps (B, C, h, w) of images, which were also resized and normalised."""
+        return torch.stack([self._one(state_hash({'image': image}), pixels)
+                            for image, pixels in zip(images, resized.tensors, strict=True)])
 
     @torch.no_grad()
     def _one(self, name: str, image: torch.Tensor) -> torch.Tensor:

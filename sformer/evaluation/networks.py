@@ -14,7 +14,7 @@ from timm.data import resolve_input_data_config
 
 from ..errors import SFormerError, UncalibratedError, working_compiler
 from ..files import state_hash
-from ..layers import is_calibrated, named_neurons, shared_copy, source_view, uncalibrated
+from ..layers import is_calibrated, named_neurons, placed, shared_copy, source_view, uncalibrated
 from .labels import Benchmark
 from .settings import EvaluationConfig
 
@@ -94,7 +94,7 @@ def identity(model: nn.Module) -> Dict[str, Any]:
 
 @torch.inference_mode(False)  # parameters that are made in inference mode could not be trained afterwards
 def prepare_model(model: nn.Module, config: EvaluationConfig, device: Optional[torch.device]) -> nn.Module:
-    """A view of a model in eval mode, on a device; a copy where the model has to change for the evaluation.
+    """A view of a model in eval mode, on a device; a copy where the model would have to change or to move.
 
     Raises:
         SFormerError: If the model cannot take images of `config.img_size`.
@@ -109,7 +109,7 @@ def prepare_model(model: nn.Module, config: EvaluationConfig, device: Optional[t
         except (AttributeError, AssertionError, ValueError, RuntimeError) as e:
             raise SFormerError(f'the model cannot take images of {config.img_size} pixels: {e}') from e
     if device is not None:
-        model = model.to(device)
+        model = placed(model, device)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
     return (model if copied else shared_copy(model)).eval()

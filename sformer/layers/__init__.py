@@ -4,7 +4,17 @@ from .attention import SpikingAttention, SpikingAttentionMixin
 from .linear import SpikingConv2d, SpikingConvTranspose2d, SpikingLinear, SpikingPatchEmbed
 from .mlp import SpikingGluMlp, SpikingMlp, SpikingSqueezeExcitation, SpikingSwiGLU
 from .products import AttentionProduct
-from .spiking import is_calibrated, named_neurons, revert_, shared_copy, source_of, source_view, spiking_, uncalibrated
+from .spiking import (
+    is_calibrated,
+    named_neurons,
+    placed,
+    revert_,
+    shared_copy,
+    source_of,
+    source_view,
+    spiking_,
+    uncalibrated,
+)
 from .table import FLOATING_LAYERS, SPIKING_LAYERS, SpikingLayer, register_floating, register_spiking
 from .windows import WindowedMixin, token_grid, windowed_
 
@@ -13,5 +23,6 @@ __all__ = [
     'SpikingGluMlp', 'SpikingLayer', 'SpikingLinear', 'SpikingMlp', 'SpikingPatchEmbed', 'SpikingSqueezeExcitation',
     'SpikingSwiGLU', 'WindowedMixin', 'token_grid', 'windowed_',
     'FLOATING_LAYERS', 'SPIKING_LAYERS', 'register_floating', 'register_spiking',
-    'spiking_', 'revert_', 'shared_copy', 'source_of', 'source_view', 'named_neurons', 'is_calibrated', 'uncalibrated',
+    'spiking_', 'revert_', 'placed', 'shared_copy', 'source_of', 'source_view', 'named_neurons', 'is_calibrated',
+    'uncalibrated',
 ]

@@ -134,6 +134,15 @@ def shared_copy(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
 
 
+def placed(module: nn.Module, device: torch.device) -> nn.Module:
+    """A module whose tensors all lie on a device: itself, or a copy, so that it stays where it is."""
+    def there(tensor: torch.Tensor) -> bool:
+        return tensor.device.type == device.type and device.index in (None, tensor.device.index)
+
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return module if all(map(there, tensors)) else copy.deepcopy(module).to(device)
+
+
 def source_of(model: nn.Module) -> nn.Module:
     """The source network of an SFormer, as a copy: the inverse of conversion.
 

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -144,6 +145,95 @@ def test_export(pair, run_inside):
     assert code == 1 and err.startswith('sformer: error: b.onnx is the graph of a detector, which reads one image: run')
     code, _, err = run_inside('export', 'sformer_nano.digits', 'd.onnx', '--image-size', '64', '64')
     assert code == 1 and 'leave out --image-size' in err
+
+
+def test_show_replaces_no_image_of_others(pair, run_inside):
+    image = pair / 'img.png'
+    shutil.copy(pair / 'shapes' / 'val' / '0.png', image)
+    shutil.copy(image, pair / 'other.png')
+    Image.open(image).save(pair / 'other.jpg')
+    (pair / 'link.png').symlink_to(image)
+    (pair / 'folder.png').mkdir()
+    before = {path.name: path.read_bytes() for path in pair.iterdir() if path.is_file()}
+    for name, options, message in (
+            ('img.png', (), 'img.png is the image itself'), ('img.png', ('--overwrite',), 'is the image itself'),
+            ('./shapes/../img.png', (), 'is the image itself'), ('link.png', ('--overwrite',), 'is the image itself'),
+            ('other.png', (), 'other.png is there and is no PNG that detect show wrote; --overwrite replaces it'),
+            ('other.jpg', (), 'other.jpg is there and is no PNG'), ('folder.png', (), 'folder.png is a folder')):
+        code, _, err = run_inside('detect', 'show', 'boxes', 'img.png', '-o', name, *options)
+        assert code == 1 and message in err and err.count('\n') == 1, name
+    assert {path.name: path.read_bytes() for path in pair.iterdir() if path.is_file()} == before
+    for options in ((), ('--min-score', '0.9')):  # its own is replaced
+        assert run_inside('detect', 'show', 'boxes', 'img.png', '-o', 'out.png', *options)[0] == 0
+    for name in ('other.png', 'other.jpg'):
+        assert run_inside('detect', 'show', 'boxes', 'img.png', '-o', name, '--overwrite')[0] == 0
+        assert Image.open(pair / name).size == (3 * 96, 64)
+
+
+def test_show_turns_photographs_and_scales_sixteen_bits(pair, run_inside):
+    image, exif = Image.open(pair / 'shapes' / 'val' / '0.png'), Image.Exif()
+    exif[0x0112] = 6
+    image.transpose(Image.Transpose.ROTATE_90).save(pair / 'photo.png', exif=exif)
+    levels = np.asarray(image.convert('L'))
+    Image.fromarray(levels).save(pair / 'grey.png')
+    Image.fromarray(levels.astype(np.uint16) * 257).save(pair / 'wide.png')
+    for name in ('shapes/val/0.png', 'photo.png', 'grey.png', 'wide.png'):
+        code, _, _ = run_inside('detect', 'show', 'boxes', name, '-o', f'{name.split("/")[-1]}.out.png')
+        assert code == 0
+    upright, photo, grey, wide = (np.asarray(Image.open(pair / f'{name}.png.out.png'))
+                                  for name in ('0', 'photo', 'grey', 'wide'))
+    assert (photo == upright).all() and (wide == grey).all() and grey.std() > 10
+    Image.fromarray(levels.astype(np.float32)).save(pair / 'float.tiff')
+    code, _, err = run_inside('detect', 'show', 'boxes', 'float.tiff', '-o', 'x.png')
+    assert code == 1 and "pixels of mode 'F' have no known range" in err and not (pair / 'x.png').exists()
+
+
+def test_bad_annotations_are_found_at_once(pair, run_inside, monkeypatch):
+    """Before images are detected, and not again after each --resume."""
+    monkeypatch.setattr(detector_evaluation, 'detect', pytest.fail)
+    data = json.loads((pair / 'shapes' / 'val.json').read_text())
+    data['annotations'][1]['iscrowd'] = None
+    write_annotations(pair / 'shapes', data, 'val')
+    for options in ((), ('--resume',)):
+        code, _, err = run_inside('evaluate', 'masks', '--data', 'shapes', '--results-file', 'r.json', *options)
+        assert code == 1 and 'annotation 2 has an iscrowd of None' in err and not (pair / 'r.json').exists()
+
+
+def test_calibration_reads_no_annotation(pair, run_inside, caplog):
+    (pair / 'shapes' / 'val.json').write_text(json.dumps(dict(
+        json.loads((pair / 'shapes' / 'val.json').read_text()), categories=None, annotations=[dict(bbox='x')])))
+    code, out, _ = run_inside('convert', 'boxes', '-o', 'new', '--calibration', 'shapes', '--split', 'val')
+    assert code == 0 and 'calibrated on 3 shapes images' in out and not caplog.text
+
+
+def test_a_subset_by_its_seed(pair, run_inside, monkeypatch):
+    seen = []
+    monkeypatch.setattr(detector_evaluation, 'detect', lambda detector, image: seen.append(
+        image.sum().item()) or detect(detector, image))
+    for seed in range(6):
+        code, _, _ = run_inside('evaluate', 'boxes', '--data', 'shapes', '--no-source', '--num-images', '1', '--seed',
+                                str(seed), '--results-file', f'{seed}.json')
+        result = json.loads((pair / f'{seed}.json').read_text())
+        assert code == 0 and (result['num_images'], result['seed']) == (1, seed)
+    assert len(seen) == 6 and len({*seen}) > 1  # not always the first one
+    code, _, err = run_inside('evaluate', 'boxes', '--data', 'shapes', '--num-images', '500')
+    assert code == 1 and '500 images asked for, but shapes/val.json has only 3' in err
+
+
+def test_options_that_say_nothing_to_a_detector(pair, run_inside):
+    for args in (('profile', 'boxes', '--dataset', 'shapes', '--batch-size', '2'),
+                 ('profile', 'boxes', '--dataset', 'shapes', '--image-column', 'img'),
+                 ('profile', 'boxes', '--dataset', 'shapes', '--execute', '3'),
+                 ('convert', 'boxes', '-o', 'x', '--batch-size', '2'),
+                 ('convert', 'boxes', '-o', 'x', '--allow-pickle'),
+                 ('convert', 'boxes', '-o', 'x', '--image-column', 'img'),
+                 ('export', 'boxes', 'x.onnx', '--seed', '3'), ('export', 'boxes', 'x.onnx', '--num-images', '3'),
+                 ('evaluate', 'boxes', '--data', 'shapes', '--crop-pct', '0.5')):
+        option = next(arg for arg in args if arg.startswith('--') and arg != '--dataset' and arg != '--data')
+        code, out, err = run_inside(*args)
+        assert code == 1 and f'boxes is a detector: leave out {option}.' in err and not out, args
+    code, out, _ = run_inside('profile', 'boxes', '--dataset', 'shapes', '--split', 'val', '--num-images', '1')
+    assert code == 0 and '1 images of shapes, per image' in out
 
 
 def test_a_detector_of_the_hub(pair, hub, run_inside, monkeypatch):

@@ -9,7 +9,7 @@ from image_helpers import RGB, all_images, config
 from PIL import Image
 
 from sformer.data import UnreadableImageError, open_images
-from sformer.data.preprocessing import eight_bits
+from sformer.data.pixels import eight_bits
 
 
 def test_grey_images_for_a_colour_model():

@@ -55,7 +55,7 @@ def broken(data, folder):
 def test_mistakes_are_named_and_left_out_only_if_asked(tmp_path, caplog):
     data, messages = broken(write_coco(tmp_path), tmp_path)
     write_annotations(tmp_path, data)
-    with pytest.raises(SFormerError, match=r'train\.json: image 10 is there twice; .* and 8 more\. --skip-bad'):
+    with pytest.raises(SFormerError, match=r'train\.json: image 40 is missing .* and 8 more\. --skip-bad'):
         open_coco(tmp_path, 'train', masks=True)
     with caplog.at_level(logging.WARNING):
         left = open_coco(tmp_path, 'train', masks=True, skip_bad=True)
@@ -63,7 +63,7 @@ def test_mistakes_are_named_and_left_out_only_if_asked(tmp_path, caplog):
     for message in messages:
         assert sum(bool(re.match(message, problem)) for problem in left.problems) == 1, message
     assert [*left.images] == [10, 11, 12, 13, 14, 15]
-    assert sorted(a['id'] for found in left.annotations.values() for a in found) == [1, *range(7, 13)]
+    assert sorted(a.id for found in left.annotations.values() for a in found) == [1, *range(7, 13)]
 
 
 def test_codes_of_masks_and_crowds(tmp_path):
@@ -73,8 +73,8 @@ def test_codes_of_masks_and_crowds(tmp_path):
     code = tools.encode(mask)
     code['counts'] = code['counts'].decode()
     runs = np.diff(np.flatnonzero(np.diff(np.concatenate([[-1], mask.flatten('F'), [-1]]))))
-    data['annotations'][0]['segmentation'] = code
-    data['annotations'][1].update(segmentation=dict(size=[64, 96], counts=runs.tolist()))
+    data['annotations'][0].update(bbox=[20, 3, 11, 6], segmentation=code)
+    data['annotations'][1].update(bbox=[20, 3, 11, 6], segmentation=dict(size=[64, 96], counts=runs.tolist()))
     data['annotations'].append(dict(data['annotations'][0], id=9, iscrowd=1))
     write_annotations(tmp_path, data)
     masks = open_coco(tmp_path, 'train', masks=True).target(10)['masks']

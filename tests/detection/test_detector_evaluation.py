@@ -1,23 +1,35 @@
 """Figures are COCO's, and the same however the work was shared."""
+import copy
 import json
+import math
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
-from detection_tools import small_detector
+from detection_tools import small_detector, write_annotations, write_coco
+from PIL import Image, ImageOps
 
-from sformer.detection import coco_metrics, detector_evaluation, evaluate_detector, open_coco, save_detector
+from sformer.detection import (
+    TrainingConfig,
+    coco_metrics,
+    detector_evaluation,
+    evaluate_detector,
+    open_coco,
+    save_detector,
+    train,
+)
 from sformer.detection.drawing import picture, token_activity
 from sformer.errors import SFormerError
 from sformer.evaluation import Journal
+from sformer.layers import placed
 
 
 def truth(data, ids, move=0.):
     """What is annotated, as if it were detected, moved to the right by a share of its width."""
-    return [dict(image_id=id, category_id=a['category_id'], score=0.9, segmentation=a['segmentation'],
-                 bbox=[a['bbox'][0] + move * a['bbox'][2], *a['bbox'][1:]])
+    return [dict(image_id=id, category_id=a.category_id, score=0.9, segmentation=a.mask,
+                 bbox=[a.box[0] + move * a.box[2], *a.box[1:]])
             for id in ids for a in data.annotations[id]]
 
 
@@ -37,13 +49,8 @@ def test_metrics(data):
 
 
 def test_metrics_of_masks(data):
-    from pycocotools import mask
     ids = [*data.images]
-    sizes = {id: (entry['height'], entry['width']) for id, entry in data.images.items()}
     found = truth(data, ids, 0.33)
-    for detection in found:
-        polygons = mask.frPyObjects(detection['segmentation'], *sizes[detection['image_id']])
-        detection['segmentation'] = mask.merge(polygons)
     assert coco_metrics(data, found, ids, 'masks')['mAP'] == 100. > coco_metrics(data, found, ids)['mAP']
 
 
@@ -96,8 +103,117 @@ def test_processes_share_the_images(sformer_detector, folder, tmp_path):
 
 def test_categories_have_to_be_the_same(folder):
     detector = small_detector(categories={3: 'disc', 8: 'star'})
-    with pytest.raises(SFormerError, match=r'other categories \(disc, square\) than the detector \(disc, star\)'):
+    with pytest.raises(SFormerError, match=r'other categories \(7 square\) than the detector \(8 star\)'):
         evaluate_detector(detector, open_coco(folder, 'val'))
+
+
+def test_categories_that_differ_are_named_with_their_ids(folder):
+    """The same names with other ids were 'other categories (disc, square) than (disc, square)'."""
+    detector = small_detector(categories={0: 'disc', 1: 'square'})
+    message = r'other categories \(3 disc, 7 square\) than the detector \(0 disc, 1 square\): ids and names'
+    with pytest.raises(SFormerError, match=message):
+        evaluate_detector(detector, open_coco(folder, 'val'))
+    many = small_detector(categories={3: 'disc', 7: 'square', **{i: f'thing {i}' for i in range(10, 90)}})
+    with pytest.raises(SFormerError, match=r'\(none\) than the detector \(10 thing 10, .*14 thing 14, \.\.\.\)'):
+        evaluate_detector(many, open_coco(folder, 'val'))
+
+
+def test_a_subset_is_random_by_its_seed(sformer_detector, folder, monkeypatch):
+    data, detect, seen = open_coco(folder, 'train', masks=True), detector_evaluation.detect, []
+    pixels = {id: data.image(id) for id in data.images}
+    monkeypatch.setattr(detector_evaluation, 'detect', lambda network, image: seen.append(
+        next(id for id in pixels if torch.equal(pixels[id], image))) or detect(network, image))
+
+    def subset(**how):
+        seen.clear()
+        result = evaluate_detector(sformer_detector, data, source=False, **how)
+        assert result['num_images'] == len(seen)
+        return [*seen]
+    assert subset(num_images=3) == subset(num_images=3, seed=0) != subset(num_images=3, seed=1)
+    assert len({*map(tuple, (subset(num_images=2, seed=seed) for seed in range(8)))}) > 4
+    assert subset() == subset(num_images=6, seed=3) == [*data.images]
+    for number, message in ((7, '7 images asked for, but .*train.json has only 6'), (0, 'at least 1 is needed')):
+        with pytest.raises(SFormerError, match=message):
+            subset(num_images=number)
+
+
+def test_nothing_is_changed(sformer_detector, folder):
+    """Neither the mode of any part, nor where it lies, nor what is trained."""
+    data = open_coco(folder, 'val', masks=True)
+    detector, other = copy.deepcopy(sformer_detector).train(), small_detector(masks=True).train()
+    detector.roi_heads.eval()
+    detector.backbone.vit.requires_grad_(False)
+
+    def state():
+        modules = {id(module): module.training for network in (detector, other) for module in network.modules()}
+        tensors = {id(p): (p.data_ptr(), p.requires_grad) for network in (detector, other)
+                   for p in network.parameters()}
+        return modules, tensors
+    before = state()
+    expected = evaluate_detector(sformer_detector, data, num_images=1)
+    found = evaluate_detector(detector, data, num_images=1)
+    assert all(found[key] == expected[key] for key in FIGURES)
+    evaluate_detector(detector, data, source=other, num_images=1)
+    image = data.image(10)
+    same = detector_evaluation.detect(detector, image)
+    assert torch.equal(same['scores'], detector_evaluation.detect(sformer_detector, image)['scores'])
+    assert torch.equal(picture(detector, image), picture(sformer_detector, image))
+    assert state() == before
+
+
+def test_what_lies_elsewhere_is_copied():
+    detector, device = small_detector(), torch.device('meta')
+    moved = placed(detector, device)
+    assert placed(detector, torch.device('cpu')) is detector and placed(moved, device) is moved is not detector
+    assert {p.device.type for p in moved.parameters()} == {'meta'}
+    assert {p.device.type for p in detector.parameters()} == {'cpu'}
+
+
+def test_other_images_are_another_run(sformer_detector, tmp_path):
+    """What was detected in images that have been replaced since is not taken for what is in the new ones."""
+    write_coco(tmp_path, 'val', 2)
+    journal = tmp_path / 'j'
+    evaluate_detector(sformer_detector, open_coco(tmp_path, 'val', masks=True), journal=Journal(journal))
+    for path in (tmp_path / 'val').iterdir():
+        ImageOps.invert(Image.open(path)).save(path)
+    data = open_coco(tmp_path, 'val', masks=True)
+    found = evaluate_detector(sformer_detector, data, journal=Journal(journal, resume=True))
+    expected = evaluate_detector(sformer_detector, data)
+    assert all(found[key] == expected[key] for key in FIGURES)
+
+
+def test_bad_annotations_are_found_before_anything_is_detected(sformer_detector, tmp_path, monkeypatch):
+    monkeypatch.setattr(detector_evaluation, 'detect', pytest.fail)
+    for change in (dict(iscrowd=None), dict(segmentation=[[1, 2]]), dict(bbox=None)):
+        data = write_coco(tmp_path / str(change), 'val', 2)
+        data['annotations'][0].update(change)
+        write_annotations(tmp_path / str(change), data, 'val')
+        with pytest.raises(SFormerError, match='annotation 1 has'):
+            evaluate_detector(sformer_detector, open_coco(tmp_path / str(change), 'val', masks=True))
+
+
+@pytest.mark.parametrize('size', [(4, 3000), (3000, 4), (1, 5000), (1, 1)])
+def test_images_as_narrow_as_a_line(sformer_detector, tmp_path, size):
+    """torchvision would leave no pixel of their short side."""
+    write_coco(tmp_path, 'val', 1)
+    height, width = size
+    Image.new('RGB', (width, height), (200, 30, 30)).save(tmp_path / 'val' / 'line.png')
+    data = json.loads((tmp_path / 'val.json').read_text())
+    data['images'].append(dict(id=99, file_name='line.png', width=width, height=height))
+    box = [0, 0, width, height]
+    data['annotations'].append(dict(id=99, image_id=99, category_id=3, bbox=box, segmentation=[
+        [0, 0, width, 0, width, height, 0, height]]))
+    write_annotations(tmp_path, data, 'val')
+    found = open_coco(tmp_path, 'val', masks=True)
+    result = evaluate_detector(sformer_detector, found)
+    assert result['num_images'] == 2 and result['boxes']['mAP'] is not None
+    boxes = detector_evaluation.detect(small_detector(), found.image(99))['boxes']
+    assert (boxes >= 0).all() and (boxes[:, 2] <= width).all() and (boxes[:, 3] <= height).all()
+    resized = sformer_detector.transform([found.image(99)])[0].image_sizes[0]
+    assert min(resized) >= 1 and max(resized) <= 96
+    assert picture(sformer_detector, found.image(99), 0.).shape == (3, height, 3 * width)
+    history = train(small_detector(masks=True), found, TrainingConfig(epochs=1), tmp_path / 'state')
+    assert all(map(math.isfinite, history[0].values()))
 
 
 def test_pictures(sformer_detector, data):

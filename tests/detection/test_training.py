@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 import torch
-from detection_tools import small_detector, write_coco
+from detection_tools import small_detector, write_annotations, write_coco
+from PIL import Image, ImageOps
 from torchvision.models.detection.roi_heads import RoIHeads
 
 from sformer.detection import TrainingConfig, open_coco, train, training
@@ -65,6 +66,57 @@ def test_state_of_another_training_is_refused(few, tmp_path):
             train(detector, few, how, tmp_path)
 
 
+def test_maps_are_of_the_images_that_are_there(tmp_path):
+    """Other images in the same folder, of the same annotations or others, are trained on by maps of their own."""
+    def inverted(split):
+        for path in (tmp_path / split).iterdir():
+            ImageOps.invert(Image.open(path)).save(path)
+        return open_coco(tmp_path, split)
+
+    def losses(data, state):
+        found = train(small_detector(), data, CONFIG, tmp_path / state)
+        (tmp_path / state / training.STATE_NAME).unlink()
+        return found
+    for split in ('train', 'other'):
+        write_coco(tmp_path, split, num=2)
+    first, other = losses(open_coco(tmp_path, 'train'), 'state'), inverted('other')
+    assert losses(other, 'state') == losses(other, 'new') != first
+    replaced = inverted('train')
+    assert losses(replaced, 'state') == losses(replaced, 'newer') != first
+
+
+def test_state_of_a_training_on_other_images_is_refused(tmp_path):
+    write_coco(tmp_path, num=2)
+    config = dataclasses.replace(CONFIG, epochs=1)
+    train(small_detector(), open_coco(tmp_path, 'train'), config, tmp_path)
+    image = Image.open(tmp_path / 'train' / '0.png')
+    ImageOps.invert(image).save(tmp_path / 'train' / '0.png')
+    with pytest.raises(SFormerError, match='with other data or options'):
+        train(small_detector(), open_coco(tmp_path, 'train'), config, tmp_path)
+
+
+@pytest.mark.parametrize('change', [
+    lambda data: data['annotations'].clear(), lambda data: [a.update(iscrowd=1) for a in data['annotations']]])
+def test_nothing_is_learnt_from_nothing(tmp_path, change):
+    data = write_coco(tmp_path, num=2)
+    change(data)
+    write_annotations(tmp_path, data)
+    with pytest.raises(SFormerError, match='train.json has no annotation of a single object'):
+        train(small_detector(), open_coco(tmp_path, 'train'), CONFIG, tmp_path / 'state')
+    assert not (tmp_path / 'state').exists()
+
+
+@pytest.mark.parametrize('box', [[96.2, 5, 0.7, 9], [-0.9, 5, 0.9, 9], [5, 5, 1e-7, 9]])
+def test_boxes_that_vanish_are_no_matter_of_the_learning_rate(tmp_path, box):
+    data = write_coco(tmp_path, num=1)
+    data['annotations'][0]['bbox'] = box
+    write_annotations(tmp_path, data)
+    with pytest.raises(SFormerError, match='annotation 1 has a box of no size within its image'):
+        open_coco(tmp_path, 'train')
+    history = train(small_detector(), open_coco(tmp_path, 'train', skip_bad=True), CONFIG, tmp_path / 'state')
+    assert all(loss == loss for losses in history for loss in losses.values())
+
+
 def test_last_blocks_learn_if_asked(few, tmp_path):
     detector = small_detector()
     before = copy.deepcopy(detector.backbone.vit.state_dict())
@@ -104,7 +156,7 @@ def test_batches_are_of_one_size_and_cover_all(data):
     assert orders[0] == orders[1] != orders[2]
     for order in orders:
         assert sorted(id for batch in order for id, _ in batch) == [*data.images]
-        assert all(len({data.images[id]['width'] for id, _ in batch}) == 1 for batch in order)
+        assert all(len({data.images[id].width for id, _ in batch}) == 1 for batch in order)
 
 
 def test_a_loss_that_explodes_is_an_error(few, tmp_path):
