@@ -4,6 +4,7 @@
     python scripts/convert_embedded.py build/digits.safetensors
     python scripts/train_source.py vit_micro_cifar10 --data DIR -o build
     python scripts/convert_embedded.py build/vit_micro_cifar10.safetensors --data DIR
+    python scripts/convert_embedded.py sformer_micro.cifar10 --data DIR    # the source inside again, as neurons are now
 
 Writes sformer/saving/weights/NAME.safetensors and, beside it, the record of training and conversion. A better source
 takes the place of an older one with these two commands; scripts/make_cards.py measures it.
@@ -28,31 +29,35 @@ ENTRIES = {
     'vit_micro_cifar10': 'sformer_micro.cifar10',
     'eva02_micro_cifar10': 'sformer_eva02_micro.cifar10',
 }
+WEIGHTS = Path(sformer.__file__).parent / 'saving/weights'
 DATASETS = {'digits': 'digits', 'cifar10': 'uoft-cs/cifar10'}
 
 
 def main(
-        checkpoint: Path,
+        source: Annotated[str, typer.Argument(help='Checkpoint of train_source.py, or an entry to convert again')],
         data: Annotated[Optional[str], typer.Option(help='Local copy of the calibration dataset')] = None,
 ) -> None:
-    training = json.loads(checkpoint.with_suffix('.json').read_text())
+    again = source in ENTRIES.values()
+    training = json.loads(WEIGHTS.joinpath(f'{source}.json').read_text())['training'] if again else \
+        json.loads(Path(source).with_suffix('.json').read_text())
     recipe = training['recipe']
     name, dataset = ENTRIES[recipe['name']], DATASETS[recipe['data']]
     cfg = timm.get_pretrained_cfg(name)
-    source = create_source(recipe['model'], checkpoint, **recipe['model_args']).network
-    set_data_config_(source, mean=cfg.mean, std=cfg.std, crop_pct=cfg.crop_pct, interpolation=cfg.interpolation)
+    network = sformer.source_of(timm.create_model(name, pretrained=True)) if again else \
+        create_source(recipe['model'], Path(source), **recipe['model_args']).network
+    set_data_config_(network, mean=cfg.mean, std=cfg.std, crop_pct=cfg.crop_pct, interpolation=cfg.interpolation)
     if recipe['bf16']:  # float16 has three more bits than the weights were trained to have
         with torch.no_grad():
-            for parameter in source.parameters():
+            for parameter in network.parameters():
                 parameter.copy_(parameter.half())
-    model = sformer.convert(source, data or dataset, split='train')
+    model = sformer.convert(network, data or dataset, split='train')
     used = dataclasses.replace(model.conversion.calibration, name=dataset, local_copy=bool(data))
     conversion = dataclasses.replace(model.conversion, calibration=used)
     state = model.state_dict()
     if recipe['bf16']:
         state.update({key: parameter.detach().half() for key, parameter in model.named_parameters()})
     record = dict(sfn=dataclasses.asdict(model.sfn_config), conversion=conversion.to_dict(), training=training)
-    with write_aside(Path(sformer.__file__).parent / 'saving/weights') as aside:
+    with write_aside(WEIGHTS) as aside:
         weights = aside / f'{name}.safetensors'
         save_file(state, weights, metadata={'format': 'pt'})
         record['weights_sha256'], weights_size = file_hash(weights), weights.stat().st_size

@@ -44,6 +44,11 @@ class NeuronOptions:
         help='Threshold estimator: mse, quantile or max  [default: mse, of fast max]')] = None
     quantile: Annotated[Optional[float], typer.Option(
         help='Share of currents that the quantile estimator covers  [default: 0.999]')] = None
+    floor: Annotated[Optional[float], typer.Option(
+        help='Quantile of the firing ranges behind attention and activation functions that none is below  [default: 0, '
+             'with generated images 0.75]')] = None
+    margin: Annotated[Optional[float], typer.Option(
+        help='Factor on these ranges  [default: 1, with generated images and max 1.3]')] = None
     unbiased: Annotated[Optional[bool], typer.Option(
         help='Let spikes carry what rounding and clipping would take from the signal  [default: they do]')] = None
     compensate: Annotated[Optional[bool], typer.Option(

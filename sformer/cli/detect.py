@@ -129,8 +129,9 @@ def run_conversion(
 
 def unlabelled(name: str, split: Optional[str]) -> Tuple[Any, Optional[str]]:
     """Images that no annotation is read of, and the split that they are of."""
+    from ..data import GENERATED
     from ..detection import open_coco
-    if name == 'dead-leaves':
+    if name == GENERATED:
         return name, None
     return open_coco(name, split or 'train', skip_bad=True, objects=False), split or 'train'
 

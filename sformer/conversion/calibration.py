@@ -14,7 +14,7 @@ import torch.nn as nn
 
 from ..data.batches import num_images
 from ..errors import SFormerError, UnsupportedLayerError
-from ..layers import FLOATING_LAYERS, SPIKING_LAYERS, AttentionProduct, named_neurons, shared_copy
+from ..layers import FLOATING_LAYERS, SPIKING_LAYERS, AttentionProduct, SpikingLinear, named_neurons, shared_copy
 from ..layers.spiking import left_alone
 from ..layers.watch import ForwardWatch
 from ..neurons import FitConfig, Neuron, ScaleAndFire
@@ -80,11 +80,22 @@ def calibrate_(
                 child.fit({key: statistics.pop(f'{name}.{key}') for key, _ in child.named_children()}, fit)
             elif isinstance(child, Neuron) and name in statistics:
                 child.fit(statistics[name], fit)
+        _widen(module, fit)
     if fit.unbiased:
         correct(module, first[0], forward_fn)
     if fit.compensate:
         _compensate(module, held, forward_fn)
     return count
+
+
+def _widen(module: nn.Module, fit: FitConfig) -> None:
+    """Widen the firing ranges of what comes from attention or an activation function (`floor` and `margin`)."""
+    fit = fit.settled()
+    if not fit.floor and fit.margin == 1:
+        return
+    for layer in module.modules():
+        if isinstance(layer, SpikingLinear) and getattr(layer.neuron, 'unbounded', False):
+            layer.neuron.widen(layer.weight.detach().to(torch.float32).norm(dim=0), fit.floor, fit.margin)
 
 
 def _kept(batches: Iterable[Any], held: List[Any]) -> Iterator[Any]:

@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 from timm.data import resolve_input_data_config
 
-from ..data import open_images
+from ..data import GENERATED, open_images
 from ..data.batches import progress
 from ..errors import SFormerError, enough_memory
 from ..files import state_hash
@@ -76,6 +76,11 @@ def convert(
         UnsupportedLayerError: If a layer of the source has no spiking counterpart.
     """
     config, fit = recipe_configs(recipe, config, fit)
+    name, generated = recipe_name(config, fit), isinstance(calibration, str) and calibration == GENERATED
+    if generated and fit.estimator == 'max':
+        _logger.warning('thresholds that reach as far as the largest current (fast neurons) are fitted to generated '
+                        'images: they are closer to the source if fitted to real ones (calibration).')
+    fit = fit.settled(generated)
     if isinstance(source, str):
         source = create_source(source, **source_kwargs)
         inplace = True
@@ -100,7 +105,7 @@ def convert(
                            'input (img_size) or a device with more memory.'):
             count = calibrate_(model, batches, fit, None if model.num_classes else all_tokens)
         model.conversion = Conversion(
-            **record, recipe=recipe_name(config, fit), calibration=CalibrationRecord(**images, num_images=count))
+            **record, recipe=name, calibration=CalibrationRecord(**images, num_images=count))
         return model
     except BaseException:
         revert_(model).train(training).__dict__.update({k: v for k, v in before.items() if v is not None})

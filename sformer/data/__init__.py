@@ -5,6 +5,10 @@
 from ..errors import UnreadableImageError
 from .delivery import Batch, ImageData, Plan, lost_workers
 from .generator import dead_leaves
+from .origins import GENERATED
 from .resolution import choose, open_images
 
-__all__ = ['Batch', 'ImageData', 'Plan', 'UnreadableImageError', 'choose', 'dead_leaves', 'lost_workers', 'open_images']
+__all__ = [
+    'GENERATED', 'Batch', 'ImageData', 'Plan', 'UnreadableImageError', 'choose', 'dead_leaves', 'lost_workers',
+    'open_images',
+]

@@ -23,13 +23,15 @@ from .generator import dead_leaves_image
 from .pixels import open_picture
 from .shards import check_archive
 
-__all__ = ['DeadLeaves', 'Digits', 'Files', 'Table', 'TableStream']
+__all__ = ['GENERATED', 'DeadLeaves', 'Digits', 'Files', 'Table', 'TableStream']
+
+GENERATED = 'dead-leaves'  # name of the images that are generated
 
 Row = Tuple[Image.Image, Optional[int], Optional[str]]  # image, label, key
 
 
 class DeadLeaves:
-    kind = 'dead-leaves'
+    kind = GENERATED
     class_names = columns = None
     labelled = False
 

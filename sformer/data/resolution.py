@@ -18,7 +18,7 @@ from ..errors import SFormerError
 from .columns import Columns, find_columns
 from .delivery import ChosenImages, ImageData, Stream
 from .image_folders import EVALUATION_SPLITS, class_folders, find_images, split_folders
-from .origins import DeadLeaves, Digits, Files, Table, TableStream
+from .origins import GENERATED, DeadLeaves, Digits, Files, Table, TableStream
 from .preprocessing import Preprocessor, check_data_config, one_line
 from .shards import check_archive, check_shards, file_sample, find_damage, find_shards, parquet_rows
 
@@ -195,7 +195,7 @@ def _fingerprint(*parts: Any) -> str:
 
 def _find(request: _Request) -> _Found:
     name = request.name
-    if name == 'dead-leaves':
+    if name == GENERATED:
         return _open_dead_leaves(request)
     if name == 'digits':
         if Path(name).is_dir():

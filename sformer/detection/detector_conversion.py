@@ -15,7 +15,7 @@ from ..errors import SFormerError, enough_memory
 from ..files import state_hash
 from ..layers import revert_, spiking_
 from ..models import set_pixel_range_
-from ..neurons import FitConfig, SFNConfig
+from ..neurons import FitConfig, SFNConfig, recipe_name
 from .coco import CocoData
 
 __all__ = ['convert_detector', 'image_batches', 'spiking_detector_']
@@ -74,6 +74,7 @@ def convert_detector(
     model: Any = revert_(detector)
     check_weights(model, 'the detector')
     batches = image_batches(model, calibration, num_images, seed)
+    recipe, fit = recipe_name(config, fit), fit.settled(isinstance(calibration, str))
     source_sha256 = state_hash(model.state_dict())
     spiking_detector_(model.eval(), config)
     try:
@@ -86,8 +87,8 @@ def convert_detector(
         name or 'dead-leaves', split, seed, getattr(calibration, 'fingerprint', None),
         num_images=sum(map(len, batches)))
     model.conversion = Conversion(
-        source=model.config.backbone, source_sha256=source_sha256, changed=fit.compensate, fit=fit, calibration=record,
-        versions=library_versions(), command=command)
+        source=model.config.backbone, source_sha256=source_sha256, changed=fit.compensate, recipe=recipe, fit=fit,
+        calibration=record, versions=library_versions(), command=command)
     return model
 
 

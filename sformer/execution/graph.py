@@ -111,16 +111,17 @@ def _onnx(operator: str, like: torch.Tensor, dtype: torch.dtype, *inputs: torch.
     return torch.onnx.ops.symbolic(operator, inputs, {**attributes}, dtype=dtype, shape=like.shape)
 
 
-def _byte(k: torch.Tensor, dtype: torch.dtype, zero: int = 0) -> torch.Tensor:
-    """Levels, which are whole numbers or are rounded here, as bytes, and what these stand for at a step of 1."""
-    one, point = torch.ones(()), torch.full((), zero, dtype=dtype)
+def _byte(k: torch.Tensor, dtype: torch.dtype, zero: int = 0, left: int = 0) -> torch.Tensor:
+    """Levels, which are whole numbers or are rounded here, as bytes with a zero point, and what these stand for at a
+    step of 1, but for a part of the zero point that is left in."""
+    one, point, rest = torch.ones(()), torch.full((), zero, dtype=dtype), torch.full((), zero - left, dtype=dtype)
     levels = _onnx('QuantizeLinear', k, dtype, k, one, point)
-    return _onnx('DequantizeLinear', k, torch.float32, levels, one, point)
+    return _onnx('DequantizeLinear', k, torch.float32, levels, one, rest)
 
 
-def _beside_weights(k: torch.Tensor, levels: Range) -> torch.Tensor:
-    """Levels that meet weights, as unsigned bytes."""
-    return _byte(k, torch.uint8, zero_point(levels))
+def _beside_weights(k: torch.Tensor, levels: Range, left: int = 0) -> torch.Tensor:
+    """Levels that meet weights, as unsigned bytes; plus `left`."""
+    return _byte(k, torch.uint8, zero_point(levels), left)
 
 
 def _beside_levels(k: torch.Tensor, levels: Range) -> torch.Tensor:
@@ -257,11 +258,16 @@ class _Decoded(nn.Module):
 
 class _Linear(nn.Module):
     """A linear layer, in integers or, where int8 weights would lose too much, on levels in floating point; and neurons
-    that read what it gives, if they fire here."""
+    that read what it gives, if they fire here.
+
+    In integers, what the zero point adds to a sum is the same for all tokens, and is taken off that sum: engines
+    multiply bytes without a zero point fastest.
+    """
     weight: torch.Tensor
     step: torch.Tensor
     columns: Optional[torch.Tensor]
     bias: Optional[torch.Tensor]
+    excess: Optional[torch.Tensor]
 
     def __init__(self, layer: Any, fires: Optional[ScaleAndFire] = None):
         super().__init__()
@@ -269,13 +275,20 @@ class _Linear(nn.Module):
         self.fires = None if fires is None else _Levels(fires)
         self.integer = isinstance(layer, IntegerLinear)
         weight = layer.weight if self.integer else layer.weight.detach() * layer.neuron.step
+        bias, excess = layer.bias if self.integer else folded_bias(layer), None
         self.register_buffer('columns', layer.columns if self.integer else None)
         if self.neuron.flip is not None:
             flip = self.neuron.flip if self.columns is None else self.neuron.flip[self.columns]
             weight = weight * flip.to(weight.dtype)
+        if self.integer:
+            self.zero = zero_point(self.neuron.range)
+            excess = self.zero * weight.sum(1, dtype=torch.float64) * layer.weight_step
+            if not self.neuron.token:
+                bias, excess = (-excess if bias is None else bias - excess).to(torch.float32), None
         self.register_buffer('weight', weight.t().contiguous())
         self.register_buffer('step', layer.weight_step if self.integer else None)
-        self.register_buffer('bias', layer.bias if self.integer else folded_bias(layer))
+        self.register_buffer('bias', bias)
+        self.register_buffer('excess', None if excess is None else excess.to(torch.float32))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.ndim == 2:  # OpenVINO 2026.4 takes a step per channel for one per row there
@@ -283,8 +296,11 @@ class _Linear(nn.Module):
         k, row = self.neuron(x)
         if self.columns is not None:  # before they are int8, or OpenVINO multiplies in float32
             k = k.index_select(-1, self.columns)
-        out = _beside_weights(k, self.neuron.range) @ (
-            _weights(self.weight, self.step, axis=1) if self.integer else self.weight)
+        if self.integer:
+            out = _beside_weights(k, self.neuron.range, self.zero) @ _weights(self.weight, self.step, axis=1)
+        else:
+            out = _beside_weights(k, self.neuron.range) @ self.weight
+        out = out if self.excess is None else out - self.excess
         out = out if row is None else out * row
         out = out if self.bias is None else out + self.bias
         return out if self.fires is None else _beside_levels(self.fires(out)[0], self.fires.range)

@@ -234,16 +234,18 @@ def _int8_sums(levels: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def multiplies_int8() -> bool:
-    """Whether this CPU multiplies int8 faster than float32, by a product of the size of a small ViT's: without VNNI
-    torch's own product of int8 takes tens of times as long. Measured once per process."""
-    levels = torch.ones(256, 384, dtype=torch.int8, device='cpu')
-    weight = torch.ones(384, 384, dtype=torch.int8, device='cpu')
+    """Whether this CPU multiplies int8 exactly and faster than float32, by a product of the size of a small ViT's:
+    without VNNI torch's own product of int8 takes tens of times as long. Measured once per process."""
+    levels = torch.full((256, 384), 127, dtype=torch.int8, device='cpu')
+    weight = levels.new_full((384, 384), 127)
 
     def seconds(sums: Any) -> float:
         start = time.perf_counter()
         sums()
         return time.perf_counter() - start
     with torch.inference_mode():
+        if (_int8_sums(levels, weight) != 384 * 127 * 127).any():
+            return False
         pairs = [(seconds(lambda: _int8_sums(levels, weight)), seconds(lambda: _float_sums(levels, weight, [0])))
                  for _ in range(4)]
     int8, floating = (min(times) for times in zip(*pairs[1:], strict=True))

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from ..errors import UnsupportedLayerError
 from ..neurons import ScaleAndFire, SFNConfig
 from . import products
+from .linear import SpikingLinear
 from .products import AttentionProduct
 from .table import SpikingLayer, register_spiking
 
@@ -71,6 +72,8 @@ class SpikingAttentionMixin(SpikingLayer):
     qkv_bias_separate: Any = property(lambda self: True)
 
     def add_neurons(self, config: SFNConfig) -> None:
+        if isinstance(self.proj, SpikingLinear):
+            self.proj.neuron.unbounded = True
         head_dim = getattr(self, 'head_dim', None) or self.proj.in_features // self.num_heads
         device = next((p.device for p in self.parameters()), None)
         group_size = getattr(self, 'num_kv_groups', 1)

@@ -33,6 +33,7 @@ def _add_fc2_neuron(mlp: Any, config: SFNConfig, fire_function: str) -> None:
     a norm turns its input into what linear layers read elsewhere."""
     if isinstance(mlp.fc2, SpikingLinear) and isinstance(mlp.norm, nn.Identity):
         mlp.fc2.add_neurons(config, fire_function)
+        mlp.fc2.neuron.unbounded = True
 
 
 class SpikingGateMixin(SpikingLayer):

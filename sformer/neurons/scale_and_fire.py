@@ -60,6 +60,7 @@ class ScaleAndFire(Neuron):
     Shape:
         Input and output (B, ...), where `shape` broadcasts.
     """
+    unbounded = False  # whether no norm bounds its current: that of attention or of an activation function
     step: torch.Tensor
     gain: torch.Tensor
     multiplier: torch.Tensor
@@ -261,6 +262,15 @@ class ScaleAndFire(Neuron):
             step = torch.maximum(step, self.quiet.to(step.device) / values[-1])
         self.set_state(step * self.config.scale,
                        multiplier.view(-1, *shape).expand(self.multiplier.shape), values, center)
+
+    def widen(self, weight: torch.Tensor, floor: float, margin: float) -> None:
+        """Let no channel's firing range be smaller than a quantile (`floor`) of all of them, each times a weight
+        (*shape): how much it adds to what follows; and let all be `margin` times as large. What calibration images left
+        quiet is then not clipped where others let it speak."""
+        weight = weight.to(self.step.device).clamp_min(torch.finfo(torch.float32).tiny) * self.multiplier.amax(0)
+        lowest = (self.step * weight).flatten().quantile(floor) / weight
+        self.set_state(torch.maximum(self.step, lowest) * margin, self.multiplier, self.levels, self.center,
+                       self.gain.item())
 
     def _most_multiplier(self, values: torch.Tensor) -> int:
         """The largest multiplier that levels leave room for."""

@@ -1,5 +1,6 @@
 """`sformer convert`."""
 import contextlib
+import dataclasses
 import json
 import os
 import pty
@@ -19,6 +20,8 @@ from layer_tools import build, pixels
 from safetensors.torch import load_file, save_file
 
 import sformer
+from sformer import FitConfig, SFNConfig
+from sformer.neurons import RECIPES
 
 PREPROCESSING = ['--mean', '.5', '--std', '.5', '--crop-pct', '1', '--interpolation', 'bilinear']
 
@@ -57,9 +60,30 @@ def test_convert_options_reach_the_neurons(convert_digits, tmp_path):
     assert config['model_args']['sfn'] == dict(
         levels=7, fire='power2', attention_fire='density', activation_fire='uniform', initial_potential=0,
         dead_zone=.5, scale=1.25, token_scale=True, silence=.02)
-    assert config['sformer']['fit'] == dict(estimator='quantile', quantile=.99, unbiased=False, compensate=False)
+    assert config['sformer']['fit'] == dict(
+        estimator='quantile', quantile=.99, floor=0., margin=1., unbiased=False, compensate=False)
+    assert config['sformer']['recipe'] is None
     calibration = config['sformer']['calibration']
     assert (calibration['num_images'], calibration['seed'], calibration['split']) == (50, 3, 'test')
+
+
+@pytest.mark.parametrize('recipe', RECIPES)
+def test_recipes(convert_digits, tmp_path, recipe):
+    result = convert_digits('--recipe', recipe, '--num-images', 20)
+    assert (result.code, result.err) == (0, '')
+    config = json.loads((tmp_path / 'out' / 'config.json').read_text())
+    assert config['model_args']['sfn'] == dataclasses.asdict(SFNConfig.recipe(recipe))
+    assert config['sformer']['recipe'] == recipe
+    assert config['sformer']['fit'] == dataclasses.asdict(FitConfig.recipe(recipe).settled())
+
+
+def test_single_options_change_a_recipe(convert_digits, tmp_path):
+    assert convert_digits('--recipe', 'fast', '--levels', 31, '--num-images', 20).code == 0
+    config = json.loads((tmp_path / 'out' / 'config.json').read_text())
+    assert config['model_args']['sfn'] == dataclasses.asdict(SFNConfig.recipe('fast', levels=31))
+    assert config['sformer']['recipe'] is None and config['sformer']['fit']['estimator'] == 'max'
+    result = convert_digits('--recipe', 'slow')
+    assert result.code == 1 and "no recipe 'slow': there are default, fast, accurate" in result.err
 
 
 def test_weights_that_compensate_are_compared_with_their_source(convert_digits, run, tmp_path):

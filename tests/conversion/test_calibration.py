@@ -192,7 +192,7 @@ def test_dead_weights_calibrate():
 def test_lopsided_gelu_has_two_thresholds():
     source = randomise_(tl.Mlp(16, 32))
     x = 3 * torch.randn(500, 16, generator=rng(0))
-    mlp = calibrated(source, [x])
+    mlp = calibrated(source, [x], SFNConfig(32))
     top = mlp.fc2.neuron.threshold * 32
     assert (top[0] > 2 * top[1]).all() and (mlp.fc2.neuron.multiplier[0] > mlp.fc2.neuron.multiplier[1]).all()
     with torch.no_grad():

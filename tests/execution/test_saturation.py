@@ -91,7 +91,8 @@ def test_blocks_of_columns_are_exact_in_float32(seed, columns, largest):
 
 @pytest.mark.parametrize('columns', [40, 3000])
 def test_both_products_of_a_linear_layer_are_exact(columns):
-    layer = spiking(nn.Sequential(nn.Linear(columns, 6)), 1e3 * torch.randn(4, columns, generator=rng(0)), SFNConfig(127))
+    x = 1e3 * torch.randn(4, columns, generator=rng(0))
+    layer = spiking(nn.Sequential(nn.Linear(columns, 6)), x, SFNConfig(127))
     to_integer_(layer, portable=False)
     whole = layer[0]
     assert type(whole) is IntegerLinear
