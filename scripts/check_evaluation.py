@@ -11,7 +11,6 @@ Images are the digits of scikit-learn with noise, or generated ones; nothing is 
 with exit code 1. All processes but those of `nodes` are forked from one that has imported torch already, so what is
 timed is evaluation.
 """
-import contextlib
 import io
 import itertools
 import json
@@ -67,16 +66,18 @@ def free_port() -> int:
 
 
 def start(args: list[str], world: int, folder: Path, threads: int = 1) -> list[Any]:
-    """Start `sformer ARGS` on so many processes, as torchrun would."""
+    """Start `sformer ARGS` on so many processes, as torchrun would, and serve their store as its agent does."""
+    from torch.distributed import TCPStore
     FORKS.set_forkserver_preload(
         ['sformer.cli.app', 'sformer.evaluation', 'datasets', 'accelerate', 'sklearn.datasets'])
-    port, processes = free_port(), []
+    store, processes = TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False), []
     for rank in range(world):
         env = {} if world == 1 else dict(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
-            MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), OMP_NUM_THREADS=str(threads))
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR='127.0.0.1',
+            MASTER_PORT=str(store.port), OMP_NUM_THREADS=str(threads), TORCHELASTIC_USE_AGENT_STORE='True')
         process = FORKS.Process(target=be_rank, args=([str(a) for a in args], env, str(folder), threads))
         process.start()
+        process.store = store  # lives as long
         processes.append(process)
     return processes
 
@@ -286,8 +287,7 @@ def kill_and_resume(
     processes = start(args, worlds[0], folder)
     time.sleep(moment)
     for process in processes:
-        with contextlib.suppress(ProcessLookupError):  # it has finished
-            os.kill(process.pid, signal.SIGKILL)
+        process.kill()
     if -signal.SIGKILL not in finish(processes):
         return None, ''
     codes = finish(start(args, worlds[1], folder))

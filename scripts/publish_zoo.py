@@ -11,7 +11,6 @@ publishes; all processes evaluate.
 import contextlib
 import dataclasses
 import fnmatch
-import itertools
 import os
 import shlex
 import sys
@@ -26,7 +25,7 @@ import typer
 import sformer
 from sformer.conversion.sources import create_source, set_data_config_
 from sformer.errors import SFormerError
-from sformer.evaluation.distributed import Group
+from sformer.evaluation.launch import Group
 from sformer.files import state_hash, write_json
 from sformer.models.zoo import ZOO
 from sformer.neurons import SFNConfig
@@ -34,6 +33,7 @@ from sformer.publishing.model_record import recorded_results
 from sformer.publishing.publish import check_repo_id, prepare, publish
 
 IMAGENET = 'ILSVRC/imagenet-1k'
+PATIENCE = 86400.  # seconds for a conversion, or an upload, by the main process
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def evaluate(entry: Entry, folder: Path, dataset: str, group: Group, **options: 
     results, _ = recorded_results(folder, state_hash(model.state_dict()))
     recorded = [result for result in results.values()
                 if result['dataset'] == dataset and entry.eval_split in (None, result.get('split'))]
-    if all(share(group, bool(recorded))):
+    if all(group.gather(bool(recorded))):
         return recorded[0]
     result = sformer.evaluate(model.to(group.device), dataset, entry.eval_split, **options)
     return dict(model=entry.name, architecture=result.pop('model'), **result, command=command())
@@ -169,14 +169,6 @@ def produce(
     return folder
 
 
-STEPS = itertools.count()
-
-
-def share(group: Group, value: Any) -> List[Any]:
-    """Values of all processes, on all of them; they wait for one another however long it takes."""
-    return group.gather(value, f'step {next(STEPS)}')
-
-
 def on_all(group: Group, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call a function on every process; the error of one is the error of all."""
     error, done = None, None
@@ -186,7 +178,7 @@ def on_all(group: Group, function: Callable[..., Any], *args: Any, **kwargs: Any
         error = str(e)
     except Exception as e:  # whatever it is, the other entries need not suffer
         error = f'{type(e).__name__}: {e}'
-    for other in share(group, error):
+    for other in group.gather(error):
         if other is not None:
             raise SFormerError(other)
     return done
@@ -231,7 +223,7 @@ def run(
     if not dry_run and not get_token():
         raise SFormerError('publishing needs an access token of the Hub that may write: hf auth login, or HF_TOKEN.')
     failed: Dict[str, str] = {}
-    with Group().guard() as group:
+    with Group(timeout=PATIENCE).guard() as group:
         for entry in entries:
             repo_id = f'{namespace}/{entry.name}'
             how = dict(license=entry.license, dataset_ids={imagenet: IMAGENET} if imagenet else {})

@@ -5,7 +5,7 @@
     ├── UncalibratedError
     ├── UnreadableImageError
     ├── RunInterruptedError
-    └── RankError              of `evaluation.distributed`
+    └── RankError
 """
 import contextlib
 import logging
@@ -13,7 +13,7 @@ from typing import Iterator
 
 __all__ = [
     'SFormerError', 'UnsupportedLayerError', 'UncalibratedError', 'UnreadableImageError', 'RunInterruptedError',
-    'enough_memory', 'working_compiler', 'first_line', 'quiet',
+    'RankError', 'enough_memory', 'working_compiler', 'first_line', 'quiet',
 ]
 
 
@@ -35,6 +35,10 @@ class UnreadableImageError(SFormerError):
 
 class RunInterruptedError(SFormerError):
     """Ctrl-C, where there is more to say than that."""
+
+
+class RankError(SFormerError):
+    """Another process of the run failed, and the error has been printed by somebody else."""
 
 
 @contextlib.contextmanager

@@ -60,7 +60,7 @@ def train_detector(
     from ..detection import DetectorConfig, TrainingConfig, create_detector, open_coco, save_detector
     from ..detection import train as train_detector
     from ..detection.training import remove_state
-    from ..evaluation.distributed import Group
+    from ..evaluation.launch import Group
     from ..saving import check_vacant
     check_vacant(output, overwrite)
     images = open_coco(data, split, masks, skip_bad)

@@ -1,15 +1,19 @@
 """`sformer evaluate`, and the evaluation that `sformer compare` shares with it."""
+import logging
+import os
 from pathlib import Path
 from typing import Annotated, Any, Dict, List, Optional
 
 import typer
 
-from ..errors import RunInterruptedError, SFormerError
+from ..errors import RankError, RunInterruptedError, SFormerError
 from .arguments import command_line
 from .detect import detection_summary, run_detections
 from .options import EvaluationOptions, unfolded
 
 __all__ = ['evaluate', 'run_evaluation']
+
+_logger = logging.getLogger(__name__)
 
 
 @unfolded
@@ -43,8 +47,8 @@ def run_evaluation(names: List[str], options: EvaluationOptions) -> List[Dict[st
         evaluate_all,
         write_results,
     )
-    from ..evaluation.distributed import Group, RankError
     from ..evaluation.labels import DATASETS
+    from ..evaluation.launch import Group
     file = options.results_file
     journals: List[Journal] = []
 
@@ -53,7 +57,8 @@ def run_evaluation(names: List[str], options: EvaluationOptions) -> List[Dict[st
         return journals[-1] if journals else None
 
     try:
-        with Group(options.device, options.num_processes, options.timeout).guard() as group:
+        with Group(options.device, options.timeout).guard() as group:
+            check_launcher(options.num_processes, group.world_size)
             if options.resume and not file:
                 raise SFormerError('--resume goes by the --results-file of the run to continue: name it.')
             format = check_results_file(file, options.results_format) if file and group.is_main else ''
@@ -75,7 +80,7 @@ def run_evaluation(names: List[str], options: EvaluationOptions) -> List[Dict[st
             if file:
                 if group.is_main:
                     write_results(file, results, format)
-                group.wait('written')
+                group.gather('written')
                 for journal in journals if group.local_rank == 0 else ():
                     journal.remove()
             return results if group.is_main else []
@@ -85,6 +90,42 @@ def run_evaluation(names: List[str], options: EvaluationOptions) -> List[Dict[st
         if any(True for journal in journals for _ in journal.path.glob('*.jsonl')):
             raise RunInterruptedError('interrupted. The same command with --resume continues.') from None
         raise
+
+
+def check_launcher(asked: Optional[int], running: int) -> None:
+    """Say so if this is one of several processes that do not know of one another.
+
+    Args:
+        asked: How many processes there have to be; not checked if None.
+        running: How many there are.
+
+    Raises:
+        SFormerError: If there are more or fewer; if `accelerate launch --cpu --num_processes N` started one process for
+            N; if it was mpirun.
+    """
+    torchrun = f'torchrun --nproc-per-node {asked or "N"} -m sformer ...'
+    if 'WORLD_SIZE' not in os.environ:
+        if 'ACCELERATE_MIXED_PRECISION' in os.environ and 'MASTER_PORT' in os.environ:
+            # accelerate's launcher for one process sets the rendezvous for several, and then starts one
+            raise SFormerError('accelerate launch was asked for several processes and started only this one, as it '
+                               f'does on CPUs: use {torchrun} instead.')
+        if any(is_several(name) for name in ('OMPI_COMM_WORLD_SIZE', 'PMI_SIZE', 'MV2_COMM_WORLD_SIZE')):
+            raise SFormerError(f'mpirun starts processes that do not know where to meet: use {torchrun} instead.')
+        # a script of sbatch has the variable, too, so it may be that nothing is wrong
+        if is_several('SLURM_NTASKS') and os.environ.get('SLURM_PROCID', '0') == '0':
+            tasks = os.environ['SLURM_NTASKS']
+            _logger.warning(
+                f'SLURM_NTASKS is {tasks}, but nothing says that processes belong together (RANK, WORLD_SIZE): if srun '
+                f'started this one {tasks} times, all do the same work. Have srun start torchrun, once per node.')
+    if asked not in (None, running):
+        raise SFormerError(f'{asked} processes were asked for, but {running} {"is" if running == 1 else "are"} '
+                           f'running: start them with {torchrun}')
+
+
+def is_several(name: str) -> bool:
+    """Whether a variable of the environment is a number above one."""
+    value = os.environ.get(name, '')
+    return value.isdigit() and int(value) > 1
 
 
 def sources_of(models: List[Any], names: List[str], options: EvaluationOptions) -> List[Any]:

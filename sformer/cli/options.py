@@ -101,7 +101,7 @@ class EvaluationOptions(ColumnOptions):
     num_processes: Annotated[Optional[int], typer.Option(
         min=1, help='Processes that have to be running, over all nodes')] = None
     timeout: Annotated[float, typer.Option(
-        min=1, max=MAX_TIMEOUT, help='Seconds until a silent process counts as lost')] = 600.
+        min=1, max=MAX_TIMEOUT, help='Seconds without progress after which a process counts as lost')] = 600.
 
     def __post_init__(self) -> None:
         if self.amp_dtype not in AMP_NAMES:

@@ -19,8 +19,8 @@ from ..conversion.record import library_versions
 from ..data import choose
 from ..data.batches import progress
 from ..errors import SFormerError, UncalibratedError
-from ..evaluation import Journal
-from ..evaluation.distributed import Group
+from ..evaluation import Journal, check_same
+from ..evaluation.launch import Group
 from ..files import state_hash
 from ..layers import is_calibrated, named_neurons, placed, shared_copy, source_view, uncalibrated
 from .coco import CocoData
@@ -91,7 +91,7 @@ def evaluate_detector(
         **{name: library_versions().get(name) for name in ('sformer', 'torch', 'timm')})
     if isinstance(source, nn.Module):
         key['source'] = state_hash(source.state_dict())
-    group.begin()
+    check_same(dict(key, recorded=journal is not None), group)
     records = _detect_all(networks, data, ids, key, group, journal)
     result: Dict[str, Any] = dict(
         dataset_fingerprint=data.fingerprint, num_images=len(ids), seed=seed, weights_sha256=key['models'][0],
@@ -136,15 +136,16 @@ def _detect_all(
         group: Group,
         journal: Optional[Journal],
 ) -> List[Dict[str, Any]]:
-    """Records of all images by their index, from all processes; whoever is free takes the next image."""
+    """Records of all images by their index, from all processes, which take them in turns."""
     done = journal.open(key, group) if journal is not None else []
     if done and group.is_main:
         print(f'resuming after {len(done)} of {len(ids)} images', file=sys.stderr)
     left = sorted(set(range(len(ids))) - {record['chunk'][0] for record in done})
     records = []
     categories = sorted(data.categories)
+    mine = left[group.rank::group.world_size]
     with contextlib.closing(journal) if journal is not None else contextlib.nullcontext():
-        for i in progress(_taken(group, left), 'Evaluating', math.ceil(len(left) / group.world_size)):
+        for i in progress(mine, 'Evaluating', len(mine)):
             group.tick()
             image = data.image(ids[i])
             record: Dict[str, Any] = dict(chunk=[i, 0], found={}, seconds={})
@@ -156,17 +157,11 @@ def _detect_all(
             if journal is not None:
                 journal.add(record)
             records.append(record)
-        shared = group.gather(records, 'detections')
+        shared = group.gather(records)
     records = sorted([*done, *(r for part in shared for r in part)], key=lambda r: r['chunk'])
     if [record['chunk'][0] for record in records] != list(range(len(ids))):
         raise SFormerError(f'{data.file}: {len(records)} images were counted, not {len(ids)}.')
     return records
-
-
-def _taken(group: Group, left: List[int]) -> Any:
-    while (position := group.add('image', 1) - 1) < len(left):
-        yield left[position]
-    group.rest()
 
 
 def _as_coco(found: Dict[str, torch.Tensor], categories: Sequence[int]) -> Detections:

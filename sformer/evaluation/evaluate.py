@@ -8,10 +8,9 @@ import torch.nn as nn
 
 from ..conversion.record import library_versions
 from ..data import ImageData, Plan, open_images
-from ..errors import SFormerError
-from .distributed import Group
-from .journal import Journal
+from .journal import Journal, check_same
 from .labels import resolve_benchmark
+from .launch import Group
 from .loop import Loop
 from .networks import build_networks, check_model, data_config_of, device_of, distinct_configs, identity, prepare_model
 from .settings import EvaluationConfig
@@ -97,7 +96,6 @@ def _evaluate(
         group: Group,
         journal: Optional[Journal],
 ) -> List[Dict[str, Any]]:
-    group.begin()
     for model in models:
         check_model(model)
     identities = [identity(model) for model in models]
@@ -118,7 +116,7 @@ def _evaluate(
                data_configs, config, device)
     sources = [s if isinstance(s, bool) else prepare_model(s, config, target) for s in sources]
     subjects, networks = build_networks(models, sources, data_configs, benchmarks, config.torchcompile)
-    _check_same(key, group)
+    check_same(dict(key, recorded=journal is not None), group)
 
     # fine enough to share and to resume, coarse enough that records stay small
     chunk_size = config.batch_size * math.ceil(
@@ -132,8 +130,8 @@ def _evaluate(
     loop = Loop(images, plan, networks, subjects, config, group, journal)
     loop.already(done)
     records = loop.run()
-    shared = group.gather(dict(records=records, batch_size=loop.batch_size, wall=loop.wall, wait=loop.wait,
-                               memory=peak_memory(device)), 'records')
+    shared = group.gather(dict(
+        records=records, batch_size=loop.batch_size, wall=loop.wall, wait=loop.wait, memory=peak_memory(device)))
     records = sorted([*done, *(r for s in shared for r in s['records'])], key=lambda r: r['chunk'])
     check_complete(records, images, config.max_bad)
     how = _how(config, group, device, shared)
@@ -159,14 +157,6 @@ def _key(
         amp=config.amp, device=device.type, torchcompile=config.torchcompile,
         **{name: versions.get(name) for name in ('sformer', 'torch', 'timm')})
     return json.loads(json.dumps(key))  # as it is read again
-
-
-def _check_same(key: Dict[str, Any], group: Group) -> None:
-    """Raise SFormerError unless all processes evaluate the same."""
-    different = sorted({k for other in group.gather(key, 'key') for k in key if other[k] != key[k]})
-    if different:
-        raise SFormerError(f'the processes do not evaluate the same ({", ".join(different)} differ): every node needs '
-                           f'the same models, images and options.')
 
 
 def _how(

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import IO, Any, Dict, List, Optional, Union
 
 from ..errors import SFormerError
-from .distributed import Group
+from .launch import Group
 
-__all__ = ['ChunkRecord', 'Journal']
+__all__ = ['ChunkRecord', 'Journal', 'check_same']
 
 ChunkRecord = Dict[str, Any]  # what was counted in one chunk
 
@@ -53,7 +53,7 @@ class Journal:
         files = sorted(self.path.glob('*.jsonl'))
         found = self._read(files or sorted(self.root.glob('*/*.jsonl')), key) if self.resume else []
         records: Dict[Any, ChunkRecord] = {}
-        for record in (r for rs in group.gather(found, 'journal') for r in rs):
+        for record in (r for rs in group.gather(found) for r in rs):
             records.setdefault(tuple(record['chunk']), record)
         if not self.resume:
             for path in files:
@@ -110,6 +110,19 @@ class Journal:
         shutil.rmtree(self.path, ignore_errors=True)
         with contextlib.suppress(OSError):  # others are in there
             self.root.rmdir()
+
+
+def check_same(key: Dict[str, Any], group: Group) -> None:
+    """Raise SFormerError unless all processes evaluate the same.
+
+    Args:
+        key: What results depend on, as plain data.
+        group: Processes of the run.
+    """
+    different = sorted({k for other in group.gather(key) for k in key if other.get(k) != key[k]})
+    if different:
+        raise SFormerError(f'the processes do not evaluate the same ({", ".join(different)} differ): every node needs '
+                           f'the same models, images and options.')
 
 
 def _line_digest(text: str) -> str:

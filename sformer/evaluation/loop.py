@@ -9,8 +9,8 @@ import torch
 from ..data import Batch, ImageData, Plan, lost_workers
 from ..errors import SFormerError
 from .activity import Activity
-from .distributed import Group
 from .journal import ChunkRecord, Journal
+from .launch import Group
 from .metrics import ChunkScore, PairScore
 from .networks import Network, Subject, device_of
 from .settings import AMP_DTYPES, EvaluationConfig
@@ -41,15 +41,17 @@ class Loop:
         self.device = device_of(networks[0].model)
         self.wall = self.wait = 0.
         self.done = 0
+        self.seen = self.hits = self.num_bad = 0
+        self.bad: Optional[str] = None  # the last image that could not be read
 
     def already(self, records: List[ChunkRecord]) -> None:
         """Take over what earlier runs counted."""
         self.done = sum(r['num'] for r in records)
         if records and self.group.is_main:
             print(f'resuming after {self.done} of {self.images.num_images or "?"} images', file=sys.stderr)
-            self.group.add('images', self.done)
-            self.group.add('hits', sum(r['networks'][0]['top1'] for r in records))
-            self.group.add('bad', sum(len(r['bad']) for r in records))
+            self.seen = self.done
+            self.hits = sum(r['networks'][0]['top1'] for r in records)
+            self.num_bad = sum(len(r['bad']) for r in records)
 
     def run(self) -> List[ChunkRecord]:
         """Records of the chunks of this process.
@@ -60,15 +62,20 @@ class Loop:
         begin = time.perf_counter()
         records: List[ChunkRecord] = []
         chunks: Dict[Tuple[int, int], _Chunk] = {}  # workers deliver chunks in turns
-        with _bar(self.group, self.images.num_images, self.done) as bar, lost_workers():
+        with _bar(self.group.is_main, self.images.num_images, self.done) as bar, lost_workers():
             for batch in self._batches():
-                self.group.tick()
                 chunk = chunks.setdefault(batch.chunk, _Chunk(batch.chunk, len(self.networks), self.subjects))
-                self._check_bad(batch)
+                self.num_bad += len(batch.bad)
+                self.bad = batch.bad[-1] if batch.bad else self.bad
+                self._check_bad(self.num_bad)
                 if len(batch.labels):
                     self._forward(batch, chunk)
                 chunk.add(batch)
-                bar(batch.num, chunk.last_hits)
+                self.seen += batch.num
+                self.hits += chunk.last_hits
+                seen, hits, num_bad = self.group.tick(self.seen, self.hits, self.num_bad)
+                self._check_bad(num_bad)
+                bar(seen, hits)
                 if batch.ends_chunk:
                     record = dict(chunks.pop(batch.chunk).record(), world_size=self.group.world_size)
                     records.append(record)
@@ -89,10 +96,10 @@ class Loop:
                 return
             yield batch
 
-    def _check_bad(self, batch: Batch) -> None:
+    def _check_bad(self, number: int) -> None:
         limit = self.config.max_bad
-        if batch.bad and self.group.add('bad', len(batch.bad)) > limit:
-            raise SFormerError(f'{batch.bad[-1]}' + (f' (--max-bad {limit} is exceeded)' if limit else ''))
+        if number > limit and self.bad is not None:  # a rank that can name one says so
+            raise SFormerError(self.bad + (f' (--max-bad {limit} is exceeded)' if limit else ''))
 
     def _forward(self, batch: Batch, chunk: '_Chunk') -> None:
         """Networks on a batch, once each; then what each subject makes of their logits."""
@@ -209,24 +216,10 @@ class _Chunk:
 
 
 @contextlib.contextmanager
-def _bar(group: Group, total: Optional[int], done: int) -> Iterator[Callable[[int, int], None]]:
-    """A function that takes images and hits of this process, and shows rate and accuracy of all processes on the
-    main one's terminal, if it has one."""
-    counts = [0, 0]
-    told = [time.monotonic()]
-
-    def tell() -> Tuple[int, int]:
-        seen, hits = group.add('images', counts[0]), group.add('hits', counts[1])
-        counts[:], told[0] = [0, 0], time.monotonic()
-        return seen, hits
-
-    if not (group.is_main and sys.stderr.isatty()):
-        def step(num: int, hits: int) -> None:
-            counts[0] += num
-            counts[1] += hits
-            if group.world_size > 1 and time.monotonic() - told[0] > 0.5:
-                tell()
-        yield step
+def _bar(shown: bool, total: Optional[int], done: int) -> Iterator[Callable[[int, int], None]]:
+    """A function that takes images and hits of all processes and shows them, with the rate, if stderr is a terminal."""
+    if not (shown and sys.stderr.isatty()):
+        yield lambda seen, hits: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -236,12 +229,9 @@ def _bar(group: Group, total: Optional[int], done: int) -> Iterator[Callable[[in
         task = progress.add_task('Evaluating', total=total, completed=done, rate='', accuracy='')
         begin = time.monotonic()
 
-        def step(num: int, hits: int) -> None:
-            counts[0] += num
-            counts[1] += hits
-            if time.monotonic() - told[0] > 0.1:
-                seen, right = tell()
+        def step(seen: int, hits: int) -> None:
+            if seen:
                 progress.update(
                     task, completed=seen, rate=f'{(seen - done) / (time.monotonic() - begin):.1f} images/s',
-                    accuracy=f'top-1 {100 * right / seen:.2f} %')
+                    accuracy=f'top-1 {100 * hits / seen:.2f} %')
         yield step

@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 from timm.data import resolve_input_data_config
 
-from ..errors import SFormerError, UncalibratedError, working_compiler
+from ..errors import SFormerError, UncalibratedError, first_line, working_compiler
 from ..files import state_hash
 from ..layers import is_calibrated, named_neurons, placed, shared_copy, source_view, uncalibrated
 from .labels import Benchmark
@@ -20,6 +20,7 @@ from .settings import EvaluationConfig
 
 __all__ = [
     'Network', 'Subject', 'build_networks', 'check_model', 'data_config_of', 'device_of', 'identity', 'prepare_model',
+    'usable_device',
 ]
 
 
@@ -174,6 +175,29 @@ def distinct_configs(configs: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
 
 def device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device('cpu'))
+
+
+def usable_device(
+        asked: str | torch.device | None = None,
+        picked: torch.device | None = None,
+) -> torch.device:
+    """The device that was asked for; an accelerator if there is one, or the CPU, if none was.
+
+    Args:
+        asked: What the user wants.
+        picked: The device of this process among several, which is meant where no index says otherwise.
+
+    Raises:
+        SFormerError: If it cannot be used.
+    """
+    try:
+        device = torch.device(asked or picked or torch.accelerator.current_accelerator(check_available=True) or 'cpu')
+        if picked is not None and (device.type, device.index) == (picked.type, None):
+            device = picked
+        torch.empty(0, device=device)
+        return device
+    except (RuntimeError, AssertionError) as e:
+        raise SFormerError(f'device {str(asked)!r} cannot be used: {first_line(e)}') from e
 
 
 def _source_key(source: nn.Module) -> Optional[Tuple[str, tuple]]:

@@ -45,7 +45,7 @@ class EvaluationConfig:
         retry: Halve batches that do not fit into memory.
         max_bad: Unreadable images that are left out, with their names in the result, before it is an error.
         device: Device to move the models to; where they are if None (one process), else one device per process.
-        timeout: Seconds after which a rank or a worker that gives no sign of life is lost.
+        timeout: Seconds after which a rank that makes no progress, or a worker that delivers nothing, is lost.
 
     Raises:
         SFormerError: If a value is not usable; names it.

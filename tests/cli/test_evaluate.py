@@ -147,6 +147,50 @@ def test_what_is_passed_over_is_shown_and_recorded(run_here, saved, tmp_path):
 # comparison -----------------------------------------------------------------------------------------------------------
 
 @pytest.fixture
+def launched(monkeypatch, run_here, caplog):
+    """Evaluates with variables that a launcher sets, and without others."""
+    def launched(**environment):
+        caplog.clear()
+        with monkeypatch.context() as patch:
+            for key in ('WORLD_SIZE', 'RANK', 'MASTER_PORT', 'ACCELERATE_MIXED_PRECISION', 'SLURM_NTASKS'):
+                patch.delenv(key, raising=False)
+            for key, value in environment.items():
+                patch.setenv(key, value)
+            result = run_here('evaluate', 'sformer_nano.digits', '--dataset', 'digits', '--num-images', 9)
+        return result.code, result.err, [record.getMessage() for record in caplog.records]
+    return launched
+
+
+def test_accelerate_launch_that_starts_one_process_for_two(launched):
+    """The environment that `accelerate launch --cpu --num_processes 2` makes."""
+    import argparse
+
+    from accelerate.commands.launch import launch_command_parser
+    from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+    args = launch_command_parser().parse_args(['--cpu', '--num_processes', '2', '-m', 'sformer'])
+    defaults = dict(
+        num_machines=1, mixed_precision='no', dynamo_backend='no', use_cpu=True, num_cpu_threads_per_process=1)
+    _, env = prepare_simple_launcher_cmd_env(argparse.Namespace(**{**vars(args), **defaults}))
+    keys = ('ACCELERATE_MIXED_PRECISION', 'MASTER_ADDR', 'MASTER_PORT')
+    code, err, _ = launched(**{key: env[key] for key in keys})
+    assert code == 1 and re.search('accelerate launch was asked for several processes .* torchrun', err)
+
+
+def test_mpirun(launched):
+    code, err, _ = launched(OMPI_COMM_WORLD_SIZE='2')
+    assert code == 1 and 'mpirun starts processes that do not know where to meet: use torchrun' in err
+    assert launched(OMPI_COMM_WORLD_SIZE='1') == (0, '', [])
+
+
+def test_slurm_without_a_launcher(launched):
+    """`srun -n 4 sformer ...` starts four processes that do the same work."""
+    code, err, (line,) = launched(SLURM_NTASKS='4')
+    assert (code, err) == (0, '') and line.startswith('SLURM_NTASKS is 4') and 'torchrun' in line
+    assert launched(SLURM_NTASKS='4', SLURM_PROCID='3') == launched(SLURM_NTASKS='1') == (0, '', [])
+    assert launched(SLURM_NTASKS='4', WORLD_SIZE='1') == (0, '', [])
+
+
+@pytest.fixture
 def long_name(saved, tmp_path):
     """A folder with a name that is wider than its column, in the words of other tools' markup."""
     return shutil.copytree(saved, tmp_path / '[bold]a-name-that-is-longer-than-any-column-of-a-table-of-eight-columns')

@@ -23,6 +23,7 @@ from sformer.detection import (
 from sformer.detection.drawing import picture, token_activity
 from sformer.errors import SFormerError
 from sformer.evaluation import Journal
+from sformer.evaluation.launch import Group
 from sformer.layers import placed
 
 
@@ -99,6 +100,14 @@ def test_processes_share_the_images(sformer_detector, folder, tmp_path):
     assert [r['world_size'] for r in results] == [1, 2, 3] and results[0]['boxes']['mAP50'] > 0
     for result in results[1:]:
         assert all(result[key] == results[0][key] for key in FIGURES)
+
+
+def test_processes_that_evaluate_different_detectors(data):
+    class Different(Group):
+        def gather(self, value):
+            return [value, dict(value, models=['another'])]
+    with pytest.raises(SFormerError, match=r'do not evaluate the same \(models differ\)'):
+        evaluate_detector(small_detector(masks=True), data, group=Different())
 
 
 def test_categories_have_to_be_the_same(folder):

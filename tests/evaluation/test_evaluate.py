@@ -13,7 +13,7 @@ from evaluation_tools import steady
 from PIL import Image
 
 from sformer import EvaluationConfig, SFormerError, UncalibratedError, convert, evaluate, evaluate_all
-from sformer.evaluation.distributed import Group
+from sformer.evaluation.launch import Group
 
 
 def test_numbers(coarse, source, digits, result):
@@ -221,8 +221,8 @@ def test_stream_that_ends_early(model, digit_files, monkeypatch):
 
 def test_processes_that_evaluate_different_things(model):
     class Different(Group):
-        def gather(self, value, name):
-            return [value, dict(value, dataset='another copy') if name == 'key' else value]
+        def gather(self, value):
+            return [value, dict(value, dataset='another copy') if 'dataset' in value else value]
     with pytest.raises(SFormerError, match=r'do not evaluate the same \(dataset differ\)'):
         evaluate_all([model], EvaluationConfig(dataset='digits', num_images=64), group=Different())
 

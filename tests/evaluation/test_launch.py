@@ -1,16 +1,21 @@
-"""Many processes: the counts of one, and an end to all when one fails. The full checks are in the script."""
+"""Many processes: the counts of one, and an end to all when one fails.
+
+Faults of processes that torchrun itself has started are in scripts/check_faults.py.
+"""
+import json
 import os
+import re
 import signal
 import sys
-import threading
+import textwrap
 import time
 from pathlib import Path
 
 import pytest
+from torch.distributed import TCPStore
 
 from sformer import SFormerError
-from sformer.evaluation import distributed
-from sformer.evaluation.distributed import Group, RankError, asked_world_size
+from sformer.evaluation.launch import Group
 
 SCRIPTS = str(Path(__file__).parents[2] / 'scripts')
 sys.path.insert(0, SCRIPTS)  # processes that are forked look there, too
@@ -19,9 +24,29 @@ import check_evaluation as check  # noqa: E402
 
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch):
-    for key in ('WORLD_SIZE', 'RANK', 'MASTER_ADDR', 'MASTER_PORT', 'ACCELERATE_MIXED_PRECISION', 'SLURM_NTASKS',
-                'SLURM_PROCID'):
+    for key in ('WORLD_SIZE', 'RANK', 'MASTER_ADDR', 'MASTER_PORT'):
         monkeypatch.delenv(key, raising=False)
+
+
+def in_group(folder, code, world=2, seconds=60):
+    """What `found` is on each of the ranks after they ran some code that has a `group` and a `rank`."""
+    store = TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)
+    processes = []
+    for rank in range(world):
+        env = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR='127.0.0.1',
+                   MASTER_PORT=str(store.port), TORCHELASTIC_USE_AGENT_STORE='True')
+        program = textwrap.dedent(f'''
+            import json, os, sys, time
+            os.environ.update({env})
+            from sformer import SFormerError
+            from sformer.evaluation.launch import Group
+            group, rank, found = Group('cpu', timeout=3), {rank}, None
+        ''') + textwrap.dedent(code) + f'\njson.dump(found, open({str(folder / str(rank))!r}, "w"))\n'
+        processes.append(check.FORKS.Process(target=exec, args=(program, {})))
+        processes[-1].start()
+    codes = check.finish(processes, seconds)
+    assert not any(codes), codes
+    return [json.loads((folder / str(rank)).read_text()) for rank in range(world)]
 
 
 def errors(folder):
@@ -69,12 +94,11 @@ def test_error_of_one_rank_ends_all(tmp_path):
 
 
 @pytest.mark.parametrize('lost, how', [
-    (1, signal.SIGKILL),
-    pytest.param(0, signal.SIGKILL, marks=pytest.mark.slow), pytest.param(0, signal.SIGSTOP, marks=pytest.mark.slow),
-    pytest.param(1, signal.SIGSTOP, marks=pytest.mark.slow)])
+    (1, signal.SIGKILL), (1, signal.SIGSTOP),
+    pytest.param(0, signal.SIGKILL, marks=pytest.mark.slow), pytest.param(0, signal.SIGSTOP, marks=pytest.mark.slow)])
 def test_lost_rank_ends_all(tmp_path, lost, how):
     folder = check.write_digits(tmp_path, 3000, 1)
-    processes = check.start(['evaluate', check.NANO, '--dataset', folder, '--timeout', 2, '--batch-size', 4,
+    processes = check.start(['evaluate', check.NANO, '--dataset', folder, '--timeout', 3, '--batch-size', 4,
                              '--results-file', tmp_path / 'r.json'], 2, tmp_path)
     try:
         other = processes[1 - lost]
@@ -83,16 +107,93 @@ def test_lost_rank_ends_all(tmp_path, lost, how):
         begin = time.monotonic()
         other.join(60)
         assert other.exitcode == 1 and time.monotonic() - begin < 20
-        if lost:  # rank 0 serves the store where there is no agent of torchrun, so nobody could be asked for its pid
-            processes[lost].join(5)
-            assert processes[lost].exitcode == -signal.SIGKILL, 'the launcher would wait for it'
     finally:
         for process in processes:
             process.kill()
-    lines = [line for line in errors(tmp_path) if line.startswith('sformer: error')]
-    assert len(lines) == 1, errors(tmp_path)
-    assert f'rank {lost} of 2 gave no sign of life' in lines[0] or 'lost the connection' in lines[0]
+    line, = errors(tmp_path)
+    who = f'rank {lost}' if how == signal.SIGSTOP else f'(another rank|rank {lost})'
+    assert re.match(f'sformer: error: {who} of 2 processes hangs, or was lost: ', line), line
     assert not (tmp_path / 'r.json').exists()
+
+
+def test_rank_that_is_stopped_for_a_while_is_waited_for(tmp_path):
+    folder = check.write_digits(tmp_path, 1000, 1)
+    args = ['evaluate', check.NANO, '--dataset', folder, '--batch-size', 4, '--results-file', tmp_path / 'r.json']
+    processes = check.start([*args, '--timeout', 10], 2, tmp_path)
+    wait_until(lambda: recorded(tmp_path, 1), processes)
+    os.kill(processes[1].pid, signal.SIGSTOP)
+    time.sleep(2)
+    os.kill(processes[1].pid, signal.SIGCONT)
+    assert check.finish(processes, 60) == [0, 0] and errors(tmp_path) == []
+    assert json.loads((tmp_path / 'r.json').read_text())['num_images'] == 1000
+
+
+def test_slow_rank_that_gets_on_is_waited_for(tmp_path):
+    """Longer than for one that hangs."""
+    assert in_group(tmp_path, '''
+        begin = time.monotonic()
+        for _ in range(14 * rank):
+            time.sleep(0.5)
+            group.tick()
+        values = group.gather(rank)
+        found = values, time.monotonic() - begin > 6
+    ''') == [[[0, 1], True]] * 2
+
+
+def test_rank_that_hangs_is_named_by_whoever_waits_or_works(tmp_path):
+    waits, works, _ = in_group(tmp_path, '''
+        begin = time.monotonic()
+        try:
+            if rank == 0:
+                group.gather('here')
+            while rank == 1:
+                time.sleep(0.1)
+                group.tick()
+        except SFormerError as e:
+            found = str(e), time.monotonic() - begin < 7
+        time.sleep(9 * (rank == 2))
+    ''', 3)
+    for message, in_time in (waits, works):
+        assert message.startswith('rank 2 of 3 processes hangs, or was lost: Timed out') and in_time, message
+
+
+@pytest.mark.slow
+def test_store_that_does_not_answer(tmp_path):
+    """As where the computer of the launcher hangs: its calls would not return."""
+    found = in_group(tmp_path, '''
+        class Silent:
+            def set(self, *args):
+                pass
+            def multi_get(self, *args):
+                time.sleep(100)
+            add = multi_get
+        group._store = Silent()
+        begin = time.monotonic()
+        time.sleep(6 * rank)
+        try:
+            with group.guard():
+                group.gather('here')
+        except SFormerError as e:
+            found = str(e), time.monotonic() - begin < 16
+    ''')
+    message, in_time = found[0]
+    assert message.startswith('the launcher of 2 processes hangs, or was lost: Timed out') and in_time, message
+
+
+def test_sums_are_of_all_ranks_and_begin_anew(tmp_path):
+    code = '''
+        found = []
+        for run in (1, 2):
+            deadline = time.monotonic() + 1.5
+            while time.monotonic() < deadline:
+                sums = group.tick(10 * run, rank, run)
+                time.sleep(0.01)
+            found.append(sums)
+            group.gather(None)
+        found.append(group.tick())
+    '''
+    for found in in_group(tmp_path, code, 3):
+        assert found == [[30, 3, 3], [60, 3, 6], [0, 0, 0]]
 
 
 def test_rank_that_its_launcher_ends_says_so(tmp_path):
@@ -102,15 +203,24 @@ def test_rank_that_its_launcher_ends_says_so(tmp_path):
                              '--results-file', tmp_path / 'r.json'], 2, tmp_path)
     try:
         wait_until(lambda: recorded(tmp_path, 0), processes)
-        os.kill(processes[1].pid, signal.SIGKILL)
         os.kill(processes[0].pid, signal.SIGTERM)
-        assert check.finish(processes, 30) == [1, -signal.SIGKILL]
+        assert check.finish(processes, 30) == [1, 1]
     finally:
         for process in processes:
             process.kill()
     line, = errors(tmp_path)
     assert line.startswith('sformer: error: rank 0 of 2 was told to end (SIGTERM): another rank was killed')
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_errors_of_all_ranks_are_one_line(tmp_path):
+    """A typo is the same on all of them."""
+    for options, message in ((['--benchmark', 'imagenet-x'], "no benchmark 'imagenet-x'"),
+                             (['--num-processes', 3], '3 processes were asked for, but 2 are running')):
+        processes = check.start(['evaluate', check.NANO, '--dataset', 'digits', *options], 2, tmp_path)
+        assert check.finish(processes, 60) == [1, 1]
+        line, = errors(tmp_path)
+        assert message in line
 
 
 @pytest.mark.slow
@@ -128,13 +238,13 @@ def test_dead_worker_ends_the_run(tmp_path):
         for process in processes:
             process.kill()
     assert codes == [1, 1]
-    assert [line for line in errors(tmp_path) if 'images died or hangs' in line], errors(tmp_path)
+    line, = errors(tmp_path)
+    assert 'images died or hangs' in line
 
 
 def test_command_line(tmp_path):
     """Comparison, results files, and what is refused before any work."""
     import csv
-    import json
     data = check.write_digits(tmp_path, 40, 1)
 
     def run(*args):
@@ -176,51 +286,6 @@ def test_all_counts(tmp_path):
     assert check.check_counts(tmp_path, [1, 2, 3, 4], [1, 7, 103], [1, 8, 64], [3, 12])[1] == []
 
 
-def test_number_of_processes_is_checked(monkeypatch):
-    assert asked_world_size() == 1
-    Group(num_processes=1)
-    with pytest.raises(SFormerError, match='2 processes were asked for, but 1 is running: .*torchrun'):
-        Group(num_processes=2)
-    monkeypatch.setenv('WORLD_SIZE', '3')
-    monkeypatch.setenv('RANK', '0')
-    with pytest.raises(SFormerError, match='2 processes were asked for, but 3 are running'):
-        Group(num_processes=2)
-    monkeypatch.setenv('RANK', '1')
-    with pytest.raises(RankError):
-        Group(num_processes=2)
-
-
-def test_accelerate_launch_that_starts_one_process_for_two(monkeypatch):
-    """The environment that `accelerate launch --cpu --num_processes 2` makes."""
-    import argparse
-
-    from accelerate.commands.launch import launch_command_parser
-    from accelerate.utils.launch import prepare_simple_launcher_cmd_env
-    args = launch_command_parser().parse_args(['--cpu', '--num_processes', '2', '-m', 'sformer'])
-    defaults = dict(
-        num_machines=1, mixed_precision='no', dynamo_backend='no', use_cpu=True, num_cpu_threads_per_process=1)
-    _, env = prepare_simple_launcher_cmd_env(argparse.Namespace(**{**vars(args), **defaults}))
-    for key in ('ACCELERATE_MIXED_PRECISION', 'MASTER_ADDR', 'MASTER_PORT'):
-        monkeypatch.setenv(key, env[key])
-    with pytest.raises(SFormerError, match='accelerate launch was asked for several processes .* torchrun'):
-        asked_world_size()
-
-
-def test_slurm_without_a_launcher(monkeypatch, capsys):
-    """`srun -n 4 sformer ...` starts four processes that do the same work."""
-    monkeypatch.setattr(distributed, '_warn', distributed._warn.__wrapped__)  # once per process
-    monkeypatch.setenv('SLURM_NTASKS', '4')
-    assert asked_world_size() == 1
-    line, = capsys.readouterr().err.splitlines()
-    assert line.startswith('sformer: warning: SLURM_NTASKS is 4') and 'torchrun' in line
-    for variables in (dict(SLURM_PROCID='3'), dict(WORLD_SIZE='4'), dict(SLURM_NTASKS='1')):
-        with monkeypatch.context() as patch:
-            for key, value in variables.items():
-                patch.setenv(key, value)
-            asked_world_size()
-    assert capsys.readouterr().err == ''
-
-
 def test_devices():
     assert Group('cpu').device.type == 'cpu'
     for device in ('quantum', 'cuda:77'):
@@ -231,24 +296,6 @@ def test_devices():
 def test_one_process_needs_nobody():
     with Group().guard() as group:
         assert (group.rank, group.world_size, group.is_main) == (0, 1, True)
-        group.tick()
-        group.wait('here')
-        assert group.gather('x', 'there') == ['x'] and group.add('n', 2) == 2 and group.add('n', 3) == 5
+        assert group.tick(3, 2, 1) == [3, 2, 1] and group.gather('x') == ['x'] and group.tick() == [0, 0, 0]
     with pytest.raises(ZeroDivisionError), Group().guard():
         1 / 0  # noqa: B018
-
-
-def test_process_that_was_stopped_for_a_while(monkeypatch):
-    """One late look at the clock is no proof that the store hangs."""
-    ended = []
-    monkeypatch.setattr('os._exit', lambda code: ended.append(code) or group._stop.set())
-    group = Group()
-    group.timeout, group.rank, group._stop = 0.8, 1, threading.Event()
-    group._heard = time.monotonic() - 1000
-    watch = threading.Thread(target=group._watch_store, daemon=True)
-    watch.start()
-    time.sleep(0.3)
-    assert not ended
-    monkeypatch.setattr('sformer.evaluation.distributed._GRACE', -0.5)  # it never answers
-    watch.join(5)
-    assert ended and not watch.is_alive()
