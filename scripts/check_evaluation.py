@@ -68,8 +68,7 @@ def free_port() -> int:
 def start(args: list[str], world: int, folder: Path, threads: int = 1) -> list[Any]:
     """Start `sformer ARGS` on so many processes, as torchrun would, and serve their store as its agent does."""
     from torch.distributed import TCPStore
-    FORKS.set_forkserver_preload(
-        ['sformer.cli.app', 'sformer.evaluation', 'datasets', 'accelerate', 'sklearn.datasets'])
+    FORKS.set_forkserver_preload(['sformer.cli.app', 'sformer.evaluation', 'datasets', 'accelerate'])
     store, processes = TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False), []
     for rank in range(world):
         env = {} if world == 1 else dict(
@@ -135,13 +134,14 @@ def write_digits(folder: Path, samples: int, shards: int) -> Path:
     """A parquet folder of noisy digits, in so many files (a sample each at least)."""
     import datasets
     import numpy as np
-    from sklearn.datasets import load_digits
-    rng, digits = np.random.default_rng(0), load_digits()
+
+    from sformer.data.origins import Digits
+    rng, digits = np.random.default_rng(0), Digits('train')
     images, labels = [], []
-    for i in range(samples):
-        pixels = digits.images[i % 1797] * 255 / 16 + rng.normal(0, 110, (8, 8))  # so much that a third is missed
+    for index in np.arange(samples) % digits.num_images:
+        pixels = digits.images[index] + rng.normal(0, 110, (8, 8))  # so much that a third is missed
         images.append(encode(np.clip(pixels, 0, 255).astype(np.uint8), 'png'))
-        labels.append(int(digits.target[i % 1797]))
+        labels.append(int(digits.labels[index]))
     return write_parquet(folder / f'digits-{samples}-{shards}', 'test', min(shards, samples),
                          datasets.ClassLabel(names=[str(i) for i in range(10)]), images, labels)
 

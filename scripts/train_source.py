@@ -35,6 +35,8 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3, random_seed
 from torch import nn
 
+from sformer.data.origins import Digits
+
 console = Console()
 
 
@@ -136,14 +138,9 @@ class Split:
 
 def load_digits(data: Path | None, cache: Path) -> tuple[Split, Split]:
     """UCI handwritten digits from scikit-learn: 1,257 training and 540 test images of 8x8 grey pixels."""
-    from sklearn import datasets
-    from sklearn.model_selection import train_test_split
-
-    digits = datasets.load_digits()
-    images = np.round(digits.images * 255 / 16).astype(np.uint8)[:, None]
-    train, test = train_test_split(np.arange(len(images)), test_size=540, stratify=digits.target, random_state=0)
-    labels = digits.target.astype(np.int64)
-    return tuple(Split(torch.from_numpy(images[i]), torch.from_numpy(labels[i])) for i in (train, test))
+    parts = Digits('train'), Digits('test')
+    return tuple(Split(torch.from_numpy(part.images[:, None]), torch.from_numpy(part.labels.astype(np.int64)))
+                 for part in parts)
 
 
 def load_cifar10(data: Path | None, cache: Path) -> tuple[Split, Split]:

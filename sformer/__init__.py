@@ -1,21 +1,40 @@
 """SFormer: timm vision transformers as single-timestep spiking transformers, training-free.
 
-Importing the package registers the `sformer_*` models with timm, and detectors with torchvision.
+Importing the package registers the `sformer_*` models with timm, and detectors with torchvision; its names are loaded
+when they are asked for. The command `sformer`, whose help and usage errors wait for none of that, registers models when
+it imports `sformer.saving`, and detectors with `sformer.detection`.
 """
+import importlib
+import importlib.util
 from importlib import metadata as _metadata
+from typing import TYPE_CHECKING, Any, List
 
-from . import cli as _cli  # noqa: F401  Ctrl-C ends in a line; before anything that is slow
-from . import detection as _detection  # noqa: F401  registers with torchvision
-from .conversion import calibrate_, convert
+from .cli.failure import is_command as _is_command  # first of all: from here on Ctrl-C ends in a line
 from .errors import SFormerError, UncalibratedError, UnsupportedLayerError
-from .evaluation import EvaluationConfig, activity, evaluate, evaluate_all
-from .execution import export_onnx, load_onnx, to_integer_, to_spikes_
-from .layers import is_calibrated, named_neurons, source_of, source_view, spiking_
-from .models import SFormer
-from .neurons import FitConfig, SFNConfig
-from .profiling import neurobench_view
-from .saving import entrypoints as _entrypoints  # noqa: F401  registers with timm
-from .saving import load_model, save_model
+
+if TYPE_CHECKING:
+    from .conversion import calibrate_, convert
+    from .evaluation import EvaluationConfig, activity, evaluate, evaluate_all
+    from .execution import export_onnx, load_onnx, to_integer_, to_spikes_
+    from .layers import is_calibrated, named_neurons, source_of, source_view, spiking_
+    from .models import SFormer
+    from .neurons import FitConfig, SFNConfig
+    from .profiling import neurobench_view
+    from .saving import load_model, save_model
+else:
+    _WINGS = ('neurons', 'layers', 'models', 'conversion', 'execution', 'saving', 'evaluation', 'profiling')
+
+    def __getattr__(name: str) -> Any:
+        for wing in _WINGS if name in __all__ else ():
+            found = importlib.import_module(f'.{wing}', __name__)
+            if name in found.__all__:
+                return getattr(found, name)
+        if not name.startswith('_') and importlib.util.find_spec(f'{__name__}.{name}'):
+            return importlib.import_module(f'.{name}', __name__)
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+    def __dir__() -> List[str]:
+        return sorted({*globals(), *__all__})
 
 __version__ = _metadata.version('sformer')
 __all__ = [
@@ -24,3 +43,6 @@ __all__ = [
     'source_view', 'neurobench_view', 'SFNConfig', 'FitConfig', 'EvaluationConfig', 'SFormer',
     'SFormerError', 'UncalibratedError', 'UnsupportedLayerError',
 ]
+
+if not _is_command():
+    from . import detection, saving  # noqa: F401  register what they have

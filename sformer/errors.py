@@ -13,7 +13,7 @@ from typing import Iterator
 
 __all__ = [
     'SFormerError', 'UnsupportedLayerError', 'UncalibratedError', 'UnreadableImageError', 'RunInterruptedError',
-    'RankError', 'enough_memory', 'working_compiler', 'first_line', 'quiet',
+    'RankError', 'install_hint', 'needed_packages', 'enough_memory', 'working_compiler', 'first_line', 'quiet',
 ]
 
 
@@ -39,6 +39,30 @@ class RunInterruptedError(SFormerError):
 
 class RankError(SFormerError):
     """Another process of the run failed, and the error has been printed by somebody else."""
+
+
+def install_hint(extra: str) -> str:
+    """How to install what an extra of this package brings; no index has the package, so a clone has to."""
+    return f"pip install '.[{extra}]' in a clone of sformer"
+
+
+@contextlib.contextmanager
+def needed_packages(extra: str) -> Iterator[None]:
+    """Say in one line that a package is missing, or does not load.
+
+    Args:
+        extra: The extra of this package that brings it.
+
+    Raises:
+        SFormerError: In the place of an ImportError.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as e:
+        package = (e.name or str(e)).partition('.')[0]
+        raise SFormerError(f'{package} is missing: {install_hint(extra)}.') from None
+    except ImportError as e:
+        raise SFormerError(f'what the extra {extra!r} brings does not load: {first_line(e)}.') from e
 
 
 @contextlib.contextmanager

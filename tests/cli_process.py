@@ -14,7 +14,7 @@ NAME = 'vit_tiny_patch16_224'
 KWARGS = [f'{key}={value}' for key, value in NANO.items()]
 FORKS = multiprocessing.get_context('forkserver')
 # importing all that takes seconds, once is enough
-FORKS.set_forkserver_preload(['sformer.cli.app', 'sformer.evaluation', 'datasets', 'accelerate', 'sklearn.datasets'])
+FORKS.set_forkserver_preload(['sformer.cli.app', 'sformer.evaluation', 'datasets', 'accelerate'])
 
 
 @dataclass

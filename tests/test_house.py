@@ -33,8 +33,8 @@ RANK = {part: i for i, parts in enumerate(ORDER) for part in parts}
 LOOSE = {'__init__', '__main__', 'errors', 'files'}  # everything else lies in a wing
 
 # Imported where they are used, since `import sformer` is to take as long as `import timm`.
-SLOW = {'accelerate', 'datasets', 'huggingface_hub', 'matplotlib', 'neurobench', 'nncf', 'onnx', 'onnxruntime',
-        'onnxscript', 'openvino', 'optuna', 'pyarrow', 'pycocotools', 'rich', 'sklearn', 'torchao'}
+SLOW = {'accelerate', 'datasets', 'huggingface_hub', 'jinja2', 'matplotlib', 'neurobench', 'nncf', 'onnx',
+        'onnxruntime', 'onnxscript', 'openvino', 'optuna', 'pyarrow', 'pycocotools', 'rich', 'torchao'}
 NOT_EVERYWHERE = {'fcntl', 'resource'}  # not on Windows
 
 MAX_LINES = 400  # of a file; of functions, ruff counts statements and branches
@@ -239,15 +239,52 @@ def test_everybody_runs_the_same_commands():
     assert [hook['entry'] for hook in hooks] == ['ruff check', 'mypy']
 
 
+PROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text(encoding='utf-8'))['project']
+
+
+def modules_of(requirements: list[str]) -> set[str]:
+    """Names that packages are imported by; an extra of this package stands for what it brings."""
+    found = set()
+    for requirement in requirements:
+        if extras := re.match(r'sformer\[(.+)\]', requirement):
+            found |= set().union(*(modules_of(PROJECT['optional-dependencies'][name]) for name in extras[1].split(',')))
+        else:
+            name = re.match(r'[\w-]+', requirement)[0].replace('-', '_').lower()
+            found.add('PIL' if name == 'pillow' else name)
+    return found
+
+
+CORE = modules_of(PROJECT['dependencies'])
+EXTRAS = {name: modules_of(requirements) for name, requirements in PROJECT['optional-dependencies'].items()}
+
+
 def test_what_is_imported_is_declared():
     """Of what is not, a change in another package's dependencies would be noticed by users."""
-    project = tomllib.loads((ROOT / 'pyproject.toml').read_text(encoding='utf-8'))['project']
-    def names(requirements):
-        modules = {'scikit_learn': 'sklearn', 'pillow': 'PIL'}
-        found = {re.match(r'[\w-]+', name)[0].replace('-', '_').lower() for name in requirements}
-        return {modules.get(name, name) for name in found}
-    known = names(project['dependencies']) | set(sys.stdlib_module_names) | {'sformer'}
-    extras = set().union(*(names(e) for key, e in project['optional-dependencies'].items() if key != 'test'))
+    known = CORE | set(sys.stdlib_module_names) | {'sformer'}
     for module, path in MODULES.items():
         for name, inside, line in imports(module, path):
-            assert name.split('.')[0] in (known | extras if inside else known), f'{module}:{line} imports {name}'
+            assert name.split('.')[0] in (known | EXTRAS['all'] if inside else known), f'{module}:{line} imports {name}'
+
+
+def test_extras():
+    assert EXTRAS['all'] == set().union(*(modules for name, modules in EXTRAS.items() if name != 'test'))
+    assert not CORE & set().union(*EXTRAS.values())
+
+
+def test_hints_name_the_extra_that_brings_a_package():
+    """And where an extra is needed, there is a hint."""
+    hinted, unhinted = set(), set()
+
+    def visit(node: ast.AST, extra: str | None) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, (ast.Import, ast.ImportFrom)):
+                names = [child.module or ''] if isinstance(child, ast.ImportFrom) else [a.name for a in child.names]
+                for name in {name.split('.')[0] for name in names if not getattr(child, 'level', 0)} & EXTRAS['all']:
+                    (hinted if extra else unhinted).add((name, extra))
+            call = child.items[0].context_expr if isinstance(child, ast.With) else None
+            found = isinstance(call, ast.Call) and getattr(call.func, 'id', '') == 'needed_packages'
+            visit(child, call.args[0].value if found else extra)
+    for path in MODULES.values():
+        visit(ast.parse(path.read_text(encoding='utf-8')), None)
+    assert len(hinted) > 8 and not {(name, extra) for name, extra in hinted if name not in EXTRAS[extra]}
+    assert {name for name, _ in unhinted} <= {name for name, _ in hinted}

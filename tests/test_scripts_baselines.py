@@ -70,4 +70,4 @@ def test_a_toolkit_that_is_missing_is_named(run, monkeypatch, capsys):
     monkeypatch.setitem(script.ROWS, name, lambda source, batches: script.Built(
         script.baselines.torchao_int8(source)))
     assert not run(only=['source', name]).get(name)
-    assert "pip install 'sformer[baselines]'" in capsys.readouterr().out
+    assert "pip install '.[baselines]'" in capsys.readouterr().out

@@ -5,7 +5,7 @@ from typing import Callable, Iterable
 import torch
 import torch.nn as nn
 
-from ..errors import SFormerError
+from ..errors import needed_packages
 from ..execution import quantisers
 from ..execution.engines import compile_graph
 from ..execution.onnx import to_onnx
@@ -13,10 +13,6 @@ from ..execution.onnx import to_onnx
 __all__ = ['nncf_int8', 'openvino_float', 'torchao_int8']
 
 Inference = Callable[[torch.Tensor], torch.Tensor]
-
-
-def _missing(e: ImportError) -> SFormerError:
-    return SFormerError(f"{e.name} is missing: pip install 'sformer[baselines]'.")
 
 
 def openvino_float(source: nn.Module) -> Inference:
@@ -53,10 +49,8 @@ def torchao_int8(source: nn.Module) -> nn.Module:
     Raises:
         SFormerError: If torchao is missing.
     """
-    try:
+    with needed_packages('baselines'):
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-    except ImportError as e:
-        raise _missing(e) from None
     network = copy.deepcopy(source)
     quantize_(network, Int8DynamicActivationInt8WeightConfig())
     return network

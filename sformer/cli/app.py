@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 from importlib import metadata
-from typing import Annotated, Any, List, Optional
+from typing import Annotated, Any, Callable, Dict, List, Optional, Tuple
 
 import typer
 
@@ -26,28 +26,43 @@ from . import (
 )
 from .arguments import expand_home, spread
 from .failure import fail
+from .panels import fill_panels
 
 __all__ = ['app', 'run_command']
 
 USAGE_ERROR: Any = typer.BadParameter.__mro__[1]  # typer brings its own click and exports no more than this
 
+# panel -> commands, each with an example: in the order of the work
+COMMANDS: Dict[str, Tuple[Tuple[Callable[..., None], str], ...]] = {
+    'First steps': (
+        (demo.demo, 'sformer demo'),
+        (list_models.list_models, 'sformer list --format csv')),
+    'Convert and measure': (
+        (convert.convert, 'sformer convert vit_base_patch16_224 -o out/'),
+        (evaluate.evaluate, 'sformer evaluate out/ --dataset my-images/ --split val'),
+        (compare.compare, 'sformer compare out-n4/ out-n32/ --dataset my-images/ --split val'),
+        (profile.profile, 'sformer profile out/ --dataset my-images/ -o report/')),
+    'Fewer spikes': (
+        (sweep.sweep, 'sformer sweep out/ --dataset my-images/ --levels 4 8 16 32'),
+        (sweep.search, 'sformer search out/ --dataset my-images/ --budget 40'),
+        (distill.distill, 'sformer distill out/ --dataset my-images/ --split train -o trained/')),
+    'In integers': (
+        (export.export, 'sformer export out/ out/model.onnx'),
+        (benchmark.benchmark, 'sformer benchmark out/ --execution openvino --batch-size 1 8')),
+    'Publish': (
+        (card.card, 'sformer card out/ --license apache-2.0'),
+        (publish.publish, 'sformer publish out/ my-org/sformer_base.mine --dry-run')),
+}
+
 app = typer.Typer(
-    add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    pretty_exceptions_enable=False, rich_markup_mode='markdown', epilog='Example: `sformer convert --help`',
     help='Single-timestep spiking vision transformers from timm models, training-free.')
-app.command()(convert.convert)
-app.command()(evaluate.evaluate)
-app.command()(compare.compare)
-app.command()(export.export)
-app.command()(benchmark.benchmark)
-app.command()(profile.profile)
-app.command()(sweep.sweep)
-app.command()(sweep.search)
-app.command()(distill.distill)
-app.add_typer(detect.commands, name='detect')
-app.command('list')(list_models.list_models)
-app.command()(demo.demo)
-app.command()(publish.publish)
-app.command()(card.card)
+for panel, commands in COMMANDS.items():
+    for command, example in commands:
+        name = 'list' if command is list_models.list_models else command.__name__
+        app.command(name, rich_help_panel=panel, epilog=f'Example: `{example}`')(command)
+app.add_typer(detect.commands, name='detect', rich_help_panel='Detectors')
+fill_panels(app)
 
 
 def show_versions(wanted: bool) -> None:
@@ -74,7 +89,7 @@ def run_command(argv: Optional[List[str]] = None) -> None:
     if '' in args:
         fail('an argument is empty; is a variable of the shell unset?', 2)
     try:
-        code = app(args or ['--help'], standalone_mode=False)
+        code = app(args or ['--help'], prog_name='sformer', standalone_mode=False)
         sys.stdout.flush()
     except RunInterruptedError as e:
         fail(str(e), 130)
@@ -83,7 +98,8 @@ def run_command(argv: Optional[List[str]] = None) -> None:
     except (typer.Abort, KeyboardInterrupt):
         code = 130
     except USAGE_ERROR as e:
-        fail(f'{e.format_message().rstrip(".")}. Try --help.', 2)
+        message = e.format_message().rstrip('.')
+        fail(f'{message}{"" if message.endswith("?") else "."} Try --help.', 2)
     except BrokenPipeError:  # whoever reads the output has read enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit would complain
         sys.exit(1)

@@ -5,12 +5,17 @@ import re
 import shlex
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, TypeVar
 
 from ..errors import SFormerError
 from .failure import fail
 
-__all__ = ['spread', 'expand_home', 'parse_kwargs', 'parse_dataset_ids', 'command_line', 'check_source', 'check_folder']
+__all__ = [
+    'spread', 'expand_home', 'parse_kwargs', 'parse_dataset_ids', 'neuron_config', 'command_line', 'check_source',
+    'check_folder',
+]
+
+Made = TypeVar('Made')
 
 # options that take several values up to the next option, as in timm's own scripts
 MULTI_VALUE = ('--model-kwargs', '--mean', '--std')
@@ -91,6 +96,18 @@ def parse_dataset_ids(pairs: Optional[List[str]]) -> Dict[str, str]:
     if not all(ids) or not all(ids.values()):
         raise SFormerError(f'--dataset-id takes NAME=org/dataset, got {", ".join(map(repr, pairs or []))}.')
     return ids
+
+
+def neuron_config(make: Callable[..., Made], *args: Any, **values: Any) -> Made:
+    """What makes configs of neurons, called.
+
+    Raises:
+        SFormerError: If a value is out of its range.
+    """
+    try:
+        return make(*args, **values)
+    except ValueError as e:
+        raise SFormerError(str(e)) from None
 
 
 def command_line() -> str:

@@ -6,10 +6,10 @@ from typing import Annotated, Any, List, Optional, Tuple
 
 import typer
 
-from ..errors import SFormerError
-from .arguments import check_folder, check_source, command_line, parse_kwargs
+from ..neurons import FitConfig, SFNConfig, recipe_configs
+from .arguments import check_folder, check_source, command_line, neuron_config, parse_kwargs
 from .detect import refuse_options, run_conversion
-from .options import MAX_BATCH_SIZE, MAX_IMAGES, MAX_SEED, ColumnOptions, Dataset, unfolded
+from .options import MAX_BATCH_SIZE, MAX_IMAGES, MAX_SEED, ColumnOptions, CropPct, Dataset, Mean, Std, unfolded
 
 __all__ = ['convert']
 
@@ -55,20 +55,16 @@ class NeuronOptions:
         '--compensate', help='Let weights make up for what neurons leave out: closer to the source, whose weights they '
         'are no longer')] = None
 
-    def configs(self) -> Tuple[Any, Any]:
+    def configs(self) -> Tuple[SFNConfig, FitConfig]:
         """How neurons fire and how they are fitted, as `sformer.convert` takes both.
 
         Raises:
             SFormerError: If a value is out of its range.
         """
-        from ..neurons import FitConfig, recipe_configs
         values = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
         fields = {field.name for field in dataclasses.fields(FitConfig)}
         fit = {name: values.pop(name) for name in fields & values.keys()}
-        try:
-            return recipe_configs(values.pop('recipe'), values, fit)
-        except ValueError as e:
-            raise SFormerError(str(e)) from None
+        return neuron_config(recipe_configs, values.pop('recipe'), values, fit)
 
 
 @unfolded
@@ -83,17 +79,18 @@ def convert(
         calibration: Annotated[str, typer.Option(help=f'dead-leaves (generated images), {Dataset}')] = 'dead-leaves',
         split: Annotated[Optional[str], typer.Option(help='Split of the calibration data set')] = None,
         num_images: Annotated[int, typer.Option(min=1, max=MAX_IMAGES, help='Number of calibration images')] = 256,
-        seed: Annotated[int, typer.Option(max=MAX_SEED, help='Seed of the choice of calibration images')] = 0,
+        seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help='Seed of the choice of calibration images')] = 0,
         batch_size: Annotated[int, typer.Option(
             min=1, max=MAX_BATCH_SIZE, help='Images per batch')] = CALIBRATION_BATCH,
-        mean: Annotated[Optional[List[float]], typer.Option(help='Mean of the normalisation, one per channel')] = None,
-        std: Annotated[Optional[List[float]], typer.Option(help='Std of the normalisation, one per channel')] = None,
-        crop_pct: Annotated[Optional[float], typer.Option(help='Centre crop')] = None,
+        mean: Mean = None,
+        std: Std = None,
+        crop_pct: CropPct = None,
         interpolation: Annotated[Optional[str], typer.Option(help='Resize method: bicubic, bilinear ...')] = None,
         allow_pickle: Annotated[bool, typer.Option('--allow-pickle', help='Load a pickled checkpoint')] = False,
         overwrite: Annotated[bool, typer.Option('--overwrite', help='Replace a model that is there')] = False,
 ) -> None:
     """Convert a trained timm model into an SFormer, without training."""
+    config, fit = neurons.configs()
     check_source(source)
     check_folder(output)
     from ..detection import is_detector
@@ -102,12 +99,11 @@ def convert(
             source, checkpoint=bool(checkpoint), model_kwargs=bool(model_kwargs), mean=bool(mean), std=bool(std),
             crop_pct=crop_pct is not None, interpolation=bool(interpolation), allow_pickle=allow_pickle,
             batch_size=batch_size != CALIBRATION_BATCH, image_column=bool(columns.image_column))
-        run_conversion(source, output, neurons.configs(), calibration, split, num_images, seed, overwrite)
+        run_conversion(source, output, (config, fit), calibration, split, num_images, seed, overwrite)
         return
     from ..conversion import convert as convert_model
     from ..conversion.sources import create_source, set_data_config_
     from ..saving import check_vacant, save_model
-    config, fit = neurons.configs()
     check_vacant(output, overwrite)
     trained = create_source(source, checkpoint, allow_pickle, **parse_kwargs(model_kwargs))
     set_data_config_(trained.network, mean=mean, std=std, crop_pct=crop_pct, interpolation=interpolation)

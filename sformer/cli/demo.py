@@ -80,10 +80,8 @@ def _run(output: Path) -> None:
     from ..conversion import convert
     from ..data import open_images
     from ..evaluation import evaluate
-    from ..files import write_aside
     from ..layers import source_of
     from ..neurons import SFNConfig
-    from ..publishing.plots import plot_accuracy, plot_activity
     from ..saving import save_model
     console = Console()
     start = time.perf_counter()
@@ -121,9 +119,21 @@ def _run(output: Path) -> None:
     console.print(f'Saved to {folder}, reloaded through timm: the same logits, bit for bit.', soft_wrap=True,
                   markup=False)
 
+    console.print(f'{_draw(output, results)} ({time.perf_counter() - start:.0f} s in all)',
+                  soft_wrap=True, markup=False)
+
+
+def _draw(output: Path, results: Dict[int, Dict[str, Any]]) -> str:
+    """Write the pictures, if what draws them is installed, and say so."""
+    from ..files import write_aside
+    from ..publishing.plots import need_pages, plot_accuracy, plot_activity
+    try:
+        need_pages()
+    except SFormerError as e:
+        return f'Without pictures: {e}'
+    best = results[SHOWN_LEVELS[-1]]
     with write_aside(output) as aside:
         accuracy = {levels: results[levels]['top1'] for levels in CURVE}
         (aside / ACCURACY).write_bytes(plot_accuracy(accuracy, best['source_top1']))
         (aside / ACTIVITY).write_bytes(plot_activity(best['activity_per_site'], SHOWN_LEVELS[-1]))
-    console.print(f'Pictures: {output / ACCURACY}, {output / ACTIVITY} '
-                  f'({time.perf_counter() - start:.0f} s in all)', soft_wrap=True, markup=False)
+    return f'Pictures: {output / ACCURACY}, {output / ACTIVITY}'

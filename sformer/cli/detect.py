@@ -17,14 +17,16 @@ __all__ = [
     'commands', 'run_conversion', 'detection_summary', 'detector_batches', 'refuse_options', 'run_detections',
 ]
 
-commands = typer.Typer(help='Object detection and instance segmentation.', rich_markup_mode=None)
+commands = typer.Typer(
+    help='Object detection and instance segmentation.', rich_markup_mode='markdown',
+    epilog='Example: `sformer detect train --help`')
 
-Data = 'Folder in COCO format: SPLIT.json or annotations/instances_SPLIT.json, and images in SPLIT/'
+Data = 'Folder in COCO format: images in SPLIT/, annotations in SPLIT.json or where COCO has them'
 SkipBad = Annotated[bool, typer.Option(
     '--skip-bad', help='Leave out images and annotations that are not usable, instead of an error')]
 
 
-@commands.command('train')
+@commands.command('train', epilog='Example: `sformer detect train --backbone vit_small_patch16_224 --data coco/ -o d/`')
 def train_detector(
         backbone: Annotated[str, typer.Option(help='timm model: a plain ViT or EVA')],
         data: Annotated[Path, typer.Option(help=Data)],
@@ -77,7 +79,7 @@ def train_detector(
           f'to {output}')
 
 
-@commands.command()
+@commands.command(epilog='Example: `sformer detect show det/ image.jpg -o found.png`')
 def show(
         model: Annotated[str, typer.Argument(help='Folder of a detector, or hf-hub:ID')],
         image: Annotated[Path, typer.Argument(help='Image')],

@@ -27,7 +27,7 @@ def distill(
         amp: Annotated[bool, typer.Option('--amp', help='Mixed precision: the SFormer in bfloat16')] = False,
         source_model: Annotated[Optional[str], typer.Option(
             help='Teacher: this model, or the source inside of this SFormer, where its weights have moved')] = None,
-        seed: Annotated[int, typer.Option(max=MAX_SEED, help='Seed of the choice and the order of images')] = 0,
+        seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help='Seed of the choice and the order of images')] = 0,
         overwrite: Annotated[bool, typer.Option('--overwrite', help='Replace a model that is there')] = False,
 ) -> None:
     """Train an SFormer to follow its source with fewer spikes. This is training, but reads no labels."""

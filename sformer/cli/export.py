@@ -28,7 +28,7 @@ def export(
         split: Annotated[Optional[str], typer.Option(help='Split of these images')] = None,
         num_images: Annotated[int, typer.Option(
             min=1, max=MAX_IMAGES, help='Number of these images')] = ROUNDING_IMAGES,
-        seed: Annotated[int, typer.Option(max=MAX_SEED, help='Seed of the choice of these images')] = 0,
+        seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help='Seed of the choice of these images')] = 0,
         image_size: Annotated[Optional[Tuple[int, int]], typer.Option(
             min=1, max=MAX_IMG_SIZE, help="Height and width of images of a detector, if not its own")] = None,
         portable: Annotated[bool, typer.Option(

@@ -1,4 +1,6 @@
 """`sformer list`."""
+import json
+from pathlib import Path
 from typing import Any, Dict, List
 
 from .options import Format, TableFormat
@@ -8,14 +10,15 @@ __all__ = ['list_models']
 
 LIST_COLUMNS = ('name', 'source', 'param_count', 'input_size', 'num_classes', 'license', 'weights', 'results')
 
+# Counting parameters takes seconds: `scripts/make_list.py` does, and a test says when to do it again.
+KNOWN = Path(__file__).parent / 'models.json'
+
 
 def list_models(format: TableFormat = Format.table) -> None:
     """List the models that the package registers with timm, with their sources, and its names of detectors."""
-    from ..detection import detector_names
-    from ..saving.entrypoints import entries
+    known = json.loads(KNOWN.read_text(encoding='utf-8'))
     found: List[Dict[str, Any]] = [
-        dict(entry, param_count=f'{entry["param_count"]:.1f}', input_size='x'.join(map(str, entry['input_size'])))
-        for entry in entries()]
+        dict(entry, input_size='x'.join(map(str, entry['input_size']))) for entry in known['models']]
     if format == Format.csv:
         print_csv(LIST_COLUMNS, found)
         return
@@ -24,9 +27,9 @@ def list_models(format: TableFormat = Format.table) -> None:
         for entry in found:
             if entry['weights'] == weights:
                 lines = [entry['name'], f'  {entry["source"]}', f'  top-1 [%]: {entry["results"]}']
-                rows.append(('\n'.join(lines if entry['results'] else lines[:2]), entry['param_count'],
+                rows.append(('\n'.join(lines if entry['results'] else lines[:2]), str(entry['param_count']),
                              entry['input_size'], entry['license']))
         print_table(f'Weights: {weights}', ('model and its source', 'param. [M]', 'input', 'licence'), rows)
         print()
     print_table('Detectors, for torchvision.models.get_model. Weights: none', ('name',), [
-        (name,) for name in detector_names()])
+        (name,) for name in known['detectors']])

@@ -55,6 +55,14 @@ TableFormat = Annotated[Format, typer.Option('--format', help='A table to read, 
 MAX_IMAGES, MAX_BATCH_SIZE, MAX_IMG_SIZE, MAX_SEED, MAX_TIMEOUT = 10 ** 9, 2 ** 16, 2 ** 14, 2 ** 63 - 1, 10 ** 6
 
 
+# Ranges of preprocessing are those of `data.preprocessing`; a test holds them together
+CropPct = Annotated[Optional[float], typer.Option(min=0.01, max=1, help="Centre crop, if not the model's own")]
+Mean = Annotated[Optional[List[float]], typer.Option(
+    min=-1e4, max=1e4, help='Mean of the normalisation, one per channel')]
+Std = Annotated[Optional[List[float]], typer.Option(
+    min=1e-4, max=1e4, help='Std of the normalisation, one per channel')]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ColumnOptions:
     """Where a table has its images."""
@@ -70,7 +78,7 @@ class EvaluationOptions(ColumnOptions):
         min=1, max=MAX_IMAGES, help='Random subset of this size')] = None
     batch_size: Annotated[int, typer.Option(min=1, max=MAX_BATCH_SIZE, help='Images per batch and process')] = 64
     workers: Annotated[int, typer.Option(min=0, max=256, help='Processes that decode images')] = 0
-    seed: Annotated[int, typer.Option(max=MAX_SEED, help='Seed of the subset')] = 0
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help='Seed of the subset')] = 0
     source: Annotated[bool, typer.Option(help='Evaluate source networks alongside')] = True
     source_model: Annotated[Optional[str], typer.Option(
         help='Compare with this model, or the source inside of this SFormer, not with the one inside: for weights that '
@@ -83,7 +91,7 @@ class EvaluationOptions(ColumnOptions):
         help='imagenet-1k, imagenet-real, imagenet-v2, imagenet-a or imagenet-r')] = None
     img_size: Annotated[Optional[int], typer.Option(
         min=1, max=MAX_IMG_SIZE, help="Input size, if not the model's own")] = None
-    crop_pct: Annotated[Optional[float], typer.Option(help="Centre crop, if not the model's own")] = None
+    crop_pct: CropPct = None
     interpolation: Annotated[Optional[str], typer.Option(help='Resize method: bicubic, bilinear ...')] = None
     amp: Annotated[bool, typer.Option('--amp', help='Mixed precision')] = False
     amp_dtype: Annotated[str, typer.Option(help='bfloat16 or float16; "--amp bf16" says both')] = 'bfloat16'

@@ -29,7 +29,7 @@ def profile(
         split: Annotated[Optional[str], typer.Option(help='Split of the data set')] = None,
         num_images: Annotated[int, typer.Option(min=1, max=MAX_IMAGES, help='Number of images')] = 64,
         batch_size: Annotated[int, typer.Option(min=1, max=MAX_BATCH_SIZE, help='Images per batch')] = COUNTED_BATCH,
-        seed: Annotated[int, typer.Option(max=MAX_SEED, help='Seed of the choice of images')] = 0,
+        seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help='Seed of the choice of images')] = 0,
         what_is_spiking: Annotated[bool, typer.Option(
             '--what-is-spiking', help='List every product and what enters it, and every function on currents')] = False,
         execute: Annotated[int, typer.Option(
@@ -46,6 +46,8 @@ def profile(
     if output:
         check_folder(output)
         check_report(output)
+        from ..publishing.plots import need_pages
+        need_pages()
     from ..conversion import calibration_batches
     from ..detection import is_detector
     from ..profiling import compare_codings, energy, pixels_of, profile_model, read_constants, spike_maps

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Dict, List, Optional, Sequence, Tuple
 import typer
 
 from ..errors import SFormerError
-from .arguments import check_folder, command_line
+from ..neurons import SFNConfig
+from .arguments import check_folder, command_line, neuron_config
 from .options import MAX_BATCH_SIZE, MAX_IMAGES, MAX_SEED, Dataset, unfolded
 from .tables import print_table
 
@@ -22,7 +23,7 @@ class BenchOptions:
     num_images: Annotated[int, typer.Option(min=1, max=MAX_IMAGES, help='Images to compare on')] = 512
     num_calibration: Annotated[int, typer.Option(min=1, max=MAX_IMAGES, help='Other images to calibrate with')] = 128
     batch_size: Annotated[int, typer.Option(min=1, max=MAX_BATCH_SIZE, help='Images per batch that is read')] = 32
-    seed: Annotated[int, typer.Option(max=MAX_SEED, help='Seed of the choice of images')] = 0
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help='Seed of the choice of images')] = 0
     results_file: Annotated[Optional[Path], typer.Option(help='JSON file for the results')] = None
 
     def __post_init__(self) -> None:
@@ -77,6 +78,10 @@ def sweep(
         silence: Annotated[Optional[float], typer.Option(help="Price of activity, if not the model's own")] = None,
 ) -> None:
     """Convert the source of an SFormer with several numbers of levels, and compare each with it."""
+    for count in levels or ():
+        neuron_config(SFNConfig, levels=count)
+    if silence is not None:
+        neuron_config(SFNConfig, silence=silence)
     from ..conversion.search import SWEPT_LEVELS, replaced, sweep
     bench_, network, used = bench.open(model)
     base = network.sfn_config if silence is None else replaced(network.sfn_config, silence=silence)
@@ -98,7 +103,7 @@ def search(
         storage: Annotated[Optional[Path], typer.Option(
             help='Journal of the trials; a search that was ended continues from it')] = None,
 ) -> None:
-    """Search for neurons that fire little and stay close to the source (an extra: pip install 'sformer[search]')."""
+    """Search for neurons that fire little and stay close to the source (an extra: pip install '.[search]')."""
     if spikes not in ('activity', 'unary', 'binary'):
         raise SFormerError(f'--spikes is activity, unary or binary, not {spikes!r}.')
     from ..conversion.search import need_optuna, pareto_front, recommended, search

@@ -10,7 +10,7 @@ from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tupl
 import torch
 import torch.nn as nn
 
-from ..errors import SFormerError
+from ..errors import SFormerError, needed_packages
 from ..files import state_hash
 from ..layers import named_neurons
 from ..neurons import CODINGS, FitConfig, Neuron, ScaleAndFire, SFNConfig, count_spikes
@@ -225,10 +225,8 @@ def need_optuna() -> Any:
     Raises:
         SFormerError: If it is not installed.
     """
-    try:
+    with needed_packages('search'):
         import optuna
-    except ImportError:
-        raise SFormerError("optuna is missing: pip install 'sformer[search]'.") from None
     return optuna
 
 

@@ -7,6 +7,7 @@ import torch.nn as nn
 from torchvision.transforms.v2 import functional as F
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
+from ..errors import needed_packages
 from ..files import write_aside
 from ..layers import SpikingLinear, WindowedMixin, named_neurons, source_view
 from .coco import read_image
@@ -56,8 +57,9 @@ def draw_file(
     weights and which image it is.
 
     Raises:
-        SFormerError: If the image is missing or unreadable.
+        SFormerError: If the image is missing or unreadable, or matplotlib is missing.
     """
+    _matplotlib()
     side_by_side = side_by_side and any(True for _ in named_neurons(detector))
     drawn = F.to_pil_image(picture(detector, read_image(image), min_score, side_by_side))
     with write_aside(output.parent) as aside:
@@ -120,19 +122,22 @@ def token_activity(detector: nn.Module, image: torch.Tensor) -> Tuple[Dict[str, 
     return found, torch.stack(shares).mean(0)[-height * width:].reshape(height, width).cpu()
 
 
+def _matplotlib() -> Any:
+    with needed_packages('detection'):
+        import matplotlib
+    return matplotlib
+
+
 def _coloured(values: torch.Tensor) -> torch.Tensor:
     """Values in [0, 1] in colours, uint8 (3, h, w); the range is that of the values."""
-    import matplotlib
     low, high = values.min(), values.max()
-    colours = matplotlib.colormaps['viridis'](((values - low) / (high - low).clamp_min(1e-6)).numpy(), bytes=True)
+    colours = _matplotlib().colormaps['viridis'](((values - low) / (high - low).clamp_min(1e-6)).numpy(), bytes=True)
     return torch.from_numpy(colours[..., :3].copy()).permute(2, 0, 1)
 
 
 def _palette() -> List[Tuple[int, int, int]]:
-    import matplotlib
-    return [(int(r), int(g), int(b)) for r, g, b, _ in matplotlib.colormaps['tab10'](range(10), bytes=True)]
+    return [(int(r), int(g), int(b)) for r, g, b, _ in _matplotlib().colormaps['tab10'](range(10), bytes=True)]
 
 
 def _font() -> str:
-    import matplotlib
-    return str(Path(matplotlib.get_data_path(), 'fonts', 'ttf', 'DejaVuSans.ttf'))
+    return str(Path(_matplotlib().get_data_path(), 'fonts', 'ttf', 'DejaVuSans.ttf'))

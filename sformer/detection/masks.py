@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import SFormerError
+from ..errors import needed_packages
 
 __all__ = ['ProblemError', 'encode', 'mask_code', 'mask_tools', 'share_inside']
 
@@ -26,10 +26,8 @@ def mask_tools() -> Any:
     Raises:
         SFormerError: If it is not installed.
     """
-    try:
+    with needed_packages('detection'):
         from pycocotools import mask
-    except ImportError as e:
-        raise SFormerError('masks and COCO metrics need pycocotools: pip install "sformer[detection]".') from e
     return mask
 
 

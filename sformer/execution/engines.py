@@ -6,7 +6,7 @@ from typing import Any, Callable, Dict, Optional
 
 import torch
 
-from ..errors import SFormerError, first_line
+from ..errors import SFormerError, first_line, install_hint
 
 __all__ = [
     'ENGINES', 'find_engine', 'engine_version', 'compile_graph', 'openvino_config',
@@ -58,8 +58,8 @@ def find_engine(engine: Optional[str] = None) -> str:
     for name in [engine] if engine else ENGINES:
         if importlib.util.find_spec(name) is not None:
             return name
-    raise SFormerError(f"{engine or 'no engine'} is {'not ' if engine else ''}installed: "
-                       f"pip install 'sformer[{EXTRAS[engine or 'openvino']}]'.")
+    raise SFormerError(f'{engine or "no engine"} is {"not " if engine else ""}installed: '
+                       f'{install_hint(EXTRAS[engine or "openvino"])}.')
 
 
 def engine_version(name: str) -> str:
@@ -77,8 +77,8 @@ def compile_graph(graph: Any, engine: Optional[str] = None) -> Run:
     try:
         return ENGINES[name](graph)
     except ImportError as e:
-        raise SFormerError(f"{name} is installed and does not load ({first_line(e)}): "
-                           f"pip install --force-reinstall 'sformer[{EXTRAS[name]}]'.") from e
+        raise SFormerError(f'{name} is installed and does not load ({first_line(e)}): '
+                           f'pip install --force-reinstall {name}.') from e
     except Exception as e:  # whatever an engine raises of an operator or a type that it does not know
         raise SFormerError(
             f'{name} {engine_version(name)} cannot run this graph ({first_line(e)}); a newer one may.') from e

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from ..errors import SFormerError, first_line
+from ..errors import SFormerError, first_line, needed_packages
 from .engines import Run, compile_graph, engine_version, find_engine
 from .onnx import METADATA, graph_hash
 from .processor import instruction_set, sums_exactly
@@ -83,10 +83,8 @@ def load_onnx(path: Union[str, Path], engine: Optional[str] = None) -> EngineNet
     path, engine = Path(path), find_engine(engine)
     if not path.is_file():
         raise SFormerError(f'no graph at {path}.')
-    try:
+    with needed_packages('onnx'):
         import onnx
-    except ImportError:
-        raise SFormerError("onnx is missing: pip install 'sformer[onnx]'.") from None
     try:
         model = onnx.load(path)
         recorded = {p.key: p.value for p in model.metadata_props}.get(METADATA)

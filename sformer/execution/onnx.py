@@ -19,7 +19,7 @@ from timm.layers import pos_embed_sincos
 
 from ..conversion import Images, calibration_batches
 from ..conversion.record import library_versions
-from ..errors import SFormerError, quiet
+from ..errors import SFormerError, needed_packages, quiet
 from ..files import state_hash, write_aside
 from ..layers import named_neurons
 from ..neurons import ScaleAndFire
@@ -168,11 +168,9 @@ def _check_options(max_error: float, unread: Any) -> None:
 
 def _check_packages() -> None:
     """Raise SFormerError if what torch exports by is missing."""
-    try:
+    with needed_packages('onnx'):
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
-    except ImportError as e:
-        raise SFormerError(f"{e.name} is missing: pip install 'sformer[onnx]'.") from None
 
 
 def check_output(path: Path, overwrite: bool = False) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from ..errors import SFormerError, quiet
+from ..errors import needed_packages, quiet
 from .onnx import to_onnx
 
 __all__ = ['nncf_graph', 'plain_int8']
@@ -24,10 +24,8 @@ def plain_int8(network: nn.Module, images: torch.Tensor) -> bytes:
     Raises:
         SFormerError: If packages are missing.
     """
-    try:
+    with needed_packages('onnx'):
         from onnxruntime import quantization
-    except ImportError:
-        raise SFormerError("onnxruntime is missing, which quantises: pip install 'sformer[onnx]'.") from None
 
     class Reader(quantization.CalibrationDataReader):
         def __init__(self) -> None:
@@ -60,11 +58,9 @@ def nncf_graph(network: nn.Module, batches: Iterable[torch.Tensor]) -> Any:
     Raises:
         SFormerError: If packages are missing.
     """
-    try:
+    with needed_packages('baselines'):
         import nncf
         import openvino
-    except ImportError as e:
-        raise SFormerError(f"{e.name} is missing: pip install 'sformer[baselines]'.") from None
     images = [batch.numpy() for batch in batches]
     with quiet('nncf'):
         return nncf.quantize(

@@ -1,10 +1,12 @@
 """Spiking neurons: the mathematics of thresholds, levels and steps, and how they are fitted to observed currents.
 
 No timm, no files: currents are tensors, and everything here works on any of them. A neuron type is a subclass of
-`Neuron` with `encode`, `statistics` and `fit`.
+`Neuron` with `encode`, `statistics` and `fit`. Configs need no torch: whoever wants no more than them does not wait for
+it.
 """
-from .base import Float32Buffers, Neuron, Spikes
-from .coding import CODINGS, count_levels, count_spikes, spikes_in
+import importlib
+from typing import TYPE_CHECKING, Any, List
+
 from .config import (
     DEFAULT_RANGE,
     FIRE_FUNCTIONS,
@@ -17,21 +19,34 @@ from .config import (
     recipe_configs,
     recipe_name,
 )
-from .functional import (
-    MAX_BYTE_LEVEL,
-    MAX_LEVEL,
-    MAX_WIDE_LEVEL,
-    fire,
-    firing_boundaries,
-    integrate_and_fire,
-    level_values,
-    max_levels,
-    multi_threshold,
-    straight_through,
-)
-from .graded import GradedCoding
-from .scale_and_fire import ScaleAndFire
-from .statistics import CurrentStatistics
+from .levels import MAX_BYTE_LEVEL, MAX_LEVEL, MAX_WIDE_LEVEL, max_levels
+
+if TYPE_CHECKING:
+    from .base import Float32Buffers, Neuron, Spikes
+    from .coding import CODINGS, count_levels, count_spikes, spikes_in
+    from .functional import (
+        fire,
+        firing_boundaries,
+        integrate_and_fire,
+        level_values,
+        multi_threshold,
+        straight_through,
+    )
+    from .graded import GradedCoding
+    from .scale_and_fire import ScaleAndFire
+    from .statistics import CurrentStatistics
+else:
+    _MODULES = ('base', 'coding', 'functional', 'graded', 'scale_and_fire', 'statistics')
+
+    def __getattr__(name: str) -> Any:
+        for module in _MODULES if name in __all__ else ():
+            found = importlib.import_module(f'.{module}', __name__)
+            if name in found.__all__:
+                return getattr(found, name)
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+    def __dir__() -> List[str]:
+        return sorted({*globals(), *__all__})
 
 __all__ = [
     'MAX_LEVEL', 'MAX_BYTE_LEVEL', 'MAX_WIDE_LEVEL', 'FIRE_FUNCTIONS', 'SOFTMAX_FIRE_FUNCTIONS', 'DEFAULT_RANGE',

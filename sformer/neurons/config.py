@@ -1,9 +1,9 @@
-"""How neurons fire, and how they are fitted: two frozen configs, each with one owner."""
+"""How neurons fire, and how they are fitted: two frozen configs, each with one owner. They need no torch."""
 import dataclasses
 import math
 from typing import Any, Dict, Optional, Tuple, Type, TypeVar, Union
 
-from .functional import MAX_LEVEL, MAX_WIDE_LEVEL, level_values, max_levels
+from .levels import MAX_LEVEL, MAX_WIDE_LEVEL, level_integers, max_levels
 
 __all__ = [
     'FIRE_FUNCTIONS', 'SOFTMAX_FIRE_FUNCTIONS', 'ESTIMATORS', 'DEFAULT_RANGE', 'RECIPES', 'Recipe', 'SFNConfig',
@@ -91,17 +91,17 @@ class SFNConfig:
             _check(value in names, f'{name} must be one of auto, {", ".join(names)}, got {value!r}.')
             most = max_levels(value)
             if self.levels > most:
-                few = ', '.join(f'{v:g}' for v in level_values(value, 4))
-                raise ValueError(f'{name}={value} has levels {few} ... {level_values(value, most)[-1]:g}, so at most '
+                few = ', '.join(map(str, level_integers(value, 4)))
+                raise ValueError(f'{name}={value} has levels {few} ... {level_integers(value, most)[-1]}, so at most '
                                  f'{most} of them, got levels={self.levels}.')
         _check_number('initial_potential', self.initial_potential, 0, math.nextafter(1, 0), '[0, 1)')
         _check_number('dead_zone', self.dead_zone, 0, math.inf)
         for name, value, limit in (
                 ('fire', self.signed_fire, MAX_LEVEL), ('activation_fire', self.mlp_fire, MAX_LEVEL),
                 ('attention_fire', self.softmax_fire, MAX_WIDE_LEVEL)):
-            top = limit if value == 'density' else level_values(value, self.levels, limit)[-1].item()
+            top = limit if value == 'density' else level_integers(value, self.levels, limit)[-1]
             _check(self.dead_zone <= top,
-                   f'dead_zone must not exceed {top:g}, the top level of {name}={value} with {self.levels} levels, or '
+                   f'dead_zone must not exceed {top}, the top level of {name}={value} with {self.levels} levels, or '
                    f'nothing would ever fire, got {self.dead_zone!r}.')
         _check_number('scale', self.scale, 1e-3, 1e3)
         _check(isinstance(self.token_scale, bool), f'token_scale must be True or False, got {self.token_scale!r}.')

@@ -9,24 +9,16 @@ from typing import Union
 
 import torch
 
-__all__ = [
-    'MAX_LEVEL', 'MAX_MET_LEVEL', 'MAX_BYTE_LEVEL', 'MAX_WIDE_LEVEL', 'integrate_and_fire', 'multi_threshold',
-    'max_levels', 'level_values', 'firing_boundaries', 'fire', 'token_reach', 'straight_through',
-]
+from .levels import EXPONENTS, MAX_LEVEL, QUARTERS, level_integers
 
-MAX_LEVEL = 127  # a level is one int8 on hardware
-MAX_MET_LEVEL = 63  # or, where spikes meet spikes, what every processor multiplies by its like in 8 bits
-MAX_BYTE_LEVEL = 255  # or, where none is negative, one unsigned byte
-MAX_WIDE_LEVEL = 128 * 127 + 127  # or, where a site says so, two int8 planes: k = 128 high + low
+__all__ = [
+    'integrate_and_fire', 'multi_threshold', 'level_values', 'firing_boundaries', 'fire', 'token_reach',
+    'straight_through',
+]
 
 # The largest float below 1/2. Added before the floor it rounds halves away from zero and nothing below them; 1/2
 # itself would round the float just below 1/2 up to 1.
 _BELOW_HALF = 0.49999997
-
-EXPONENTS = {'quadratic': 2, 'quartic': 4}
-# Levels are quarters of squares, y_i = floor((i + c)^2 / 4) - c^2 / 4, with this c: their gaps grow by a half on
-# average, from c / 2 on. The larger c, the less they spread out.
-QUARTERS = {'quarter_square': 2, 'widening': 4}
 
 
 def integrate_and_fire(
@@ -82,37 +74,10 @@ def multi_threshold(
     return torch.floor((x + initial_potential) / threshold).clamp(0, levels) * threshold
 
 
-def max_levels(fire_function: str) -> int:
-    """Most levels of a fire function whose values an int8 holds."""
-    return {'power2': 7, 'quarter_square': 20, 'widening': 18}.get(fire_function, MAX_LEVEL)
-
-
 def level_values(fire_function: str, levels: int, top: int = MAX_LEVEL) -> torch.Tensor:
-    """Level values y_1 < ... < y_N of a closed-form fire function.
-
-    Args:
-        fire_function: `uniform` (y_i = i), `quadratic` (y_i = max(i, round(S i^2 / N^2)), S = min(N^2, top)), `quartic`
-            (the same with i^4), `widening` (2, 5, 8, 12, 16, 21 ...: y_i = floor((i + 4)^2 / 4) - 4),
-            `quarter_square` (1, 3, 5, 8, 11, 15 ...: y_i = floor((i + 2)^2 / 4) - 1), `power2` (y_i = 2^(i-1)) or
-            `byte` (1 to 255, whatever N is). `density` has no closed form and starts out as `uniform`.
-        levels: Number of levels N.
-        top: Largest level that the site can carry.
-
-    Returns:
-        Integers in float32, (N,), of `byte` (255,).
-    """
-    i = torch.arange(1, levels + 1, dtype=torch.float32, device='cpu')  # also inside of torch.device('meta')
-    if fire_function == 'byte':
-        return torch.arange(1, MAX_BYTE_LEVEL + 1, dtype=torch.float32, device='cpu')
-    if fire_function in EXPONENTS:
-        p = EXPONENTS[fire_function]
-        return torch.maximum(i, torch.round(i ** p * (min(levels ** p, top) / levels ** p)))
-    if fire_function in QUARTERS:
-        c = QUARTERS[fire_function]
-        return torch.floor((i + c) ** 2 / 4) - c ** 2 / 4
-    if fire_function == 'power2':
-        return 2. ** (i - 1)
-    return i
+    """Level values y_1 < ... < y_N as of `level_integers`: integers in float32, (N,), of `byte` (255,)."""
+    values = level_integers(fire_function, levels, top)
+    return torch.tensor(values, dtype=torch.float32, device='cpu')  # also inside of torch.device('meta')
 
 
 def firing_boundaries(values: torch.Tensor, initial_potential: float = 0.5, dead_zone: float = 0.) -> torch.Tensor:

@@ -5,16 +5,8 @@ import torch
 
 from .base import Neuron, Spikes
 from .config import DEFAULT_RANGE, FitConfig, SFNConfig
-from .functional import (
-    MAX_LEVEL,
-    MAX_MET_LEVEL,
-    MAX_WIDE_LEVEL,
-    fire,
-    firing_boundaries,
-    level_values,
-    straight_through,
-    token_reach,
-)
+from .functional import fire, firing_boundaries, level_values, straight_through, token_reach
+from .levels import MAX_LEVEL, MAX_MET_LEVEL, MAX_WIDE_LEVEL
 from .statistics import CurrentStatistics
 from .thresholds import exact_step, fit_density_levels, fit_steps
 

@@ -6,7 +6,8 @@ from typing import List, Optional, Tuple
 import torch
 
 from .config import FitConfig
-from .functional import MAX_LEVEL, firing_boundaries, level_values
+from .functional import firing_boundaries, level_values
+from .levels import MAX_LEVEL
 from .statistics import HIGH, LOW, NUM_BINS, CurrentStatistics, bin_edges
 
 __all__ = ['MIN_STEP', 'exact_step', 'fit_steps', 'fit_density_levels', 'error_integral', 'branch_error']

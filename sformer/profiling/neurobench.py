@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..errors import SFormerError, UncalibratedError
+from ..errors import SFormerError, UncalibratedError, needed_packages
 from ..execution import SPIKE_CODINGS, spike_planes
 from ..layers import AttentionProduct, SpikingConv2d, SpikingLinear, is_calibrated, shared_copy, uncalibrated
 from ..layers.products import softmax_numerators
@@ -150,10 +150,8 @@ def neurobench_view(model: nn.Module, coding: str = 'graded') -> Any:
         raise SFormerError(f'coding must be one of {", ".join(SPIKE_CODINGS)}, got {coding!r}.')
     if not is_calibrated(model):
         raise UncalibratedError(f'{uncalibrated(model)}; its spikes would mean nothing. Use sformer.convert().')
-    try:
+    with needed_packages('neurobench'):
         from neurobench.models import TorchModel
-    except ImportError:
-        raise SFormerError("neurobench is missing: pip install 'sformer[neurobench]'.") from None
     wrapped = TorchModel(_split(nn.ModuleList([shared_copy(model).eval()]), coding)[0])
     wrapped.add_activation_module(FiredSpikes)
     return wrapped

@@ -10,7 +10,7 @@ from ..files import write_aside
 from ..saving.model_config import WEIGHTS_NAME
 from .detector_figures import detector_kind, detector_rows, metric_rows, metrics, task_of
 from .model_record import ModelRecord
-from .plots import is_own_plot, render_plots
+from .plots import is_own_plot, need_pages, render_plots
 
 __all__ = ['render_card', 'render_eval_results', 'write_card']
 
@@ -274,8 +274,9 @@ def render_card(record: ModelRecord, plots: Optional[Dict[str, str]] = None) -> 
         A `huggingface_hub.ModelCard`, which parses and has passed the client's own checks.
 
     Raises:
-        SFormerError: If the metadata break a rule of the Hub.
+        SFormerError: If the metadata break a rule of the Hub, or a package is missing.
     """
+    need_pages()
     from huggingface_hub import ModelCard
     used = record.conversion.get('source')
     source = hub_link(record.base_model) if record.base_model else f'a `{used}`' if used else \
@@ -333,7 +334,8 @@ def write_card(record: ModelRecord, directory: Union[str, Path], overwrite: bool
         Path of the card.
 
     Raises:
-        SFormerError: If a file would be lost that was not written here, or was edited afterwards.
+        SFormerError: If a file would be lost that was not written here, or was edited afterwards; or a package is
+            missing.
     """
     directory, name = Path(directory), card_name(record)
     plots = {f'{name}.{file}': plot for file, plot in render_plots(record).items()}

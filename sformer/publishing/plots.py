@@ -6,11 +6,12 @@ from typing import Any, Dict, List, Optional, Tuple
 
 from PIL import Image
 
+from ..errors import needed_packages
 from ..files import png_bytes, png_values
 from .detector_figures import picture_title
 from .model_record import ModelRecord
 
-__all__ = ['plot_accuracy', 'plot_activity', 'png', 'render_plots', 'is_own_plot']
+__all__ = ['plot_accuracy', 'plot_activity', 'need_pages', 'new_figure', 'png', 'render_plots', 'is_own_plot']
 
 
 def plot_accuracy(accuracy: Dict[int, float], source: float) -> bytes:
@@ -24,8 +25,7 @@ def plot_accuracy(accuracy: Dict[int, float], source: float) -> bytes:
         PNG that carries its numbers as JSON in the text chunk `sformer`, and nothing that changes from one drawing to
         the next.
     """
-    from matplotlib.figure import Figure  # the object interface needs no display and no global state
-    figure = Figure(figsize=(6, 4), layout='constrained')
+    figure = new_figure(6, 4)
     axes = figure.add_subplot(
         xscale='log', xlabel='levels N per branch', ylabel='top-1 [%]', title='Accuracy of the single-timestep SFormer')
     axes.axhline(source, color='grey', linestyle='--', label=f'source, {source:.1f} %')
@@ -51,14 +51,13 @@ def plot_activity(activity: Dict[str, float], levels: Optional[int] = None) -> b
     Returns:
         PNG as of `plot_accuracy`.
     """
-    from matplotlib.figure import Figure
     cells: Dict[str, Dict[str, float]] = {}
     for name, share in activity.items():
         block = re.match(r'blocks\.(\d+)\.(.*)', name)
         column, site = (block[1], block[2]) if block else ('head', name)
         cells.setdefault(site.replace('.neuron', '').replace('_neuron', ''), {})[column] = share
     columns: List[Any] = list(dict.fromkeys(column for row in cells.values() for column in row))
-    figure = Figure(figsize=(1.6 + 0.75 * len(columns), 1.2 + 0.42 * len(cells)), layout='constrained')
+    figure = new_figure(1.6 + 0.75 * len(columns), 1.2 + 0.42 * len(cells))
     axes = figure.add_subplot(title='Activity' + (f', N = {levels}' if levels else ''), xlabel='block')
     grid = [[row.get(column, float('nan')) for column in columns] for row in cells.values()]
     image = axes.imshow(grid, vmin=0, vmax=1, cmap='viridis', aspect='auto')
@@ -95,6 +94,24 @@ def render_plots(record: ModelRecord) -> Dict[str, Tuple[str, bytes]]:
 def is_own_plot(path: Path) -> bool:
     """Whether a file is a plot that this package drew."""
     return png_values(path) is not None
+
+
+def need_pages() -> None:
+    """Raise SFormerError if a package is missing that draws plots or fills in templates."""
+    with needed_packages('pages'):
+        import jinja2  # noqa: F401
+        import matplotlib  # noqa: F401
+
+
+def new_figure(width: float, height: float) -> Any:
+    """A figure of matplotlib of a size in inches.
+
+    Raises:
+        SFormerError: If matplotlib is missing.
+    """
+    with needed_packages('pages'):
+        from matplotlib.figure import Figure  # the object interface needs no display and no global state
+    return Figure(figsize=(width, height), layout='constrained')
 
 
 def png(figure: Any, values: Dict[str, Any]) -> bytes:

@@ -5,14 +5,13 @@ import json
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
-import jinja2
 import torch
 
 from ..conversion.record import library_versions
 from ..errors import SFormerError
 from ..files import write_aside
 from ..profiling import Profile
-from .plots import plot_activity
+from .plots import need_pages, plot_activity
 from .profile_plots import plot_energy, plot_levels, plot_maps, plot_trade_off
 
 __all__ = ['OTHER', 'PARTS', 'by_kind', 'by_site', 'kind_of', 'read_curve', 'write_profile']
@@ -96,7 +95,12 @@ def write_profile(
 
     Returns:
         Names of the files.
+
+    Raises:
+        SFormerError: If a package is missing.
     """
+    need_pages()
+    import jinja2
     pictures = _drawings(result, profile, image, dict(maps or {}), curve)
     result = dict(result, versions=library_versions())
     environment = jinja2.Environment(

@@ -3,7 +3,7 @@ from typing import Any, Dict, List, Optional, Sequence
 
 import torch
 
-from .plots import png
+from .plots import new_figure, png
 
 __all__ = ['plot_energy', 'plot_levels', 'plot_maps', 'plot_trade_off']
 
@@ -21,9 +21,8 @@ def plot_levels(histograms: Dict[str, Dict[int, int]]) -> bytes:
     Returns:
         PNG that carries its numbers, as of `plots.plot_accuracy`.
     """
-    from matplotlib.figure import Figure
     rows = -(-len(histograms) // 2)
-    figure = Figure(figsize=(WIDTH, 1.4 * rows), layout='constrained')
+    figure = new_figure(WIDTH, 1.4 * rows)
     for i, (site, counts) in enumerate(histograms.items()):
         axes = figure.add_subplot(rows, 2, i + 1, yscale='log')
         total = sum(counts.values())
@@ -45,8 +44,7 @@ def plot_energy(account: Dict[str, Dict[str, float]], parts: Dict[str, str]) -> 
         account: As of `profiling.energy`, mJ per image.
         parts: Its parts and what they are called.
     """
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(WIDTH, 0.9 + 0.5 * len(account)), layout='constrained')
+    figure = new_figure(WIDTH, 0.9 + 0.5 * len(account))
     axes = figure.add_subplot(xlabel='energy per image, estimated [mJ]')
     twin = account['quantised']['total']
     axes.tick_params(labelsize=8)
@@ -73,10 +71,9 @@ def plot_maps(image: torch.Tensor, maps: Dict[str, torch.Tensor]) -> bytes:
         image: (C, H, W), values in [0, 1].
         maps: Name -> spikes per neuron, (rows, columns) of patches.
     """
-    from matplotlib.figure import Figure
     columns, size = 3, tuple(image.shape[1:])
     rows = -(-(len(maps) + 1) // columns)
-    figure = Figure(figsize=(WIDTH, 1.7 * rows), layout='constrained')
+    figure = new_figure(WIDTH, 1.7 * rows)
     pixels = image.clamp(0, 1).permute(1, 2, 0).expand(-1, -1, 3).numpy()
     for i, (name, values) in enumerate({'image': None, **maps}.items()):
         axes = figure.add_subplot(rows, columns, i + 1)
@@ -96,9 +93,8 @@ def plot_trade_off(points: Sequence[Dict[str, Any]], source: Optional[float]) ->
         points: `levels`, `top1` in percent and perhaps `energy` in mJ per image.
         source: Top-1 of the source in percent, if known.
     """
-    from matplotlib.figure import Figure
     axes_of = ['levels'] + ['energy'] * all('energy' in point for point in points)
-    figure = Figure(figsize=(WIDTH, 2.6 * len(axes_of)), layout='constrained')
+    figure = new_figure(WIDTH, 2.6 * len(axes_of))
     names = dict(levels='levels N per branch', energy='energy per image, estimated [mJ]')
     for i, key in enumerate(axes_of):
         axes = figure.add_subplot(len(axes_of), 1, i + 1, xlabel=names[key], ylabel='top-1 [%]')

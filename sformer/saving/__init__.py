@@ -1,4 +1,5 @@
 """Where a model lies and how it comes back: folders, the Hub, the weights of the zoo, and timm's registry."""
+from . import entrypoints as _entrypoints  # noqa: F401  registers with timm
 from .folders import check_vacant, load_model, open_model, save_model
 from .model_config import CONFIG_NAME, WEIGHTS_NAME
 

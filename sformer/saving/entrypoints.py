@@ -118,8 +118,8 @@ def sformer_custom(pretrained: bool = False, source: str = 'vit_tiny_patch16_224
 
 
 def entries() -> Iterator[Dict[str, Any]]:
-    """Every registered entry: name, source, param_count (millions), input_size, num_classes, license, weights, results.
-    """
+    """What is known of every registered entry: name, source, param_count (millions), input_size, num_classes, license,
+    weights, results."""
     params: Dict[str, float] = {}
     names = [name for name in timm.list_models('sformer*', include_tags=True) if name.split('.')[0] in SOURCES]
     for name in progress(names, 'Counting parameters', len(names)):
@@ -131,7 +131,8 @@ def entries() -> Iterator[Dict[str, Any]]:
             params[architecture] = sum(p.numel() for p in model.parameters()) / 1e6
         weights = 'in the package' if known.file else 'converted on first use' if known.hf_hub_id else 'none, for tests'
         yield dict(
-            name=name, source=source_name(name), param_count=params[architecture], input_size=known.input_size,
+            name=name, source=source_name(name), param_count=round(params[architecture], 1),
+            input_size=list(known.input_size),
             num_classes=known.num_classes, license=known.license or '', weights=weights,
             results=_measured(known.file))
 

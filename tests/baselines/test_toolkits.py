@@ -9,14 +9,14 @@ from sformer import SFormerError
 from sformer.baselines import nncf_int8, torchao_int8
 from sformer.baselines.toolkits import openvino_float
 
-REASON = "missing: pip install 'sformer[baselines]'"
+REASON = "missing: pip install '.[baselines]'"
 
 
 @pytest.mark.parametrize('name, make', [
     ('nncf', lambda source: nncf_int8(source, [pixels(2)])), ('torchao.quantization', torchao_int8)])
 def test_what_is_missing_is_named(name, make, monkeypatch):
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(SFormerError, match=r"missing: pip install 'sformer\[baselines\]'"):
+    with pytest.raises(SFormerError, match=r"missing: pip install '\.\[baselines\]' in a clone"):
         make(build())
 
 

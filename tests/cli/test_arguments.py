@@ -1,8 +1,12 @@
 """Arguments as users type them."""
+import math
+
 import pytest
 
 from sformer import SFormerError
 from sformer.cli.arguments import expand_home, parse_dataset_ids, parse_kwargs, spread
+from sformer.cli.options import CropPct, Mean, Std
+from sformer.data.preprocessing import check_preprocessing
 
 
 def test_spread():
@@ -45,3 +49,15 @@ def test_parse_dataset_ids():
     for bad in ('x', '=org/x', 'x='):
         with pytest.raises(SFormerError, match='NAME=org/dataset'):
             parse_dataset_ids([bad])
+
+
+@pytest.mark.parametrize('name, option', [('mean', Mean), ('std', Std), ('crop_pct', CropPct)])
+def test_ranges_of_preprocessing_are_those_of_the_library(name, option):
+    info, = option.__metadata__
+
+    def value(number):
+        return number if name == 'crop_pct' else [number]
+    for bound, beyond in ((info.min, -math.inf), (info.max, math.inf)):
+        check_preprocessing({name: value(bound)})
+        with pytest.raises(SFormerError, match=f'{name} must lie in'):
+            check_preprocessing({name: value(math.nextafter(bound, beyond))})

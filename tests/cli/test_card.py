@@ -1,4 +1,5 @@
 """`sformer card`."""
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,14 @@ def test_bad_options_of_card(run, saved, tmp_path, monkeypatch, options, message
     code, out, err = run('card', *options)
     assert code == 1 and out == '' and len(err.splitlines()) == 1 and message in err
     assert {p.name for p in tmp_path.iterdir()} == {'out'}
+
+
+def test_missing_package(run, saved, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'jinja2', None)
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run('card', 'out')
+    assert (code, err) == (1, "sformer: error: jinja2 is missing: pip install '.[pages]' in a clone of sformer.\n")
+    assert not (tmp_path / 'model_cards').exists()
 
 
 def test_edited_card(run, saved, tmp_path, monkeypatch):

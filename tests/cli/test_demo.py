@@ -1,5 +1,6 @@
 """`sformer demo`."""
 import re
+import sys
 
 import pytest
 import torch
@@ -20,6 +21,18 @@ def test_demo(run_apart, tmp_path):
     assert accuracy.keys() == {'4', '8', '32'} and float(accuracy['32']) >= 97
     assert sformer.is_calibrated(sformer.load_model(tmp_path / 'demo' / 'sformer_nano'))
     demo._check_foreign(tmp_path / 'demo')  # which may be replaced
+
+
+def test_demo_without_extras(run_here, tmp_path, monkeypatch):
+    """What the README's first line installs is enough; only pictures need more."""
+    for package in ('matplotlib', 'jinja2', 'sklearn', 'onnx', 'onnxruntime', 'openvino', 'optuna', 'pycocotools'):
+        monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(demo, 'CURVE', (8,))
+    monkeypatch.setattr(demo, 'SHOWN_LEVELS', (8,))
+    result = run_here('demo', '-o', tmp_path / 'demo')
+    assert (result.code, result.err) == (0, '')
+    assert "Without pictures: jinja2 is missing: pip install '.[pages]' in a clone of sformer." in result.out
+    assert [p.name for p in (tmp_path / 'demo').iterdir()] == ['sformer_nano']
 
 
 @pytest.mark.parametrize('name', ['accuracy.png', 'activity.png', 'sformer_nano/config.json'])

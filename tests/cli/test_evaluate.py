@@ -223,9 +223,9 @@ def test_comparison_as_csv(run_here, saved, long_name, tmp_path):
 
 
 def test_evaluate_and_compare_take_the_same_options(run_here):
-    options = [set(re.findall(r'^  (?:-\w, )?(--[\w-]+)', run_here(name, '--help').out, re.MULTILINE))
+    options = [set(re.findall(r'^│ (?:\* )? *(--[\w-]+)', run_here(name, '--help').out, re.MULTILINE))
                for name in ('evaluate', 'compare')]
     assert options[1] - options[0] == {'--format'} and not options[0] - options[1]
     assert {'--dataset', '--batch-size', '--amp', '--amp-dtype', '--resume', '--timeout', '--streaming'} <= options[0]
     for name in ('evaluate', 'compare'):
-        assert run_here(name, '--help').out.count('Images per batch and process') == 1
+        assert run_here(name, '--help').out.count('--batch-size') == 1

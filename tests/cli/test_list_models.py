@@ -1,22 +1,15 @@
 """`sformer list`."""
 import csv
 import io
+import json
 import re
 
-import pytest
 import timm
 import torchvision
 
-from sformer.saving import entrypoints
-
-
-@pytest.fixture(scope='module', autouse=True)
-def counted_once():
-    """Building every model takes seconds."""
-    found = list(entrypoints.entries())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(entrypoints, 'entries', lambda: iter(found))
-        yield
+from sformer.cli.list_models import KNOWN
+from sformer.detection import detector_names
+from sformer.saving.entrypoints import entries
 
 
 def test_list(run_here, monkeypatch):
@@ -43,3 +36,8 @@ def test_list_as_csv(run_here):
     row = rows['sformer_base.augreg2_in21k_ft_in1k']
     assert row['source'] == 'vit_base_patch16_224.augreg2_in21k_ft_in1k' and row['weights'] == 'converted on first use'
     assert (row['num_classes'], row['license']) == ('1000', 'apache-2.0')
+
+
+def test_what_is_listed_is_registered():
+    """Or `python scripts/make_list.py` is to be run again."""
+    assert json.loads(KNOWN.read_text(encoding='utf-8')) == dict(models=[*entries()], detectors=detector_names())

@@ -1,8 +1,10 @@
-"""What holds for all commands: help, versions, mistakes, output."""
+"""What holds for all commands: help, versions, mistakes, output, and what they wait for."""
+import json
 import os
 import runpy
 import subprocess
 import sys
+import sysconfig
 from importlib import metadata
 from pathlib import Path
 
@@ -11,9 +13,12 @@ from cli_process import NAME, Result, assert_mistake
 
 import sformer
 from sformer import cli
+from sformer.cli import list_models
+from sformer.cli.failure import is_command
 
 # processes of their own have the package that is tested here
 ENVIRONMENT = dict(os.environ, PYTHONPATH=str(Path(sformer.__file__).parents[1]))
+SCRIPT = Path(sysconfig.get_path('scripts'), 'sformer')
 
 
 def test_help(run):
@@ -21,6 +26,39 @@ def test_help(run):
         result = run(*args)
         assert (result.code, result.err) == (0, '') and 'Usage: ' in result.out
     assert '--attention-fire' in run('convert', '--help').out
+
+
+@pytest.mark.parametrize('args, code', [
+    (['--help'], 0), (['convert', '--help'], 0), (['detect', 'train', '--help'], 0), (['--version'], 0), (['list'], 0),
+    (['transmogrify'], 2), (['evaluate', 'x', '--datset', 'y'], 2), (['convert', 'x', '-o', 'y', '--crop-pct', '2'], 2),
+    (['convert', 'x', '-o', 'y', '--levels', '200'], 1), (['sweep', 'x', '--silence', '-1'], 1)], ids=str)
+def test_help_and_mistakes_of_typing_wait_for_no_torch(args, code, tmp_path):
+    """Neither as a module nor, of which the first case is enough, as installed."""
+    for start in [['-m', 'sformer']] + ([[str(SCRIPT)]] if args == ['--help'] and SCRIPT.exists() else []):
+        done = subprocess.run([sys.executable, '-X', 'importtime', *start, *args], env=ENVIRONMENT, cwd=tmp_path,
+                              capture_output=True, text=True)
+        loaded = {line.rpartition('|')[2].strip() for line in done.stderr.splitlines()}
+        assert done.returncode == code and 'sformer.cli.app' in loaded, done.stderr
+        assert not {'torch', 'timm', 'torchvision', 'numpy', 'datasets'} & loaded
+
+
+@pytest.mark.parametrize('argv, args, expected', [
+    (['-m', 'list'], ['python', '-u', '-m', 'sformer', 'list'], True),
+    (['-m', 'list'], ['python', '-m', 'sformer.data', 'list'], False),
+    (['x.py', '-m', 'sformer'], ['python', 'x.py', '-m', 'sformer'], False),
+    ([str(SCRIPT), 'list'], [], True),
+    (['here/link/sformer', 'list'], [], True),  # as pipx makes them
+    (['here/sformer', 'list'], [], False),
+    ([str(Path(sformer.__file__).with_name('__main__.py'))], [], True),  # a worker that is spawned
+    ([''], ['python'], False), ([], [], False)])
+def test_what_is_a_command(argv, args, expected, tmp_path, monkeypatch):
+    (tmp_path / 'here').mkdir()
+    (tmp_path / 'here' / 'sformer').touch()
+    (tmp_path / 'here' / 'link').symlink_to(SCRIPT.parent)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'argv', argv)
+    monkeypatch.setattr(sys, 'orig_argv', args)
+    assert is_command() == expected
 
 
 def test_versions(run):
@@ -33,28 +71,34 @@ def test_importing_the_package_registers_its_models(tmp_path):
     """Whatever the command line leaves out; even in a script that has its name. What is slow to load waits."""
     (tmp_path / 'sformer').write_text(
         "import sys, sformer, sformer.data\n"
-        "print(*{'datasets', 'sklearn', 'pyarrow', 'matplotlib'} & set(sys.modules))\n"
-        "import timm\nassert timm.is_model('sformer_nano') and sformer.convert and sformer.evaluate\n")
+        "print(*{'datasets', 'pyarrow', 'matplotlib', 'rich'} & set(sys.modules))\n"
+        "import timm, torchvision\n"
+        "assert timm.is_model('sformer_nano') and 'sformer_maskrcnn_vit_tiny_patch16_224' in "
+        "torchvision.models.list_models()\n"
+        "assert {*sformer.__all__} <= {*dir(sformer)} and {*sformer.neurons.__all__} <= {*dir(sformer.neurons)}\n"
+        "assert all(getattr(sformer, name) for name in sformer.__all__)\n"
+        "assert all(hasattr(sformer.neurons, name) for name in sformer.neurons.__all__)\n"
+        "assert sformer.baselines.quantised and sformer.detection.load_detector\n"
+        "assert not hasattr(sformer, 'nothing') and not hasattr(sformer.neurons, 'nothing')\n")
     done = subprocess.run([sys.executable, str(tmp_path / 'sformer'), 'evaluate'], env=ENVIRONMENT, capture_output=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, b'\n', b'')
 
 
 def test_names_that_the_terminal_cannot_show(model, tmp_path):
-    """And the command as installed, in which nobody else has loaded the models."""
+    """And the command as installed, in which nobody else has registered the models."""
     folder = sformer.save_model(model, tmp_path / 'модель')
-    script = Path(sys.executable).with_name('sformer')
     done = subprocess.run(
-        [*([str(script)] if script.exists() else [sys.executable, '-m', 'sformer']),
-         'compare', folder.name, '--dataset', 'digits', '--num-images', '8'],
+        [*([str(SCRIPT)] if SCRIPT.exists() else [sys.executable, '-m', 'sformer']),
+         'compare', folder.name, 'sformer_nano.digits', '--dataset', 'digits', '--num-images', '8'],
         cwd=tmp_path, env=dict(ENVIRONMENT, PYTHONIOENCODING='ascii'), capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, '') and r'\u043c' in done.stdout and '8 images' in done.stdout
 
 
 @pytest.mark.parametrize('args', [['--version'], ['list', '--format', 'csv']])
-def test_output_that_is_read_in_part(args, capsys, monkeypatch):
+def test_output_that_is_read_in_part(args, capsys, monkeypatch, tmp_path):
     """As by `sformer list | head`: no complaint, and none when the interpreter flushes."""
-    entry = dict(param_count=1., input_size=(1, 8, 8))
-    monkeypatch.setattr('sformer.saving.entrypoints.entries', lambda: iter([entry] * 999))
+    monkeypatch.setattr(list_models, 'KNOWN', tmp_path / 'many.json')
+    (tmp_path / 'many.json').write_text(json.dumps(dict(models=[dict(input_size=(1, 8, 8))] * 999, detectors=[])))
     read, write = os.pipe()
     os.close(read)
     with open(write, 'w') as stdout:
@@ -88,7 +132,8 @@ def test_usage(run, args, message):
     assert_mistake(run(*args), message, 2)
 
 
-@pytest.mark.parametrize('args', [['-m', 'sformer'], ['-c', 'import sformer']], ids=['command', 'library'])
+@pytest.mark.parametrize('args', [
+    ['-m', 'sformer', 'evaluate', 'x', '--dataset', 'digits'], ['-c', 'import sformer']], ids=['command', 'library'])
 def test_ctrl_c_during_the_first_import(args, tmp_path):
     (tmp_path / 'torch.py').write_text('raise KeyboardInterrupt')  # at that moment
     path = os.pathsep.join([str(tmp_path), ENVIRONMENT['PYTHONPATH']])

@@ -1,6 +1,7 @@
 """`sformer profile`."""
 import csv
 import json
+import sys
 
 import pytest
 
@@ -43,6 +44,12 @@ def test_reports_of_others_are_kept(run_inside, model, tmp_path):
     for _ in range(2):
         assert run_inside('profile', 'out', '--num-images', '1', '-o', 'other')[0] == 0
     assert (tmp_path / 'other' / 'profile.json').is_file()
+
+
+def test_a_missing_package_is_noticed_before_the_work(run_inside, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'matplotlib', None)
+    code, _, err = run_inside('profile', 'nothing', '-o', 'report')
+    assert (code, err) == (1, "sformer: error: matplotlib is missing: pip install '.[pages]' in a clone of sformer.\n")
 
 
 def test_report_that_cannot_be_written_is_noticed_before_the_work(run_inside, tmp_path, monkeypatch):

@@ -53,7 +53,7 @@ def test_distill(run_inside, model, tmp_path):
 def test_missing_optuna_is_named_before_the_work(run_inside, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'optuna', None)
     code, _, err = run_inside('search', 'nothing', *DIGITS, '--storage', 'a/trials')
-    assert code == 1 and err == "sformer: error: optuna is missing: pip install 'sformer[search]'.\n"
+    assert code == 1 and err == "sformer: error: optuna is missing: pip install '.[search]' in a clone of sformer.\n"
     assert not (tmp_path / 'a').exists()
 
 

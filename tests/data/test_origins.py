@@ -2,6 +2,8 @@
 import numpy as np
 import torch
 from image_helpers import GREY, RGB, all_images, encoded
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 
 from sformer.data import dead_leaves, open_images
 
@@ -20,7 +22,6 @@ def test_dead_leaves_as_image_data():
 
 
 def test_digits():
-    from sklearn.datasets import load_digits
     train, test = open_images('digits', data_config=GREY), open_images('digits', data_config=GREY, needs_labels=True)
     assert (train.split, len(train), test.split, len(test)) == ('train', 1257, 'test', 540)
     assert test.class_names == [str(i) for i in range(10)]
@@ -28,15 +29,14 @@ def test_digits():
     assert x.shape == (540, 1, 8, 8) and y.dtype == torch.int64
     counts = torch.bincount(y)
     assert counts.min() >= 52 and counts.max() <= 55, 'stratified'
-    # Every image is one of scikit-learn's, with its label, and no image is in both splits.
+    # They are scikit-learn's, in the order of its split.
     digits = load_digits()
-    known = {np.round(i * 255 / 16).astype(np.uint8).tobytes(): int(t) for i, t in zip(
-        digits.images, digits.target, strict=True)}
-    pixels = ((x * 0.25 + 0.5) * 255).round().to(torch.uint8)
-    keys = [p.numpy().tobytes() for p in pixels]
-    assert [known[key] for key in keys] == y.tolist()
-    others = ((all_images(train, 100)[0] * 0.25 + 0.5) * 255).round().to(torch.uint8)
-    assert len(known) == 1797 and not set(keys) & {p.numpy().tobytes() for p in others}
+    indices = train_test_split(np.arange(1797), test_size=540, stratify=digits.target, random_state=0)
+    for part, chosen in zip((train, test), indices, strict=True):
+        x, y = all_images(part, 100)
+        pixels = ((x * 0.25 + 0.5) * 255).round()[:, 0].to(torch.uint8).numpy()
+        assert (pixels == np.round(digits.images[chosen] * 255 / 16)).all()
+        assert y.tolist() == digits.target[chosen].tolist()
 
 
 def test_images_as_bytes_and_pixels(tmp_path):

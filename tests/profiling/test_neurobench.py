@@ -18,7 +18,7 @@ class OwnLinear(SpikingLinear):
 
 def measured(view, images):
     """Metrics of NeuroBench over batches."""
-    pytest.importorskip('neurobench', reason="neurobench is missing: pip install 'sformer[neurobench]'")
+    pytest.importorskip('neurobench', reason="neurobench is missing: pip install '.[neurobench]'")
     from neurobench.benchmarks import Benchmark
     from neurobench.metrics.static import Footprint
     from neurobench.metrics.workload import ActivationSparsity, SynapticOperations
@@ -33,7 +33,7 @@ def measured(view, images):
     (family, coding) if (family, coding) in (('vit', 'graded'), ('eva02', 'binary')) else
     pytest.param(family, coding, marks=pytest.mark.slow) for family in FAMILIES for coding in ('graded', 'binary')])
 def test_totals_are_ours(family, coding):
-    pytest.importorskip('neurobench', reason="neurobench is missing: pip install 'sformer[neurobench]'")
+    pytest.importorskip('neurobench', reason="neurobench is missing: pip install '.[neurobench]'")
     model, images = convert(build(family), [pixels(8)]), pixels(4, seed=6)
     found = measured(neurobench_view(model, coding), images)
     profile = profile_model(model, [images])
@@ -51,7 +51,7 @@ def test_totals_are_ours(family, coding):
 
 
 def test_the_view_computes_the_same(model, images):
-    pytest.importorskip('neurobench', reason="neurobench is missing: pip install 'sformer[neurobench]'")
+    pytest.importorskip('neurobench', reason="neurobench is missing: pip install '.[neurobench]'")
     with torch.no_grad():
         for coding in ('graded', 'binary'):
             assert torch.equal(neurobench_view(model, coding)(images), model(images))
@@ -59,7 +59,7 @@ def test_the_view_computes_the_same(model, images):
 
 
 def test_as_it_stands_it_would_be_counted_wrongly(model, images):
-    pytest.importorskip('neurobench', reason="neurobench is missing: pip install 'sformer[neurobench]'")
+    pytest.importorskip('neurobench', reason="neurobench is missing: pip install '.[neurobench]'")
     from neurobench.models import TorchModel
     naive = measured(TorchModel(copy.deepcopy(model)), images[:4])['SynapticOperations']['Effective_MACs']
     assert naive != measured(neurobench_view(model), images[:4])['SynapticOperations']['Effective_MACs']
@@ -76,5 +76,5 @@ def test_bad_input(model, monkeypatch):
         with pytest.raises(SFormerError, match=r'blocks.1.mlp.fc1 \(OwnLinear\)'):
             neurobench_view(other)
     monkeypatch.setitem(sys.modules, 'neurobench.models', None)
-    with pytest.raises(SFormerError, match=r'sformer\[neurobench\]'):
+    with pytest.raises(SFormerError, match=r"^neurobench is missing: pip install '\.\[neurobench\]'"):
         neurobench_view(model)
