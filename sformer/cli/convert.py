@@ -54,16 +54,13 @@ class NeuronOptions:
         """How neurons fire and how they are fitted, as `sformer.convert` takes both.
 
         Raises:
-            SFormerError: If a value is out of its range.
+            ConfigError: If a value is out of its range.
         """
         from ..neurons import FitConfig, recipe_configs
         values = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
         fields = {field.name for field in dataclasses.fields(FitConfig)}
         fit = {name: values.pop(name) for name in fields & values.keys()}
-        try:
-            return recipe_configs(values.pop('recipe'), values, fit)
-        except ValueError as e:
-            raise SFormerError(str(e)) from None
+        return recipe_configs(values.pop('recipe'), values, fit)
 
 
 @unfolded

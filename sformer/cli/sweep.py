@@ -77,9 +77,9 @@ def sweep(
         silence: Annotated[Optional[float], typer.Option(help="Price of activity, if not the model's own")] = None,
 ) -> None:
     """Convert the source of an SFormer with several numbers of levels, and compare each with it."""
-    from ..conversion.search import SWEPT_LEVELS, replaced, sweep
+    from ..conversion.search import SWEPT_LEVELS, sweep
     bench_, network, used = bench.open(model)
-    base = network.sfn_config if silence is None else replaced(network.sfn_config, silence=silence)
+    base = network.sfn_config if silence is None else dataclasses.replace(network.sfn_config, silence=silence)
     points = list(sweep(bench_, base, levels or SWEPT_LEVELS))
     print_table(f'{model}: {used["num_images"]} images of {used["name"]}, beside the source',
                 POINT_HEADS, [cells(point) for point in points])

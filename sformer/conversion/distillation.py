@@ -12,7 +12,7 @@ from typing import Any, Callable, Iterable, Iterator, List, Optional, Tuple
 import torch
 import torch.nn as nn
 
-from ..errors import SFormerError, UncalibratedError
+from ..errors import SFormerError, UncalibratedError, check_flag, check_number
 from ..layers import is_calibrated, named_neurons, uncalibrated
 from ..neurons import Neuron, ScaleAndFire
 from .convert import source_inside
@@ -31,12 +31,22 @@ class DistillConfig:
             image than a few logits do, so that gradients are less noisy.
         max_norm: Gradients are scaled down to this norm.
         amp: Autocast of the SFormer to bfloat16.
+
+    Raises:
+        ConfigError: If a value is out of its range; the message names it.
     """
     learning_rate: float = 1e-4
     price: float = 0.01
     features: float = 1.
     max_norm: float = 1.
     amp: bool = False
+
+    def __post_init__(self) -> None:
+        check_number(self, 'learning_rate', 0, 1)
+        check_number(self, 'price', 0)
+        check_number(self, 'features', 0)
+        check_number(self, 'max_norm', math.ulp(0.), interval='above 0')
+        check_flag(self, 'amp')
 
 
 def distill_(

@@ -56,7 +56,7 @@ def test_convert_options_reach_the_neurons(convert_digits, tmp_path):
     config = json.loads((tmp_path / 'out' / 'config.json').read_text())
     assert config['model_args']['sfn'] == dict(
         levels=7, fire='power2', attention_fire='density', activation_fire='uniform', initial_potential=0,
-        dead_zone=.5, scale=1.25, token_scale=True, silence=.02)
+        dead_zone=.5, scale=1.25, token_scale=True, silence=.02, neuron='scale_and_fire')
     assert config['sformer']['fit'] == dict(estimator='quantile', quantile=.99, unbiased=False, compensate=False)
     calibration = config['sformer']['calibration']
     assert (calibration['num_images'], calibration['seed'], calibration['split']) == (50, 3, 'test')
