@@ -14,7 +14,8 @@ from ..errors import SFormerError
 from ..files import state_hash
 from ..layers import named_neurons
 from ..neurons import CODINGS, FitConfig, Neuron, ScaleAndFire, SFNConfig, count_spikes
-from .convert import all_tokens, calibration_batches, convert, source_inside
+from .changes import network_inside
+from .convert import all_tokens, calibration_batches, convert
 
 __all__ = [
     'Bench', 'Point', 'SWEPT_LEVELS', 'SILENCES', 'need_optuna', 'pareto_front', 'recommended', 'search', 'sweep',
@@ -69,7 +70,7 @@ class Bench:
             images: torch.Tensor,
             fit: FitConfig = FitConfig(),
     ):
-        self.source, self.calibration, self.images, self.fit = source_inside(source).eval(), calibration, images, fit
+        self.source, self.calibration, self.images, self.fit = network_inside(source).eval(), calibration, images, fit
         self.seconds, self.forward_passes = 0., 0
         self.expected = self._outputs(self.source)
 

@@ -9,9 +9,10 @@ import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from ..conversion import record_of
 from ..conversion.record import Conversion
 from ..errors import SFormerError, UncalibratedError, first_line
-from ..files import file_hash, read_safetensors, state_hash, write_aside
+from ..files import file_hash, read_safetensors, write_aside
 from ..layers import is_calibrated, named_neurons, uncalibrated
 from ..neurons import SFNConfig
 from ..saving import check_vacant
@@ -45,11 +46,7 @@ def save_detector(detector: nn.Module, directory: Union[str, Path], overwrite: b
             save_file(state, aside / WEIGHTS_NAME, metadata={'format': 'pt'})
             config['weights_sha256'] = file_hash(aside / WEIGHTS_NAME)
             if spiking:
-                neurons = tuple(f'{name}.' for name, _ in named_neurons(detector))
-                weights = {name: tensor for name, tensor in state.items() if not name.startswith(neurons)}
-                record = dataclasses.replace(
-                    model.conversion, weights_sha256=config['weights_sha256'],
-                    changed=model.conversion.changed or model.conversion.source_sha256 != state_hash(weights))
+                record = dataclasses.replace(record_of(detector), weights_sha256=config['weights_sha256'])
                 config.update(sfn=dataclasses.asdict(model.sfn), sformer=record.to_dict())
             (aside / CONFIG_NAME).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
     except (OSError, SafetensorError) as e:

@@ -1,24 +1,21 @@
 """How neurons fire, and how they are fitted: two frozen configs, each with one owner."""
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any, Dict, Optional, Tuple, Type, TypeVar, Union
+from typing import Any, Dict, Optional, Tuple, TypeVar, Union
 
 from ..errors import ConfigError, check, check_choice, check_flag, check_integer, check_number
 from .functional import MAX_LEVEL, MAX_WIDE_LEVEL, level_values, max_levels
 
 __all__ = [
-    'FIRE_FUNCTIONS', 'SOFTMAX_FIRE_FUNCTIONS', 'ESTIMATORS', 'DEFAULT_RANGE', 'NEURONS', 'SCALE_AND_FIRE', 'RECIPES',
-    'Recipe', 'SFNConfig', 'FitConfig', 'as_config', 'recipe_configs', 'recipe_name', 'recipe_of',
+    'FIRE_FUNCTIONS', 'SOFTMAX_FIRE_FUNCTIONS', 'ESTIMATORS', 'DEFAULT_RANGE', 'NEURON_TYPES', 'SCALE_AND_FIRE',
+    'RECIPES', 'Recipe', 'SFNConfig', 'FitConfig', 'as_config', 'recipe_configs', 'recipe_name', 'recipe_of',
 ]
-
-if TYPE_CHECKING:
-    from .base import Neuron
 
 FIRE_FUNCTIONS = ('uniform', 'widening', 'quarter_square', 'quadratic', 'quartic', 'power2', 'density')
 SOFTMAX_FIRE_FUNCTIONS = (*FIRE_FUNCTIONS, 'byte')
 ESTIMATORS = ('mse', 'quantile', 'max')
 SCALE_AND_FIRE = 'scale_and_fire'
-NEURONS: 'dict[str, type[Neuron]]' = {}  # types of neurons by name, as `register_neuron` fills it
+NEURON_TYPES: dict[str, Any] = {}  # types of neurons by name, as `register_neuron` fills it
 DEFAULT_RANGE = 4.  # uncalibrated neurons fire over +-4: four standard deviations of a LayerNorm output
 
 
@@ -101,8 +98,8 @@ class SFNConfig:
         check_number(self, 'scale', 1e-3, 1e3)
         check_flag(self, 'token_scale')
         check_number(self, 'silence', 0, 1e6)
-        check(isinstance(self.neuron, str) and self.neuron in {SCALE_AND_FIRE, *NEURONS},
-              f'neuron must be one of {", ".join({SCALE_AND_FIRE: 0, **NEURONS})}, got {self.neuron!r}: '
+        check(isinstance(self.neuron, str) and self.neuron in {SCALE_AND_FIRE, *NEURON_TYPES},
+              f'neuron must be one of {", ".join({SCALE_AND_FIRE: 0, **NEURON_TYPES})}, got {self.neuron!r}: '
               f'sformer.neurons.register_neuron registers a type of your own.')
 
     @property
@@ -220,7 +217,7 @@ def recipe_name(config: SFNConfig, fit: FitConfig) -> Optional[str]:
 Config = TypeVar('Config', SFNConfig, FitConfig)
 
 
-def as_config(kind: Type[Config], value: Union[Config, Dict[str, Any], None]) -> Config:
+def as_config(kind: type[Config], value: Config | dict[str, Any] | None) -> Config:
     """A config that is given as one, as its fields, or as None for the default one."""
     return value if isinstance(value, kind) else kind(**(value or {}))  # type: ignore[arg-type]
 
