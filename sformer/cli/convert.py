@@ -6,7 +6,6 @@ from typing import Annotated, Any, List, Optional, Tuple
 
 import typer
 
-from ..errors import SFormerError
 from .arguments import check_folder, check_source, command_line, parse_kwargs
 from .detect import refuse_options, run_conversion
 from .options import MAX_BATCH_SIZE, MAX_IMAGES, MAX_SEED, ColumnOptions, Dataset, unfolded

@@ -88,7 +88,7 @@ def calibrate_(
         correct(module, first[0], forward_fn)
     owner: Any = module
     owner.conversion = dataclasses.replace(
-        record, source_sha256=record.source_sha256 or record.state_sha256, fit=fit, recipe=_recipe(module, fit),
+        record, source_sha256=record.source_sha256 or record.state_sha256, fit=fit, recipe=_recipe_followed(module, fit),
         calibration=CalibrationRecord(num_images=count), versions=library_versions(), command=None)
     if fit.compensate:
         with recorded_as(module, COMPENSATED):
@@ -96,7 +96,7 @@ def calibrate_(
     return count
 
 
-def _recipe(module: nn.Module, fit: FitConfig) -> str | None:
+def _recipe_followed(module: nn.Module, fit: FitConfig) -> str | None:
     """Name of the recipe that all neurons are of."""
     configs = {neuron.config for _, neuron in named_neurons(module) if isinstance(neuron, ScaleAndFire)}
     return recipe_name(*configs, fit) if len(configs) == 1 else None

@@ -86,7 +86,7 @@ class Conversion:
 
     def to_dict(self) -> Dict[str, Any]:
         """The record as JSON data, with its version."""
-        return dict(version=RECORD_VERSION, **dataclasses.asdict(self))
+        return dict(dataclasses.asdict(self), version=RECORD_VERSION, changed=[*self.changed])
 
     @classmethod
     def from_dict(cls, data: Dict[str, Any]) -> 'Conversion':
