@@ -20,7 +20,6 @@ from saliency_source import load_source, relative_error
 import sformer
 from sformer.conversion.record import library_versions
 from sformer.files import write_json
-from sformer.layers import source_of
 from sformer.neurons import FitConfig, SFNConfig
 
 # what is left out -> fields of SFNConfig and FitConfig; a config that says the same as the default is not measured
@@ -43,7 +42,7 @@ def same_fire(a: SFNConfig, b: SFNConfig) -> bool:
 def open_source(name: str) -> nn.Module:
     if name.endswith('.safetensors'):
         return load_source(Path(name))
-    return source_of(timm.create_model(name, pretrained=True)).eval()
+    return sformer.source_of(timm.create_model(name, pretrained=True)).eval()
 
 
 @torch.inference_mode()

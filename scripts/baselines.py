@@ -35,7 +35,7 @@ from sformer.cli.tables import print_table
 from sformer.conversion.record import library_versions
 from sformer.data import open_images
 from sformer.files import state_hash, write_json
-from sformer.layers import named_neurons, source_of
+from sformer.layers import named_neurons
 from sformer.neurons import CODINGS, ScaleAndFire, SFNConfig
 from sformer.profiling import energy, profile_model
 
@@ -123,7 +123,7 @@ ROWS: dict[str, Callable[[nn.Module, Batches], Built]] = {
 
 def open_network(name: str) -> nn.Module:
     """Source network, which gives logits or, without a classifier, all tokens."""
-    network: Any = load_source(Path(name)) if name.endswith('.safetensors') else source_of(
+    network: Any = load_source(Path(name)) if name.endswith('.safetensors') else sformer.source_of(
         timm.create_model(name, pretrained=True))
     if not network.num_classes:
         network.reset_classifier(0, '')

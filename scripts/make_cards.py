@@ -19,7 +19,6 @@ import sformer
 from sformer.errors import SFormerError
 from sformer.evaluation import EvaluationConfig, evaluate_all
 from sformer.files import state_hash, write_json
-from sformer.layers import source_of
 from sformer.neurons import SFNConfig
 from sformer.publishing.cards import shell, write_card
 from sformer.publishing.model_record import ModelRecord
@@ -52,7 +51,7 @@ def measure(
     shipped = json.loads((WEIGHTS / f'{name}.json').read_text())
     sfn, used = shipped['sfn'], shipped['conversion']['calibration']
     model = timm.create_model(name, pretrained=True).eval()
-    cfg, source = model.pretrained_cfg, source_of(model)
+    cfg, source = model.pretrained_cfg, sformer.source_of(model)
     levels = CURVE if sum(p.numel() for p in model.parameters()) < 1e6 else COARSE_CURVE
     models = {n: sformer.convert(
         source, data or used['name'], SFNConfig(**dict(sfn, levels=n)), split=used['split'],

@@ -1,6 +1,7 @@
 """Errors that a user can mend, what turns the refusals of torch into them, and what keeps others quiet.
 
     SFormerError
+    ├── ConfigError            a ValueError, too
     ├── UnsupportedLayerError
     ├── UncalibratedError
     ├── UnreadableImageError
@@ -9,16 +10,23 @@
 """
 import contextlib
 import logging
-from typing import Iterator
+import math
+import numbers
+from typing import Any, Iterator, Sequence
 
 __all__ = [
-    'SFormerError', 'UnsupportedLayerError', 'UncalibratedError', 'UnreadableImageError', 'RunInterruptedError',
-    'RankError', 'install_hint', 'needed_packages', 'enough_memory', 'working_compiler', 'first_line', 'quiet',
+    'SFormerError', 'ConfigError', 'UnsupportedLayerError', 'UncalibratedError', 'UnreadableImageError',
+    'RunInterruptedError', 'RankError', 'check', 'check_choice', 'check_flag', 'check_integer', 'check_number',
+    'check_text', 'install_hint', 'needed_packages', 'enough_memory', 'working_compiler', 'first_line', 'quiet',
 ]
 
 
 class SFormerError(Exception):
     """A mistake that the user can mend: one clear line that names it and says what to do."""
+
+
+class ConfigError(SFormerError, ValueError):
+    """A field of a config that is not what it has to be; names it."""
 
 
 class UnsupportedLayerError(SFormerError):
@@ -63,6 +71,50 @@ def needed_packages(extra: str) -> Iterator[None]:
         raise SFormerError(f'{package} is missing: {install_hint(extra)}.') from None
     except ImportError as e:
         raise SFormerError(f'what the extra {extra!r} brings does not load: {first_line(e)}.') from e
+
+
+# Fields of configs. Each check reads a field of a dataclass and raises ConfigError if it is not what it has to be; what
+# numpy calls a number becomes one that JSON knows.
+
+
+def check(ok: bool, message: str) -> None:
+    if not ok:
+        raise ConfigError(message)
+
+
+def check_integer(config: Any, name: str, low: int, high: int | None = None) -> None:
+    value = getattr(config, name)
+    words = f'of at least {low}' if high is None else f'from {low} to {high}'
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    check(whole and low <= int(value) <= (2 ** 31 - 1 if high is None else high),
+          f'{name} must be an integer {words}, got {value!r}.')
+    object.__setattr__(config, name, int(value))
+
+
+def check_number(config: Any, name: str, low: float, high: float = math.inf, interval: str = '') -> None:
+    """A finite number from `low` to `high`; `interval` says so in words where an end is not part of it."""
+    value = getattr(config, name)
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    words = interval or (f'of at least {low:g}' if high == math.inf else f'in [{low:g}, {high:g}]')
+    fits = real and low <= float(value) <= high and math.isfinite(value)
+    check(fits, f'{name} must be a number {words}, got {value!r}.')
+    if not isinstance(value, (int, float)):
+        object.__setattr__(config, name, float(value))
+
+
+def check_flag(config: Any, name: str) -> None:
+    value = getattr(config, name)
+    check(isinstance(value, bool), f'{name} must be True or False, got {value!r}.')
+
+
+def check_text(config: Any, name: str) -> None:
+    value = getattr(config, name)
+    check(isinstance(value, str), f'{name} must be a text, got {value!r}.')
+
+
+def check_choice(config: Any, name: str, choices: Sequence[str]) -> None:
+    value = getattr(config, name)
+    check(isinstance(value, str) and value in choices, f'{name} must be one of {", ".join(choices)}, got {value!r}.')
 
 
 @contextlib.contextmanager

@@ -71,7 +71,7 @@ class Quantiser(Neuron):
             self._set(step=(step * 2. ** relative).expand_as(self.step) if self.fine else step)
             if self.center is not None and statistics.center is not None:
                 self._set(center=statistics.center)
-        self.calibrated.fill_(True)
+        self.mark_calibrated()
 
     def extra_repr(self) -> str:
         return f'top={self.top}, {self._range_repr("step", self.step)}'

@@ -56,7 +56,7 @@ class SteppedNeuron(Neuron):
         self.register_buffer('gain', neuron.gain.clone())
         self.register_buffer('threshold', self.step * multiplier / self.gain)
         self.register_buffer('center', None if neuron.center is None else neuron.center.clone())
-        self.calibrated.fill_(True)
+        self.mark_calibrated()
         self.reset()
 
     def reset(self) -> None:

@@ -5,13 +5,13 @@ import re
 import shlex
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, TypeVar
+from typing import Any, Dict, List, Optional, TypeVar
 
 from ..errors import SFormerError
 from .failure import fail
 
 __all__ = [
-    'spread', 'expand_home', 'parse_kwargs', 'parse_dataset_ids', 'neuron_config', 'command_line', 'check_source',
+    'spread', 'expand_home', 'parse_kwargs', 'parse_dataset_ids', 'command_line', 'check_source',
     'check_folder',
 ]
 
@@ -96,18 +96,6 @@ def parse_dataset_ids(pairs: Optional[List[str]]) -> Dict[str, str]:
     if not all(ids) or not all(ids.values()):
         raise SFormerError(f'--dataset-id takes NAME=org/dataset, got {", ".join(map(repr, pairs or []))}.')
     return ids
-
-
-def neuron_config(make: Callable[..., Made], *args: Any, **values: Any) -> Made:
-    """What makes configs of neurons, called.
-
-    Raises:
-        SFormerError: If a value is out of its range.
-    """
-    try:
-        return make(*args, **values)
-    except ValueError as e:
-        raise SFormerError(str(e)) from None
 
 
 def command_line() -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, List, Optional, Tuple
 import typer
 
 from ..neurons import FitConfig, SFNConfig, recipe_configs
-from .arguments import check_folder, check_source, command_line, neuron_config, parse_kwargs
+from .arguments import check_folder, check_source, command_line, parse_kwargs
 from .detect import refuse_options, run_conversion
 from .options import MAX_BATCH_SIZE, MAX_IMAGES, MAX_SEED, ColumnOptions, CropPct, Dataset, Mean, Std, unfolded
 
@@ -59,12 +59,12 @@ class NeuronOptions:
         """How neurons fire and how they are fitted, as `sformer.convert` takes both.
 
         Raises:
-            SFormerError: If a value is out of its range.
+            ConfigError: If a value is out of its range.
         """
         values = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
         fields = {field.name for field in dataclasses.fields(FitConfig)}
         fit = {name: values.pop(name) for name in fields & values.keys()}
-        return neuron_config(recipe_configs, values.pop('recipe'), values, fit)
+        return recipe_configs(values.pop('recipe'), values, fit)
 
 
 @unfolded

@@ -77,10 +77,9 @@ def _run(output: Path) -> None:
     from rich.table import Table
     from timm.data import resolve_input_data_config
 
-    from ..conversion import convert
+    from ..conversion import convert, source_of
     from ..data import open_images
     from ..evaluation import evaluate
-    from ..layers import source_of
     from ..neurons import SFNConfig
     from ..saving import save_model
     console = Console()

@@ -181,7 +181,7 @@ def run_detections(
     Raises:
         SFormerError: If a detector or the data cannot be used, or an option says nothing to a detector.
     """
-    from ..conversion import source_inside, warn_if_moved
+    from ..conversion import network_inside, warn_of_changes
     from ..detection import evaluate_detector, load_detector, open_coco
     from ..detection.detector_evaluation import check_evaluable
     from ..evaluation import check_replaceable, check_results_file
@@ -205,12 +205,12 @@ def run_detections(
     if options.source_model:
         source = load_detector(options.source_model)
         check_evaluable(source, data)
-        source = source_inside(source)
+        source = network_inside(source)
         if masks and not source.config.masks:
             raise SFormerError(f'{options.source_model} finds no masks to compare with.')
     for name, detector in zip(names, detectors, strict=True):
         if source is True:
-            warn_if_moved(name, detector)
+            warn_of_changes(name, detector)
     return [dict(
         model=type(detector).__name__, dataset=dataset, split=options.split or 'val', **evaluate_detector(
             detector, data, source=source, num_images=options.num_images, seed=options.seed, group=group,

@@ -31,12 +31,12 @@ def distill(
         overwrite: Annotated[bool, typer.Option('--overwrite', help='Replace a model that is there')] = False,
 ) -> None:
     """Train an SFormer to follow its source with fewer spikes. This is training, but reads no labels."""
-    from ..conversion import another_source, calibration_batches, source_inside
+    from ..conversion import another_source, calibration_batches, network_inside
     from ..conversion.distillation import DistillConfig, distill_, shuffled
     from ..saving import check_vacant, open_model, save_model
     check_vacant(output, overwrite)
     network: Any = open_model(model)
-    teacher = another_source(network, open_model(source_model)) if source_model else source_inside(network)
+    teacher = another_source(network, open_model(source_model)) if source_model else network_inside(network)
     batches, used = calibration_batches(network, dataset, split, num_images, batch_size, seed, 'Reading')
     recent: List[Any] = []
 
@@ -51,9 +51,8 @@ def distill(
     config = DistillConfig(learning_rate, price, amp=amp)
     distill_(network, shuffled(batches, batch_size, seed), steps, config, report, teacher)
     seconds = time.perf_counter() - start
-    if network.conversion:
-        network.conversion = dataclasses.replace(
-            network.conversion, distillation=f'{steps} steps of {batch_size} of {num_images} images of {used["name"]} '
-            f'({used["split"]}), {seconds:.0f} s: {command_line()}')
+    network.conversion = dataclasses.replace(
+        network.conversion, distillation=f'{steps} steps of {batch_size} of {num_images} images of {used["name"]} '
+        f'({used["split"]}), {seconds:.0f} s: {command_line()}')
     save_model(network, output, overwrite)
     print(f'trained for {seconds:.0f} s, saved to {output}')

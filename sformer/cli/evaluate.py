@@ -134,14 +134,14 @@ def sources_of(models: List[Any], names: List[str], options: EvaluationOptions) 
     Raises:
         SFormerError: If the one that was asked for cannot be loaded, or does not go with a model.
     """
-    from ..conversion import another_source, warn_if_moved
+    from ..conversion import another_source, warn_of_changes
     from ..saving import open_model
     if options.source_model:
         source = open_model(options.source_model)
         return [another_source(model, source) for model in models]
     for name, model in zip(names, models, strict=True):
         if options.source:
-            warn_if_moved(name, model)
+            warn_of_changes(name, model)
     return [options.source] * len(models)
 
 

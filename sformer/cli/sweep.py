@@ -8,7 +8,7 @@ import typer
 
 from ..errors import SFormerError
 from ..neurons import SFNConfig
-from .arguments import check_folder, command_line, neuron_config
+from .arguments import check_folder, command_line
 from .options import MAX_BATCH_SIZE, MAX_IMAGES, MAX_SEED, Dataset, unfolded
 from .tables import print_table
 
@@ -79,12 +79,12 @@ def sweep(
 ) -> None:
     """Convert the source of an SFormer with several numbers of levels, and compare each with it."""
     for count in levels or ():
-        neuron_config(SFNConfig, levels=count)
+        SFNConfig(levels=count)
     if silence is not None:
-        neuron_config(SFNConfig, silence=silence)
-    from ..conversion.search import SWEPT_LEVELS, replaced, sweep
+        SFNConfig(silence=silence)
+    from ..conversion.search import SWEPT_LEVELS, sweep
     bench_, network, used = bench.open(model)
-    base = network.sfn_config if silence is None else replaced(network.sfn_config, silence=silence)
+    base = network.sfn_config if silence is None else dataclasses.replace(network.sfn_config, silence=silence)
     points = list(sweep(bench_, base, levels or SWEPT_LEVELS))
     print_table(f'{model}: {used["num_images"]} images of {used["name"]}, beside the source',
                 POINT_HEADS, [cells(point) for point in points])

@@ -6,6 +6,7 @@ whatever the size they come in, so that thresholds do not depend on it.
 """
 import contextlib
 import copy
+import dataclasses
 import itertools
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
 
@@ -17,9 +18,11 @@ from ..errors import SFormerError, UnsupportedLayerError
 from ..layers import FLOATING_LAYERS, SPIKING_LAYERS, AttentionProduct, SpikingLinear, named_neurons, shared_copy
 from ..layers.spiking import left_alone
 from ..layers.watch import ForwardWatch
-from ..neurons import FitConfig, Neuron, ScaleAndFire
+from ..neurons import FitConfig, Neuron, ScaleAndFire, recipe_name
 from ..neurons.statistics import CurrentStatistics, check_finite
+from .changes import in_words, record_of, recorded_as
 from .compensation import Correlation, compensable, compensated
+from .record import BALANCED, COMPENSATED, CalibrationRecord, library_versions
 from .silence import RowSensitivity, Sensitivity, set_quiet_
 
 __all__ = ['calibrate_', 'correct', 'observe', 'OBSERVED_IMAGES']
@@ -50,16 +53,17 @@ def calibrate_(
         forward_fn: Called with the source network and a batch; `network(batch)` if None.
 
     Returns:
-        Number of images; a batch that is neither a tensor nor a list counts as one.
+        Number of images; a batch that is neither a tensor nor a list counts as one. `module.conversion` is the record.
 
     Raises:
         SFormerError: If weights compensate already, there are no images, a current is NaN or infinite, or none reached
             a neuron, such as that of a mask head on images without objects; names the first such neuron.
         UnsupportedLayerError: If a module multiplies currents in a forward of its own; names it.
     """
-    if any(getattr(layer, 'compensates', False) for layer in module.modules()):
-        raise SFormerError('weights compensate for neurons that were fitted before (compensate), so they are not those '
-                           'of the source: start from the source itself.')
+    record = record_of(module)
+    if {COMPENSATED, BALANCED} & {*record.changed}:
+        raise SFormerError(f'the weights of this module {in_words(record.changed)} that were fitted before, so they '
+                           f'are not those of the source: start from the source itself.')
     batches = iter(_rebatched(batches))
     silent = any(isinstance(neuron, ScaleAndFire) and neuron.config.silence for _, neuron in named_neurons(module))
     first = list(itertools.islice(batches, SENSITIVITY_BATCHES if silent else 1))
@@ -83,8 +87,13 @@ def calibrate_(
         _widen(module, fit)
     if fit.unbiased:
         correct(module, first[0], forward_fn)
+    owner: Any = module
+    owner.conversion = dataclasses.replace(
+        record, source_sha256=record.source_sha256 or record.state_sha256, fit=fit,
+        recipe=_recipe_followed(module, fit), calibration=CalibrationRecord(num_images=count), versions=library_versions(), command=None)
     if fit.compensate:
-        _compensate(module, held, forward_fn)
+        with recorded_as(module, COMPENSATED):
+            _compensate(module, held, forward_fn)
     return count
 
 
@@ -96,6 +105,12 @@ def _widen(module: nn.Module, fit: FitConfig) -> None:
     for layer in module.modules():
         if isinstance(layer, SpikingLinear) and getattr(layer.neuron, 'unbounded', False):
             layer.neuron.widen(layer.weight.detach().to(torch.float32).norm(dim=0), fit.floor, fit.margin)
+
+
+def _recipe_followed(module: nn.Module, fit: FitConfig) -> str | None:
+    """Name of the recipe that all neurons are of."""
+    configs = {neuron.config for _, neuron in named_neurons(module) if isinstance(neuron, ScaleAndFire)}
+    return recipe_name(*configs, fit) if len(configs) == 1 else None
 
 
 def _kept(batches: Iterable[Any], held: List[Any]) -> Iterator[Any]:
@@ -175,9 +190,9 @@ def _compensate(module: nn.Module, batches: List[Any], forward_fn: Optional[Forw
                 _forward(module, view, copy.deepcopy(batch), forward_fn)
         found.update({name: compensated(layers[name], seen[name]) for name in group})
     for name, values in found.items():  # not before all of the source was seen
-        layers[name].__dict__['compensates'] = True
         for parameter, value in zip((layers[name].weight, layers[name].bias), values, strict=True):
-            if parameter is not None:
+            if parameter is not None and not torch.equal(parameter, value):
+                layers[name].neuron.mark_compensated()
                 parameter.copy_(value)
 
 

@@ -1,5 +1,6 @@
 """Conversion: source network -> spiking layers -> observation -> fitted neurons -> record."""
 import copy
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any, Dict, Iterable, Optional, Tuple, Union
@@ -11,19 +12,16 @@ from timm.data import resolve_input_data_config
 from ..data import GENERATED, open_images
 from ..data.batches import progress
 from ..errors import SFormerError, enough_memory
-from ..files import state_hash
-from ..layers import named_neurons, revert_, source_of
+from ..layers import named_neurons, revert_
 from ..models import spiking_model_
 from ..models.zoo import CUSTOM, ENTRYPOINTS, architecture_of
-from ..neurons import FitConfig, SFNConfig, recipe_configs, recipe_name
+from ..neurons import FitConfig, SFNConfig, recipe_configs
 from .calibration import calibrate_
-from .record import CalibrationRecord, Conversion, library_versions
+from .changes import kept_record
+from .record import CalibrationRecord, Conversion
 from .sources import Source, check_weights, create_source
 
-__all__ = [
-    'Images', 'all_tokens', 'another_source', 'calibration_batches', 'check_source_inside', 'convert', 'source_inside',
-    'warn_if_moved',
-]
+__all__ = ['Images', 'all_tokens', 'calibration_batches', 'convert']
 
 _logger = logging.getLogger(__name__)
 
@@ -52,7 +50,7 @@ def convert(
 
     Args:
         source: timm model, or the name of one, which is created with its pretrained weights. An SFormer stands for
-            its own source, unless its weights compensate for its neurons.
+            what its weights are without neurons, unless they compensate for these.
         calibration: `dead-leaves` (generated images), `digits`, a folder of parquet files, an image folder, a Hugging
             Face data set id, or an iterable of normalised image batches (B, C, H, W), all of which are used.
         config: How neurons fire, as a config or as its fields.
@@ -76,7 +74,7 @@ def convert(
         UnsupportedLayerError: If a layer of the source has no spiking counterpart.
     """
     config, fit = recipe_configs(recipe, config, fit)
-    name, generated = recipe_name(config, fit), isinstance(calibration, str) and calibration == GENERATED
+    generated = isinstance(calibration, str) and calibration == GENERATED
     if generated and fit.estimator == 'max':
         _logger.warning('thresholds that reach as far as the largest current (fast neurons) are fitted to generated '
                         'images: they are closer to the source if fitted to real ones (calibration).')
@@ -89,71 +87,36 @@ def convert(
     if not isinstance(source, Source):
         source = Source(source)
     model: Any = source.network if inplace else copy.deepcopy(source.network)
+    kept = kept_record(model)
     if any(True for _ in named_neurons(model)):
-        check_source_inside(model)
-        model = revert_(model)  # converting again starts from the source that is inside
+        model = revert_(model)  # converting again starts from the network that is inside
     check_weights(model)
+    record = kept or _record_of_source(model, source.weights)
     training = model.training
     before = {k: model.__dict__.get(k) for k in ('pretrained_cfg', 'default_cfg', '_model_args')}
     try:
-        record = _source_record(model, source.weights, fit, command)
         _name_architecture(model)
         model = spiking_model_(model, config).eval()
         batches, images = calibration_batches(
             model, calibration, split, num_images, batch_size, seed, image_column=image_column)
+        model.conversion = dataclasses.replace(record, global_pool=getattr(model, 'global_pool', None))
         with enough_memory('the source is observed on 16 images at a time, whatever the batch size. Choose a smaller '
                            'input (img_size) or a device with more memory.'):
             count = calibrate_(model, batches, fit, None if model.num_classes else all_tokens)
-        model.conversion = Conversion(
-            **record, recipe=name, calibration=CalibrationRecord(**images, num_images=count))
+        model.conversion = dataclasses.replace(
+            model.conversion, calibration=CalibrationRecord(**images, num_images=count), command=command)
         return model
     except BaseException:
         revert_(model).train(training).__dict__.update({k: v for k, v in before.items() if v is not None})
         raise
 
 
-def check_source_inside(model: Any) -> None:
-    """Raise SFormerError if the weights of an SFormer were fitted to its neurons, so that its source is not inside."""
-    if getattr(model, 'conversion', None) and model.conversion.fit.compensate:
-        raise SFormerError('the weights of this SFormer compensate for its neurons (compensate), so its source is not '
-                           'inside: convert the source itself.')
-
-
-def source_inside(model: nn.Module) -> nn.Module:
-    """`source_of`, or an SFormerError where the weights are not those of the source."""
-    check_source_inside(model)
-    return source_of(model)
-
-
-def another_source(model: Any, source: Any) -> nn.Module:
-    """The source network that a model is compared with, which is not inside of it.
-
-    Args:
-        model: What is compared.
-        source: A network, or an SFormer that has its source inside.
-
-    Raises:
-        SFormerError: If the source is not inside, or reads or gives something else than the model.
-    """
-    network: Any = source_inside(source)
-    for what, of in (('classes', lambda m: getattr(m, 'num_classes', None)),
-                     ('input', lambda m: tuple(resolve_input_data_config(m)['input_size']))):
-        mine, other = of(model), of(network)
-        if mine != other:
-            raise SFormerError(f'the source to compare the model with has other {what}: {other}, not {mine}.')
-    recorded = getattr(getattr(model, 'conversion', None), 'source_sha256', None)
-    if recorded not in (None, state_hash(network.state_dict())):
-        _logger.warning('the source that the model is compared with has other weights than the network that it was '
-                        'converted from, or they are of another precision.')
-    return network
-
-
-def warn_if_moved(name: str, model: Any) -> None:
-    """Warn where the source inside of an SFormer is not what it was converted from."""
-    record = getattr(model, 'conversion', None)
-    if record and (record.fit.compensate or record.distillation):
-        _logger.warning(f'the weights of {name} have moved since it was converted, and it is compared with what they '
-                        f'are without neurons. --source-model names what it was converted from.')
+def _record_of_source(model: nn.Module, weights: str | None) -> Conversion:
+    """What a record says of a source network."""
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    return Conversion(
+        source=cfg.get('architecture') or type(model).__name__, source_tag=cfg.get('tag') or None if weights else None,
+        source_weights=weights)
 
 
 def all_tokens(network: Any, batch: torch.Tensor) -> torch.Tensor:
@@ -161,15 +124,6 @@ def all_tokens(network: Any, batch: torch.Tensor) -> torch.Tensor:
     tokens = network.forward_features(batch)
     network.forward_head(tokens)
     return tokens
-
-
-def _source_record(model: nn.Module, weights: Optional[str], fit: FitConfig, command: Optional[str]) -> Dict[str, Any]:
-    """What the record says of the source and of the run."""
-    cfg = getattr(model, 'pretrained_cfg', None) or {}
-    return dict(
-        source=cfg.get('architecture') or type(model).__name__, source_tag=cfg.get('tag') or None,
-        source_sha256=state_hash(model.state_dict()), source_weights=weights, changed=fit.compensate,
-        global_pool=getattr(model, 'global_pool', None), fit=fit, versions=library_versions(), command=command)
 
 
 def _name_architecture(model: Any) -> None:

@@ -12,10 +12,11 @@ from typing import Any, Callable, Iterable, Iterator, List, Optional, Tuple
 import torch
 import torch.nn as nn
 
-from ..errors import SFormerError, UncalibratedError
+from ..errors import SFormerError, UncalibratedError, check, check_flag, check_number
 from ..layers import is_calibrated, named_neurons, uncalibrated
 from ..neurons import Neuron, ScaleAndFire
-from .convert import source_inside
+from .changes import network_inside, recorded_as
+from .record import DISTILLED
 
 __all__ = ['DistillConfig', 'distill_', 'learn_from_spikes', 'outputs', 'shuffled', 'squared_error', 'unary_spikes']
 
@@ -31,12 +32,22 @@ class DistillConfig:
             image than a few logits do, so that gradients are less noisy.
         max_norm: Gradients are scaled down to this norm.
         amp: Autocast of the SFormer to bfloat16.
+
+    Raises:
+        ConfigError: If a value is out of its range; the message names it.
     """
     learning_rate: float = 1e-4
     price: float = 0.01
     features: float = 1.
     max_norm: float = 1.
     amp: bool = False
+
+    def __post_init__(self) -> None:
+        check_number(self, 'learning_rate', 0, 1)
+        check_number(self, 'price', 0)
+        check_number(self, 'features', 0)
+        check_number(self, 'max_norm', math.ulp(0.), interval='above 0')
+        check_flag(self, 'amp')
 
 
 def distill_(
@@ -54,7 +65,8 @@ def distill_(
     nothing, and steps of Adam are as long for small gradients as for large ones.
 
     Args:
-        model: Calibrated SFormer. Afterwards the source that is inside of it is another one.
+        model: Calibrated SFormer. Afterwards its source is not inside any more, which its record says, also where
+            training fails.
         batches: Normalised images (B, C, H, W), a batch per step.
         steps: Number of steps; the learning rate is scheduled over them.
         config: Learning rate, price of spikes.
@@ -63,20 +75,24 @@ def distill_(
 
     Raises:
         UncalibratedError: If thresholds were never fitted.
-        SFormerError: If the loss is NaN, or there are fewer batches than steps.
+        SFormerError: If the loss is NaN, there are fewer batches than steps, or nothing can be trained.
     """
+    check(type(steps) is int and steps > 0, f'steps must be an integer of at least 1, got {steps!r}.')
     if not is_calibrated(model):
         raise UncalibratedError(f'{uncalibrated(model)}; fit it with sformer.convert() first.')
-    taught: Any = (source_inside(model) if teacher is None else copy.deepcopy(teacher)).eval().requires_grad_(False)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise SFormerError('no weight of the model can be trained: all of them are frozen (requires_grad_).')
+    taught: Any = (network_inside(model) if teacher is None else copy.deepcopy(teacher)).eval().requires_grad_(False)
     model.eval()
     student: Any = model
-    parameters = [p for p in model.parameters() if p.requires_grad]
     taught.to(parameters[0].device, parameters[0].dtype)
     optimizer, schedule = _scheduled(parameters, config.learning_rate, steps)
     step, handles = 0, [neuron.register_forward_hook(learn_from_spikes) for _, neuron in named_neurons(model)]
     with torch.enable_grad(), unary_spikes(model) as spikes, contextlib.ExitStack() as stack:
         for handle in handles:
             stack.callback(handle.remove)
+        stack.enter_context(recorded_as(model, DISTILLED))
         for step, batch in zip(range(1, steps + 1), batches, strict=False):  # noqa: B007
             spikes.clear()
             batch = batch.to(parameters[0].device, parameters[0].dtype)
@@ -93,8 +109,6 @@ def distill_(
             report(step, error.item(), fired.item())
     if step < steps:
         raise SFormerError(f'{steps} steps need as many batches, got {step}.')
-    if getattr(model, 'conversion', None):
-        student.conversion = dataclasses.replace(student.conversion, changed=True)
     return model
 
 

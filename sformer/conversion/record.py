@@ -3,14 +3,25 @@ import contextlib
 import dataclasses
 import sys
 from importlib import metadata
-from typing import Any, Dict, Optional, Union, get_args, get_origin
+from typing import Any, Dict, Optional, Tuple, Union, get_args, get_origin
 
 from ..errors import SFormerError
 from ..neurons import FitConfig
 
-__all__ = ['Conversion', 'CalibrationRecord', 'RECORD_VERSION', 'library_versions']
+__all__ = [
+    'Conversion', 'CalibrationRecord', 'RECORD_VERSION', 'REASONS', 'COMPENSATED', 'BALANCED', 'DISTILLED',
+    'FINE_TUNED', 'ADAPTED', 'library_versions',
+]
 
-RECORD_VERSION = 2
+RECORD_VERSION = 3
+
+# why weights are not those of the source any more
+COMPENSATED = 'compensated'  # they make up for what neurons leave out
+BALANCED = 'balanced'  # transforms that make less noise are folded in
+DISTILLED = 'distilled'  # trained to follow the source
+FINE_TUNED = 'fine-tuned'  # other values, which nothing recorded
+ADAPTED = 'adapted'  # other names, shapes or dtypes
+REASONS = (COMPENSATED, BALANCED, DISTILLED, FINE_TUNED, ADAPTED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +59,13 @@ class Conversion:
         calibration: Images that they were fitted on.
         versions: Versions of libraries.
         command: Command line that converted, if one did.
-        changed: Whether the weights are not those of the source any more.
+        changed: Why the weights are not those of the source any more, some of `REASONS`; empty if they are.
+            `conversion.changed` says so of a model as it is now.
         distillation: How they were trained to follow it, in words; None if they were not.
         weights_sha256: SHA-256 of the file of weights.
         zoo_entry: Line of a table of conversions that this one is of, as `scripts/publish_zoo.py` has one.
+        state_sha256: State hash of the weights that this record speaks of.
+        layout_sha256: Hash of their names, shapes and dtypes.
     """
     source: str
     source_tag: Optional[str] = None
@@ -63,14 +77,16 @@ class Conversion:
     calibration: CalibrationRecord = CalibrationRecord()
     versions: Dict[str, str] = dataclasses.field(default_factory=dict)
     command: Optional[str] = None
-    changed: bool = False
+    changed: Tuple[str, ...] = ()
     distillation: Optional[str] = None
     weights_sha256: Optional[str] = None
     zoo_entry: Optional[str] = None
+    state_sha256: Optional[str] = None
+    layout_sha256: Optional[str] = None
 
     def to_dict(self) -> Dict[str, Any]:
         """The record as JSON data, with its version."""
-        return dict(version=RECORD_VERSION, **dataclasses.asdict(self))
+        return dict(dataclasses.asdict(self), version=RECORD_VERSION, changed=[*self.changed])
 
     @classmethod
     def from_dict(cls, data: Dict[str, Any]) -> 'Conversion':
@@ -81,10 +97,14 @@ class Conversion:
         """
         values = dict(data)
         version = values.pop('version', 1)
-        if version != RECORD_VERSION:
+        if version == 2 and isinstance(values.get('changed', False), bool):
+            values['changed'] = _reasons_of_version_2(values)
+        elif version != RECORD_VERSION:
             raise SFormerError(f'the record of the conversion has version {version!r}, this sformer reads '
                                f'{RECORD_VERSION}: convert the source again.')
         try:
+            if isinstance(values.get('changed'), list):  # as JSON has it
+                values['changed'] = tuple(values['changed'])
             fit = FitConfig(**values.pop('fit', {}))
             calibration = CalibrationRecord(**values.pop('calibration', {}))
             record = cls(fit=fit, calibration=calibration, **values)
@@ -99,10 +119,22 @@ class Conversion:
         return record
 
 
+def _reasons_of_version_2(values: Dict[str, Any]) -> Tuple[str, ...]:
+    """Why weights have moved, by a record that only says whether."""
+    if not values.get('changed'):
+        return ()
+    fit = values.get('fit')
+    compensates = isinstance(fit, dict) and fit.get('compensate')
+    said = (COMPENSATED,) * bool(compensates) + (DISTILLED,) * bool(values.get('distillation'))
+    return said or (FINE_TUNED,)
+
+
 def _is_of(value: Any, kind: Any) -> bool:
     """Whether a value is of the type that a field is annotated with; a bool is no number."""
     if get_origin(kind) is Union:
         return any(_is_of(value, other) for other in get_args(kind))
+    if get_origin(kind) is tuple:
+        return type(value) is tuple and all(reason in REASONS for reason in value)
     if get_origin(kind) is dict:
         return type(value) is dict and all(_is_of(v, get_args(kind)[1]) for v in value.values())
     return type(value) is kind

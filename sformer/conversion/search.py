@@ -14,11 +14,11 @@ from ..errors import SFormerError, needed_packages
 from ..files import state_hash
 from ..layers import named_neurons
 from ..neurons import CODINGS, FitConfig, Neuron, ScaleAndFire, SFNConfig, count_spikes
-from .convert import all_tokens, calibration_batches, convert, source_inside
+from .changes import network_inside
+from .convert import all_tokens, calibration_batches, convert
 
 __all__ = [
-    'Bench', 'Point', 'SWEPT_LEVELS', 'SILENCES', 'need_optuna', 'pareto_front', 'recommended', 'replaced', 'search',
-    'sweep',
+    'Bench', 'Point', 'SWEPT_LEVELS', 'SILENCES', 'need_optuna', 'pareto_front', 'recommended', 'search', 'sweep',
 ]
 
 SWEPT_LEVELS = (2, 4, 8, 16, 32, 63)
@@ -70,7 +70,7 @@ class Bench:
             images: torch.Tensor,
             fit: FitConfig = FitConfig(),
     ):
-        self.source, self.calibration, self.images, self.fit = source_inside(source).eval(), calibration, images, fit
+        self.source, self.calibration, self.images, self.fit = network_inside(source).eval(), calibration, images, fit
         self.seconds, self.forward_passes = 0., 0
         self.expected = self._outputs(self.source)
 
@@ -133,15 +133,8 @@ def sweep(bench: Bench, base: SFNConfig, levels: Sequence[int] = SWEPT_LEVELS) -
     Raises:
         SFormerError: If a fire function of the config has not that many.
     """
-    configs = [replaced(base, levels=n) for n in levels]  # before any work
+    configs = [dataclasses.replace(base, levels=n) for n in levels]  # before any work
     return (bench.measure(config, 'sweep') for config in configs)
-
-
-def replaced(config: SFNConfig, **values: Any) -> SFNConfig:
-    try:
-        return dataclasses.replace(config, **values)
-    except ValueError as e:
-        raise SFormerError(str(e)) from None
 
 
 def pareto_front(points: Sequence[Point], spikes: str = 'activity') -> List[Point]:
@@ -209,7 +202,8 @@ def search(
                                 dict(origin='closed form'), skip_if_exists=True)
 
         def objective(trial: Any, name: str = name, objectives: Tuple[str, ...] = objectives) -> List[float]:
-            point = bench.measure(replaced(base, **propose[name](trial)), trial.user_attrs.get('origin', name))
+            config = dataclasses.replace(base, **propose[name](trial))
+            point = bench.measure(config, trial.user_attrs.get('origin', name))
             trial.set_user_attr('point', dataclasses.asdict(point))
             points.append(point)
             report(point)

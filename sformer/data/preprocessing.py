@@ -8,7 +8,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transf
 from timm.data.transforms import str_to_interp_mode
 from torchvision import transforms
 
-from ..errors import SFormerError, UnreadableImageError
+from ..errors import ConfigError, SFormerError, UnreadableImageError
 from .pixels import eight_bits
 
 __all__ = ['Preprocessor', 'check_data_config', 'check_preprocessing', 'one_line', 'unreadable']
@@ -117,7 +117,7 @@ def check_preprocessing(values: Dict[str, Any]) -> None:
     given.
 
     Raises:
-        SFormerError: If a value is of the wrong kind or out of any sensible range; names it.
+        ConfigError: If a value is of the wrong kind or out of any sensible range; names it.
     """
     def is_number(value: Any) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -127,15 +127,15 @@ def check_preprocessing(values: Dict[str, Any]) -> None:
         if value is None:
             continue
         if not isinstance(value, (list, tuple)) or not all(map(is_number, value)):
-            raise SFormerError(f'{key} must be a list of numbers, got {value!r}.')
+            raise ConfigError(f'{key} must be a list of numbers, got {value!r}.')
         if not all(low <= v <= high for v in value):
-            raise SFormerError(f'{key} must lie in [{low:g}, {high:g}], got {", ".join(map(str, value))}.')
+            raise ConfigError(f'{key} must lie in [{low:g}, {high:g}], got {", ".join(map(str, value))}.')
     crop_pct, interpolation = values.get('crop_pct'), values.get('interpolation')
     if crop_pct is not None and not (is_number(crop_pct) and 0.01 <= crop_pct <= 1):
-        raise SFormerError(f'crop_pct must lie in [0.01, 1], got {crop_pct!r}.')
+        raise ConfigError(f'crop_pct must lie in [0.01, 1], got {crop_pct!r}.')
     if interpolation is not None:
         try:
             str_to_interp_mode(interpolation)
         except (KeyError, ValueError, AttributeError, TypeError):
-            raise SFormerError(
+            raise ConfigError(
                 f'unknown interpolation {interpolation!r}: nearest, bilinear, bicubic, lanczos.') from None

@@ -1,4 +1,5 @@
 """Conversion of a whole detector: backbone, pyramid, proposals and heads."""
+import dataclasses
 import itertools
 import random
 from typing import Any, Iterator, List, Optional, Union
@@ -6,16 +7,15 @@ from typing import Any, Iterator, List, Optional, Union
 import torch
 import torch.nn as nn
 
-from ..conversion import calibrate_, check_source_inside
-from ..conversion.record import CalibrationRecord, Conversion, library_versions
+from ..conversion import calibrate_, kept_record
+from ..conversion.record import CalibrationRecord, Conversion
 from ..conversion.sources import check_weights
 from ..data.batches import progress
 from ..data.generator import dead_leaves
 from ..errors import SFormerError, enough_memory
-from ..files import state_hash
 from ..layers import revert_, spiking_
 from ..models import set_pixel_range_
-from ..neurons import FitConfig, SFNConfig, recipe_name
+from ..neurons import FitConfig, SFNConfig
 from .coco import CocoData
 
 __all__ = ['convert_detector', 'image_batches', 'spiking_detector_']
@@ -50,8 +50,8 @@ def convert_detector(
     """Convert a trained detector into a calibrated single-timestep SFormer, in place and without training.
 
     Args:
-        detector: As of `create_detector`, trained; an SFormer stands for its own source, unless its weights compensate
-            for its neurons.
+        detector: As of `create_detector`, trained; an SFormer stands for what its weights are without neurons, unless
+            they compensate for these.
         calibration: Images, whose annotations are not read, or `dead-leaves` for generated ones.
         config: How neurons fire.
         fit: How their thresholds are fitted.
@@ -70,13 +70,13 @@ def convert_detector(
     """
     if config.silence:
         raise SFormerError('a detector has no price of activity (silence) yet: it needs gradients of one output.')
-    check_source_inside(detector)
+    kept = kept_record(detector)
     model: Any = revert_(detector)
     check_weights(model, 'the detector')
     batches = image_batches(model, calibration, num_images, seed)
-    recipe, fit = recipe_name(config, fit), fit.settled(isinstance(calibration, str))
-    source_sha256 = state_hash(model.state_dict())
+    fit = fit.settled(isinstance(calibration, str))
     spiking_detector_(model.eval(), config)
+    model.conversion = kept or Conversion(source=model.config.backbone)
     try:
         with enough_memory(f'the source is observed on {OBSERVED_BATCH} images at a time.'):
             calibrate_(model, progress(batches, 'Calibrating', len(batches)), fit)
@@ -86,9 +86,7 @@ def convert_detector(
     record = CalibrationRecord(
         name or 'dead-leaves', split, seed, getattr(calibration, 'fingerprint', None),
         num_images=sum(map(len, batches)))
-    model.conversion = Conversion(
-        source=model.config.backbone, source_sha256=source_sha256, changed=fit.compensate, recipe=recipe, fit=fit,
-        calibration=record, versions=library_versions(), command=command)
+    model.conversion = dataclasses.replace(model.conversion, calibration=record, command=command)
     return model
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
+from ..conversion import warn_of_changes
 from ..conversion.record import library_versions
 from ..data import choose
 from ..data.batches import progress
@@ -75,6 +76,8 @@ def evaluate_detector(
         SFormerError: If the categories of the data are not those of the detector, or there are fewer images.
     """
     model: Any = detector
+    if source is True and group is None:
+        warn_of_changes('the detector', model)
     group = group or Group()
     check_evaluable(model, data)
     every = list(data.images)

@@ -9,10 +9,10 @@ import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from ..conversion import record_of
 from ..conversion.record import Conversion
-from ..data.preprocessing import check_preprocessing
 from ..errors import SFormerError, UncalibratedError, first_line
-from ..files import file_hash, read_safetensors, state_hash, write_aside
+from ..files import file_hash, read_safetensors, write_aside
 from ..layers import is_calibrated, named_neurons, uncalibrated
 from ..neurons import SFNConfig
 from ..saving import check_vacant
@@ -23,9 +23,6 @@ from .detector_entrypoints import create_named, detector_name, is_detector_name
 from .detectors import DetectorConfig, build_detector
 
 __all__ = ['is_detector', 'load_detector', 'read_detector_config', 'save_detector']
-
-MAX_SIZE = 2 ** 14  # of an image in pixels, of layers in channels: what is beyond fills the memory first
-
 
 def save_detector(detector: nn.Module, directory: Union[str, Path], overwrite: bool = False) -> Path:
     """Save a detector as `model.safetensors` and `config.json`: what it is built of, how its neurons fire if it has
@@ -49,11 +46,7 @@ def save_detector(detector: nn.Module, directory: Union[str, Path], overwrite: b
             save_file(state, aside / WEIGHTS_NAME, metadata={'format': 'pt'})
             config['weights_sha256'] = file_hash(aside / WEIGHTS_NAME)
             if spiking:
-                neurons = tuple(f'{name}.' for name, _ in named_neurons(detector))
-                weights = {name: tensor for name, tensor in state.items() if not name.startswith(neurons)}
-                record = dataclasses.replace(
-                    model.conversion, weights_sha256=config['weights_sha256'],
-                    changed=model.conversion.changed or model.conversion.source_sha256 != state_hash(weights))
+                record = dataclasses.replace(record_of(detector), weights_sha256=config['weights_sha256'])
                 config.update(sfn=dataclasses.asdict(model.sfn), sformer=record.to_dict())
             (aside / CONFIG_NAME).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
     except (OSError, SafetensorError) as e:
@@ -89,20 +82,8 @@ def read_detector_config(folder: Path) -> Dict[str, Any]:
     config, sfn, _ = _parsed(data, file)
     if sfn:
         check_firing_config(data['sfn'], file)
-    for name in ('channels', 'hidden', 'max_detections'):
-        value = getattr(config, name)
-        if type(value) is not int or not 1 <= value <= MAX_SIZE:
-            raise SFormerError(f'{file}: {name} is {value!r}, not a whole number from 1 to {MAX_SIZE}.')
-    if not all(type(side) is int and side <= MAX_SIZE for side in config.image_size):
-        raise SFormerError(f'{file}: image_size is {config.image_size}, which is none of an image.')
-    if not all(isinstance(category, str) for category in config.categories.values()):
-        raise SFormerError(f'{file}: categories have names, not {[*config.categories.values()]}.')
-    if not (str(config.backbone).isidentifier() and timm.is_model(config.backbone)):
+    if not (config.backbone.isidentifier() and timm.is_model(config.backbone)):
         raise SFormerError(f'{file}: the backbone {config.backbone!r} is not the name of a timm architecture.')
-    try:
-        check_preprocessing(dict(mean=config.mean, std=config.std))
-    except SFormerError as e:
-        raise SFormerError(f'{file}: {e}') from None
     return data
 
 

@@ -1,6 +1,7 @@
 """torchvision's Faster and Mask R-CNN on a plain vision transformer of timm."""
 import copy
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Dict, Optional, Tuple, Union
 
@@ -15,7 +16,8 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
 
 from ..conversion.sources import create_source
-from ..errors import SFormerError
+from ..data.preprocessing import check_preprocessing
+from ..errors import SFormerError, check, check_flag, check_integer, check_text
 from ..layers import register_floating
 from ..models import HEADS, SPIKING_MODELS
 from .pyramid import SCALES, SimpleFeaturePyramid, ViTDetBackbone, window_
@@ -25,6 +27,7 @@ __all__ = ['DetectorConfig', 'build_detector', 'create_detector']
 PATCH_SIZE = 16  # torchvision takes strides for powers of two; timm resamples patch embeddings of other sizes to it
 ANCHORS_PER_OCTAVE = (4, 4 * 2 ** 0.5)  # sides of anchors in strides of their level
 ASPECT_RATIOS = (0.5, 1., 2.)
+MAX_SIZE = 2 ** 14  # of an image in pixels, of layers in channels: what is beyond fills the memory first
 TRAINED_PROPOSALS = 128  # that the box head learns from, per image
 
 
@@ -46,6 +49,9 @@ class DetectorConfig:
         std: Standard deviation of the normalisation.
         window_size: Tokens a side of the windows that most blocks of the backbone attend within; None: all attend
             globally.
+
+    Raises:
+        ConfigError: If a value is not what it has to be; names it.
     """
     backbone: str
     categories: Dict[int, str]
@@ -61,17 +67,32 @@ class DetectorConfig:
 
     def __post_init__(self) -> None:
         # as JSON has them: keys are strings, tuples are lists
+        check(isinstance(self.categories, Mapping) and len(self.categories) > 0
+              and all(str(id).removeprefix('-').isdecimal() for id in self.categories),
+              f'categories are names by whole numbers, at least one, not {self.categories!r}.')
         object.__setattr__(self, 'categories', {int(id): name for id, name in self.categories.items()})
+        check(all(isinstance(name, str) for name in self.categories.values()),
+              f'categories have names, not {[*self.categories.values()]}.')
         for name in ('image_size', 'scales', 'mean', 'std'):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        if not self.scales or not set(self.scales) <= set(SCALES) or [*self.scales] != sorted(self.scales)[::-1]:
-            raise SFormerError(f'scales are of {", ".join(map(str, SCALES))}, largest first, not {self.scales}.')
-        if len(self.image_size) != 2 or min(self.image_size) < 32 or any(side % 32 for side in self.image_size):
-            raise SFormerError(f'image_size is a height and a width, multiples of 32, not {self.image_size}.')
-        if self.window_size is not None and self.window_size < 1:
-            raise SFormerError(f'window_size is a number of tokens, 1 or more, not {self.window_size}.')
-        if not self.categories:
-            raise SFormerError('a detector needs at least one category.')
+            value = getattr(self, name)
+            check(isinstance(value, (list, tuple)), f'{name} has several values, not {value!r}.')
+            object.__setattr__(self, name, tuple(value))
+        check_text(self, 'backbone')
+        check_flag(self, 'masks')
+        for name in ('channels', 'hidden', 'max_detections'):
+            check_integer(self, name, 1, MAX_SIZE)
+        check(0 < len(self.scales) and all(scale in tuple(SCALES) for scale in self.scales)
+              and [*self.scales] == sorted(self.scales, reverse=True),
+              f'scales are of {", ".join(map(str, SCALES))}, largest first, not {self.scales}.')
+        check(len(self.image_size) == 2 and all(_is_side(side) for side in self.image_size),
+              f'image_size is a height and a width, multiples of 32 up to {MAX_SIZE}, not {self.image_size}.')
+        check_preprocessing(dict(mean=self.mean, std=self.std))
+        if self.window_size is not None:
+            check_integer(self, 'window_size', 1)
+
+
+def _is_side(value: Any) -> bool:
+    return type(value) is int and 32 <= value <= MAX_SIZE and not value % 32
 
 
 class ResizedToFit(GeneralizedRCNNTransform):

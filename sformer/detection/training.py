@@ -18,7 +18,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.transforms.v2 import functional as F
 
 from ..data.batches import progress
-from ..errors import SFormerError
+from ..errors import SFormerError, check_flag, check_integer, check_number
 from ..files import state_hash, write_aside
 from .coco import CocoData
 
@@ -41,6 +41,9 @@ class TrainingConfig:
         trained_blocks: Last blocks of the backbone that are trained, too; with any, no maps are kept.
         seed: Seed of the order and the mirroring of images, and of what the losses sample.
         amp: Autocast of what is trained to bfloat16, but for the last layer of the box head.
+
+    Raises:
+        ConfigError: If a value is out of its range; the message names it.
     """
     epochs: int = 12
     batch_size: int = 2
@@ -49,6 +52,15 @@ class TrainingConfig:
     trained_blocks: int = 0
     seed: int = 0
     amp: bool = False
+
+    def __post_init__(self) -> None:
+        check_integer(self, 'epochs', 1)
+        check_integer(self, 'batch_size', 1)
+        check_number(self, 'lr', 0, 100)
+        check_number(self, 'weight_decay', 0)
+        check_integer(self, 'trained_blocks', 0)
+        check_integer(self, 'seed', 0, 2 ** 63 - 1)
+        check_flag(self, 'amp')
 
 
 def train(

@@ -6,6 +6,7 @@ from typing import Any, Dict, List, Optional, Sequence, Union
 import torch
 import torch.nn as nn
 
+from ..conversion import warn_of_changes
 from ..conversion.record import library_versions
 from ..data import ImageData, Plan, open_images
 from .journal import Journal, check_same
@@ -85,6 +86,9 @@ def evaluate_all(
     if group is not None:
         return _evaluate(models, each, config, group, journal)
     with Group(config.device, timeout=config.timeout).guard() as group:
+        for i, (model, source) in enumerate(zip(models, each, strict=True)):
+            if source is True and group.is_main:
+                warn_of_changes('the model' if len(models) == 1 else f'model {i + 1}', model)
         return _evaluate(models, each, config, group, journal)
 
 

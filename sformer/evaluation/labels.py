@@ -16,7 +16,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence
 import torch.nn as nn
 from timm.data import ImageNetInfo, RealLabelsImagenet, infer_imagenet_subset
 
-from ..errors import SFormerError
+from ..errors import ConfigError, SFormerError
 
 __all__ = ['BENCHMARKS', 'DATASETS', 'Benchmark', 'check_benchmark', 'resolve_benchmark']
 
@@ -71,9 +71,9 @@ class Benchmark:
 
 
 def check_benchmark(name: Optional[str]) -> None:
-    """Raise SFormerError unless there is a benchmark of this name, or none is named."""
+    """Raise ConfigError unless there is a benchmark of this name, or none is named."""
     if name is not None and name not in BENCHMARKS:
-        raise SFormerError(f'no benchmark {name!r}, but: {", ".join(BENCHMARKS)}.')
+        raise ConfigError(f'no benchmark {name!r}, but: {", ".join(BENCHMARKS)}.')
 
 
 def resolve_benchmark(

@@ -1,13 +1,13 @@
 """What an evaluation is of and how it is done: the options of `evaluate`, in one place."""
-import numbers
+import math
 import os
 from dataclasses import dataclass
-from typing import Any, Optional, Union
+from typing import Optional, Union
 
 import torch
 
 from ..data.preprocessing import check_preprocessing
-from ..errors import SFormerError
+from ..errors import check, check_flag, check_integer, check_number, check_text
 from .labels import check_benchmark
 
 __all__ = ['AMP_DTYPES', 'EvaluationConfig']
@@ -48,7 +48,7 @@ class EvaluationConfig:
         timeout: Seconds after which a rank that makes no progress, or a worker that delivers nothing, is lost.
 
     Raises:
-        SFormerError: If a value is not usable; names it.
+        ConfigError: If a value is not usable; names it.
     """
     dataset: str
     split: Optional[str] = None
@@ -73,23 +73,20 @@ class EvaluationConfig:
     timeout: float = 600.
 
     def __post_init__(self) -> None:
-        try:
-            object.__setattr__(self, 'dataset', os.fspath(self.dataset))
-        except TypeError:
-            raise SFormerError(f'dataset must be a name or a path, got {self.dataset!r}.') from None
+        check(isinstance(self.dataset, (str, os.PathLike)), f'dataset must be a name or a path, got {self.dataset!r}.')
+        object.__setattr__(self, 'dataset', os.fspath(self.dataset))
         for name, least in (('batch_size', 1), ('workers', 0), ('activity_images', 0), ('max_bad', 0)):
-            _check_integer(name, getattr(self, name), least)
+            check_integer(self, name, least)
+        check_integer(self, 'seed', -2 ** 63, 2 ** 63 - 1)
         for name in ('num_images', 'img_size'):
             if getattr(self, name) is not None:
-                _check_integer(name, getattr(self, name), 1)
-        if not isinstance(self.timeout, numbers.Real) or not 0 < self.timeout <= _MAX_TIMEOUT:
-            raise SFormerError(f'timeout must lie in (0, {_MAX_TIMEOUT:g}] seconds, got {self.timeout!r}.')
-        if self.amp is not None and self.amp not in AMP_DTYPES:
-            raise SFormerError(f'mixed precision is bfloat16 or float16, not {self.amp!r}.')
+                check_integer(self, name, 1)
+        for name in ('split', 'image_column', 'label_column', 'interpolation', 'benchmark'):
+            if getattr(self, name) is not None:
+                check_text(self, name)
+        for name in ('streaming', 'channels_last', 'torchcompile', 'retry'):
+            check_flag(self, name)
+        check_number(self, 'timeout', math.ulp(0.), _MAX_TIMEOUT, f'of seconds in (0, {_MAX_TIMEOUT:g}]')
+        check(self.amp is None or self.amp in tuple(AMP_DTYPES), f'amp is bfloat16 or float16, not {self.amp!r}.')
         check_benchmark(self.benchmark)
         check_preprocessing(dict(crop_pct=self.crop_pct, interpolation=self.interpolation))
-
-
-def _check_integer(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or not least <= int(value) < 2 ** 31:
-        raise SFormerError(f'{name} must be an integer of at least {least}, got {value!r}.')

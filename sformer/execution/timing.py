@@ -12,7 +12,7 @@ from timm.data import resolve_input_data_config
 
 from ..conversion.record import library_versions
 from ..errors import SFormerError, enough_memory, working_compiler
-from ..layers import source_of
+from ..layers import without_neurons
 from .engines import compile_graph, engine_version, find_engine
 from .exported import load_onnx
 from .integer import to_integer_
@@ -52,26 +52,26 @@ def _exported(model: nn.Module, engine: str) -> Forward:
 def _plain_int8(model: nn.Module, engine: str) -> Forward:
     find_engine(engine)
     images = normalised_images(4, resolve_input_data_config(model))
-    run = compile_graph(plain_int8(source_of(model).eval().float(), images), engine)
+    run = compile_graph(plain_int8(without_neurons(model).eval().float(), images), engine)
     return lambda x: run(x.numpy())
 
 
 def _float32(model: nn.Module, engine: str) -> Forward:
     find_engine(engine)
-    run = compile_graph(to_onnx(source_of(model).eval().float()).SerializeToString(), engine)
+    run = compile_graph(to_onnx(without_neurons(model).eval().float()).SerializeToString(), engine)
     return lambda x: run(x.numpy())
 
 
 def _nncf_int8(model: nn.Module) -> Forward:
     find_engine('openvino')
     images = normalised_images(4, resolve_input_data_config(model))
-    run = compile_graph(nncf_graph(source_of(model).eval().float(), images.split(1)), 'openvino')
+    run = compile_graph(nncf_graph(without_neurons(model).eval().float(), images.split(1)), 'openvino')
     return lambda x: run(x.numpy())
 
 
 EXECUTIONS: Dict[str, Callable[[nn.Module], Forward]] = {
-    'source:fp32': lambda model: _compiled(source_of(model)),
-    'source:bf16': lambda model: _compiled(source_of(model), torch.bfloat16),
+    'source:fp32': lambda model: _compiled(without_neurons(model)),
+    'source:bf16': lambda model: _compiled(without_neurons(model), torch.bfloat16),
     'simulate': lambda model: _compiled(copy.deepcopy(model)),
     'integer': _integer,
     'integer:bf16': lambda model: _integer(model, torch.bfloat16),  # what is no spike in bfloat16

@@ -10,10 +10,10 @@ from .spiking import (
     placed,
     revert_,
     shared_copy,
-    source_of,
     source_view,
     spiking_,
     uncalibrated,
+    without_neurons,
 )
 from .table import FLOATING_LAYERS, SPIKING_LAYERS, SpikingLayer, register_floating, register_spiking
 from .windows import WindowedMixin, token_grid, windowed_
@@ -23,6 +23,6 @@ __all__ = [
     'SpikingGluMlp', 'SpikingLayer', 'SpikingLinear', 'SpikingMlp', 'SpikingPatchEmbed', 'SpikingSqueezeExcitation',
     'SpikingSwiGLU', 'WindowedMixin', 'token_grid', 'windowed_',
     'FLOATING_LAYERS', 'SPIKING_LAYERS', 'register_floating', 'register_spiking',
-    'spiking_', 'revert_', 'placed', 'shared_copy', 'source_of', 'source_view', 'named_neurons', 'is_calibrated',
+    'spiking_', 'revert_', 'placed', 'shared_copy', 'source_view', 'without_neurons', 'named_neurons', 'is_calibrated',
     'uncalibrated',
 ]

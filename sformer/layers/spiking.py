@@ -14,7 +14,8 @@ from .products import AttentionProduct
 from .table import FLOATING_LAYERS, SPIKING_LAYERS, SpikingLayer
 
 __all__ = [
-    'spiking_', 'revert_', 'shared_copy', 'source_of', 'source_view', 'named_neurons', 'is_calibrated', 'uncalibrated',
+    'spiking_', 'revert_', 'shared_copy', 'source_view', 'without_neurons', 'named_neurons', 'is_calibrated',
+    'uncalibrated',
 ]
 
 
@@ -125,6 +126,7 @@ def revert_(module: nn.Module) -> nn.Module:
         if isinstance(child, SpikingLayer):
             child.remove_neurons()
             child.__class__ = back[type(child)]
+    module.__dict__.pop('conversion', None)  # a record of neurons that are gone
     return module
 
 
@@ -143,15 +145,8 @@ def placed(module: nn.Module, device: torch.device) -> nn.Module:
     return module if all(map(there, tensors)) else copy.deepcopy(module).to(device)
 
 
-def source_of(model: nn.Module) -> nn.Module:
-    """The source network of an SFormer, as a copy: the inverse of conversion.
-
-    Args:
-        model: Spiking model.
-
-    Returns:
-        A model of the class that it was converted from, with the same weights and no neurons.
-    """
+def without_neurons(model: nn.Module) -> nn.Module:
+    """What the weights of a spiking model are without neurons, as a copy: its source, where they have not moved."""
     return revert_(copy.deepcopy(model))
 
 
@@ -159,7 +154,7 @@ def source_view(model: nn.Module) -> nn.Module:
     """The source network of an SFormer as a view of its own, with the same parameters and no neurons.
 
     The model itself goes on spiking, in this thread and in others. What moves or replaces its parameters later does not
-    reach the view.
+    reach the view. Where weights have moved since it was converted it is what they are without neurons.
     """
     return revert_(shared_copy(model))
 
@@ -174,6 +169,8 @@ def named_neurons(module: nn.Module) -> Iterator[Tuple[str, Neuron]]:
 def is_calibrated(module: nn.Module) -> bool:
     """Whether every neuron of a spiking module has fitted thresholds, and there is at least one."""
     neurons = [neuron for _, neuron in named_neurons(module)]
+    for neuron in neurons:
+        neuron.undo_average_()
     return bool(neurons) and all(not neuron.calibrated.is_meta and bool(neuron.calibrated) for neuron in neurons)
 
 
@@ -182,4 +179,5 @@ def uncalibrated(module: nn.Module) -> str:
     names = [name for name, neuron in named_neurons(module) if not neuron.calibrated]
     if not names:
         return 'the model has no spiking neurons'
-    return f'the model is uncalibrated ({len(names)} neurons have default thresholds, the first is {names[0]})'
+    return (f'the model is uncalibrated ({len(names)} neurons have default thresholds, or averages of several, the '
+            f'first is {names[0]})')

@@ -197,7 +197,7 @@ def checkpoint_filter_fn(state_dict: State, model: nn.Module, neurons: Optional[
     # a classifier that the checkpoint does not have starts anew, and so do its neurons
     new = {f'{head}.neuron' for head in HEADS if f'{head}.weight' not in state_dict}
     expected = [f'{name}.{key}' for name, neuron in modules.items() if name not in new
-                for key, _ in neuron.named_buffers(recurse=False)]
+                for key in neuron.saved_buffers()]
     missing = [key for key in expected if key not in state_dict]
     if neurons is not None and len(missing) == len(expected):
         state_dict = {**state_dict, **neurons}

@@ -1,10 +1,11 @@
-"""What all neurons share: spikes, state that is validated when it is loaded, and whether it is calibrated."""
+"""What all neurons share: spikes, state that is validated when it is loaded and is not averaged, and whether it is
+calibrated."""
 from typing import Any, Mapping, NamedTuple, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
 
-from .config import FitConfig
+from .config import FitConfig, SFNConfig
 from .functional import straight_through
 
 __all__ = ['Float32Buffers', 'Neuron', 'Spikes']
@@ -34,6 +35,13 @@ class Spikes(NamedTuple):
         return current if self.center is None else current + self.center
 
 
+# What `calibrated` is where it is true: numbers that no float is, so that whatever averages buffers changes them. A
+# type of one's own may say 1, and 2 is what is saved of the other.
+FITTED, MADE_UP_FOR = 2 ** 53 + 1, 2 ** 53 + 3  # the second where weights compensate for the neuron
+MARKS = (0, 1, 2, FITTED, MADE_UP_FOR)
+BLUR = 0.01  # relative: what rounding of many averages, each of them close to the last, adds up to
+
+
 class Float32Buffers(nn.Module):
     """A module whose buffers stay float32 whatever dtype the model is moved to: a bfloat16 threshold of 1.9084 would be
     1.90625."""
@@ -56,11 +64,13 @@ class Neuron(Float32Buffers):
     straight-through gradient; a type may override it with something faster.
     """
     calibrated: torch.Tensor
+    config: SFNConfig
 
     def __init__(self, device=None):
         super().__init__()
         # a number, since averages of models subtract it; a bool where it is saved
-        self.register_buffer('calibrated', torch.zeros((), dtype=torch.uint8, device=device))
+        self.register_buffer('calibrated', torch.zeros((), dtype=torch.int64, device=device))
+        self.unaveraged: dict[str, torch.Tensor] = {}  # state of a copy as it was copied
 
     def encode(self, x: torch.Tensor) -> Spikes:
         """Spikes on a current (B, ...)."""
@@ -94,12 +104,65 @@ class Neuron(Float32Buffers):
     def correct(self, moments: torch.Tensor) -> None:
         """Let spikes carry what they lack: `moments` as above, summed over batches."""
 
+    def saved_buffers(self) -> dict[str, torch.Tensor]:
+        """Buffers that a state dict has, by name."""
+        return {name: buffer for name, buffer in self._buffers.items()
+                if buffer is not None and name not in self._non_persistent_buffers_set}
+
+    def mark_calibrated(self) -> None:
+        """Say that thresholds are fitted."""
+        self.calibrated.fill_(FITTED)
+
+    def mark_compensated(self) -> None:
+        """Say that the weights that follow compensate for this neuron, whose thresholds are fitted."""
+        self.calibrated.fill_(MADE_UP_FOR)
+
+    @property
+    def compensated(self) -> bool:
+        """Whether the weights that follow compensate for this neuron."""
+        return not self.calibrated.is_meta and int(self.calibrated) in (MADE_UP_FOR, 2)
+
+    # Averages of models take buffers along (`AveragedModel(use_buffers=True)`), though thresholds are no weights: an
+    # average of 32 with 32 may be 31. What is averaged is a copy, so a copy remembers what it was.
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.undo_average_()
+        self._remember()
+
+    def _remember(self) -> None:
+        self.unaveraged = {name: buffer.detach().clone() for name, buffer in self.saved_buffers().items()}
+
+    def undo_average_(self) -> None:
+        """Put back the state that an average of models has blurred; it is uncalibrated where that was another one."""
+        mark = self.calibrated
+        if type(mark) is not torch.Tensor or mark.is_meta or int(mark) in MARKS:
+            return
+        known = {name: value.to(mark.device) for name, value in self.unaveraged.items()}
+        state = self.saved_buffers()
+        same = known.keys() == state.keys() and all(
+            name == 'calibrated' or _blurred(state[name], value) for name, value in known.items())
+        with torch.no_grad():
+            mark.zero_()
+            for name, value in known.items() if same else ():
+                state[name].copy_(value)
+
+    def train(self, mode: bool = True):
+        self.undo_average_()
+        return super().train(mode)
+
     def _save_to_state_dict(self, destination, prefix, keep_vars):
+        self.undo_average_()
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f'{prefix}calibrated'] = self.calibrated.view(torch.bool)
+        for name, buffer in self.saved_buffers().items():
+            if not keep_vars:  # copies, which an average may write to
+                destination[f'{prefix}{name}'] = buffer.detach().clone()
+        mark = self.calibrated
+        saved = mark.new_full((), 2, dtype=torch.uint8) if self.compensated else mark.bool()
+        destination[f'{prefix}calibrated'] = saved
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
-        names = [name for name, _ in self.named_buffers(recurse=False)]
+        names = [*self.saved_buffers()]
         given = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
         if given and len(given) < len(names):
             absent = ', '.join(prefix + name for name in names if name not in given)
@@ -114,6 +177,10 @@ class Neuron(Float32Buffers):
         if len(errors) > num_errors:
             return  # refused: what was there stays
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        if given and not self.calibrated.is_meta:
+            saved = int(self.calibrated)
+            self.calibrated.fill_({1: FITTED, 2: MADE_UP_FOR}.get(saved, saved))
+            self._remember()
 
     def _problem(self, name: str, value: torch.Tensor, state: Mapping[str, torch.Tensor]) -> str:
         """What is wrong with a value of a buffer, among the others that come with it; empty if nothing is."""
@@ -149,3 +216,13 @@ class Neuron(Float32Buffers):
 
     def _state_repr(self) -> str:
         return '' if self.calibrated.is_meta or self.calibrated else ', uncalibrated'
+
+
+def _blurred(state: torch.Tensor, known: torch.Tensor) -> bool:
+    """Whether a state may be averages of a known one with itself: off by rounding, of integers by one or what their
+    float form cannot tell apart."""
+    if state.shape != known.shape:
+        return False
+    off = (state.double() - known.double()).abs()
+    slack = known.double().abs() * BLUR + (0 if known.is_floating_point() else 1)
+    return bool((off <= slack).all())

@@ -1,13 +1,14 @@
 """How neurons fire, and how they are fitted: two frozen configs, each with one owner. They need no torch."""
 import dataclasses
 import math
-from typing import Any, Dict, Optional, Tuple, Type, TypeVar, Union
+from typing import Any, Dict, Optional, Tuple, TypeVar, Union
 
+from ..errors import ConfigError, check, check_choice, check_flag, check_integer, check_number
 from .levels import MAX_LEVEL, MAX_WIDE_LEVEL, level_integers, max_levels
 
 __all__ = [
-    'FIRE_FUNCTIONS', 'SOFTMAX_FIRE_FUNCTIONS', 'ESTIMATORS', 'DEFAULT_RANGE', 'RECIPES', 'Recipe', 'SFNConfig',
-    'FitConfig', 'as_config', 'recipe_configs', 'recipe_name', 'recipe_of',
+    'FIRE_FUNCTIONS', 'SOFTMAX_FIRE_FUNCTIONS', 'ESTIMATORS', 'DEFAULT_RANGE', 'NEURON_TYPES', 'SCALE_AND_FIRE',
+    'RECIPES', 'Recipe', 'SFNConfig', 'FitConfig', 'as_config', 'recipe_configs', 'recipe_name', 'recipe_of',
 ]
 
 FIRE_FUNCTIONS = ('uniform', 'widening', 'quarter_square', 'quadratic', 'quartic', 'power2', 'density')
@@ -15,17 +16,9 @@ SOFTMAX_FIRE_FUNCTIONS = (*FIRE_FUNCTIONS, 'byte')
 ESTIMATORS = ('mse', 'quantile', 'max')
 # of `FitConfig`, measured on a ViT-S that was trained at scale
 GENERATED_FLOOR, GENERATED_MARGIN = 0.75, 1.3
+SCALE_AND_FIRE = 'scale_and_fire'
+NEURON_TYPES: dict[str, Any] = {}  # types of neurons by name, as `register_neuron` fills it
 DEFAULT_RANGE = 4.  # uncalibrated neurons fire over +-4: four standard deviations of a LayerNorm output
-
-
-def _check(ok: bool, message: str) -> None:
-    if not ok:
-        raise ValueError(message)
-
-
-def _check_number(name: str, value: Any, low: float, high: float, interval: str = '') -> None:
-    _check(isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high,
-           f'{name} must be a number in {interval or f"[{low:g}, {high:g}]"}, got {value!r}.')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +50,10 @@ class SFNConfig:
         silence: Price of activity, 0 for none. Potentials for which spikes would cost more than they bring are silent:
             the squared relative error of the network's output plus this price times its activity is least. From 0.003
             (few losses) to 0.1 are usual.
+        neuron: Type of the neurons, by the name that `register_neuron` gave it.
 
     Raises:
-        ValueError: If a value is out of its range; the message names it.
+        ConfigError: If a value is out of its range; the message names it.
     """
     levels: int = 63
     fire: str = 'auto'
@@ -70,42 +64,45 @@ class SFNConfig:
     scale: float = 1.
     token_scale: bool = True
     silence: float = 0.
+    neuron: str = SCALE_AND_FIRE
 
     @classmethod
     def recipe(cls, name: str, **changes: Any) -> 'SFNConfig':
         """How neurons of a recipe (`RECIPES`) fire, single fields changed.
 
         Raises:
-            ValueError: If there is no such recipe, or a value is out of its range.
+            ConfigError: If there is no such recipe, or a value is out of its range.
         """
         return cls(**{**recipe_of(name).config, **changes})
 
-    def __post_init__(self):
-        _check(type(self.levels) is int and 1 <= self.levels <= MAX_LEVEL,
-               f'levels must be an integer from 1 to {MAX_LEVEL}, got {self.levels!r}.')
+    def __post_init__(self) -> None:
+        check_integer(self, 'levels', 1, MAX_LEVEL)
         for name in ('fire', 'activation_fire', 'attention_fire'):
+            names = SOFTMAX_FIRE_FUNCTIONS if name == 'attention_fire' else FIRE_FUNCTIONS
+            check_choice(self, name, ('auto', *names))
             value = getattr(self, name)
             if value == 'auto':
                 continue
-            names = SOFTMAX_FIRE_FUNCTIONS if name == 'attention_fire' else FIRE_FUNCTIONS
-            _check(value in names, f'{name} must be one of auto, {", ".join(names)}, got {value!r}.')
             most = max_levels(value)
             if self.levels > most:
                 few = ', '.join(map(str, level_integers(value, 4)))
-                raise ValueError(f'{name}={value} has levels {few} ... {level_integers(value, most)[-1]}, so at most '
-                                 f'{most} of them, got levels={self.levels}.')
-        _check_number('initial_potential', self.initial_potential, 0, math.nextafter(1, 0), '[0, 1)')
-        _check_number('dead_zone', self.dead_zone, 0, math.inf)
+                raise ConfigError(f'{name}={value} has levels {few} ... {level_integers(value, most)[-1]}, so at most '
+                                  f'{most} of them, got levels={self.levels}.')
+        check_number(self, 'initial_potential', 0, math.nextafter(1, 0), 'in [0, 1)')
+        check_number(self, 'dead_zone', 0)
         for name, value, limit in (
                 ('fire', self.signed_fire, MAX_LEVEL), ('activation_fire', self.mlp_fire, MAX_LEVEL),
                 ('attention_fire', self.softmax_fire, MAX_WIDE_LEVEL)):
             top = limit if value == 'density' else level_integers(value, self.levels, limit)[-1]
-            _check(self.dead_zone <= top,
-                   f'dead_zone must not exceed {top}, the top level of {name}={value} with {self.levels} levels, or '
-                   f'nothing would ever fire, got {self.dead_zone!r}.')
-        _check_number('scale', self.scale, 1e-3, 1e3)
-        _check(isinstance(self.token_scale, bool), f'token_scale must be True or False, got {self.token_scale!r}.')
-        _check_number('silence', self.silence, 0, 1e6)
+            check(self.dead_zone <= top,
+                  f'dead_zone must not exceed {top}, the top level of {name}={value} with {self.levels} levels, or '
+                  f'nothing would ever fire, got {self.dead_zone!r}.')
+        check_number(self, 'scale', 1e-3, 1e3)
+        check_flag(self, 'token_scale')
+        check_number(self, 'silence', 0, 1e6)
+        check(isinstance(self.neuron, str) and self.neuron in {SCALE_AND_FIRE, *NEURON_TYPES},
+              f'neuron must be one of {", ".join({SCALE_AND_FIRE: 0, **NEURON_TYPES})}, got {self.neuron!r}: '
+              f'sformer.neurons.register_neuron registers a type of your own.')
 
     @property
     def signed_fire(self) -> str:
@@ -159,7 +156,7 @@ class FitConfig:
             is no training, but the weights are no longer those of the source.
 
     Raises:
-        ValueError: If a value is out of its range; the message names it.
+        ConfigError: If a value is out of its range; the message names it.
     """
     estimator: str = 'mse'
     quantile: float = 0.999
@@ -173,7 +170,7 @@ class FitConfig:
         """How neurons of a recipe (`RECIPES`) are fitted, single fields changed.
 
         Raises:
-            ValueError: If there is no such recipe, or a value is out of its range.
+            ConfigError: If there is no such recipe, or a value is out of its range.
         """
         return cls(**{**recipe_of(name).fit, **changes})
 
@@ -184,16 +181,15 @@ class FitConfig:
         given = {name: value for name, value in (('floor', self.floor), ('margin', self.margin)) if value is not None}
         return dataclasses.replace(self, **{'floor': floor, 'margin': margin, **given})
 
-    def __post_init__(self):
-        _check(self.estimator in ESTIMATORS, f'estimator must be mse, quantile or max, got {self.estimator!r}.')
-        _check_number('quantile', self.quantile, math.ulp(0.), 1, '(0, 1]')
+    def __post_init__(self) -> None:
+        check_choice(self, 'estimator', ESTIMATORS)
+        check_number(self, 'quantile', math.ulp(0.), 1, 'in (0, 1]')
         if self.floor is not None:
-            _check_number('floor', self.floor, 0, 1)
+            check_number(self, 'floor', 0, 1)
         if self.margin is not None:
-            _check_number('margin', self.margin, 1e-3, 1e3)
-        for name in ('unbiased', 'compensate'):
-            value = getattr(self, name)
-            _check(isinstance(value, bool), f'{name} must be True or False, got {value!r}.')
+            check_number(self, 'margin', 1e-3, 1e3)
+        check_flag(self, 'unbiased')
+        check_flag(self, 'compensate')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,22 +222,25 @@ def recipe_of(name: str) -> Recipe:
     """The recipe of a name.
 
     Raises:
-        ValueError: If there is none.
+        ConfigError: If there is none.
     """
-    _check(name in RECIPES, f'no recipe {name!r}: there are {", ".join(RECIPES)}.')
+    check(name in RECIPES, f'no recipe {name!r}: there are {", ".join(RECIPES)}.')
     return RECIPES[name]
 
 
 def recipe_name(config: SFNConfig, fit: FitConfig) -> Optional[str]:
-    """Name of the recipe that configs are of; None if they are of none."""
-    return next((name for name in RECIPES
-                 if SFNConfig.recipe(name) == config and FitConfig.recipe(name) == fit), None)
+    """Name of the recipe that configs are of, the fit `settled` or not; None if they are of none."""
+    for name in RECIPES:
+        wanted = FitConfig.recipe(name)
+        if SFNConfig.recipe(name) == config and fit in (wanted, wanted.settled(), wanted.settled(generated=True)):
+            return name
+    return None
 
 
 Config = TypeVar('Config', SFNConfig, FitConfig)
 
 
-def as_config(kind: Type[Config], value: Union[Config, Dict[str, Any], None]) -> Config:
+def as_config(kind: type[Config], value: Config | dict[str, Any] | None) -> Config:
     """A config that is given as one, as its fields, or as None for the default one."""
     return value if isinstance(value, kind) else kind(**(value or {}))  # type: ignore[arg-type]
 
@@ -254,12 +253,12 @@ def recipe_configs(
     """How neurons fire and how they are fitted, by a recipe, whose single fields configs change that are given as such.
 
     Raises:
-        ValueError: If there is no such recipe, a whole config is given beside one, or a value is out of its range.
+        ConfigError: If there is no such recipe, a whole config is given beside one, or a value is out of its range.
     """
     if recipe is None:
         return as_config(SFNConfig, config), as_config(FitConfig, fit)
     for whole in (config, fit):
-        _check(whole is None or isinstance(whole, dict),
-               f'recipe={recipe!r} and a whole {type(whole).__name__} say two things: give the fields that change, or '
-               f'{type(whole).__name__}.recipe({recipe!r}, ...) alone.')
+        check(whole is None or isinstance(whole, dict),
+              f'recipe={recipe!r} and a whole {type(whole).__name__} say two things: give the fields that change, or '
+              f'{type(whole).__name__}.recipe({recipe!r}, ...) alone.')
     return SFNConfig.recipe(recipe, **(config or {})), FitConfig.recipe(recipe, **(fit or {}))  # type: ignore[arg-type]

@@ -53,7 +53,7 @@ class GradedCoding(Neuron):
         """
         step = (high - low) / 255
         self._set(step=step.view(-1, 1, 1), center=(low + 128 * step).view(-1, 1, 1))
-        self.calibrated.fill_(True)
+        self.mark_calibrated()
 
     @property
     def level_range(self) -> Tuple[int, int]:

@@ -142,7 +142,7 @@ class ScaleAndFire(Neuron):
             multiplier=torch.ones_like(self.multiplier) if multiplier is None else multiplier,
             levels=self.levels if levels is None else levels,
             **({} if center is None else {'center': center}))
-        self.calibrated.fill_(True)
+        self.mark_calibrated()
 
     def set_quiet(self, quiet: torch.Tensor) -> None:
         """Set the magnitudes below which potentials are silent, (*shape), in the unit of the current.

@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, Union
 
+from ..conversion.record import ADAPTED, BALANCED, COMPENSATED, DISTILLED, FINE_TUNED
 from ..errors import SFormerError
 from ..files import write_aside
 from ..saving.model_config import WEIGHTS_NAME
@@ -45,6 +46,10 @@ NEURONS = dict(
     activation_fire='fire function after activation functions',
     initial_potential='initial membrane potential [steps]', dead_zone='dead zone [steps]', scale='scaling factor',
     silence='price of activity', estimator='threshold estimator', compensate='weights compensate for neurons')
+CHANGES = {
+    COMPENSATED: 'compensate for its neurons', BALANCED: 'are balanced for its neurons',
+    DISTILLED: 'were trained to follow that network', FINE_TUNED: 'were changed afterwards',
+    ADAPTED: 'were given other shapes or precision'}
 SETTINGS = (
     ('benchmark', 'benchmark'), ('image size', 'img_size'), ('crop', 'crop_pct'), ('interpolation', 'interpolation'),
     ('mixed precision', 'amp'), ('device', 'device'), ('processes', 'world_size'), ('images per batch', 'batch_size'),
@@ -126,9 +131,9 @@ def _recipe(record: ModelRecord) -> List[Tuple[str, Any]]:
 
 def _trained(record: ModelRecord) -> str:
     """Whether the weights of the source were kept."""
-    if record.conversion.get('distillation') or record.changed and not record.moved:
-        return ', with weights that were changed afterwards'
-    return ' without training' + (', with weights that compensate for its neurons' if record.moved else '')
+    trained = {DISTILLED, FINE_TUNED, ADAPTED} & {*record.changed}
+    what = [CHANGES[reason] for reason in record.changed]
+    return ' without training' * (not trained) + (f', with weights that {" and ".join(what)}' if what else '')
 
 
 def _training(record: ModelRecord) -> List[Tuple[str, Any]]:
@@ -166,7 +171,7 @@ def _result(record: ModelRecord, result: Dict[str, Any]) -> Dict[str, Any]:
             rows.append([label, *([''] if sides else []), cell(key, spec)])
     title = _with_split(_dataset_title(record, result), result.get('split'))
     settings = [f'{label} {result[key]}' for label, key in SETTINGS if result.get(key)]
-    if record.moved and sides and not result.get('source_model'):
+    if record.changed and sides and not result.get('source_model'):
         settings.append('the source is the network of the weights of this model without neurons')
     settings += [f'images and annotations left out {len(result["problems"])}'] if result.get('problems') else []
     return dict(

@@ -15,7 +15,7 @@ from ..errors import SFormerError
 from ..files import state_hash
 from ..layers import is_calibrated
 from ..saving import load_model
-from ..saving.model_config import CONFIG_NAME, DETECTOR_KEY, read_config
+from ..saving.model_config import CONFIG_NAME, DETECTOR_KEY, conversion_of, read_config
 
 __all__ = ['ModelRecord', 'load_recorded', 'read_record', 'recorded_results', 'neuron_configs']
 
@@ -68,14 +68,9 @@ class ModelRecord:
     pictures: Dict[str, Dict[str, Any]] = field(default_factory=dict)
 
     @property
-    def changed(self) -> bool:
-        """Whether the weights are not those of the source any more."""
-        return bool(self.conversion.get('changed'))
-
-    @property
-    def moved(self) -> bool:
-        """Whether they were moved on purpose: to compensate for neurons, or by training."""
-        return bool((self.conversion.get('fit') or {}).get('compensate') or self.conversion.get('distillation'))
+    def changed(self) -> Tuple[str, ...]:
+        """Why the weights are not those of the source any more; empty if they are."""
+        return tuple(self.conversion.get('changed') or ())
 
 
 def neuron_configs(config: Mapping[str, Any]) -> Tuple[Dict[str, Any], Dict[str, Any]]:
@@ -287,7 +282,9 @@ def read_record(
     num_classes = len(detector['categories']) if detector else \
         config.get('num_classes', getattr(model, 'num_classes', None))
     _check_config(config, folder / CONFIG_NAME, num_classes)
-    cfg, conversion = config.get('pretrained_cfg', {}), config.get('sformer', {})
+    cfg = config.get('pretrained_cfg', {})
+    converted = conversion_of(config)
+    conversion = {} if converted is None else converted.to_dict()
     weights_sha256 = state_hash(model.state_dict())
     results, others = recorded_results(folder, weights_sha256)
     published = conversion.get('source_weights')

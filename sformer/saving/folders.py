@@ -12,11 +12,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 
+from ..conversion import record_of
 from ..conversion.record import Conversion
 from ..conversion.sources import create_source
 from ..errors import SFormerError, UncalibratedError, first_line
-from ..files import file_hash, state_hash, write_aside
-from ..layers import SPIKING_LAYERS, SpikingLayer, is_calibrated, named_neurons, uncalibrated
+from ..files import file_hash, write_aside
+from ..layers import SPIKING_LAYERS, SpikingLayer, is_calibrated, uncalibrated
 from ..models import SFormerMixin
 from .hub import locate, redact
 from .model_config import CONFIG_NAME, WEIGHTS_NAME, conversion_of, read_config
@@ -62,21 +63,12 @@ def save_model(model: nn.Module, directory: Union[str, Path], overwrite: bool = 
     try:
         with write_aside(directory) as aside:
             save_file(state, aside / WEIGHTS_NAME, metadata={'format': 'pt'})
-            record = _record(model, state, file_hash(aside / WEIGHTS_NAME))
+            record = dataclasses.replace(record_of(model), weights_sha256=file_hash(aside / WEIGHTS_NAME))
             _save_config(model, aside / CONFIG_NAME, record)
             _check_rebuild(aside, state)
     except (OSError, SafetensorError) as e:
         raise SFormerError(f'{directory} cannot be written: {first_line(e)}. What was there is unchanged.') from e
     return directory
-
-
-def _record(model: SFormerMixin, state: Dict[str, torch.Tensor], weights_sha256: str) -> Conversion:
-    """The record of the conversion, as it goes with weights that may have been fine-tuned since."""
-    record = model.conversion or Conversion(source=type(model).__name__)
-    neurons = tuple(f'{name}.' for name, _ in named_neurons(model))
-    weights = {k: v for k, v in state.items() if not k.startswith(neurons)}
-    changed = record.changed or record.source_sha256 not in (None, state_hash(weights))  # or of another dtype
-    return dataclasses.replace(record, changed=changed, weights_sha256=weights_sha256)
 
 
 def _check_untied(state: Dict[str, torch.Tensor]) -> None:

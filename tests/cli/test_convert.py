@@ -59,7 +59,7 @@ def test_convert_options_reach_the_neurons(convert_digits, tmp_path):
     config = json.loads((tmp_path / 'out' / 'config.json').read_text())
     assert config['model_args']['sfn'] == dict(
         levels=7, fire='power2', attention_fire='density', activation_fire='uniform', initial_potential=0,
-        dead_zone=.5, scale=1.25, token_scale=True, silence=.02)
+        dead_zone=.5, scale=1.25, token_scale=True, silence=.02, neuron='scale_and_fire')
     assert config['sformer']['fit'] == dict(
         estimator='quantile', quantile=.99, floor=0., margin=1., unbiased=False, compensate=False)
     assert config['sformer']['recipe'] is None

@@ -224,8 +224,8 @@ def test_labels_are_not_read(source, images):
 
 def test_record(source, model):
     record = json.loads(json.dumps(model.conversion.to_dict()))
-    assert record['version'] == 2
-    assert record['source'] == NAME and record['source_tag'] == 'augreg_in21k_ft_in1k'
+    assert record['version'] == 3 and record['changed'] == []
+    assert record['source'] == NAME and record['source_tag'] is None
     assert record['source_sha256'] == state_hash(source.state_dict())
     assert record['fit'] == dict(estimator='mse', quantile=0.999, unbiased=True, compensate=False)
     assert record['source_weights'] is None

@@ -37,7 +37,7 @@ def test_checkpoint_of_another_network(tmp_path):
 @pytest.mark.parametrize('kwargs, message', [
     (dict(scales=(1, 2)), 'largest first'), (dict(scales=(3,)), 'scales are of 4, 2, 1, 0.5'),
     (dict(image_size=(60, 64)), 'multiples of 32'),
-    (dict(window_size=0), '1 or more'), (dict(categories={}), 'at least one category')])
+    (dict(window_size=0), 'window_size must be an integer of at least 1'), (dict(categories={}), 'at least one')])
 def test_values_that_make_no_detector(kwargs, message):
     with pytest.raises(SFormerError, match=message):
         small_config(**kwargs)

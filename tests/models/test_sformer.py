@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import sformer
 from sformer import SFNConfig, SFormer, SFormerError, UnsupportedLayerError, is_calibrated
-from sformer.layers import FLOATING_LAYERS, SPIKING_LAYERS, named_neurons, source_of, source_view
+from sformer.layers import FLOATING_LAYERS, SPIKING_LAYERS, named_neurons, source_view
 from sformer.layers.linear import SpikingLinear
 from sformer.neurons import GradedCoding, Neuron
 
@@ -251,7 +251,7 @@ def test_set_input_size(source, model, kwargs):
 
 
 def test_source_of_inverts_conversion(source, model, images):
-    back = source_of(model)
+    back = sformer.source_of(model)
     assert type(back) is VisionTransformer
     kinds = {name: type(module) for name, module in source.named_modules()}
     assert {name: type(module) for name, module in back.named_modules()} == kinds
@@ -365,7 +365,7 @@ def test_dtype_of_the_model_is_not_that_of_the_thresholds(model, digits, dtype):
 def test_dtype_and_device_of_construction():
     model = timm.create_model('sformer_tiny', **MICRO, dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert {b.dtype for b in buffers(model).values()} == {torch.float32, torch.uint8, torch.int32}
+    assert {b.dtype for b in buffers(model).values()} == {torch.float32, torch.int64, torch.int32}
     assert model(micro_inputs().bfloat16()).dtype == torch.bfloat16
 
 
@@ -406,7 +406,7 @@ def test_exporter_of_timm_keeps_the_neurons(source, images, tmp_path):
 ], ids=['converted', 'entry of the zoo', 'custom'])
 def test_exporter_of_timm_writes_the_source_as_what_it_is(source, images, tmp_path, make):
     from timm.models import save_for_hf
-    back = source_of(make(source, images)).eval()
+    back = sformer.source_of(make(source, images)).eval()
     save_for_hf(back, str(tmp_path), safe_serialization=True)
     again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
     assert type(again) is VisionTransformer and 'sfn' not in again._model_args

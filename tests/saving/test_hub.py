@@ -292,7 +292,7 @@ def test_pickle_by_the_name_of_weights(published, tmp_path, load):
     (dict(pretrained_cfg=dict(interpolation='foo')), "unknown interpolation 'foo'"),
     (dict(pretrained_cfg=dict(std=[0])), 'std must lie in'),
     (dict(pretrained_cfg=dict(crop_pct='x')), "crop_pct must lie in .* got 'x'"),
-    (dict(sformer=dict(version=1)), 'has version 1, this sformer reads 2'),
+    (dict(sformer=dict(version=1)), 'has version 1, this sformer reads 3'),
     (dict(model_args=dict(pruned=True)), 'model_args sets pruned'),
     (dict(model_args=dict(features_only=True)), 'model_args sets features_only'),
     (dict(architecture='sformer_custom', model_args=dict(source='hf-hub:their-org/x')), "source 'hf-hub:"),

@@ -10,7 +10,7 @@ from conftest import NANO
 from safetensors.torch import load_file, save_file
 
 from sformer import SFNConfig, SFormerError, convert, load_model, save_model
-from sformer.files import file_hash
+from sformer.files import file_hash, state_hash
 from sformer.saving import open_model
 
 SFN = dataclasses.asdict(SFNConfig())  # how the neurons of `model` fire
@@ -107,13 +107,23 @@ def test_config_that_does_not_say_how_neurons_fire(folder):
 
 def test_record_of_another_version(folder):
     config = json.loads((folder / 'config.json').read_text())
-    for version in (1, 3, None):
+    for version in (1, 4, None):
         record = dict(config['sformer'], version=version)
         edit_config(folder, sformer={k: v for k, v in record.items() if v is not None})
         with pytest.raises(SFormerError, match=rf'config\.json: the record .* has version {version or 1}, this sformer '
-                                               r'reads 2: convert the source again') as caught:
+                                               r'reads 3: convert the source again') as caught:
             load_model(folder)
         assert '\n' not in str(caught.value)
+
+
+def test_record_of_the_last_version(folder, model):
+    """It only said whether weights had moved."""
+    config = json.loads((folder / 'config.json').read_text())
+    record = {key: value for key, value in config['sformer'].items() if key not in ('state_sha256', 'layout_sha256')}
+    for moved, reasons in ((False, ()), (True, ('fine-tuned',))):
+        edit_config(folder, sformer=dict(record, version=2, changed=moved))
+        assert load_model(folder).conversion.changed == reasons
+    assert state_hash(load_model(folder).state_dict()) == state_hash(model.state_dict())
 
 
 def test_weights_that_are_a_git_lfs_pointer(folder):

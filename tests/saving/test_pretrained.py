@@ -17,6 +17,7 @@ from timm.models import get_pretrained_cfg
 
 import sformer
 from sformer import SFNConfig, SFormerError, is_calibrated, named_neurons
+from sformer.conversion import record_of
 from sformer.conversion.record import CalibrationRecord
 from sformer.conversion.sources import create_source
 from sformer.files import state_hash
@@ -357,7 +358,8 @@ def test_record_of_embedded_weights(name, tmp_path):
     model = timm.create_model(name, pretrained=True)
     assert model.sfn_config == SFNConfig() and not model.conversion.changed
     saved = sformer.load_model(sformer.save_model(model, tmp_path / 'out'))
-    assert saved.conversion == dataclasses.replace(model.conversion, weights_sha256=saved.conversion.weights_sha256)
+    assert saved.conversion == dataclasses.replace(record_of(model), weights_sha256=saved.conversion.weights_sha256)
+    assert saved.conversion.state_sha256 == model.conversion.source_sha256
 
 
 def test_weights_of_a_source_without_neurons_are_refused_elsewhere(published, tmp_path):
