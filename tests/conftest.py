@@ -1,10 +1,12 @@
 """Fixtures that several test files share: a trained source, its SFormer, and the real data where there is some."""
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from filelock import FileLock
 from timm.data import resolve_input_data_config
 
 import sformer
@@ -45,6 +47,24 @@ def test_data() -> Path:
         if not (folder / name).exists():
             pytest.skip(f'SFORMER_TEST_DATA: there is no {name} in {folder}')
     return folder
+
+
+@pytest.fixture(scope='session')
+def made_once(tmp_path_factory):
+    """`made_once(name, make)`: a file or folder that `make(path)` has written, once for all processes that test; not to
+    be changed."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base) / 'made'  # of this run, and of no other
+    folder.mkdir(exist_ok=True)
+
+    def made_once(name, make):
+        with FileLock(folder / f'{name}.lock'):
+            if not (folder / name).exists():
+                with tempfile.TemporaryDirectory(dir=folder) as aside:
+                    make(Path(aside) / name)
+                    (Path(aside) / name).rename(folder / name)
+        return folder / name
+    return made_once
 
 
 def make_source():

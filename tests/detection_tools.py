@@ -1,6 +1,7 @@
 """A small data set in COCO format, and a small detector with random weights."""
 import json
 
+import timm
 import torch
 from PIL import Image, ImageDraw
 
@@ -44,9 +45,15 @@ def small_config(**kwargs):
         hidden=16, max_detections=10), **kwargs})
 
 
-def small_detector(seed=6, **kwargs):
-    """A detector with random weights that detects something: no score is too small. With this seed, some is there."""
+def small_detector(seed=6, depth=None, **kwargs):
+    """A detector with random weights that detects something: no score is too small. With this seed, some is there.
+    Of a backbone with fewer blocks than timm gives it, if a depth is named, which no config rebuilds."""
+    config = small_config(**kwargs)
     torch.manual_seed(seed)
-    detector = build_detector(small_config(**kwargs)).eval()
+    vit = None
+    if depth:
+        vit = timm.create_model(config.backbone, depth=depth, num_classes=0, img_size=config.image_size, patch_size=16,
+                                dynamic_img_size=True)
+    detector = build_detector(config, vit).eval()
     detector.roi_heads.score_thresh = 0.
     return detector

@@ -5,7 +5,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Optional, TypeVar
+from typing import Any, Dict, List, Optional
 
 from ..errors import SFormerError
 from .failure import fail
@@ -15,7 +15,6 @@ __all__ = [
     'check_folder',
 ]
 
-Made = TypeVar('Made')
 
 # options that take several values up to the next option, as in timm's own scripts
 MULTI_VALUE = ('--model-kwargs', '--mean', '--std')

@@ -90,7 +90,8 @@ def calibrate_(
     owner: Any = module
     owner.conversion = dataclasses.replace(
         record, source_sha256=record.source_sha256 or record.state_sha256, fit=fit,
-        recipe=_recipe_followed(module, fit), calibration=CalibrationRecord(num_images=count), versions=library_versions(), command=None)
+        recipe=_recipe_followed(module, fit), calibration=CalibrationRecord(num_images=count),
+        versions=library_versions(), command=None)
     if fit.compensate:
         with recorded_as(module, COMPENSATED):
             _compensate(module, held, forward_fn)

@@ -21,20 +21,31 @@ def data(tmp_path_factory):
     return open_coco(root, 'train', masks=True)
 
 
-@pytest.mark.parametrize('levels, masks, options', [
-    (32, True, {}), (8, False, dict(window_size=2, backbone='vit_tiny_patch16_224')),
-    (32, False, dict(image_size=(96, 160)))], ids=str)
-def test_the_graph_finds_what_the_detector_finds(data, tmp_path, capfd, levels, masks, options):
-    source = small_detector(masks=masks, max_detections=60, **options)
-    model = convert_detector(source, data, SFNConfig(levels=levels), num_images=4)
+def export(data, path, levels=32, **options):
+    """A small SFormer whose graph is written to a path."""
+    model = convert_detector(small_detector(max_detections=60, **options), data, SFNConfig(levels), num_images=4)
     before = copy.deepcopy(model.state_dict())
-    reports = export_detector(model, tmp_path / 'd.onnx', (64, 96), command='sformer export')
+    reports = export_detector(model, path, (64, 96), command='sformer export')
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     products = sum(1 for m in model.modules() if getattr(m, 'weight', None) is not None and hasattr(m, 'neuron'))
     assert len(reports) == products and all(report.integer for report in reports)
+    return model
+
+
+@pytest.fixture(scope='module')
+def segmenting(data, tmp_path_factory):
+    """An SFormer that segments, and the file of its graph."""
+    path = tmp_path_factory.mktemp('graphs') / 'd.onnx'
+    return export(data, path, masks=True, depth=2), path
+
+
+def finds_the_same(model, path, data, capfd):
+    masks = model.config.masks
     network = copy.deepcopy(model)
     to_integer_(network)
-    session = engine.InferenceSession(tmp_path / 'd.onnx')
+    options = engine.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = engine.InferenceSession(path, options)
     names = [out.name for out in session.get_outputs()]
     assert names == ['boxes', 'labels', 'scores', *(['masks'] if masks else [])]
     for id in (10, 12):
@@ -54,23 +65,36 @@ def test_the_graph_finds_what_the_detector_finds(data, tmp_path, capfd, levels, 
     assert 'onnxruntime' not in capfd.readouterr().err  # which wondered at the shape of each mask
 
 
-def test_weights_are_bytes_and_the_file_says_what_it_is_of(data, tmp_path):
-    model = convert_detector(small_detector(), data, num_images=2)
-    export_detector(model, tmp_path / 'd.onnx')
-    graph = onnx.load(tmp_path / 'd.onnx')
+def test_the_graph_finds_what_the_detector_finds(segmenting, data, capfd):
+    finds_the_same(*segmenting, data, capfd)
+
+
+@pytest.mark.parametrize('options', [
+    dict(levels=8, window_size=2, depth=5),  # windows in one block of five
+    dict(image_size=(96, 160), depth=1)], ids=str)
+def test_windows_and_other_sizes(data, tmp_path, capfd, options):
+    finds_the_same(export(data, tmp_path / 'd.onnx', **options), tmp_path / 'd.onnx', data, capfd)
+
+
+def test_weights_are_bytes_and_the_file_says_what_it_is_of(segmenting):
+    graph = onnx.load(segmenting[1])
     onnx.checker.check_model(graph)
     about = json.loads(graph.metadata_props[0].value)
     assert about['detector']['categories'] == {'3': 'disc', '7': 'square'} and about['image_size'] == [64, 96]
     products = [node for node in graph.graph.node if node.op_type in ('MatMul', 'Conv', 'ConvTranspose')]
     quantised = [node for node in graph.graph.node if node.op_type == 'QuantizeLinear']
     assert len(quantised) >= len(products) / 2
+
+
+def test_mistakes(segmenting, data, tmp_path):
+    model, path = segmenting
     with pytest.raises(SFormerError, match='the graph of a detector'):
-        load_onnx(tmp_path / 'd.onnx')
+        load_onnx(path)
     with pytest.raises(SFormerError, match='is there already'):
-        export_detector(model, tmp_path / 'd.onnx')
+        export_detector(model, path)
     with pytest.raises(SFormerError, match='no neurons'):
         export_detector(small_detector(), tmp_path / 'new.onnx')
-    model = convert_detector(small_detector(backbone='eva02_tiny_patch14_224'), data, num_images=1)
+    rotary = convert_detector(small_detector(backbone='eva02_tiny_patch14_224', depth=1), data, num_images=1)
     with pytest.raises(SFormerError, match='eva02_tiny_patch14_224 that is not valid'):
-        export_detector(model, tmp_path / 'new.onnx')
-    assert {path.name for path in tmp_path.iterdir()} == {'d.onnx'}
+        export_detector(rotary, tmp_path / 'new.onnx')
+    assert not list(tmp_path.iterdir())

@@ -2,15 +2,14 @@
 import copy
 import importlib
 import json
-import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
 import torch
 import torch.nn as nn
-from filelock import FileLock
-from layer_tools import FAMILIES, build, pixels, relative_error
+from execution_tools import NETWORKS
+from layer_tools import build, pixels, relative_error
 
 import sformer
 from sformer import SFNConfig, SFormerError, UncalibratedError, convert, export_onnx, load_onnx, spiking_, to_integer_
@@ -24,14 +23,6 @@ onnx = pytest.importorskip('onnx')
 for package in ('onnxscript', 'onnxruntime', 'openvino'):
     pytest.importorskip(package)
 ENGINES = ('openvino', 'onnxruntime')
-
-
-def exported(model, path, **kwargs):
-    """The model in integers, its graph in both engines."""
-    export_onnx(model, path, **kwargs)
-    whole = copy.deepcopy(model)
-    to_integer_(whole)
-    return whole, [load_onnx(path, engine) for engine in ENGINES]
 
 
 def agree(networks, whole, images):
@@ -49,28 +40,27 @@ def agree(networks, whole, images):
 
 
 @pytest.fixture(scope='module')
-def model():
-    return convert(build(), [pixels()])
+def model_and_graph(exported):
+    return exported('vit', SFNConfig(), 2)
 
 
 @pytest.fixture(scope='module')
-def graph(model, tmp_path_factory):
-    base = tmp_path_factory.getbasetemp()
-    # of all processes that test, and of no other run
-    path = (base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base) / 'graphs' / 'model.onnx'
-    path.parent.mkdir(exist_ok=True)
-    with FileLock(path.with_suffix('.lock')):
-        if not path.exists():
-            export_onnx(model, path, command='sformer export a b')
-    return path
+def model(model_and_graph):
+    return model_and_graph[0]
 
 
-def test_engines_agree_with_torch(model, graph):
-    whole = copy.deepcopy(model)
-    to_integer_(whole)
-    networks = [load_onnx(graph, engine) for engine in ENGINES]
-    agree(networks, whole, pixels(12))
-    agree(networks, whole, pixels(1))
+@pytest.fixture(scope='module')
+def graph(model_and_graph):
+    return model_and_graph[1]
+
+
+@pytest.mark.parametrize('family, config, depth', NETWORKS)
+def test_engines_agree_with_torch(exported, family, config, depth):
+    model, path = exported(family, config, depth)
+    to_integer_(model)
+    networks = [load_onnx(path, engine) for engine in ENGINES]
+    agree(networks, model, pixels(12))
+    agree(networks, model, pixels(1))
 
 
 @pytest.mark.slow
@@ -98,35 +88,6 @@ def test_convolutions_agree_with_torch():
     assert (each < 1e-5).float().mean() >= 0.5 and each.max() < 0.05, each
 
 
-@pytest.mark.slow  # exporting each takes seconds
-@pytest.mark.parametrize('family', [family for family in FAMILIES if family != 'vit'])
-def test_engines_agree_with_torch_in_every_family(family, tmp_path):
-    whole, networks = exported(convert(build(family), [pixels()]), tmp_path / 'model.onnx')
-    agree(networks, whole, pixels(12))
-    agree(networks, whole, pixels(1))
-
-
-@pytest.mark.parametrize('levels, config', [
-    (127, dict(token_scale=False, attention_fire='byte')),
-    pytest.param(127, dict(token_scale=False, attention_fire='uniform'), marks=pytest.mark.slow),
-    pytest.param(32, dict(token_scale=False, silence=0.03), marks=pytest.mark.slow),
-    pytest.param(9, dict(token_scale=False, fire='density'), marks=pytest.mark.slow),
-    pytest.param(6, dict(dead_zone=0.8), marks=pytest.mark.slow),
-    pytest.param(20, dict(fire='quarter_square'), marks=pytest.mark.slow),
-    pytest.param(18, dict(fire='widening'), marks=pytest.mark.slow),
-    pytest.param(8, dict(silence=0.03), marks=pytest.mark.slow),
-    pytest.param(40, dict(silence=0.03), marks=pytest.mark.slow),
-    pytest.param(12, dict(fire='density', attention_fire='density'), marks=pytest.mark.slow),
-    pytest.param(7, dict(fire='power2', attention_fire='power2'), marks=pytest.mark.slow),
-    pytest.param(9, dict(fire='quadratic', initial_potential=0.), marks=pytest.mark.slow),
-    pytest.param(3, dict(fire='quartic', initial_potential=0.3), marks=pytest.mark.slow),
-    pytest.param(8, dict(fire='density', initial_potential=0.), marks=pytest.mark.slow),
-])
-def test_fire_functions(levels, config, tmp_path):
-    whole, networks = exported(convert(build(), [pixels()], SFNConfig(levels, **config)), tmp_path / 'model.onnx')
-    agree(networks, whole, pixels(12))
-
-
 def test_a_fire_function_without_a_form_is_named(tmp_path):
     model = convert(build(depth=1), [pixels()], SFNConfig(6, fire='density', initial_potential=0.3))
     with pytest.raises(SFormerError, match='density firing with initial_potential=0.3 has no form'):
@@ -145,10 +106,11 @@ def test_token_counts_of_real_networks(name, kwargs, tmp_path):
     images = torch.randn(2, *source.pretrained_cfg['input_size'][:1], *source.patch_embed.img_size).clamp(-2, 2)
     source.pretrained_cfg['input_size'] = tuple(images.shape[1:])
     model = convert(source, [images])
-    whole, networks = exported(model, tmp_path / 'model.onnx')
+    export_onnx(model, tmp_path / 'model.onnx')
+    to_integer_(model)
     with torch.no_grad():
-        for network in networks:
-            assert relative_error(network(images), whole(images)) < 0.1
+        for engine in ENGINES:
+            assert relative_error(load_onnx(tmp_path / 'model.onnx', engine)(images), model(images)) < 0.1
 
 
 def test_every_product_with_weights_is_of_int8(graph):

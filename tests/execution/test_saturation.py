@@ -1,5 +1,6 @@
 """Products of bytes are exact on processors that add pairs of them in 16 bits, which saturate: by a bound that every
 graph is held to, by an emulation of such pairs, and by the engine itself, kept from what this processor knows more."""
+import copy
 import os
 import platform
 import subprocess
@@ -9,13 +10,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+from execution_tools import FAST, FEW_CONFIGS, MORE_CONFIGS, NETWORKS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layer_tools import FAMILIES, build, pixels, rng, spiking
+from layer_tools import pixels, rng, spiking
+from timm.layers import Attention
 
 import sformer
-from sformer import SFNConfig, SFormerError, convert, export_onnx, load_onnx, spiking_, to_integer_
-from sformer.execution import exported, graph, integer
+from sformer import SFNConfig, SFormerError, export_onnx, load_onnx, spiking_, to_integer_
+from sformer.execution import exported as loading
+from sformer.execution import graph, integer
 from sformer.execution.integer import IntegerLinear, exact_blocks
 from sformer.execution.onnx import to_onnx
 from sformer.execution.saturation import fits, upright, weight_limit, zero_point
@@ -23,8 +27,6 @@ from sformer.execution.saturation import fits, upright, weight_limit, zero_point
 onnx = pytest.importorskip('onnx')
 pytest.importorskip('onnxscript')
 from sformer.execution.proof import saturating  # noqa: E402
-
-FAST = dict(token_scale=False, attention_fire='byte')
 
 
 def pairwise(levels, weight):
@@ -91,8 +93,8 @@ def test_blocks_of_columns_are_exact_in_float32(seed, columns, largest):
 
 @pytest.mark.parametrize('columns', [40, 3000])
 def test_both_products_of_a_linear_layer_are_exact(columns):
-    x = 1e3 * torch.randn(4, columns, generator=rng(0))
-    layer = spiking(nn.Sequential(nn.Linear(columns, 6)), x, SFNConfig(127))
+    inputs = 1e3 * torch.randn(4, columns, generator=rng(0))
+    layer = spiking(nn.Sequential(nn.Linear(columns, 6)), inputs, SFNConfig(127))
     to_integer_(layer, portable=False)
     whole = layer[0]
     assert type(whole) is IntegerLinear
@@ -106,102 +108,103 @@ def test_both_products_of_a_linear_layer_are_exact(columns):
         assert f'exact sums by {"int8" if whole.int8 else "float32"} products' in repr(whole)
 
 
-def graph_of(model, **kwargs):
-    """The graph that is exported of a model."""
-    to_integer_(model, **kwargs)
-    graph.to_graph_(model, portable=kwargs.get('portable', True))
-    return to_onnx(model)
+def network_of(layers, size, config=SFNConfig()):
+    """A spiking network of some layers, that reads images (C, H, W) of a size."""
+    network = nn.Sequential(*copy.deepcopy(layers)).eval()
+    network.pretrained_cfg = dict(input_size=size)
+    sformer.calibrate_(spiking_(network, config), [torch.randn(16, *size, generator=rng(0))])
+    return network
 
 
-CONFIGS = [
-    SFNConfig(), SFNConfig.recipe('fast'), SFNConfig(127), SFNConfig(127, **FAST),
-    *(pytest.param(config, marks=pytest.mark.slow) for config in (
-        SFNConfig(8), SFNConfig(20, fire='quarter_square'), SFNConfig(32, silence=0.03, **FAST), SFNConfig(100, **FAST),
-        SFNConfig(18, fire='widening'), SFNConfig(9, fire='density', attention_fire='density'),
-        SFNConfig(7, fire='power2', attention_fire='power2'), SFNConfig(6, dead_zone=0.8),
-        SFNConfig(9, fire='quadratic', initial_potential=0.), SFNConfig(3, fire='quartic', initial_potential=0.3)))]
+def graph_of(network):
+    """Its graph, as it is exported."""
+    to_integer_(network)
+    graph.to_graph_(network)
+    return to_onnx(network)
 
 
-@pytest.mark.parametrize('config', CONFIGS, ids=str)
-def test_every_product_of_a_graph_is_within_the_bound(config):
-    assert not saturating(graph_of(convert(build(depth=1), [pixels()], config)))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('config', [SFNConfig(), SFNConfig(127, **FAST)], ids=str)
-@pytest.mark.parametrize('family', FAMILIES)
-def test_every_product_of_every_family_is_within_the_bound(family, config):
-    assert not saturating(graph_of(convert(build(family), [pixels()], config)))
+@pytest.mark.parametrize('family, config, depth', NETWORKS)
+def test_every_product_of_a_graph_is_within_the_bound(exported, family, config, depth):
+    assert not saturating(onnx.load(exported(family, config, depth)[1]))
 
 
 @pytest.mark.slow
 def test_products_of_convolutions_are_within_the_bound():
-    network = nn.Sequential(
+    layers = (
         nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1, groups=2), nn.ReLU(),
-        nn.ConvTranspose2d(8, 4, 4, stride=2, padding=1), nn.Conv2d(4, 2, 1)).eval()
-    network.pretrained_cfg = dict(input_size=(3, 16, 16))
-    sformer.calibrate_(spiking_(network), [torch.randn(16, 3, 16, 16, generator=rng(0))])
-    assert not saturating(graph_of(network))
+        nn.ConvTranspose2d(8, 4, 4, stride=2, padding=1), nn.Conv2d(4, 2, 1))
+    assert not saturating(graph_of(network_of(layers, (3, 16, 16))))
 
 
-@pytest.mark.parametrize('what', ['zero point', 'weight limit', 'levels that meet levels'])
-def test_the_proof_fails_where_the_bound_is_left(what, monkeypatch):
-    config = SFNConfig(127, **FAST)
-    if what == 'zero point':
-        config = SFNConfig()
-        monkeypatch.setattr(graph, '_beside_weights', lambda k, levels: graph._byte(k, torch.int8))
-    elif what == 'weight limit':
-        monkeypatch.setattr(integer, '_weight_limit', lambda layer: 127)
-    else:
-        monkeypatch.setattr(graph, 'fits', lambda a, b: True)
-    assert saturating(graph_of(convert(build(depth=1), [pixels()], config)))
+LINEAR = (nn.Flatten(), nn.Linear(24, 6))
+ATTENTION = (nn.Flatten(2), Attention(8, 2))  # channels are tokens
 
 
-def test_a_graph_that_wants_vnni_is_refused_without(tmp_path, monkeypatch):
-    model = convert(build(depth=1), [pixels()], SFNConfig(127, **FAST))
-    export_onnx(model, tmp_path / 'model.onnx', portable=False)
-    monkeypatch.setattr(exported, 'sums_exactly', lambda engine: True)
-    assert load_onnx(tmp_path / 'model.onnx')(pixels()).isfinite().all()
-    monkeypatch.setattr(exported, 'sums_exactly', lambda engine: False)
+@pytest.mark.parametrize('layers, config, where, name, removed', [
+    (LINEAR, SFNConfig(), graph, '_beside_weights', lambda k, levels: graph._byte(k, torch.int8)),
+    (LINEAR, SFNConfig(127, **FAST), integer, '_weight_limit', lambda layer: 127),
+    (ATTENTION, SFNConfig(127, **FAST), graph, 'fits', lambda a, b: True),
+], ids=['zero point', 'weight limit', 'levels that meet levels'])
+def test_the_proof_fails_where_the_bound_is_left(layers, config, where, name, removed, monkeypatch):
+    monkeypatch.setattr(where, name, removed)
+    assert saturating(graph_of(network_of(layers, (3, 2, 4), config)))
+
+
+@pytest.fixture(scope='module')
+def wants_vnni(tmp_path_factory):
+    path = tmp_path_factory.mktemp('vnni') / 'model.onnx'
+    export_onnx(network_of(LINEAR, (3, 2, 4), SFNConfig(127)), path, portable=False)
+    return path
+
+
+def test_a_graph_that_wants_vnni_is_refused_without(wants_vnni, monkeypatch):
+    monkeypatch.setattr(loading, 'sums_exactly', lambda engine: True)
+    assert load_onnx(wants_vnni)(torch.randn(5, 3, 2, 4)).isfinite().all()
+    monkeypatch.setattr(loading, 'sums_exactly', lambda engine: False)
     with pytest.raises(SFormerError, match=r'products of bytes .* no VNNI: export the model again, without --no-port'):
-        load_onnx(tmp_path / 'model.onnx')
+        load_onnx(wants_vnni)
 
 
 AS_WITHOUT_VNNI = '''
 import sys
 import torch
-from layer_tools import build, pixels
-from sformer import SFNConfig, SFormerError, convert, export_onnx, load_onnx, to_integer_
+from sformer import SFormerError, load_onnx
 from sformer.execution.processor import sums_exactly
 
 if sums_exactly('openvino'):
     sys.exit(77)
-for i, config in enumerate((SFNConfig(), SFNConfig.recipe('fast'), SFNConfig(8), SFNConfig(127, token_scale=False))):
-    model = convert(build(), [pixels()], config)
-    export_onnx(model, f'{sys.argv[1]}/{i}.onnx')
-    network = load_onnx(f'{sys.argv[1]}/{i}.onnx', 'openvino')
-    if i == 3:
-        export_onnx(model, f'{sys.argv[1]}/vnni.onnx', portable=False)
-        try:
-            load_onnx(f'{sys.argv[1]}/vnni.onnx', 'openvino')
-            sys.exit('a graph that wants VNNI was loaded')
-        except SFormerError as e:
-            assert 'no VNNI' in str(e), e
-    to_integer_(model)
-    with torch.no_grad():
-        expected, found = model(pixels(12)), network(pixels(12))
-    each = (found - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
-    assert each.median() < 1e-3 and each.max() < 0.1, (config, each)
+vnni, file, *graphs = sys.argv[1:]
+try:
+    load_onnx(vnni, 'openvino')
+    sys.exit('a graph that wants VNNI was loaded')
+except SFormerError as e:
+    assert 'no VNNI' in str(e), e
+images, *expected = torch.load(file)
+for path, logits in zip(graphs, expected, strict=True):
+    found = load_onnx(path, 'openvino')(images)
+    each = (found - logits).flatten(1).norm(dim=1) / logits.flatten(1).norm(dim=1)
+    assert each.median() < 1e-3 and each.max() < 0.1, (path, each)
 '''
 
 
-def test_an_engine_kept_from_vnni_is_exact(tmp_path):
+@pytest.mark.parametrize('networks', [
+    [('vit', SFNConfig(), 2), *(('vit', config, 1) for config in FEW_CONFIGS)],
+    pytest.param([('vit', config, 1) for config in MORE_CONFIGS], marks=pytest.mark.slow)], ids=['few', 'more'])
+def test_an_engine_kept_from_vnni_is_exact(exported, wants_vnni, tmp_path, networks):
     pytest.importorskip('openvino')
     if platform.machine() not in ('x86_64', 'AMD64'):
         pytest.skip('another processor than x86 does not saturate')
+    tensors, graphs = [pixels(12)], []
+    for network in networks:
+        model, path = exported(*network)
+        to_integer_(model)
+        with torch.no_grad():
+            tensors.append(model(tensors[0]))
+        graphs.append(path)
+    torch.save(tensors, tmp_path / 'tensors')
     limited = dict(os.environ, ONEDNN_MAX_CPU_ISA='AVX2', PYTHONPATH=os.pathsep.join(sys.path))
-    run = subprocess.run([sys.executable, '-c', AS_WITHOUT_VNNI, str(tmp_path)], env=limited, capture_output=True,
-                         text=True, timeout=240)
+    run = subprocess.run([sys.executable, '-c', AS_WITHOUT_VNNI, wants_vnni, tmp_path / 'tensors', *graphs],
+                         env=limited, capture_output=True, text=True, timeout=240)
     if run.returncode == 77:
         pytest.skip('OpenVINO sums exactly here, whatever ONEDNN_MAX_CPU_ISA says')
     assert run.returncode == 0, run.stderr
