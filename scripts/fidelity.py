@@ -2,16 +2,17 @@
 
     python scripts/fidelity.py vit_small_saliency.safetensors 127 32 8 4 --images DIR -o fidelity.json
     python scripts/fidelity.py vit_small_saliency.safetensors 32 --images DIR --calibration dead-leaves --sites
-    python scripts/fidelity.py vit_small_saliency.safetensors 32 --images DIR --integer --plain-int8
+    python scripts/fidelity.py vit_small_saliency.safetensors --images DIR --recipe fast --integer --engines --nncf
 
 `scripts/saliency_source.py` builds the source. Thresholds are fitted to some of the images, errors are measured on
 others: |source - sformer| / |source| over the final tokens, and over what every block gives. `--sites` says what each
-kind of site makes alone, with all others left floating; `--integer` what int8 weights add; `--plain-int8` is the source
-as ONNX Runtime quantises it, by the ranges that it sees on the same images.
+kind of site makes alone, with all others left floating; `--integer` what int8 weights add, `--engines` the same run by
+them; `--plain-int8` and `--nncf` are the source as ONNX Runtime and NNCF quantise it, by the same images.
 """
 import ast
 import copy
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -26,10 +27,13 @@ from sformer.conversion.record import library_versions
 from sformer.data import ImageData, open_images
 from sformer.evaluation.activity import Activity
 from sformer.execution.engines import ENGINES, compile_graph
-from sformer.execution.quantisers import plain_int8
+from sformer.execution.graph import to_graph_
+from sformer.execution.onnx import to_onnx
+from sformer.execution.processor import instruction_set
+from sformer.execution.quantisers import nncf_graph, plain_int8
 from sformer.files import file_hash, state_hash, write_json
 from sformer.layers import named_neurons, shared_copy
-from sformer.neurons import FitConfig, SFNConfig
+from sformer.neurons import SFNConfig, recipe_configs
 
 BATCH_SIZE = 16
 SITES_IMAGES = 16  # a dozen kinds of sites, each a network of its own
@@ -151,33 +155,45 @@ class Tokens(nn.Module):
         return self.network.forward_features(x)
 
 
-def measure_plain_int8(source: nn.Module, images: torch.Tensor, tokens: torch.Tensor,
-                       calibration: torch.Tensor) -> dict[str, float]:
-    """Errors of plain int8, run by each engine."""
-    graph, errors = plain_int8(Tokens(source, images), calibration), {}
-    for engine in ENGINES:
+def measure_graph(what: str, graph: Any, engines: Iterable[str], images: torch.Tensor,
+                  tokens: torch.Tensor) -> dict[str, float]:
+    """Errors of a graph, run by each engine."""
+    errors = {}
+    for engine in engines:
         run = compile_graph(graph, engine)
         found = torch.cat([torch.from_numpy(run(batch.numpy())) for batch in images.split(BATCH_SIZE)])
         errors[engine] = relative_error(tokens, found)
-        print(f'plain int8, run by {engine}: tokens {errors[engine]:.4f}', flush=True)
+        print(f'{what}, run by {engine} ({instruction_set()}): tokens {errors[engine]:.4f}', flush=True)
     return errors
+
+
+def exported(model: nn.Module, images: torch.Tensor, calibration: list[torch.Tensor]) -> bytes:
+    """The graph of an SFormer in integers that gives all final tokens."""
+    network = copy.deepcopy(model)
+    sformer.to_integer_(network, batches=calibration)
+    to_graph_(network)
+    return to_onnx(Tokens(network, images)).SerializeToString()
 
 
 def main(
         checkpoint: Annotated[Path, typer.Argument(help='Source that scripts/saliency_source.py built')],
         images: Annotated[str, typer.Option(help='Images: a folder, parquet files, a data set of the Hub')],
-        levels: Annotated[Optional[list[int]], typer.Argument(help='Numbers of levels N  [default: 32]')] = None,
+        levels: Annotated[
+            Optional[list[int]], typer.Argument(help='Numbers of levels N  [default: that of the recipe]')] = None,
         split: Annotated[Optional[str], typer.Option(help='Split of these images')] = None,
         calibration: Annotated[
             Optional[str], typer.Option(help='Other images to calibrate with, such as dead-leaves')] = None,
         num_images: Annotated[int, typer.Option(help='Images to calibrate with')] = 128,
         num_test: Annotated[int, typer.Option(help='Images to test with')] = 48,
         seed: int = 0,
+        recipe: Annotated[str, typer.Option(help='Recipe of the neurons')] = 'default',
         config: Annotated[Optional[list[str]], typer.Option(help='Field of SFNConfig, key=value')] = None,
         fit: Annotated[Optional[list[str]], typer.Option(help='Field of FitConfig, key=value')] = None,
         sites: Annotated[bool, typer.Option('--sites', help='What each kind of site makes alone')] = False,
         integer: Annotated[bool, typer.Option('--integer', help='What int8 weights add')] = False,
+        engines: Annotated[bool, typer.Option('--engines', help='The same as engines run it')] = False,
         plain: Annotated[bool, typer.Option('--plain-int8', help='The quantised source, without neurons')] = False,
+        nncf: Annotated[bool, typer.Option('--nncf', help='The source as NNCF quantises it')] = False,
         output: Annotated[Optional[Path], typer.Option('-o', '--output', help='JSON')] = None,
 ) -> None:
     source = load_source(checkpoint)
@@ -189,9 +205,13 @@ def main(
                     num_test=num_test, sites=SITES_IMAGES),
         versions=library_versions(), results=[])
     if plain:
-        record['plain_int8'] = measure_plain_int8(source, test, expected[-1], others)
-    for n in levels or [32]:
-        sfn, fitting = SFNConfig(levels=n, **key_values(config)), FitConfig(**key_values(fit))
+        record['plain_int8'] = measure_graph(
+            'plain int8', plain_int8(Tokens(source, test), others), ENGINES, test, expected[-1])
+    if nncf:
+        record['nncf'] = measure_graph(
+            'NNCF', nncf_graph(Tokens(source, test), others.split(1)), ['openvino'], test, expected[-1])
+    for n in levels or [SFNConfig.recipe(recipe).levels]:
+        sfn, fitting = recipe_configs(recipe, dict(key_values(config), levels=n), key_values(fit))
         batches = calibration or others.split(BATCH_SIZE)
         model = sformer.convert(source, batches, sfn, fitting, num_images=num_images, seed=seed)
         used = dataclasses.asdict(model.conversion.calibration)
@@ -199,7 +219,12 @@ def main(
             used.update(name=data.name, split=data.split, seed=seed, fingerprint=data.fingerprint)
         record['results'].append(dict(
             config=dataclasses.asdict(sfn), fit=dataclasses.asdict(fitting), calibration=used,
-            **measure(model, test, expected, sites, list(others.split(BATCH_SIZE)) if integer else None)))
+            **measure(copy.deepcopy(model) if engines else model, test, expected, sites,
+                      list(others.split(BATCH_SIZE)) if integer else None)))
+        if engines:
+            graph = exported(model, test, list(others.split(BATCH_SIZE)))
+            record['results'][-1]['engines'] = measure_graph(
+                f'{recipe}, N = {n}, int8 weights', graph, ENGINES, test, expected[-1])
         if output:
             write_json(output, record)
 

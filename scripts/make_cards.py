@@ -25,8 +25,8 @@ from sformer.publishing.model_record import ModelRecord
 
 MODEL_CARDS = Path(__file__).parents[1] / 'model_cards'
 WEIGHTS = Path(sformer.__file__).parent / 'saving/weights'
-CURVE = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-COARSE_CURVE = (4, 8, 32)  # for networks that take minutes
+CURVE = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 63)
+COARSE_CURVE = (4, 8, 32, 63)  # for networks that take minutes
 
 
 def embedded() -> List[str]:
