@@ -10,7 +10,7 @@ __all__ = ['PANELS', 'fill_panels']
 PANELS: Dict[str, Tuple[str, ...]] = {
     'Neurons': ('fire', 'attention_fire', 'activation_fire', 'initial_potential', 'dead_zone', 'scale', 'token_scale',
                 'silence'),
-    'Thresholds': ('estimator', 'quantile', 'unbiased', 'compensate'),
+    'Thresholds': ('estimator', 'quantile', 'floor', 'margin', 'unbiased', 'compensate'),
     'Source': ('model_kwargs', 'source', 'source_model', 'allow_pickle'),
     'Images': ('seed', 'batch_size', 'workers', 'image_column', 'label_column', 'streaming', 'benchmark', 'max_bad',
                'skip_bad'),

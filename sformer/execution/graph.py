@@ -5,7 +5,7 @@ which engines multiply in int8. Levels that meet weights are unsigned bytes with
 that leaves them (`saturation`), so that every processor sums exactly. A neuron is written as few elementwise
 operations, which engines fuse; its levels are those of `encode` but for currents within float rounding of a boundary.
 """
-from typing import Any, Collection, Dict, Optional, Tuple
+from typing import Any, Collection, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -18,6 +18,7 @@ from ..neurons import MAX_BYTE_LEVEL, GradedCoding, Neuron, ScaleAndFire, fire, 
 from ..neurons.scale_and_fire import TINY
 from .early import early_neurons
 from .integer import IntegerConv2d, IntegerConvTranspose2d, IntegerLinear, folded_bias
+from .operators import onnx_operator
 from .saturation import Range, fits, upright, zero_point
 
 __all__ = ['to_graph_']
@@ -58,65 +59,12 @@ def to_graph_(network: nn.Module, early: bool = True, portable: bool = True) -> 
         network.set_submodule(name, _Decoded(neuron))
 
 
-class _Quantize(torch.autograd.Function):
-    """What torch's older exporter, by a trace with values in it, calls for QuantizeLinear."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, step: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:  # type: ignore
-        info = torch.iinfo(zero.dtype)
-        return ((x / step).round() + zero).clamp(info.min, info.max).to(zero.dtype)
-
-    @staticmethod
-    def symbolic(g: Any, x: Any, step: Any, zero: Any) -> Any:
-        return g.op('QuantizeLinear', x, step, zero)
-
-
-class _Dequantize(torch.autograd.Function):
-    """The same for DequantizeLinear."""
-
-    @staticmethod
-    def forward(  # type: ignore
-            ctx: Any,
-            x: torch.Tensor,
-            step: torch.Tensor,
-            zero: torch.Tensor,
-            axis: int = 0,
-    ) -> torch.Tensor:
-        shape = [-1 if d == axis else 1 for d in range(x.ndim)] if step.ndim else []
-        return (x.to(step.dtype) - zero.view(shape)) * step.view(shape)
-
-    @staticmethod
-    def symbolic(g: Any, x: Any, step: Any, zero: Any, axis: int = 0) -> Any:
-        return g.op('DequantizeLinear', x, step, zero, axis_i=axis)
-
-
-class _PRelu(torch.autograd.Function):
-    """The same for PRelu."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:  # type: ignore
-        return torch.where(x < 0, x * slope, x)
-
-    @staticmethod
-    def symbolic(g: Any, x: Any, slope: Any) -> Any:
-        return g.op('PRelu', x, slope)
-
-
-TRACED: Dict[str, Any] = {'QuantizeLinear': _Quantize, 'DequantizeLinear': _Dequantize, 'PRelu': _PRelu}
-
-
-def _onnx(operator: str, like: torch.Tensor, dtype: torch.dtype, *inputs: torch.Tensor, **attributes: int) -> Any:
-    if torch.jit.is_tracing():
-        return TRACED[operator].apply(*inputs, *attributes.values())
-    return torch.onnx.ops.symbolic(operator, inputs, {**attributes}, dtype=dtype, shape=like.shape)
-
-
 def _byte(k: torch.Tensor, dtype: torch.dtype, zero: int = 0, left: int = 0) -> torch.Tensor:
     """Levels, which are whole numbers or are rounded here, as bytes with a zero point, and what these stand for at a
     step of 1, but for a part of the zero point that is left in."""
     one, point, rest = torch.ones(()), torch.full((), zero, dtype=dtype), torch.full((), zero - left, dtype=dtype)
-    levels = _onnx('QuantizeLinear', k, dtype, k, one, point)
-    return _onnx('DequantizeLinear', k, torch.float32, levels, one, rest)
+    levels = onnx_operator('QuantizeLinear', k, dtype, k, one, point)
+    return onnx_operator('DequantizeLinear', k, torch.float32, levels, one, rest)
 
 
 def _beside_weights(k: torch.Tensor, levels: Range, left: int = 0) -> torch.Tensor:
@@ -132,12 +80,12 @@ def _beside_levels(k: torch.Tensor, levels: Range) -> torch.Tensor:
 def _weights(weight: torch.Tensor, step: torch.Tensor, axis: int) -> torch.Tensor:
     """Int8 weights times the step of their output channel."""
     zero = torch.zeros(step.shape, dtype=torch.int8)
-    return _onnx('DequantizeLinear', weight, torch.float32, weight, step, zero, axis=axis)
+    return onnx_operator('DequantizeLinear', weight, torch.float32, weight, step, zero, axis=axis)
 
 
 def _by_branch(x: torch.Tensor, ratio: Optional[torch.Tensor]) -> torch.Tensor:
     """x, of which what is negative is multiplied by a ratio per channel."""
-    return x if ratio is None else _onnx('PRelu', x, x.dtype, x, ratio)
+    return x if ratio is None else onnx_operator('PRelu', x, x.dtype, x, ratio)
 
 
 class _Levels(nn.Module):

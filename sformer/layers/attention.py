@@ -72,8 +72,10 @@ class SpikingAttentionMixin(SpikingLayer):
     qkv_bias_separate: Any = property(lambda self: True)
 
     def add_neurons(self, config: SFNConfig) -> None:
-        if isinstance(self.proj, SpikingLinear):
-            self.proj.neuron.unbounded = True
+        for name in ('proj', 'attn_out_proj', 'mlp_out_proj'):  # no norm is in front of these
+            projection = getattr(self, name, None)
+            if isinstance(projection, SpikingLinear):
+                projection.neuron.unbounded = True
         head_dim = getattr(self, 'head_dim', None) or self.proj.in_features // self.num_heads
         device = next((p.device for p in self.parameters()), None)
         group_size = getattr(self, 'num_kv_groups', 1)

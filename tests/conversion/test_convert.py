@@ -152,7 +152,7 @@ def plain(source, images):
 def test_recipes(source, images, plain, config, fit):
     model = convert(source, [images], config, fit)
     config, fit = SFNConfig(**config), FitConfig(**fit)
-    assert model.conversion.fit == fit and model.sfn_config == config
+    assert model.conversion.fit == fit.settled() and model.sfn_config == config
     neurons = [n for _, n in named_neurons(model) if isinstance(n, ScaleAndFire)]
     assert all(n.config == config and len(n.levels) == config.levels for n in neurons)
     assert state_hash(neuron_state(model)) == state_hash(neuron_state(convert(source, [images], config, fit)))
@@ -227,7 +227,8 @@ def test_record(source, model):
     assert record['version'] == 3 and record['changed'] == []
     assert record['source'] == NAME and record['source_tag'] is None
     assert record['source_sha256'] == state_hash(source.state_dict())
-    assert record['fit'] == dict(estimator='mse', quantile=0.999, unbiased=True, compensate=False)
+    assert record['recipe'] == 'default' and record['fit'] == dict(
+        estimator='mse', quantile=0.999, floor=0., margin=1., unbiased=True, compensate=False)
     assert record['source_weights'] is None
     images = open_images(
         'digits', 'train', data_config=resolve_input_data_config(source), num_images=256, seed=0)
