@@ -13,10 +13,10 @@ from .cli.failure import is_command as _is_command  # first of all: from here on
 from .errors import SFormerError, UncalibratedError, UnsupportedLayerError
 
 if TYPE_CHECKING:
-    from .conversion import calibrate_, convert
+    from .conversion import calibrate_, convert, source_of
     from .evaluation import EvaluationConfig, activity, evaluate, evaluate_all
     from .execution import export_onnx, load_onnx, to_integer_, to_spikes_
-    from .layers import is_calibrated, named_neurons, source_of, source_view, spiking_
+    from .layers import is_calibrated, named_neurons, source_view, spiking_
     from .models import SFormer
     from .neurons import FitConfig, SFNConfig
     from .profiling import neurobench_view

@@ -101,17 +101,18 @@ def calibrate_(
 def _widen(module: nn.Module, fit: FitConfig) -> None:
     """Widen the firing ranges of what comes from attention or an activation function (`floor` and `margin`)."""
     fit = fit.settled()
-    if not fit.floor and fit.margin == 1:
+    floor, margin = fit.floor or 0., fit.margin or 1.
+    if not floor and margin == 1:
         return
     for layer in module.modules():
         if isinstance(layer, SpikingLinear) and getattr(layer.neuron, 'unbounded', False):
-            layer.neuron.widen(layer.weight.detach().to(torch.float32).norm(dim=0), fit.floor, fit.margin)
+            layer.neuron.widen(layer.weight.detach().to(torch.float32).norm(dim=0), floor, margin)
 
 
 def _recipe_followed(module: nn.Module, fit: FitConfig) -> str | None:
     """Name of the recipe that all neurons are of."""
     configs = {neuron.config for _, neuron in named_neurons(module) if isinstance(neuron, ScaleAndFire)}
-    return recipe_name(*configs, fit) if len(configs) == 1 else None
+    return recipe_name(configs.pop(), fit) if len(configs) == 1 else None
 
 
 def _kept(batches: Iterable[Any], held: List[Any]) -> Iterator[Any]:
@@ -193,7 +194,8 @@ def _compensate(module: nn.Module, batches: List[Any], forward_fn: Optional[Forw
     for name, values in found.items():  # not before all of the source was seen
         for parameter, value in zip((layers[name].weight, layers[name].bias), values, strict=True):
             if parameter is not None and not torch.equal(parameter, value):
-                layers[name].neuron.mark_compensated()
+                neuron: Any = layers[name].neuron
+                neuron.mark_compensated()
                 parameter.copy_(value)
 
 

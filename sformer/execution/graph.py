@@ -37,7 +37,8 @@ def to_graph_(network: nn.Module, early: bool = True, portable: bool = True) -> 
     """
     for _, neuron in named_neurons(network):
         _levels_of(neuron)  # which names what has no form, before the network is run
-    neurons, fired = {}, {}
+    neurons: dict[str, ScaleAndFire] = {}
+    fired: dict[str, set[int]] = {}
     if early:
         floating = {name for name, product in network.named_modules()
                     if isinstance(product, AttentionProduct) and portable and not scores_fit(product)}
@@ -255,6 +256,7 @@ class _Linear(nn.Module):
 
 
 class _Conv2d(nn.Module):
+    neuron: Any
     weight: torch.Tensor
     step: torch.Tensor
     bias: Optional[torch.Tensor]

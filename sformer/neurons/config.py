@@ -176,10 +176,12 @@ class FitConfig:
 
     def settled(self, generated: bool = False) -> 'FitConfig':
         """The same with the floor and the margin that suit images, generated or not, where none is given."""
-        floor = GENERATED_FLOOR if generated else 0.
-        margin = GENERATED_MARGIN if generated and self.estimator == 'max' else 1.
-        given = {name: value for name, value in (('floor', self.floor), ('margin', self.margin)) if value is not None}
-        return dataclasses.replace(self, **{'floor': floor, 'margin': margin, **given})
+        floor, margin = self.floor, self.margin
+        if floor is None:
+            floor = GENERATED_FLOOR if generated else 0.
+        if margin is None:
+            margin = GENERATED_MARGIN if generated and self.estimator == 'max' else 1.
+        return dataclasses.replace(self, floor=floor, margin=margin)
 
     def __post_init__(self) -> None:
         check_choice(self, 'estimator', ESTIMATORS)
