@@ -59,7 +59,8 @@ def _product_graph(weight: np.ndarray, levels: Any = None) -> bytes:
     given, made = ['images', 'weight'], []
     constants = [numpy_helper.from_array(weight, 'weight')]
     if levels is not None:
-        constants += [numpy_helper.from_array(np.array(1, np.float32), 'one'), numpy_helper.from_array(np.array(0, levels), 'zero'),
+        constants += [numpy_helper.from_array(np.array(1, np.float32), 'one'),
+                      numpy_helper.from_array(np.array(0, levels), 'zero'),
                       numpy_helper.from_array(np.ones(weight.shape[1], np.float32), 'steps'),
                       numpy_helper.from_array(np.zeros(weight.shape[1], np.int8), 'zeros')]
         made = [helper.make_node('QuantizeLinear', ['images', 'one', 'zero'], ['bytes']),
