@@ -3,6 +3,7 @@
     python scripts/make_cards.py [NAME ...]
     python scripts/make_cards.py --render-only                     # after a change of the template
     python scripts/make_cards.py --data uoft-cs/cifar10=DIR        # a local copy of a dataset
+    python scripts/make_list.py                                    # afterwards: what `sformer list` shows
 
 NAME.json holds all that was measured; NAME.md and its plots say that and nothing else. `sformer list` shows the result
 that is noted beside the weights.
