@@ -12,6 +12,7 @@ from .thresholds import exact_step, fit_density_levels, fit_steps
 
 __all__ = ['ScaleAndFire']
 
+FEW_LEVELS = 11
 TINY = 1e-30  # a token without any current is silent at whatever threshold
 
 
@@ -40,8 +41,8 @@ class ScaleAndFire(Neuron):
         fire_function: Name of the fire function, if it is another than that of signed currents or softmax numerators in
             `config`.
         meets_levels: Whether its spikes are multiplied by spikes, not by weights. Its levels are then fitted such that
-            none exceeds 63, if `config.levels` allows: two operands of 6 bits and a sign are what every processor
-            multiplies exactly in 8 bits.
+            none exceeds 63, if `config.levels` allows and they are not few: two operands of 6 bits and a sign are what
+            every processor multiplies exactly in 8 bits.
         center_shape: If given, a buffer `center` of this shape is subtracted from the input before it fires.
         folds: Whether a constant is free after the product that follows; with `config.silence`, `center` is one per
             element of `shape`.
@@ -265,8 +266,10 @@ class ScaleAndFire(Neuron):
                        self.gain.item())
 
     def _most_multiplier(self, values: torch.Tensor) -> int:
-        """The largest multiplier that levels leave room for."""
-        return max(1, (MAX_MET_LEVEL if self.meets_levels else MAX_LEVEL) // int(values[-1]))
+        """The largest multiplier that levels leave room for. Few levels need it more than they need to be multiplied in
+        8 bits: with room for 63 instead of 127 a ViT-S has an error of 0.418 instead of 0.376 at N = 4."""
+        limit = MAX_MET_LEVEL if self.meets_levels and self.config.levels > FEW_LEVELS else MAX_LEVEL
+        return max(1, limit // int(values[-1]))
 
     def moments(self, x: torch.Tensor) -> Optional[torch.Tensor]:
         if not self.signed:
