@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from ..errors import SFormerError
 from ..layers import AttentionProduct, SpikingConv2d, SpikingConvTranspose2d, SpikingLinear, named_neurons
 from ..layers.products import softmax_numerators
-from ..neurons import MAX_BYTE_LEVEL, GradedCoding, Neuron, ScaleAndFire, fire, firing_boundaries
+from ..neurons import MAX_BYTE_LEVEL, GradedCoding, Neuron, ScaleAndFire, SharedScaleAndFire, fire, firing_boundaries
 from ..neurons.scale_and_fire import TINY
 from .early import early_neurons
 from .integer import IntegerConv2d, IntegerConvTranspose2d, IntegerLinear, folded_bias
@@ -95,7 +95,7 @@ class _Levels(nn.Module):
     Args:
         neuron: The neuron.
         stand_up: Let levels be `upright`, by the factor `flip` per channel, None if that is 1 everywhere: so do the
-            weights that they meet.
+            weights that they meet. Those of branches that share thresholds get a zero point per channel, `zeros`.
 
     Shape:
         As of `ScaleAndFire.encode`.
@@ -109,6 +109,7 @@ class _Levels(nn.Module):
     inward: Optional[torch.Tensor]
     outward: Optional[torch.Tensor]
     table: Optional[torch.Tensor]
+    zeros: Optional[torch.Tensor]
 
     def __init__(self, neuron: Neuron, stand_up: bool = False):
         super().__init__()
@@ -118,7 +119,12 @@ class _Levels(nn.Module):
         self.token, self.reach, self.signed = neuron.token, neuron.reach, neuron.signed
         self.largest, self.range = int(neuron.levels[-1]), neuron.level_range
         m, inverse, flip = neuron.multiplier, 1 / neuron.threshold[0], None
-        if stand_up:
+        shares = isinstance(neuron, SharedScaleAndFire)
+        self.register_buffer('zeros', neuron.counts[1] if shares else None)
+        self.stands_up = stand_up
+        if stand_up and shares:
+            self.range = (0, 2 * neuron.config.levels)
+        elif stand_up:
             flipped, self.range, _ = upright(neuron.top_levels)
             if flipped.any():
                 flip = torch.where(flipped, -1., 1.)
@@ -163,6 +169,8 @@ class _Levels(nn.Module):
 
     def _fire(self, u: torch.Tensor) -> torch.Tensor:
         rounds, dead_zone, count = self.config.initial_potential == 0.5, self.config.dead_zone, len(self.values)
+        if self.zeros is not None:
+            return self._fire_shared(u)
         if self.table is not None:
             k = self.table[(2 * u.abs()).clamp(max=2 * self.largest).to(torch.int64)]
             k = torch.where(u < 0, -k, k)
@@ -180,6 +188,13 @@ class _Levels(nn.Module):
         if dead_zone:
             k = torch.where(u.abs() >= dead_zone, k, 0.)
         return k if self.signed else k.clamp(min=0)
+
+    def _fire_shared(self, u: torch.Tensor) -> torch.Tensor:
+        """Levels of branches that share their thresholds."""
+        if self.config.initial_potential != 0.5 or self.config.dead_zone:
+            u = fire(u, 'uniform', self.values, self.config.initial_potential, self.config.dead_zone)
+        k = (u + self.zeros).clamp(0, 2 * self.config.levels)
+        return k if self.stands_up else k.round() - self.zeros
 
 
 def _levels_of(neuron: Any) -> nn.Module:
@@ -227,11 +242,11 @@ class _Linear(nn.Module):
         bias, excess = layer.bias if self.integer else folded_bias(layer), None
         self.register_buffer('columns', layer.columns if self.integer else None)
         if self.neuron.flip is not None:
-            flip = self.neuron.flip if self.columns is None else self.neuron.flip[self.columns]
-            weight = weight * flip.to(weight.dtype)
-        if self.integer:
-            self.zero = zero_point(self.neuron.range)
-            excess = self.zero * weight.sum(1, dtype=torch.float64) * layer.weight_step
+            weight = weight * self._read(self.neuron.flip).to(weight.dtype)
+        self.zero = zero_point(self.neuron.range) if self.integer else 0
+        zeros = torch.tensor(float(self.zero)) if self.neuron.zeros is None else self._read(self.neuron.zeros)
+        if zeros.any():
+            excess = (zeros * weight.to(torch.float64)).sum(1) * (layer.weight_step if self.integer else 1)
             if not self.neuron.token:
                 bias, excess = (-excess if bias is None else bias - excess).to(torch.float32), None
         self.register_buffer('weight', weight.t().contiguous())
@@ -243,8 +258,7 @@ class _Linear(nn.Module):
         if x.ndim == 2:  # OpenVINO 2026.4 takes a step per channel for one per row there
             return self.forward(x[:, None])[:, 0]
         k, row = self.neuron(x)
-        if self.columns is not None:  # before they are int8, or OpenVINO multiplies in float32
-            k = k.index_select(-1, self.columns)
+        k = self._read(k)  # before they are int8, or OpenVINO multiplies in float32
         if self.integer:
             out = _beside_weights(k, self.neuron.range, self.zero) @ _weights(self.weight, self.step, axis=1)
         else:
@@ -253,6 +267,10 @@ class _Linear(nn.Module):
         out = out if row is None else out * row
         out = out if self.bias is None else out + self.bias
         return out if self.fires is None else _beside_levels(self.fires(out)[0], self.fires.range)
+
+    def _read(self, x: torch.Tensor) -> torch.Tensor:
+        """What the columns of the weights read of the channels of the input."""
+        return x if self.columns is None else x.index_select(-1, self.columns)
 
 
 class _Conv2d(nn.Module):

@@ -22,7 +22,7 @@ from ..layers import (
     shared_copy,
     uncalibrated,
 )
-from ..neurons import Float32Buffers, Neuron, ScaleAndFire
+from ..neurons import Float32Buffers, Neuron, ScaleAndFire, SharedScaleAndFire
 from .rounding import IntegerWeights, integer_weights, rounded
 from .saturation import MAX_WEIGHT, upright, weight_limit
 
@@ -348,6 +348,8 @@ def _moments(model: nn.Module, layers: List[Tuple[str, Any]], images: List[torch
 def _weight_limit(layer: Any) -> Union[int, torch.Tensor]:
     """Largest magnitude of the int8 weights of a layer, or of each of its input channels, that every processor sums
     exactly."""
+    if isinstance(layer.neuron, SharedScaleAndFire):
+        return weight_limit((0, 2 * layer.neuron.config.levels))
     if isinstance(layer, SpikingLinear) and isinstance(layer.neuron, ScaleAndFire):
         return upright(layer.neuron.top_levels).limits
     return weight_limit(layer.neuron.level_range)

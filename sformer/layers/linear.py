@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 from timm.layers import PatchEmbed
 
-from ..neurons import GradedCoding, Neuron, ScaleAndFire, SFNConfig
+from ..neurons import GradedCoding, Neuron, ScaleAndFire, SFNConfig, SharedScaleAndFire
 from . import products
 from .table import SpikingLayer, register_spiking
 
@@ -42,7 +42,9 @@ class SpikingLinear(SpikingLayer, nn.Linear):
         self.add_neurons(config)
 
     def add_neurons(self, config: SFNConfig, fire_function: Optional[str] = None) -> None:
-        self.neuron = ScaleAndFire(
+        fire_function = fire_function or config.signed_fire
+        neuron_type = SharedScaleAndFire if SharedScaleAndFire.suits(config, fire_function) else ScaleAndFire
+        self.neuron = neuron_type(
             (self.in_features,), config, folds=True, token=True, fire_function=fire_function,
             device=self.weight.device)
 

@@ -34,9 +34,10 @@ if TYPE_CHECKING:
     )
     from .graded import GradedCoding
     from .scale_and_fire import ScaleAndFire
+    from .shared import SharedScaleAndFire
     from .statistics import CurrentStatistics
 else:
-    _MODULES = ('base', 'coding', 'functional', 'graded', 'scale_and_fire', 'statistics')
+    _MODULES = ('base', 'coding', 'functional', 'graded', 'scale_and_fire', 'shared', 'statistics')
 
     def __getattr__(name: str) -> Any:
         for module in _MODULES if name in __all__ else ():
@@ -52,6 +53,6 @@ __all__ = [
     'MAX_LEVEL', 'MAX_BYTE_LEVEL', 'MAX_WIDE_LEVEL', 'FIRE_FUNCTIONS', 'SOFTMAX_FIRE_FUNCTIONS', 'DEFAULT_RANGE',
     'SFNConfig', 'FitConfig', 'as_config', 'RECIPES', 'Recipe', 'recipe_configs', 'recipe_name',
     'integrate_and_fire', 'multi_threshold', 'max_levels', 'level_values', 'firing_boundaries', 'fire',
-    'straight_through', 'Float32Buffers', 'Neuron', 'Spikes', 'ScaleAndFire', 'GradedCoding', 'CurrentStatistics',
-    'CODINGS', 'count_levels', 'count_spikes', 'spikes_in',
+    'straight_through', 'Float32Buffers', 'Neuron', 'Spikes', 'ScaleAndFire', 'SharedScaleAndFire', 'GradedCoding',
+    'CurrentStatistics', 'CODINGS', 'count_levels', 'count_spikes', 'spikes_in',
 ]

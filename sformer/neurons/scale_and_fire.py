@@ -82,7 +82,7 @@ class ScaleAndFire(Neuron):
         self.reach = token_reach(
             self.fire_function, config.levels, shape[-1], config.initial_potential) if self.token else 1.
         self.top = MAX_LEVEL if signed else MAX_WIDE_LEVEL
-        values = level_values(self.fire_function, config.levels, self.top)
+        values = self._level_values()
         dd = dict(device=device, dtype=torch.float32)  # whatever the default dtype is
         # a number where levels are known, whose buffer is of integers, which inductor does not vectorise
         known = self.fire_function != 'density'
@@ -99,6 +99,10 @@ class ScaleAndFire(Neuron):
             center_shape = shape
         self.register_buffer('center', None if center_shape is None else torch.zeros(tuple(center_shape), **dd))
         self.register_buffer('quiet', torch.zeros(tuple(shape), **dd) if config.silence else None)
+
+    def _level_values(self) -> torch.Tensor:
+        """Level values before any fit, (N,)."""
+        return level_values(self.fire_function, self.config.levels, self.top)
 
     @property
     def threshold(self) -> torch.Tensor:
@@ -123,6 +127,7 @@ class ScaleAndFire(Neuron):
             levels: Optional[torch.Tensor] = None,
             center: Optional[torch.Tensor] = None,
             gain: float = 1.,
+            **more: torch.Tensor,
     ) -> None:
         """Set fitted values and mark the neuron as calibrated.
 
@@ -133,6 +138,7 @@ class ScaleAndFire(Neuron):
             levels: New level values, (N,) integers. Only `density` may change them.
             center: New centre, the shape of `center`.
             gain: What a spike carries, in thresholds.
+            **more: What a subclass adds.
 
         Raises:
             ValueError: If a value is not finite, not positive, of another shape, or levels do not fit into their bits.
@@ -142,7 +148,7 @@ class ScaleAndFire(Neuron):
             gain=gain,
             multiplier=torch.ones_like(self.multiplier) if multiplier is None else multiplier,
             levels=self.levels if levels is None else levels,
-            **({} if center is None else {'center': center}))
+            **({} if center is None else {'center': center}), **more)
         self.mark_calibrated()
 
     def set_quiet(self, quiet: torch.Tensor) -> None:
@@ -171,7 +177,7 @@ class ScaleAndFire(Neuron):
             out = out.add_(self.center)
         out = out.to(x.dtype)
         if torch.is_grad_enabled():
-            top = threshold * (self.levels[-1] + 0.5)
+            top = self.step / self.gain * (self.top_levels + self.multiplier / 2)
             upper, lower = top[0], -top[1] if self.signed else torch.zeros_like(top[0])
             if row is not None:
                 upper, lower = upper * row, lower * row
@@ -260,10 +266,14 @@ class ScaleAndFire(Neuron):
         """Let no channel's firing range be smaller than a quantile (`floor`) of all of them, each times a weight
         (*shape): how much it adds to what follows; and let all be `margin` times as large. What calibration images left
         quiet is then not clipped where others let it speak."""
-        weight = weight.to(self.step.device).clamp_min(torch.finfo(torch.float32).tiny) * self.multiplier.amax(0)
-        lowest = (self.step * weight).flatten().quantile(floor) / weight
-        self.set_state(torch.maximum(self.step, lowest) * margin, self.multiplier, self.levels, self.center,
-                       self.gain.item())
+        reach = self.step * self.top_levels.amax(0)
+        weight = weight.to(self.step.device).clamp_min(torch.finfo(torch.float32).tiny)
+        lowest = (reach * weight).flatten().quantile(floor) / weight
+        self._rescale((lowest / reach).clamp_min(1) * margin)
+
+    def _rescale(self, factor: float | torch.Tensor, gain: float = 1.) -> None:
+        """Multiply the step by a factor (*shape), and what a spike carries, in thresholds, by another."""
+        self.set_state(self.step * factor, self.multiplier, self.levels, self.center, self.gain.item() * gain)
 
     def _most_multiplier(self, values: torch.Tensor) -> int:
         """The largest multiplier that levels leave room for. Few levels need it more than they need to be multiplied in
@@ -282,8 +292,7 @@ class ScaleAndFire(Neuron):
     def correct(self, moments: torch.Tensor) -> None:
         signal, carried = moments.tolist()
         if carried > 0:  # no signal, no loss
-            gain = self.gain.item() * signal / carried
-            self.set_state(self.step * (signal / carried), self.multiplier, self.levels, self.center, gain)
+            self._rescale(signal / carried, signal / carried)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -300,7 +309,7 @@ class ScaleAndFire(Neuron):
             v = value.to(torch.int64)
             if (v < 1).any() or (v > self.top).any() or (v.diff() <= 0).any():
                 return f'must increase strictly from at least 1 to at most {self.top}, got {value.tolist()}'
-            expected = level_values(self.fire_function, self.config.levels, self.top).tolist()
+            expected = self._level_values().tolist()
             if self.fire_function != 'density' and v.tolist() != expected:
                 return f'are not the levels of {self.fire_function} firing'
         if name == 'multiplier':

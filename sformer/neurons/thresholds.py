@@ -10,7 +10,7 @@ from .functional import firing_boundaries, level_values
 from .levels import MAX_LEVEL
 from .statistics import HIGH, LOW, NUM_BINS, CurrentStatistics, bin_edges
 
-__all__ = ['MIN_STEP', 'exact_step', 'fit_steps', 'fit_density_levels', 'error_integral', 'branch_error']
+__all__ = ['MIN_STEP', 'exact_step', 'fit_steps', 'fit_counts', 'fit_density_levels', 'error_integral', 'branch_error']
 
 MIN_STEP = 2. ** LOW
 PER_OCTAVE = 32  # candidate thresholds per octave
@@ -118,9 +118,7 @@ def fit_steps(
             errors = torch.stack([branch_error(counts, values, boundaries) for counts in statistics.counts])
             wanted = errors.argmin(-1).to(torch.float64)
         else:
-            tops = statistics.peak.to(torch.float64) if config.estimator == 'max' else \
-                torch.stack([quantile_top(counts, config.quantile) for counts in statistics.counts])
-            wanted = (tops.log2() - LOW) * PER_OCTAVE - 1
+            wanted = (_observed_tops(statistics, config).log2() - LOW) * PER_OCTAVE - 1
         # index of the candidate step (of its top) that each branch would like to have, (P, 2, groups)
         wish = torch.where(heard, wanted, wanted.flip(0)) - shifts
         low, high = wish.amin(1), wish.amax(1)
@@ -140,6 +138,49 @@ def fit_steps(
         typical = step[~silent].median() if not silent.all() else torch.ones((), dtype=torch.float64)
         step = torch.where(silent, typical, step).clamp_min(MIN_STEP)
         return step.to(torch.float32), multiplier.masked_fill(silent, 1).to(torch.uint8)
+
+
+def _observed_tops(statistics: CurrentStatistics, config: FitConfig) -> torch.Tensor:
+    """How far each branch has to reach by `max` or `quantile`, float64, (2, groups); NaN or 0 where it is silent."""
+    if config.estimator == 'max':
+        return statistics.peak.to(torch.float64)
+    return torch.stack([quantile_top(counts, config.quantile) for counts in statistics.counts])
+
+
+def fit_counts(
+        statistics: CurrentStatistics,
+        levels: int,
+        initial_potential: float = 0.5,
+        config: FitConfig = FitConfig(),
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One step per group, and how many of 2N uniform thresholds each of its branches has: the fewest that reach as far
+    as the estimator says, of `mse` the top with the least squared error of either branch with all thresholds but one.
+
+    Args:
+        statistics: Signed statistics of the site.
+        levels: Number of levels N.
+        initial_potential: As of `firing_boundaries`.
+        config: Estimator and its parameters.
+
+    Returns:
+        Steps, float32, (groups,), and counts, uint8, (2, groups).
+    """
+    with torch.device('cpu'):
+        if config.estimator == 'mse':
+            values = level_values('uniform', 2 * levels - 1)
+            boundaries = firing_boundaries(values, initial_potential)
+            errors = torch.stack([branch_error(counts, values, boundaries) for counts in statistics.counts])
+            tops = candidate_tops()[errors.argmin(-1)]
+        else:
+            tops = _observed_tops(statistics, config)
+        tops = torch.where(statistics.counts[:, :, 1:].sum(-1) > 0, tops, 0.)
+        negative = (2 * levels * tops[1] / tops.sum(0)).nan_to_num(levels).round().clamp(1, 2 * levels - 1)
+        counts = torch.stack([2 * levels - negative, negative])
+        step = (tops / counts).amax(0)
+        silent = step == 0
+        typical = step[~silent].median() if not silent.all() else torch.ones((), dtype=torch.float64)
+        step = torch.where(silent, typical, step).clamp_min(MIN_STEP)
+        return step.to(torch.float32), counts.to(torch.uint8)
 
 
 @functools.lru_cache

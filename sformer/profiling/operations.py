@@ -111,7 +111,7 @@ class _Counts:
         self.latest: Optional[torch.Tensor] = None  # levels of the batch at hand
         self.tops: Optional[torch.Tensor] = None  # of each branch, (branches, *shape)
         if isinstance(neuron, ScaleAndFire):
-            self.tops = neuron.multiplier.to(torch.int32) * neuron.levels[-1].to(torch.int32)
+            self.tops = neuron.top_levels.to(torch.int32)
 
     def add(self, x: torch.Tensor) -> None:
         k = self.latest = self.neuron.encode(x).levels
