@@ -98,7 +98,9 @@ def load_onnx(path: Union[str, Path], engine: Optional[str] = None) -> EngineNet
     if about['graph_sha256'] != graph_hash(model):
         raise SFormerError(f'{path} is not as it was written: its hash differs from its record. Export it again.')
     check_exact(model, engine, path)
-    return EngineNetwork(compile_graph(model.SerializeToString(), engine), about, engine)
+    without_vnni = engine == 'openvino' and not sums_exactly(engine)
+    run = compile_graph(model.SerializeToString(), engine, unfused=without_vnni)
+    return EngineNetwork(run, about, engine)
 
 
 def check_exact(model: Any, engine: str, where: Union[str, Path]) -> None:

@@ -2,8 +2,10 @@
 import copy
 import importlib
 import json
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -13,7 +15,7 @@ from layer_tools import build, pixels, relative_error
 
 import sformer
 from sformer import SFNConfig, SFormerError, UncalibratedError, convert, export_onnx, load_onnx, spiking_, to_integer_
-from sformer.execution import EXECUTIONS, benchmark
+from sformer.execution import EXECUTIONS, benchmark, engines
 from sformer.execution.engines import openvino_config
 from sformer.execution.graph import to_graph_
 from sformer.execution.onnx import METADATA, to_onnx
@@ -264,8 +266,6 @@ def test_engines_that_are_not_there(graph, monkeypatch):
 
 
 def test_an_engine_that_does_not_know_an_operator(graph, tmp_path, monkeypatch):
-    from sformer.execution import engines
-
     def old(graph):
         raise RuntimeError('opset 20 is not supported\nand more')
     monkeypatch.setitem(engines.ENGINES, 'onnxruntime', old)
@@ -274,8 +274,6 @@ def test_an_engine_that_does_not_know_an_operator(graph, tmp_path, monkeypatch):
 
 
 def test_an_engine_that_does_not_load(graph, monkeypatch):
-    from sformer.execution import engines
-
     def broken(graph):
         raise ImportError('libonnxruntime.so: cannot open shared object file')
     monkeypatch.setitem(engines.ENGINES, 'onnxruntime', broken)
@@ -324,3 +322,15 @@ def test_benchmark(model):
         assert set(row['speedup']) == {'source:fp32', 'openvino:int8'} - {row['execution']} and row['seconds'] > 0
         assert all(s['min'] <= s['median'] <= s['max'] for s in row['speedup'].values())
     assert result['threads'] and result['processor'] and {'torch', 'openvino'} <= set(result['versions'])
+
+
+@pytest.mark.parametrize('config', [SFNConfig.recipe('fast'), SFNConfig()], ids=['fast', 'default'])
+def test_operations_that_are_kept_out_of_kernels_give_the_same(exported, config):
+    graph = exported('vit', config, 1)[1].read_bytes()
+    images = pixels(3).numpy()
+    fused, unfused = (engines.compile_graph(graph, 'openvino', unfused=unfused) for unfused in (False, True))
+    assert np.abs(fused(images) - unfused(images)).max() < 0.1 * np.abs(fused(images)).max()  # spikes may move
+    model = importlib.import_module('openvino').Core().read_model(graph)
+    before = Counter(node.get_type_name() for node in model.get_ops())
+    added = Counter(node.get_type_name() for node in engines.unfuse(graph).get_ops()) - before
+    assert added['Minimum'] >= 2 and {*added} == {'Minimum', 'Constant'}
