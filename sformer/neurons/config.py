@@ -15,7 +15,7 @@ FIRE_FUNCTIONS = ('uniform', 'widening', 'quarter_square', 'quadratic', 'quartic
 SOFTMAX_FIRE_FUNCTIONS = (*FIRE_FUNCTIONS, 'byte')
 ESTIMATORS = ('mse', 'quantile', 'max')
 # of `FitConfig`, measured on a ViT-S that was trained at scale
-GENERATED_FLOOR, GENERATED_MARGIN = 0.75, 1.3
+GENERATED_FLOOR, GENERATED_MARGIN, MAX_FLOOR = 0.75, 1.3, 0.5
 SCALE_AND_FIRE = 'scale_and_fire'
 NEURON_TYPES: dict[str, Any] = {}  # types of neurons by name, as `register_neuron` fills it
 DEFAULT_RANGE = 4.  # uncalibrated neurons fire over +-4: four standard deviations of a LayerNorm output
@@ -146,7 +146,8 @@ class FitConfig:
         quantile: The p of `quantile`: the share of a branch's currents that its firing range covers.
         floor: Quantile of the firing ranges of all channels that come from attention or an activation function, each
             times the norm of its weights: no channel's is smaller, as what calibration images leave quiet may speak on
-            others. None for 0, which is none, or, of generated images, 0.75.
+            others. None for 0.75 of generated images, else 0.5 with `max`, which knows of no channel more than was seen,
+            and 0, which is none.
         margin: Factor on the firing ranges of the same channels. None for 1 or, where `max` is fitted to generated
             images, 1.3.
         unbiased: Let each spike carry a little more than its threshold, so that the projection of a neuron's output on
@@ -178,7 +179,7 @@ class FitConfig:
         """The same with the floor and the margin that suit images, generated or not, where none is given."""
         floor, margin = self.floor, self.margin
         if floor is None:
-            floor = GENERATED_FLOOR if generated else 0.
+            floor = GENERATED_FLOOR if generated else MAX_FLOOR if self.estimator == 'max' else 0.
         if margin is None:
             margin = GENERATED_MARGIN if generated and self.estimator == 'max' else 1.
         return dataclasses.replace(self, floor=floor, margin=margin)
