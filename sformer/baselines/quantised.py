@@ -28,6 +28,7 @@ class Quantiser(Neuron):
         fine: With the granularity of that neuron, a step per channel or head and the centre of keys; else one step for
             the tensor.
     """
+    takes_octaves = True
     step: torch.Tensor
     center: Optional[torch.Tensor]
 

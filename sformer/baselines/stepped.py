@@ -46,6 +46,7 @@ class SteppedNeuron(Neuron):
     gain: torch.Tensor
     center: Optional[torch.Tensor]
     latest: Sequence[torch.Tensor]
+    counted = False  # each call is a timestep
 
     def __init__(self, neuron: ScaleAndFire, span: int = 1, window: int = 1):
         super().__init__(device=neuron.step.device)

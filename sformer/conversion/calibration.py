@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 
 from ..data.batches import num_images
-from ..errors import SFormerError, UnsupportedLayerError
+from ..errors import SFormerError, UnsupportedLayerError, check
 from ..layers import FLOATING_LAYERS, SPIKING_LAYERS, AttentionProduct, SpikingLinear, named_neurons, shared_copy
 from ..layers.spiking import left_alone
 from ..layers.watch import ForwardWatch
@@ -65,7 +65,7 @@ def calibrate_(
         raise SFormerError(f'the weights of this module {in_words(record.changed)} that were fitted before, so they '
                            f'are not those of the source: start from the source itself.')
     batches = iter(_rebatched(batches))
-    silent = any(isinstance(neuron, ScaleAndFire) and neuron.config.silence for _, neuron in named_neurons(module))
+    silent = _check_silence(module)
     first = list(itertools.islice(batches, SENSITIVITY_BATCHES if silent else 1))
     if silent:
         _fit_silence(module, first, forward_fn)
@@ -109,9 +109,18 @@ def _widen(module: nn.Module, fit: FitConfig) -> None:
             layer.neuron.widen(layer.weight.detach().to(torch.float32).norm(dim=0), floor, margin)
 
 
+def _check_silence(module: nn.Module) -> bool:
+    """Whether neurons have a price of activity; a ConfigError where neurons of one's own have one, which know none."""
+    priced = [neuron for _, neuron in named_neurons(module) if hasattr(neuron, 'config') and neuron.config.silence]
+    for neuron in priced:
+        check(isinstance(neuron, ScaleAndFire), f'silence is a price of scale-and-fire neurons, which a '
+                                                f'{type(neuron).__name__} does not know.')
+    return bool(priced)
+
+
 def _recipe_followed(module: nn.Module, fit: FitConfig) -> str | None:
     """Name of the recipe that all neurons are of."""
-    configs = {neuron.config for _, neuron in named_neurons(module) if isinstance(neuron, ScaleAndFire)}
+    configs = {neuron.config for _, neuron in named_neurons(module) if hasattr(neuron, 'config')}
     return recipe_name(configs.pop(), fit) if len(configs) == 1 else None
 
 

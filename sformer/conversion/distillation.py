@@ -176,7 +176,7 @@ class unary_spikes:  # noqa: N801  used as a function
 
     def __enter__(self) -> 'unary_spikes':
         self.handles = [neuron.register_forward_hook(self._add) for _, neuron in named_neurons(self.model)
-                        if isinstance(neuron, ScaleAndFire)]
+                        if neuron.counted]
         return self
 
     def __exit__(self, *exc: Any) -> None:
@@ -184,10 +184,20 @@ class unary_spikes:  # noqa: N801  used as a function
             handle.remove()
 
     def _add(self, neuron: Neuron, args: Any, out: torch.Tensor) -> None:
-        assert isinstance(neuron, ScaleAndFire)
+        if not isinstance(neuron, ScaleAndFire):
+            self._add_own(neuron, args[0], out)
+            return
         levels = (out if neuron.center is None else out - neuron.center.to(out.dtype)).abs() / neuron.step
         if neuron.token:
             levels = levels * (neuron.levels[-1] / levels.detach().amax(-1, keepdim=True).clamp_min(1e-30))
+        self.sums.append(levels.sum())
+        self.neurons += out.numel()
+
+    def _add_own(self, neuron: Neuron, x: torch.Tensor, out: torch.Tensor) -> None:
+        """The same of a neuron of one's own, by what it says that it fires."""
+        spikes = neuron.encode(x.detach())
+        step = spikes.step if spikes.row is None else spikes.step * spikes.row
+        levels = (out if spikes.center is None else out - spikes.center).abs() / step
         self.sums.append(levels.sum())
         self.neurons += out.numel()
 

@@ -13,7 +13,7 @@ import torch.nn as nn
 from ..errors import SFormerError, needed_packages
 from ..files import state_hash
 from ..layers import named_neurons
-from ..neurons import CODINGS, FitConfig, Neuron, ScaleAndFire, SFNConfig, count_spikes
+from ..neurons import CODINGS, FitConfig, Neuron, SFNConfig, count_spikes
 from .changes import network_inside
 from .convert import all_tokens, calibration_batches, convert
 
@@ -116,7 +116,7 @@ class Bench:
                 spikes[coding] += number
 
         for _, neuron in named_neurons(model):
-            if isinstance(neuron, ScaleAndFire):
+            if neuron.counted:
                 neuron.register_forward_pre_hook(count)
         out = self._outputs(model)
         error = ((out - self.expected).norm() / self.expected.norm()).item()

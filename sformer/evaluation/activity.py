@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 
 from ..layers import named_neurons, shared_copy
-from ..neurons import Neuron, ScaleAndFire, count_spikes
+from ..neurons import Neuron, count_spikes
 
 __all__ = ['Activity', 'activity']
 
@@ -35,7 +35,7 @@ class Activity:
             return count
 
         handles = [neuron.register_forward_pre_hook(hook(name))
-                   for name, neuron in named_neurons(model) if isinstance(neuron, ScaleAndFire)]
+                   for name, neuron in named_neurons(model) if neuron.counted]
         try:
             yield
         finally:

@@ -283,11 +283,12 @@ def to_integer_(
         raise UncalibratedError(f'{uncalibrated(model)}; fit it with sformer.convert() or calibrate_() first.')
     layers = [(name, layer) for name, layer in model.named_modules()
               if isinstance(layer, (SpikingLinear, SpikingConv2d, SpikingConvTranspose2d)) and layer.neuron is not None]
-    for name, _ in layers:
+    for name, layer in layers:
         if not name:
             raise SFormerError('a layer cannot be replaced in itself: hand over a module that it is part of.')
         if name.endswith('.base_layer'):
             raise SFormerError(f'{name.removesuffix(".base_layer")} has an adapter: merge it into the weights first.')
+        _check_step(f'{name}.neuron', layer)
     made: List[Tuple[str, nn.Module, Optional[nn.Module]]] = []
     reports, images = [], None if batches is None else [*batches]
     for name, layer, moments in _with_moments(model, layers, images):
@@ -306,6 +307,15 @@ def to_integer_(
         if new is not None:
             model.set_submodule(name, new.train(layer.training))
     return reports
+
+
+def _check_step(name: str, layer: Any) -> None:
+    """Raise SFormerError if a neuron of one's own has no step that folds into the weights of its layer."""
+    step = getattr(layer.neuron, 'step', None)
+    channels = layer.in_features if isinstance(layer, SpikingLinear) else layer.in_channels
+    if not isinstance(step, torch.Tensor) or step.numel() not in (1, channels):
+        raise SFormerError(f'{name} is a {type(layer.neuron).__name__}, whose spikes have no step per channel (`step`) '
+                           f'that folds into weights, so its layer does not compute in integers.')
 
 
 def _with_moments(
@@ -368,7 +378,8 @@ def _linear(
 
 def _convolution(name: str, layer: Any, limit: Union[int, torch.Tensor]) -> Tuple[Optional[nn.Module], IntegerReport]:
     neuron: Any = layer.neuron
-    if layer.padding_mode != 'zeros' or (layer.padding not in ((0, 0), 'valid') and neuron.center is not None):
+    shifted = getattr(neuron, 'center', None) is not None
+    if layer.padding_mode != 'zeros' or (layer.padding not in ((0, 0), 'valid') and shifted):
         return None, IntegerReport(name, 0., integer=False, reason='what it pads with is no zero')
     weight = _by_output(layer)
     weights = rounded((weight * _per_output(layer, neuron.step)).flatten(1), limit=limit)

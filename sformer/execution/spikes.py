@@ -149,6 +149,8 @@ class SpikeAttention(AttentionProduct):
             scale: Optional[float] = None,
     ) -> torch.Tensor:
         q, k, v = self.q_neuron.encode(query), self.k_neuron.encode(key), self.v_neuron.encode(value)
+        if q.center is not None:
+            raise SFormerError(f'queries of a {type(self.q_neuron).__name__} have a centre, which spikes do not carry.')
         steps = q.step.to(torch.float64) * k.step  # one per head: what a channel of q gains, that of k gives
         step = steps.amax(-1, keepdim=True)
         relative = _fixed_point(steps / step)
@@ -227,8 +229,11 @@ def _changed(model: nn.Module) -> Iterator[Tuple[nn.Module, Type[nn.Module]]]:
             yield module, executed[type(module)]
             continue
         for part, neuron in module.named_children():  # of a layer that multiplies in a way of its own
-            if isinstance(neuron, ScaleAndFire) and part in GATE_PARTS:
+            if type(neuron) in (ScaleAndFire, SpikeGate) and part in GATE_PARTS:
                 yield neuron, SpikeGate
+            elif isinstance(neuron, Neuron) and part in GATE_PARTS:
+                raise SFormerError(f'{f"{name}.{part}".lstrip(".")} is a {type(neuron).__name__}, whose products are '
+                                   f'not executed spike by spike: those of a ScaleAndFire are.')
             elif isinstance(neuron, Neuron):
                 kinds = ', '.join(kind.__name__ for kind in SPIKE_LAYERS)
                 raise SFormerError(f'products of {name or "(root)"} ({type(module).__name__}) are not executed spike '

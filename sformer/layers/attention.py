@@ -17,7 +17,7 @@ from timm.models import vision_transformer as vit
 from torch.overrides import TorchFunctionMode
 
 from ..errors import UnsupportedLayerError
-from ..neurons import ScaleAndFire, SFNConfig
+from ..neurons import SFNConfig, new_neuron
 from . import products
 from .linear import SpikingLinear
 from .products import AttentionProduct
@@ -85,7 +85,7 @@ class SpikingAttentionMixin(SpikingLayer):
         # where a sigmoid gate multiplies the output of attention, both spike, with a step per channel
         gated = getattr(self, 'gate', None) is not None
         for name in ('gate_neuron', 'value_neuron'):
-            setattr(self, name, ScaleAndFire((self.proj.in_features,), config, device=device) if gated else None)
+            setattr(self, name, new_neuron((self.proj.in_features,), config, device=device) if gated else None)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Give the forward the signature of the source's, by which symbolic tracing makes its proxies."""

@@ -5,7 +5,8 @@ import torch
 import torch.nn as nn
 from timm.layers import PatchEmbed
 
-from ..neurons import GradedCoding, Neuron, ScaleAndFire, SFNConfig, SharedScaleAndFire
+from ..neurons import GradedCoding, Neuron, SFNConfig, SharedScaleAndFire, new_neuron
+from ..neurons.config import SCALE_AND_FIRE
 from . import products
 from .table import SpikingLayer, register_spiking
 
@@ -42,9 +43,8 @@ class SpikingLinear(SpikingLayer, nn.Linear):
         self.add_neurons(config)
 
     def add_neurons(self, config: SFNConfig, fire_function: Optional[str] = None) -> None:
-        fire_function = fire_function or config.signed_fire
-        neuron_type = SharedScaleAndFire if SharedScaleAndFire.suits(config, fire_function) else ScaleAndFire
-        self.neuron = neuron_type(
+        shares = config.neuron == SCALE_AND_FIRE and SharedScaleAndFire.suits(config, fire_function or config.signed_fire)
+        self.neuron = (SharedScaleAndFire if shares else new_neuron)(
             (self.in_features,), config, folds=True, token=True, fire_function=fire_function,
             device=self.weight.device)
 
@@ -74,7 +74,7 @@ class SpikingConvMixin(SpikingLayer):
         self.neuron = None  # as in the layers of this class that peft adds to one that fires
 
     def add_neurons(self, config: SFNConfig) -> None:
-        self.neuron = ScaleAndFire((self.in_channels, 1, 1), config, device=self.weight.device)
+        self.neuron = new_neuron((self.in_channels, 1, 1), config, device=self.weight.device)
 
     def forward(self, x: torch.Tensor, *args: Any, fired: bool = False, **kwargs: Any) -> torch.Tensor:
         torch._assert(x.shape[-3] == self.in_channels, 'currents have another number of channels than the weights')

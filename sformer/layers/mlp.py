@@ -6,7 +6,7 @@ import torch.nn as nn
 from timm.layers import GluMlp, Mlp, SwiGLU
 from torchvision.ops import SqueezeExcitation
 
-from ..neurons import ScaleAndFire, SFNConfig
+from ..neurons import SFNConfig, new_neuron
 from . import products
 from .linear import SpikingLinear
 from .table import SpikingLayer, register_spiking
@@ -51,8 +51,8 @@ class SpikingGateMixin(SpikingLayer):
 
     def add_neurons(self, config: SFNConfig) -> None:
         shape, device = (self.fc2.in_features,), self.fc2.weight.device
-        self.gate_neuron = ScaleAndFire(shape, config, token=True, device=device)
-        self.value_neuron = ScaleAndFire(shape, config, token=True, device=device)
+        self.gate_neuron = new_neuron(shape, config, token=True, device=device)
+        self.value_neuron = new_neuron(shape, config, token=True, device=device)
         _add_fc2_neuron(self, config, config.gated_fire)
 
     def gate_and_value(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -95,8 +95,8 @@ class SpikingSqueezeExcitation(SpikingLayer, SqueezeExcitation):
 
     def add_neurons(self, config: SFNConfig) -> None:
         shape, device = (self.fc2.out_channels, 1, 1), self.fc2.weight.device
-        self.gate_neuron = ScaleAndFire(shape, config, device=device)
-        self.value_neuron = ScaleAndFire(shape, config, device=device)
+        self.gate_neuron = new_neuron(shape, config, device=device)
+        self.value_neuron = new_neuron(shape, config, device=device)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return products.multiply(self.gate_neuron, self._scale(input), self.value_neuron, input)

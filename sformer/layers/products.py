@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from timm.layers.attention import maybe_add_mask, resolve_self_attn_mask
 from timm.models._features_fx import register_notrace_function
 
-from ..neurons import FitConfig, Neuron, ScaleAndFire, SFNConfig
+from ..neurons import FitConfig, Neuron, SFNConfig, new_neuron
 from ..neurons.thresholds import MIN_STEP
 
 __all__ = ['linear', 'multiply', 'softmax_numerators', 'AttentionProduct']
@@ -101,10 +101,10 @@ class AttentionProduct(nn.Module):
         self.group_size = group_size
         head, channel = (num_heads, 1, 1), (num_heads, 1, head_dim)
         meets = dict(meets_levels=True, device=device)
-        self.q_neuron = ScaleAndFire(channel, config, token=True, **meets)
-        self.k_neuron = ScaleAndFire(channel, config, center_shape=channel, token=True, **meets)
-        self.v_neuron = ScaleAndFire((num_heads, 1, v_head_dim or head_dim), config, folds=True, **meets)
-        self.attn_neuron = ScaleAndFire(head, config, signed=False, device=device)
+        self.q_neuron = new_neuron(channel, config, token=True, **meets)
+        self.k_neuron = new_neuron(channel, config, center_shape=channel, token=True, **meets)
+        self.v_neuron = new_neuron((num_heads, 1, v_head_dim or head_dim), config, folds=True, **meets)
+        self.attn_neuron = new_neuron(head, config, signed=False, device=device)
 
     def fit(self, statistics: Dict[str, Any], config: FitConfig) -> None:
         """Fit the neurons to what was observed at them, by name.
@@ -113,6 +113,10 @@ class AttentionProduct(nn.Module):
         head; what one of them gains, the other gives. Errors of a channel of q count by the power of that channel of k
         and the other way round, so balanced powers are best.
         """
+        if not (self.q_neuron.takes_octaves and self.k_neuron.takes_octaves):
+            for name, seen in statistics.items():
+                getattr(self, name).fit(seen, config)
+            return
         q, k = statistics['q_neuron'], statistics['k_neuron']
         octaves = (q.rms().clamp_min(MIN_STEP).log2() - k.rms().clamp_min(MIN_STEP).log2()).div(2)
         octaves = octaves.unflatten(0, (-1, self.group_size)).mean(1, keepdim=True).expand(-1, self.group_size, -1, -1)

@@ -23,7 +23,7 @@ from ..layers import (
     register_spiking,
     spiking_,
 )
-from ..neurons import GradedCoding, ScaleAndFire, SFNConfig, as_config
+from ..neurons import GradedCoding, SFNConfig, as_config
 from .zoo import CUSTOM, ENTRYPOINTS, SMALL, SOURCES
 
 __all__ = [
@@ -71,7 +71,7 @@ class SFormerMixin(SpikingLayer):
     @property
     def sfn_config(self) -> SFNConfig:
         """How the neurons fire, as they say themselves."""
-        return next(neuron.config for _, neuron in named_neurons(self) if isinstance(neuron, ScaleAndFire))
+        return next(neuron.config for _, neuron in named_neurons(self) if hasattr(neuron, 'config'))
 
     @property
     def _model_args(self) -> Dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, List
 from .config import (
     DEFAULT_RANGE,
     FIRE_FUNCTIONS,
+    NEURON_TYPES,
     RECIPES,
     SOFTMAX_FIRE_FUNCTIONS,
     FitConfig,
@@ -33,11 +34,12 @@ if TYPE_CHECKING:
         straight_through,
     )
     from .graded import GradedCoding
+    from .registry import new_neuron, register_neuron
     from .scale_and_fire import ScaleAndFire
     from .shared import SharedScaleAndFire
     from .statistics import CurrentStatistics
 else:
-    _MODULES = ('base', 'coding', 'functional', 'graded', 'scale_and_fire', 'shared', 'statistics')
+    _MODULES = ('base', 'coding', 'functional', 'graded', 'registry', 'scale_and_fire', 'shared', 'statistics')
 
     def __getattr__(name: str) -> Any:
         for module in _MODULES if name in __all__ else ():
@@ -54,5 +56,6 @@ __all__ = [
     'SFNConfig', 'FitConfig', 'as_config', 'RECIPES', 'Recipe', 'recipe_configs', 'recipe_name',
     'integrate_and_fire', 'multi_threshold', 'max_levels', 'level_values', 'firing_boundaries', 'fire',
     'straight_through', 'Float32Buffers', 'Neuron', 'Spikes', 'ScaleAndFire', 'SharedScaleAndFire', 'GradedCoding',
-    'CurrentStatistics', 'CODINGS', 'count_levels', 'count_spikes', 'spikes_in',
+    'CurrentStatistics', 'register_neuron', 'new_neuron', 'NEURON_TYPES', 'CODINGS', 'count_levels', 'count_spikes',
+    'spikes_in',
 ]

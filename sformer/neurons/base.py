@@ -65,6 +65,8 @@ class Neuron(Float32Buffers):
     """
     calibrated: torch.Tensor
     config: SFNConfig
+    counted = True  # by activity: its spikes are news, and asking for them changes nothing
+    takes_octaves = False  # `fit` does, as of queries and keys, whose steps are related
 
     def __init__(self, device=None):
         super().__init__()

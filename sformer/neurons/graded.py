@@ -33,6 +33,7 @@ class GradedCoding(Neuron):
     """
     step: torch.Tensor
     center: torch.Tensor
+    counted = False  # pixels always fire
     watched = 16  # batches that are still looked at for pixels out of range, which another normalisation soon shows
 
     def __init__(self, in_chans: int, device=None):

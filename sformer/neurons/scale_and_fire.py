@@ -54,6 +54,7 @@ class ScaleAndFire(Neuron):
         Input and output (B, ...), where `shape` broadcasts.
     """
     unbounded = False  # whether no norm bounds its current: that of attention or of an activation function
+    takes_octaves = True
     step: torch.Tensor
     gain: torch.Tensor
     multiplier: torch.Tensor

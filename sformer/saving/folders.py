@@ -17,8 +17,9 @@ from ..conversion.record import Conversion
 from ..conversion.sources import create_source
 from ..errors import SFormerError, UncalibratedError, first_line
 from ..files import file_hash, write_aside
-from ..layers import SPIKING_LAYERS, SpikingLayer, is_calibrated, uncalibrated
+from ..layers import SPIKING_LAYERS, SpikingLayer, is_calibrated, named_neurons, uncalibrated
 from ..models import SFormerMixin
+from ..neurons import NEURON_TYPES, GradedCoding, ScaleAndFire, SharedScaleAndFire
 from .hub import locate, redact
 from .model_config import CONFIG_NAME, WEIGHTS_NAME, conversion_of, read_config
 
@@ -57,6 +58,7 @@ def save_model(model: nn.Module, directory: Union[str, Path], overwrite: bool = 
         if isinstance(layer, SpikingLayer) and type(layer) not in SPIKING_LAYERS.values():
             raise SFormerError(f'{name} is an {type(layer).__name__}, which no config can rebuild: save the model that '
                                f'it was made of.')
+    _check_neurons(model)
     _check_untied(state)
     check_vacant(directory, overwrite)
     state = {k: v.cpu().contiguous() for k, v in state.items()}
@@ -69,6 +71,21 @@ def save_model(model: nn.Module, directory: Union[str, Path], overwrite: bool = 
     except (OSError, SafetensorError) as e:
         raise SFormerError(f'{directory} cannot be written: {first_line(e)}. What was there is unchanged.') from e
     return directory
+
+
+def _check_neurons(model: SFormerMixin) -> None:
+    """Raise SFormerError if neurons are not those that the config of the model builds; names the first."""
+    expected = NEURON_TYPES[model.sfn_config.neuron]
+    kinds = (ScaleAndFire, SharedScaleAndFire) if expected is ScaleAndFire else (expected,)
+    for name, neuron in named_neurons(model):
+        if isinstance(neuron, GradedCoding):
+            continue
+        if type(neuron) not in kinds:
+            raise SFormerError(f'{name} is a {type(neuron).__name__}, which no config can rebuild: register its type '
+                               f'(sformer.neurons.register_neuron) and convert with SFNConfig(neuron=...).')
+        if neuron.config != model.sfn_config:
+            raise SFormerError(f'{name} fires by another config than the first neuron of the model, so no config can '
+                               f'rebuild it.')
 
 
 def _check_untied(state: Dict[str, torch.Tensor]) -> None:

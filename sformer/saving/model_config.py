@@ -30,7 +30,7 @@ DETECTOR_KEY = 'detector'  # what a config of a detector has, and no config of t
 
 # where timm finds weights, and how it reads them: a config does not choose, its weights lie beside it
 LOCATIONS = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'custom_load', 'source')
-LATER_FIELDS = {'silence'}  # of SFNConfig: models that were saved before have nothing of it, as its default says
+LATER_FIELDS = {'silence', 'neuron'}  # of SFNConfig: models that were saved before have them as by default
 
 
 def factory_arguments() -> Set[str]:
