@@ -1,13 +1,13 @@
 """Quantised networks by a plain method: symmetric and uniform, with the least squared error."""
 import copy
 import math
-from typing import Any, Iterable, Optional
+from typing import Iterable, Optional
 
 import torch
 import torch.nn as nn
 
 from ..conversion import calibrate_
-from ..layers import named_neurons
+from ..layers import named_neurons, named_products
 from ..models import spiking_model_
 from ..neurons import CurrentStatistics, FitConfig, Neuron, ScaleAndFire, Spikes
 from ..neurons.functional import firing_boundaries, level_values
@@ -88,9 +88,11 @@ def quantise_weights_(module: nn.Module, bits: int) -> nn.Module:
         bits: Bits b, 2 to 8.
     """
     top = 2 ** (bits - 1) - 1
-    for layer in module.modules():
-        if isinstance(getattr(layer, 'neuron', None), Neuron):
-            weight: Any = layer.weight
+    for _, _, products in named_products(module):
+        for product in products:
+            if product.weight is None:
+                continue
+            weight = product.by_output(product.weight)
             rows = weight.flatten(1)
             best, least = rows.clone(), torch.full_like(rows[:, :1], math.inf)
             for clip in CLIPS.tolist():
@@ -98,7 +100,7 @@ def quantise_weights_(module: nn.Module, bits: int) -> nn.Module:
                 rounded = (rows / step).round().clamp(-top, top) * step
                 error = (rounded - rows).square().sum(1, keepdim=True)
                 best, least = torch.where(error < least, rounded, best), torch.minimum(error, least)
-            weight.copy_(best.view_as(weight))
+            product.weight.copy_(product.by_output(best.view_as(weight)))
     return module
 
 

@@ -8,15 +8,16 @@ import contextlib
 import copy
 import dataclasses
 import itertools
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.nn as nn
 
 from ..data.batches import num_images
 from ..errors import SFormerError, UnsupportedLayerError, check
-from ..layers import FLOATING_LAYERS, SPIKING_LAYERS, AttentionProduct, SpikingLinear, named_neurons, shared_copy
-from ..layers.spiking import left_alone
+from ..layers import Product, named_neurons, named_products, shared_copy
+from ..layers.spiking import fit_neurons, multiplies_currents
 from ..layers.watch import ForwardWatch
 from ..neurons import FitConfig, Neuron, ScaleAndFire, recipe_name
 from ..neurons.statistics import CurrentStatistics, check_finite
@@ -39,7 +40,7 @@ def calibrate_(
         module: nn.Module,
         batches: Iterable[Any],
         fit: FitConfig = FitConfig(),
-        forward_fn: Optional[ForwardFn] = None,
+        forward_fn: ForwardFn | None = None,
 ) -> int:
     """Fit every neuron of a spiking module to the currents of its source network, in place.
 
@@ -58,18 +59,20 @@ def calibrate_(
     Raises:
         SFormerError: If weights compensate already, there are no images, a current is NaN or infinite, or none reached
             a neuron, such as that of a mask head on images without objects; names the first such neuron.
-        UnsupportedLayerError: If a module multiplies currents in a forward of its own; names it.
+        UnsupportedLayerError: If a module multiplies currents in a forward of its own, or does not say what it
+            multiplies its spikes by; names it.
     """
     record = record_of(module)
     if {COMPENSATED, BALANCED} & {*record.changed}:
         raise SFormerError(f'the weights of this module {in_words(record.changed)} that were fitted before, so they '
                            f'are not those of the source: start from the source itself.')
+    products = list(named_products(module))  # which names a layer that does not say what it multiplies
     batches = iter(_rebatched(batches))
     silent = _check_silence(module)
     first = list(itertools.islice(batches, SENSITIVITY_BATCHES if silent else 1))
     if silent:
         _fit_silence(module, first, forward_fn)
-    held: List[Any] = []
+    held: list[Any] = []
     batches = itertools.chain(first, batches)
     statistics, count = observe(module, _kept(batches, held) if fit.compensate else batches, forward_fn)
     unmet = [name for name, seen in statistics.items() if isinstance(seen, CurrentStatistics) and not seen.counted]
@@ -79,12 +82,8 @@ def calibrate_(
             f'can be fitted. Use images on which all of the network runs, such as ones with objects that a detector '
             f'finds, or leave that part out (filter_fn of spiking_).')
     with torch.device('cpu'):  # where statistics are, whatever the default device is
-        for name, child in module.named_modules():
-            if isinstance(child, AttentionProduct):
-                child.fit({key: statistics.pop(f'{name}.{key}') for key, _ in child.named_children()}, fit)
-            elif isinstance(child, Neuron) and name in statistics:
-                child.fit(statistics[name], fit)
-        _widen(module, fit)
+        fit_neurons(module, statistics, fit)
+        _widen([product for _, _, found in products for product in found], fit)
     if fit.unbiased:
         correct(module, first[0], forward_fn)
     owner: Any = module
@@ -98,15 +97,16 @@ def calibrate_(
     return count
 
 
-def _widen(module: nn.Module, fit: FitConfig) -> None:
+def _widen(products: list[Product], fit: FitConfig) -> None:
     """Widen the firing ranges of what comes from attention or an activation function (`floor` and `margin`)."""
     fit = fit.settled()
     floor, margin = fit.floor or 0., fit.margin or 1.
     if not floor and margin == 1:
         return
-    for layer in module.modules():
-        if isinstance(layer, SpikingLinear) and getattr(layer.neuron, 'unbounded', False):
-            layer.neuron.widen(layer.weight.detach().to(torch.float32).norm(dim=0), floor, margin)
+    for product in products:
+        neuron = product.operands[0]
+        if product.weight is not None and isinstance(neuron, ScaleAndFire) and neuron.unbounded:
+            neuron.widen(product.weight.detach().to(torch.float32).norm(dim=0), floor, margin)
 
 
 def _check_silence(module: nn.Module) -> bool:
@@ -124,7 +124,7 @@ def _recipe_followed(module: nn.Module, fit: FitConfig) -> str | None:
     return recipe_name(configs.pop(), fit) if len(configs) == 1 else None
 
 
-def _kept(batches: Iterable[Any], held: List[Any]) -> Iterator[Any]:
+def _kept(batches: Iterable[Any], held: list[Any]) -> Iterator[Any]:
     """Batches as they pass, the first of which are held."""
     count = 0
     for batch in batches:
@@ -134,7 +134,7 @@ def _kept(batches: Iterable[Any], held: List[Any]) -> Iterator[Any]:
         yield batch
 
 
-def _fit_silence(module: nn.Module, batches: List[Any], forward_fn: Optional[ForwardFn]) -> None:
+def _fit_silence(module: nn.Module, batches: list[Any], forward_fn: ForwardFn | None) -> None:
     """Say below which current each neuron is silent, by the gradients of the source on some batches."""
     def stand_in(name: str, neuron: Neuron) -> nn.Module:
         if not isinstance(neuron, ScaleAndFire):
@@ -153,8 +153,8 @@ def _fit_silence(module: nn.Module, batches: List[Any], forward_fn: Optional[For
 def observe(
         module: nn.Module,
         batches: Iterable[Any],
-        forward_fn: Optional[ForwardFn] = None,
-) -> Tuple[Dict[str, Any], int]:
+        forward_fn: ForwardFn | None = None,
+) -> tuple[dict[str, Any], int]:
     """Statistics of the source's currents at every neuron, and the number of images; arguments as of `calibrate_`."""
     view, observers = _view(module, lambda name, neuron: _Observer(name, neuron.statistics()))
     count = 0
@@ -170,7 +170,7 @@ def observe(
 
 
 @torch.inference_mode()
-def correct(module: nn.Module, batch: Any, forward_fn: Optional[ForwardFn] = None) -> None:
+def correct(module: nn.Module, batch: Any, forward_fn: ForwardFn | None = None) -> None:
     """Let fitted neurons carry what rounding and clipping take from the source's currents on one batch of images."""
     view, comparisons = _view(module, lambda name, neuron: _Comparison(neuron))
     _forward(module, view, batch, forward_fn)
@@ -180,35 +180,35 @@ def correct(module: nn.Module, batch: Any, forward_fn: Optional[ForwardFn] = Non
 
 
 @torch.no_grad()
-def _compensate(module: nn.Module, batches: List[Any], forward_fn: Optional[ForwardFn]) -> None:
+def _compensate(module: nn.Module, batches: list[Any], forward_fn: ForwardFn | None) -> None:
     """Let weights make up for what neurons leave out of the source's currents, as far as other neurons know of it."""
-    layers = {f'{name}.neuron'.lstrip('.'): layer for name, layer in compensable(module)}
-    left = {name: 8 * neuron.step.numel() ** 2 for name, neuron in named_neurons(module)
-            if name in layers and isinstance(neuron, ScaleAndFire)}
-    found: Dict[str, Any] = {}
+    found = {product.operands[0]: product for _, product in compensable(module)}
+    products = {name: found[neuron] for name, neuron in named_neurons(module) if neuron in found}
+    left = {name: 8 * product.in_channels ** 2 for name, product in products.items()}
+    made: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
     while left:  # as many layers at a time as memory is meant for
-        group: Dict[str, int] = {}
+        group: dict[str, int] = {}
         while left and (not group or sum(group.values()) + next(iter(left.values())) <= CORRELATED_BYTES):
             name = next(iter(left))
             group[name] = left.pop(name)
 
-        def stand_in(name: str, neuron: Neuron, group: Dict[str, int] = group) -> nn.Module:
+        def stand_in(name: str, neuron: Neuron, group: dict[str, int] = group) -> nn.Module:
             return Correlation(neuron) if name in group and isinstance(neuron, ScaleAndFire) else _Observer(name, None)
 
         view, seen = _view(module, stand_in)
         with torch.inference_mode():
             for batch in batches:
                 _forward(module, view, copy.deepcopy(batch), forward_fn)
-        found.update({name: compensated(layers[name], seen[name]) for name in group})
-    for name, values in found.items():  # not before all of the source was seen
-        for parameter, value in zip((layers[name].weight, layers[name].bias), values, strict=True):
-            if parameter is not None and not torch.equal(parameter, value):
-                neuron: Any = layers[name].neuron
-                neuron.mark_compensated()
+        made.update({name: compensated(products[name], seen[name]) for name in group})
+    for name, values in made.items():  # not before all of the source was seen
+        product = products[name]
+        for parameter, value in zip((product.weight, product.bias), values, strict=True):
+            if parameter is not None and value is not None and not torch.equal(parameter, value):
+                product.operands[0].mark_compensated()
                 parameter.copy_(value)
 
 
-def _view(module: nn.Module, stand_in: Callable[[str, Neuron], nn.Module]) -> Tuple[nn.Module, Dict[str, Any]]:
+def _view(module: nn.Module, stand_in: Callable[[str, Neuron], nn.Module]) -> tuple[nn.Module, dict[str, Any]]:
     """The source of a spiking module as a view with `stand_in(name, neuron)` in the place of each neuron, and what
     stands there by name."""
     view = shared_copy(module).eval()
@@ -218,7 +218,7 @@ def _view(module: nn.Module, stand_in: Callable[[str, Neuron], nn.Module]) -> Tu
     return view, stand_ins
 
 
-def _forward(module: nn.Module, view: nn.Module, batch: Any, forward_fn: Optional[ForwardFn]) -> Any:
+def _forward(module: nn.Module, view: nn.Module, batch: Any, forward_fn: ForwardFn | None) -> Any:
     # a layer without parameters, such as a pool, has only what its neurons have
     tensors = itertools.chain(module.parameters(), module.buffers())
     parameter = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
@@ -260,7 +260,7 @@ class _Comparison(nn.Module):
     def __init__(self, neuron: Neuron):
         super().__init__()
         self.neuron = neuron
-        self.moments: Optional[torch.Tensor] = None
+        self.moments: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         moments = self.neuron.moments(x)
@@ -271,7 +271,7 @@ class _Comparison(nn.Module):
 
 def _rebatched(batches: Iterable[Any]) -> Iterator[Any]:
     """Tensors in batches of `OBSERVED_IMAGES` images of one size, whatever they come in."""
-    held: Optional[torch.Tensor] = None
+    held: torch.Tensor | None = None
     for batch in batches:
         if not isinstance(batch, torch.Tensor):
             yield batch
@@ -298,8 +298,7 @@ class _UnreachedProducts(ForwardWatch):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.overloadpacket.__name__ in self.OPERATIONS and self.stack:
             name, module = self.stack[-1]
-            known = (*SPIKING_LAYERS.values(), *FLOATING_LAYERS, AttentionProduct)
-            if type(module) not in known and not left_alone(module):
+            if multiplies_currents(module):
                 kind = type(module)
                 raise UnsupportedLayerError(
                     f'{name or "(root)"} ({kind.__module__}.{kind.__qualname__}) multiplies currents in its own '

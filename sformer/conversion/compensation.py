@@ -7,12 +7,13 @@ is a closed form, as errors of pruning and of rounded weights are compensated (O
 2210.17323); nothing is trained, but weights are no longer those of the source.
 """
 from collections import Counter
-from typing import Iterable, Optional, Tuple, Union
+from collections.abc import Iterator
 
 import torch
 import torch.nn as nn
 
-from ..layers import SpikingConv2d, SpikingConvTranspose2d, SpikingLinear
+from ..layers import Product, named_products
+from ..layers.multiplying import CONVOLUTION, LINEAR
 from ..neurons import ScaleAndFire
 from ..neurons.scale_and_fire import TINY
 
@@ -21,18 +22,17 @@ __all__ = ['Correlation', 'compensable', 'compensated']
 RIDGE = 0.1  # of a channel's own power: what a few images say of many channels is not all true
 ROUNDING = 1e-5  # of float32 sums
 
-Compensable = Union[SpikingLinear, SpikingConv2d, SpikingConvTranspose2d]
 
-
-def compensable(module: nn.Module) -> Iterable[Tuple[str, Compensable]]:
-    """Layers of a spiking module whose weights read the spikes of a neuron of their own and nothing else, with names;
-    no grouped convolutions, whose weights do not see all channels."""
+def compensable(module: nn.Module) -> Iterator[tuple[str, Product]]:
+    """Linear layers and convolutions of a spiking module whose weights are theirs alone, with names; no grouped ones,
+    whose weights do not see all channels."""
     read = Counter(id(parameter) for layer in module.modules() for parameter in layer._parameters.values())
-    for name, layer in module.named_modules():
-        if (isinstance(layer, (SpikingLinear, SpikingConv2d, SpikingConvTranspose2d))
-                and isinstance(layer.neuron, ScaleAndFire) and getattr(layer, 'groups', 1) == 1
-                and read[id(layer.weight)] == 1 and (layer.bias is None or read[id(layer.bias)] == 1)):
-            yield name, layer
+    for name, _, products in named_products(module):
+        for product in products:
+            if (product.kind in (LINEAR, CONVOLUTION) and isinstance(product.operands[0], ScaleAndFire)
+                    and product.groups == 1 and read[id(product.weight)] == 1
+                    and (product.bias is None or read[id(product.bias)] == 1)):
+                yield name, product
 
 
 class Correlation(nn.Module):
@@ -65,7 +65,7 @@ class Correlation(nn.Module):
         self.count += len(d)
         return x
 
-    def decoder(self, shifted: bool) -> Tuple[torch.Tensor, torch.Tensor]:
+    def decoder(self, shifted: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """The best estimate `A s + shift` of x, as A - 1, float64 (C, C), and shift (C,), of zeros unless
         `shifted`: not every layer has a bias to take it."""
         spikes, lost, count = self.spikes.double().cpu(), self.lost.double().cpu(), max(1, self.count)
@@ -84,21 +84,21 @@ class Correlation(nn.Module):
         return a, expected - a @ (mean + center) if shifted else expected
 
 
-def compensated(layer: Compensable, seen: Correlation) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+def compensated(product: Product, seen: Correlation) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weights of a layer that read spikes for currents, and its bias.
 
     Args:
-        layer: One of `compensable`.
+        product: One of `compensable`.
         seen: What stood in the place of its neuron.
     """
-    weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
+    weight, bias = product.weights.detach(), None if product.bias is None else product.bias.detach()
     flat = weight.double().cpu()
-    if isinstance(layer, SpikingLinear):
+    if product.kind == LINEAR:
         a, shift = seen.decoder(bias is not None)
         bias = None if bias is None else bias + (flat @ shift).to(bias)
         flat = flat @ a
     else:  # zeros around an image stay zeros, so there is no shift
         a, _ = seen.decoder(False)
-        into = 0 if isinstance(layer, SpikingConvTranspose2d) else 1  # where input channels are
+        into = 0 if product.transposed else 1  # where input channels are
         flat = torch.tensordot(flat, a, dims=([into], [0])).movedim(-1, into)
     return weight + flat.to(weight), bias

@@ -1,6 +1,7 @@
 """What a detector finds, drawn over the image: of an SFormer beside its source, and where its backbone spikes."""
+import functools
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -9,7 +10,9 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from ..errors import needed_packages
 from ..files import write_aside
-from ..layers import SpikingLinear, WindowedMixin, named_neurons, source_view
+from ..layers import WindowedMixin, named_neurons, named_products, source_view
+from ..layers.multiplying import LINEAR
+from ..neurons import Neuron
 from .coco import read_image
 from .detector_evaluation import detect, in_eval_mode
 from .pictures import save_picture
@@ -69,7 +72,7 @@ def draw_file(
 def draw_detections(
         detector: nn.Module,
         image: torch.Tensor,
-        found: Dict[str, torch.Tensor],
+        found: dict[str, torch.Tensor],
         min_score: float = 0.5,
 ) -> torch.Tensor:
     """Boxes, masks, categories and scores over an image, uint8 (3, H, W)."""
@@ -94,24 +97,25 @@ def draw_detections(
 
 
 @torch.inference_mode()
-def token_activity(detector: nn.Module, image: torch.Tensor) -> Tuple[Dict[str, torch.Tensor], torch.Tensor]:
+def token_activity(detector: nn.Module, image: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """What an SFormer finds, and the share of neurons that fire at each patch (h, w), over all linear layers of the
     backbone, which each read a vector per token."""
     model: Any = in_eval_mode(detector)
     vit = model.backbone.vit
-    shares: List[torch.Tensor] = []
-    grid: List[Any] = []
+    shares: list[torch.Tensor] = []
+    grid: list[Any] = []
 
-    def count(layer: Any, args: Tuple[torch.Tensor, ...]) -> None:
-        share = (layer.neuron.encode(args[0]).levels != 0).float().mean(-1)
+    windowed = {layer: attention for attention in vit.blocks.modules() if isinstance(attention, WindowedMixin)
+                for layer in attention.modules()}
+
+    def count(layer: nn.Module, neuron: Neuron, args: tuple[torch.Tensor]) -> None:
+        share = (neuron.encode(args[0]).levels != 0).float().mean(-1)
         if layer in windowed:
             share = windowed[layer].join(share[..., None])[..., 0]
         shares.append(share[0])
 
-    layers = [layer for layer in vit.blocks.modules() if isinstance(layer, SpikingLinear)]
-    windowed = {layer: attention for attention in vit.blocks.modules() if isinstance(attention, WindowedMixin)
-                for layer in attention.modules()}
-    handles = [layer.register_forward_pre_hook(count) for layer in layers]
+    handles = [product.operands[0].register_forward_pre_hook(functools.partial(count, layer))
+               for _, layer, products in named_products(vit.blocks) for product in products if product.kind == LINEAR]
     handles.append(model.backbone.pyramid.register_forward_pre_hook(lambda _, args: grid.append(args[0].shape[-2:])))
     try:
         found = detect(model, image)
@@ -135,7 +139,7 @@ def _coloured(values: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(colours[..., :3].copy()).permute(2, 0, 1)
 
 
-def _palette() -> List[Tuple[int, int, int]]:
+def _palette() -> list[tuple[int, int, int]]:
     return [(int(r), int(g), int(b)) for r, g, b, _ in _matplotlib().colormaps['tab10'](range(10), bytes=True)]
 
 

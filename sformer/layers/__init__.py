@@ -3,6 +3,7 @@ from . import adapters as _adapters  # noqa: F401  whoever adapts a spiking laye
 from .attention import SpikingAttention, SpikingAttentionMixin
 from .linear import SpikingConv2d, SpikingConvTranspose2d, SpikingLinear, SpikingPatchEmbed
 from .mlp import SpikingGluMlp, SpikingMlp, SpikingSqueezeExcitation, SpikingSwiGLU
+from .multiplying import Multiplying, Product, named_products
 from .products import AttentionProduct
 from .spiking import (
     is_calibrated,
@@ -19,6 +20,7 @@ from .table import FLOATING_LAYERS, SPIKING_LAYERS, SpikingLayer, register_float
 from .windows import WindowedMixin, token_grid, windowed_
 
 __all__ = [
+    'Product', 'Multiplying', 'named_products',
     'AttentionProduct', 'SpikingAttention', 'SpikingAttentionMixin', 'SpikingConv2d', 'SpikingConvTranspose2d',
     'SpikingGluMlp', 'SpikingLayer', 'SpikingLinear', 'SpikingMlp', 'SpikingPatchEmbed', 'SpikingSqueezeExcitation',
     'SpikingSwiGLU', 'WindowedMixin', 'token_grid', 'windowed_',

@@ -20,6 +20,7 @@ from ..errors import UnsupportedLayerError
 from ..neurons import SFNConfig, new_neuron
 from . import products
 from .linear import SpikingLinear
+from .multiplying import GATE, Product
 from .products import AttentionProduct
 from .table import SpikingLayer, register_spiking
 
@@ -106,6 +107,11 @@ class SpikingAttentionMixin(SpikingLayer):
                 f'a product of {type(self).__name__} was not met on its way through timm {timm.__version__}'
                 f'{", as symbolic tracing of a gated layer hides it: use torch.export" if met else ""}.')
         return x
+
+    def multiplies(self) -> list[Product]:
+        if self.gate_neuron is None:
+            return []
+        return [Product(GATE, (self.gate_neuron, self.value_neuron), torch.mul)]
 
 
 class _DifferentialMixin(SpikingAttentionMixin):

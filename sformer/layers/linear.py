@@ -1,13 +1,16 @@
 """Layers with weights: their input is spikes, their output a current."""
-from typing import Any, Optional
+import functools
+from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.layers import PatchEmbed
 
 from ..neurons import GradedCoding, Neuron, SFNConfig, SharedScaleAndFire, new_neuron
 from ..neurons.config import SCALE_AND_FIRE
 from . import products
+from .multiplying import CONVOLUTION, LINEAR, Product
 from .table import SpikingLayer, register_spiking
 
 __all__ = ['SpikingLinear', 'SpikingConv2d', 'SpikingConvTranspose2d', 'SpikingPatchEmbed']
@@ -42,14 +45,21 @@ class SpikingLinear(SpikingLayer, nn.Linear):
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.add_neurons(config)
 
-    def add_neurons(self, config: SFNConfig, fire_function: Optional[str] = None) -> None:
-        shares = config.neuron == SCALE_AND_FIRE and SharedScaleAndFire.suits(config, fire_function or config.signed_fire)
-        self.neuron = (SharedScaleAndFire if shares else new_neuron)(
+    def add_neurons(self, config: SFNConfig, fire_function: str | None = None) -> None:
+        own, fires = config.neuron != SCALE_AND_FIRE, fire_function or config.signed_fire
+        self.neuron = (new_neuron if own or not SharedScaleAndFire.suits(config, fires) else SharedScaleAndFire)(
             (self.in_features,), config, folds=True, token=True, fire_function=fire_function,
             device=self.weight.device)
 
     def forward(self, x: torch.Tensor, fired: bool = False) -> torch.Tensor:
         return products.linear(None if fired else self.neuron, x, self.weight, self.bias)
+
+    def multiplies(self) -> list[Product]:
+        return [Product(LINEAR, (self.neuron,), F.linear, _linear_total, self.weight, self.bias)]
+
+
+def _linear_total(spikes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return (spikes.reshape(-1, spikes.shape[-1]).sum(0) * weight.sum(0)).sum()
 
 
 class SpikingConvMixin(SpikingLayer):
@@ -65,9 +75,13 @@ class SpikingConvMixin(SpikingLayer):
         AssertionError: If the input has another number of channels; the neuron would spread one over all.
     """
     spiking_parts = ('neuron',)
-    neuron: Optional[Neuron]
+    neuron: Neuron | None
     in_channels: int
+    groups: int
+    padding: Any
+    padding_mode: str
     weight: torch.Tensor
+    bias: torch.Tensor | None
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -80,15 +94,55 @@ class SpikingConvMixin(SpikingLayer):
         torch._assert(x.shape[-3] == self.in_channels, 'currents have another number of channels than the weights')
         return super().forward(x if self.neuron is None or fired else self.neuron(x), *args, **kwargs)
 
+    def convolution(self) -> functools.partial[torch.Tensor]:
+        """This convolution, called with its input and weights, without a bias."""
+        raise NotImplementedError
+
+    def multiplies(self) -> list[Product]:
+        if self.neuron is None:
+            return []
+        convolution, groups, transposed = self.convolution(), self.groups, isinstance(self, nn.ConvTranspose2d)
+
+        def total(spikes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            """Images and the output channels of a group are summed up first."""
+            of_group = weight.sum(1, keepdim=True) if transposed else weight.unflatten(0, (groups, -1)).sum(1)
+            images = spikes.reshape(-1, *spikes.shape[-3:]).sum(0, keepdim=True)
+            return convolution(images.double(), of_group.double()).sum()
+        pads = '' if not transposed and self.padding in ((0, 0), 'valid') else self.padding_mode
+        return [Product(CONVOLUTION, (self.neuron,), convolution, total, self.weight, self.bias, groups, transposed,
+                        pads)]
+
 
 @register_spiking(nn.Conv2d)
 class SpikingConv2d(SpikingConvMixin, nn.Conv2d):  # type: ignore[misc]
     """Convolution on spikes; made by `spiking_` of an `nn.Conv2d`."""
 
+    def convolution(self) -> functools.partial[torch.Tensor]:
+        geometry = dict(stride=self.stride, dilation=self.dilation, groups=self.groups)
+        if self.padding_mode == 'zeros':
+            return functools.partial(F.conv2d, padding=self.padding, **geometry)
+        return functools.partial(
+            _padded_conv2d, around=self._reversed_padding_repeated_twice, mode=self.padding_mode, **geometry)
+
+
+def _padded_conv2d(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        around: list[int],
+        mode: str,
+        **geometry: Any,
+) -> torch.Tensor:
+    return F.conv2d(F.pad(x, around, mode=mode), weight, **geometry)
+
 
 @register_spiking(nn.ConvTranspose2d)
 class SpikingConvTranspose2d(SpikingConvMixin, nn.ConvTranspose2d):  # type: ignore[misc]
     """Transposed convolution on spikes; made by `spiking_` of an `nn.ConvTranspose2d`."""
+
+    def convolution(self) -> functools.partial[torch.Tensor]:
+        return functools.partial(
+            F.conv_transpose2d, stride=self.stride, padding=self.padding, output_padding=self.output_padding,
+            groups=self.groups, dilation=self.dilation)
 
 
 @register_spiking(PatchEmbed)

@@ -9,6 +9,7 @@ from torchvision.ops import SqueezeExcitation
 from ..neurons import SFNConfig, new_neuron
 from . import products
 from .linear import SpikingLinear
+from .multiplying import GATE, Product
 from .table import SpikingLayer, register_spiking
 
 __all__ = ['SpikingMlp', 'SpikingGluMlp', 'SpikingSwiGLU', 'SpikingSqueezeExcitation']
@@ -64,6 +65,9 @@ class SpikingGateMixin(SpikingLayer):
         x = products.multiply(self.gate_neuron, self.act(gate), self.value_neuron, value)
         return self.drop2(self.fc2(self.norm(self.drop1(x))))
 
+    def multiplies(self) -> list[Product]:
+        return [Product(GATE, (self.gate_neuron, self.value_neuron), torch.mul)]
+
 
 @register_spiking(GluMlp)
 class SpikingGluMlp(SpikingGateMixin, GluMlp):
@@ -100,3 +104,6 @@ class SpikingSqueezeExcitation(SpikingLayer, SqueezeExcitation):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return products.multiply(self.gate_neuron, self._scale(input), self.value_neuron, input)
+
+    def multiplies(self) -> list[Product]:
+        return [Product(GATE, (self.gate_neuron, self.value_neuron), torch.mul)]

@@ -3,16 +3,16 @@
 Whatever else computes an SFormer (integers, bit planes, another library) replaces what is here.
 """
 import math
-from typing import Any, Dict, Optional, Sequence
+from typing import Any, Optional, Sequence
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers.attention import maybe_add_mask, resolve_self_attn_mask
 from timm.models._features_fx import register_notrace_function
 
 from ..neurons import FitConfig, Neuron, SFNConfig, new_neuron
 from ..neurons.thresholds import MIN_STEP
+from .multiplying import AV, QK, Multiplying, Product
 
 __all__ = ['linear', 'multiply', 'softmax_numerators', 'AttentionProduct']
 
@@ -59,7 +59,20 @@ def softmax_numerators(
     return (scores - strongest).exp()
 
 
-class AttentionProduct(nn.Module):
+def scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """QK^T, (B, H, L, S), of (B, H, L, D) and (B, H, S, D)."""
+    return q @ k.transpose(-2, -1)
+
+
+def _scores_total(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    return (q.sum(-2) * k.sum(-2)).sum()
+
+
+def _values_total(attn: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return (attn.sum(-2) * v.sum(-1)).sum()
+
+
+class AttentionProduct(Multiplying):
     """Scaled dot-product attention on spikes: QK^T and AV.
 
     Softmax spikes are levels of the *numerators* exp(s - max s) in (0, 1], and each row of AV is divided by its own
@@ -106,7 +119,11 @@ class AttentionProduct(nn.Module):
         self.v_neuron = new_neuron((num_heads, 1, v_head_dim or head_dim), config, folds=True, **meets)
         self.attn_neuron = new_neuron(head, config, signed=False, device=device)
 
-    def fit(self, statistics: Dict[str, Any], config: FitConfig) -> None:
+    def multiplies(self) -> list[Product]:
+        return [Product(QK, (self.q_neuron, self.k_neuron), scores, _scores_total),
+                Product(AV, (self.attn_neuron, self.v_neuron), torch.matmul, _values_total)]
+
+    def fit_neurons(self, statistics: dict[str, Any], config: FitConfig) -> None:
         """Fit the neurons to what was observed at them, by name.
 
         QK^T sums over channels, so the steps of a channel of q and of k have to have one product in all channels of a
@@ -114,8 +131,7 @@ class AttentionProduct(nn.Module):
         and the other way round, so balanced powers are best.
         """
         if not (self.q_neuron.takes_octaves and self.k_neuron.takes_octaves):
-            for name, seen in statistics.items():
-                getattr(self, name).fit(seen, config)
+            super().fit_neurons(statistics, config)
             return
         q, k = statistics['q_neuron'], statistics['k_neuron']
         octaves = (q.rms().clamp_min(MIN_STEP).log2() - k.rms().clamp_min(MIN_STEP).log2()).div(2)
@@ -123,8 +139,8 @@ class AttentionProduct(nn.Module):
         octaves = (octaves - octaves.mean(-1, keepdim=True)).round().to(torch.int64).flatten(0, 1)
         self.q_neuron.fit(q, config, octaves)
         self.k_neuron.fit(k, config, -octaves)
-        for name in ('v_neuron', 'attn_neuron'):
-            getattr(self, name).fit(statistics[name], config)
+        for neuron, name in ((self.v_neuron, 'v_neuron'), (self.attn_neuron, 'attn_neuron')):
+            neuron.fit(statistics[name], config)
 
     def forward(
             self,

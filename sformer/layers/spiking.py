@@ -2,14 +2,16 @@
 import contextlib
 import copy
 import itertools
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.nn as nn
 
 from ..errors import UnsupportedLayerError
-from ..neurons import Neuron, SFNConfig
+from ..neurons import FitConfig, Neuron, SFNConfig
 from .linear import SpikingPatchEmbed
+from .multiplying import Multiplying
 from .products import AttentionProduct
 from .table import FLOATING_LAYERS, SPIKING_LAYERS, SpikingLayer
 
@@ -22,7 +24,7 @@ __all__ = [
 def spiking_(
         module: nn.Module,
         config: SFNConfig = SFNConfig(),
-        filter_fn: Optional[Callable[[nn.Module, str], bool]] = None,
+        filter_fn: Callable[[nn.Module, str], bool] | None = None,
 ) -> nn.Module:
     """Replace every layer by its spiking counterpart, in place.
 
@@ -64,9 +66,9 @@ def spiking_(
 
 def _filtered(
         module: nn.Module,
-        filter_fn: Optional[Callable[[nn.Module, str], bool]],
+        filter_fn: Callable[[nn.Module, str], bool] | None,
         name: str = '',
-) -> Iterator[Tuple[str, nn.Module]]:
+) -> Iterator[tuple[str, nn.Module]]:
     """Modules with their names, parents first, without neurons and what is below a filtered one."""
     if isinstance(module, (Neuron, AttentionProduct)) or (filter_fn is not None and not filter_fn(module, name)):
         return
@@ -75,7 +77,7 @@ def _filtered(
         yield from _filtered(child, filter_fn, f'{name}.{child_name}' if name else child_name)
 
 
-def _check_counterparts(named: List[Tuple[str, nn.Module]]) -> None:
+def _check_counterparts(named: list[tuple[str, nn.Module]]) -> None:
     """Raise UnsupportedLayerError if a layer would stay analog."""
     unknown = []
     for name, child in named:
@@ -106,12 +108,14 @@ def _is_unknown(module: nn.Module) -> bool:
         isinstance(module, tuple(SPIKING_LAYERS)) or next(module.children(), None) is None or has_tensors(module))
 
 
-def left_alone(module: nn.Module) -> bool:
-    """Whether a module has layers that `spiking_` would have converted or refused, and none that spikes: so a filter
-    left it as it is."""
+def multiplies_currents(module: nn.Module) -> bool:
+    """Whether a product in the forward of a module is of no spikes, nor of what a filter left as it was: layers that
+    `spiking_` would have converted or refused, of which none spikes."""
+    if type(module) in {*SPIKING_LAYERS.values(), *FLOATING_LAYERS, AttentionProduct}:
+        return False
     layers = list(module.modules())
-    return (not any(isinstance(layer, SpikingLayer) for layer in layers)
-            and any(type(layer) in SPIKING_LAYERS or _is_unknown(layer) for layer in layers))
+    return (any(isinstance(layer, SpikingLayer) for layer in layers)
+            or not any(type(layer) in SPIKING_LAYERS or _is_unknown(layer) for layer in layers))
 
 
 def has_tensors(module: nn.Module) -> bool:
@@ -121,7 +125,7 @@ def has_tensors(module: nn.Module) -> bool:
 
 def revert_(module: nn.Module) -> nn.Module:
     """Turn a spiking module, or one that was left half converted, back into its source, in place."""
-    back: Dict[Any, Any] = {spiking: source for source, spiking in SPIKING_LAYERS.items()}
+    back: dict[type[nn.Module], type[nn.Module]] = {spiking: source for source, spiking in SPIKING_LAYERS.items()}
     for child in list(module.modules()):
         if isinstance(child, SpikingLayer):
             child.remove_neurons()
@@ -159,11 +163,24 @@ def source_view(model: nn.Module) -> nn.Module:
     return revert_(shared_copy(model))
 
 
-def named_neurons(module: nn.Module) -> Iterator[Tuple[str, Neuron]]:
+def named_neurons(module: nn.Module) -> Iterator[tuple[str, Neuron]]:
     """Neurons of a spiking module with their paths, in the order of the modules."""
     for name, child in module.named_modules():
         if isinstance(child, Neuron):
             yield name, child
+
+
+def fit_neurons(module: nn.Module, statistics: Mapping[str, Any], config: FitConfig) -> None:
+    """Fit the neurons of a spiking module to what was observed at each, by name; those of a layer together."""
+    for name, child in module.named_modules():
+        prefix = f'{name}.' if name else ''
+        seen = {part: statistics[prefix + part] for part, neuron in child.named_children()
+                if isinstance(neuron, Neuron) and prefix + part in statistics}
+        if isinstance(child, Multiplying):
+            child.fit_neurons(seen, config)
+        else:
+            for part, found in seen.items():
+                child.get_submodule(part).fit(found, config)
 
 
 def is_calibrated(module: nn.Module) -> bool:

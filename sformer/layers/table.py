@@ -10,15 +10,16 @@ from torchvision.models.detection import anchor_utils, transform
 from torchvision.ops import feature_pyramid_network as fpn
 
 from ..neurons import SFNConfig
+from .multiplying import Multiplying
 
 __all__ = ['SpikingLayer', 'SPIKING_LAYERS', 'FLOATING_LAYERS', 'register_spiking', 'register_floating']
 
 
-class SpikingLayer(nn.Module):
+class SpikingLayer(Multiplying):
     """What a spiking counterpart adds to the layer that it subclasses, whose parameters and attributes it keeps.
 
     `spiking_` changes the class of a layer to that of its counterpart and calls `add_neurons`; `revert_` calls
-    `remove_neurons` and changes the class back.
+    `remove_neurons` and changes the class back. `multiplies` says what those neurons are operands of.
     """
     spiking_parts: Tuple[str, ...] = ()  # attributes that the source does not have
 

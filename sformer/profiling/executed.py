@@ -1,20 +1,21 @@
 """Whether it spikes in the code, too: a batch through bit planes; and which patches of an image spike."""
 import re
-from typing import Any, Dict, List, Tuple
+from typing import Any
 
 import torch
 import torch.nn as nn
 from timm.data import resolve_input_data_config
 
 from ..execution import to_spikes_
-from ..layers import SpikingLinear, shared_copy
+from ..layers import named_products, shared_copy
+from ..layers.multiplying import LINEAR
 from ..neurons import Neuron
 
 __all__ = ['compare_codings', 'pixels_of', 'spike_maps']
 
 
 @torch.no_grad()
-def compare_codings(model: nn.Module, images: torch.Tensor) -> Dict[str, Any]:
+def compare_codings(model: nn.Module, images: torch.Tensor) -> dict[str, Any]:
     """Run images through bit planes, through graded spikes, and through the simulation.
 
     Args:
@@ -35,7 +36,7 @@ def compare_codings(model: nn.Module, images: torch.Tensor) -> Dict[str, Any]:
 
 
 @torch.no_grad()
-def spike_maps(model: nn.Module, image: torch.Tensor) -> Dict[str, torch.Tensor]:
+def spike_maps(model: nn.Module, image: torch.Tensor) -> dict[str, torch.Tensor]:
     """Spikes per neuron and patch of an image, block by block.
 
     Args:
@@ -47,19 +48,20 @@ def spike_maps(model: nn.Module, image: torch.Tensor) -> Dict[str, torch.Tensor]
         (rows, columns) of patches; empty where tokens are no grid of patches.
     """
     view: Any = shared_copy(model).eval()
-    grid: Tuple[int, int] = tuple(getattr(getattr(view, 'patch_embed', None), 'grid_size', None) or ())
+    grid: tuple[int, int] = tuple(getattr(getattr(view, 'patch_embed', None), 'grid_size', None) or ())
     if len(grid) != 2:
         return {}
     patches = grid[0] * grid[1]
-    sums: Dict[str, List[torch.Tensor]] = {}
-    for name, layer in view.named_modules():
+    sums: dict[str, list[torch.Tensor]] = {}
+    for name, _, products in named_products(view):
         block = re.match(r'(.*?\d+)\.', name)
-        if isinstance(layer, SpikingLinear) and block and isinstance(layer.neuron, Neuron):
-            def keep(neuron: Any, args: Tuple[Any, ...], out: Any, block: str = block[1]) -> None:
+        for product in products if block else ():
+            def keep(neuron: Neuron, args: tuple[torch.Tensor], out: torch.Tensor, block: str = block[1]) -> None:
                 levels = neuron.encode(args[0]).levels
                 if levels.ndim == 3 and levels.shape[1] >= patches:  # prefix tokens come first
                     sums.setdefault(block, []).append(levels[0, -patches:].abs().double())
-            layer.neuron.register_forward_hook(keep)
+            if product.kind == LINEAR:
+                product.operands[0].register_forward_hook(keep)
     view(image[None])
     return {block: torch.cat(parts, 1).mean(1).view(grid) for block, parts in sums.items()}
 

@@ -3,10 +3,12 @@
 Products are found where they are computed: torch's own counter sees each matrix product and convolution, by module. A
 product that no spikes enter is listed as floating.
 """
+import contextlib
 import math
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -14,15 +16,7 @@ from torch.utils.flop_counter import flop_registry
 
 from ..data.batches import num_images
 from ..errors import SFormerError, UncalibratedError
-from ..layers import (
-    AttentionProduct,
-    SpikingConv2d,
-    SpikingConvTranspose2d,
-    is_calibrated,
-    named_neurons,
-    shared_copy,
-    uncalibrated,
-)
+from ..layers import Product, is_calibrated, named_neurons, named_products, shared_copy, uncalibrated
 from ..layers.watch import ForwardWatch
 from ..neurons import CODINGS, MAX_LEVEL, Neuron, ScaleAndFire, count_levels, count_spikes, spikes_in
 from .floating import Floating, FloatingCount
@@ -52,14 +46,14 @@ class Site:
     neurons: float
     activity: float
     saturation: float
-    spikes: Dict[str, float]
-    levels: Optional[int]
+    spikes: dict[str, float]
+    levels: int | None
     planes: int = 1
     bits: int = 8
     top: int = MAX_LEVEL
     signed: bool = True
-    dead: Optional[float] = None
-    histogram: Dict[int, int] = field(default_factory=dict)
+    dead: float | None = None
+    histogram: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -68,7 +62,7 @@ class Operation:
 
     Args:
         name: Path of the layer, and which of its products.
-        kind: `linear`, `convolution`, `QK^T`, `AV`, `gate`; `floating` if no spikes enter.
+        kind: That of the `Product`, such as `linear` or `QK^T`; `floating` if no spikes enter.
         operands: Paths of the neurons whose spikes enter.
         macs: Multiply-accumulates per image of the source network.
         synaptic_operations: What spikes cause per image, in each coding: accumulations in unary and binary (of bit
@@ -77,9 +71,9 @@ class Operation:
     """
     name: str
     kind: str
-    operands: Tuple[str, ...]
+    operands: tuple[str, ...]
     macs: float
-    synaptic_operations: Dict[str, float] = field(default_factory=dict)
+    synaptic_operations: dict[str, float] = field(default_factory=dict)
     weights: int = 0
 
 
@@ -92,24 +86,24 @@ class Profile(NamedTuple):
         floating: Functions that act on currents, in the order in which they are met.
         images: Number of images.
     """
-    operations: List[Operation]
-    sites: List[Site]
-    floating: List[Floating]
+    operations: list[Operation]
+    sites: list[Site]
+    floating: list[Floating]
     images: int
 
 
 class _Counts:
-    """Sums over images of what a neuron fires, and of its spikes along the axes that a product shares."""
+    """Sums over images of what a neuron fires."""
 
-    def __init__(self, neuron: Neuron):
-        self.neuron = neuron
+    def __init__(self, name: str, neuron: Neuron):
+        self.name, self.neuron = name, neuron
         self.total, self.saturated = 0, 0
         self.spikes = dict.fromkeys(CODINGS, 0)
-        self.histogram: Counter = Counter()
-        self.fired: Optional[torch.Tensor] = None  # which neurons did so on any image
+        self.histogram: Counter[int] = Counter()
+        self.fired: torch.Tensor | None = None  # which neurons did so on any image
         self.varies = False
-        self.latest: Optional[torch.Tensor] = None  # levels of the batch at hand
-        self.tops: Optional[torch.Tensor] = None  # of each branch, (branches, *shape)
+        self.latest: torch.Tensor | None = None  # levels of the batch at hand
+        self.tops: torch.Tensor | None = None  # of each branch, (branches, *shape)
         if isinstance(neuron, ScaleAndFire):
             self.tops = neuron.top_levels.to(torch.int32)
 
@@ -126,30 +120,26 @@ class _Counts:
             self.saturated += int((k == sign * top).sum())
 
 
-class _FanOut:
-    """Spikes that enter a convolution by their place, of which those at a border may meet fewer weights."""
+class _Tally:
+    """Sums over images of what a product takes."""
 
-    def __init__(self, layer: Any, counts: _Counts):
-        self.layer, self.counts = layer, counts
-        self.spikes: Dict[Tuple[torch.Size, torch.Size], Dict[str, Any]] = {}  # by size of the input and of the output
+    def __init__(self, product: Product, operands: list[_Counts], watch: '_ProductWatch'):
+        self.product, self.operands, self.watch = product, operands, watch
+        self.macs = 0
+        self.seen = 0  # of these, those that torch counts as a product of matrices or a convolution
+        self.caused = dict.fromkeys(CODINGS, 0.)
 
-    def add(self, layer: nn.Module, args: Any, out: torch.Tensor) -> None:
-        k: Any = self.counts.latest
-        sums = self.spikes.setdefault((k.shape[-2:], out.shape[-2:]), dict.fromkeys(CODINGS, 0))
-        for coding in CODINGS:
-            sums[coding] = sums[coding] + spikes_in(k, coding).flatten(0, -3).sum(0, dtype=torch.float64)
-
-    def synaptic_operations(self, coding: str) -> float:
-        layer, total = self.layer, 0.
-        transposed = isinstance(layer, nn.ConvTranspose2d)
-        ones = (nn.ConvTranspose2d if transposed else nn.Conv2d)(
-            1, 1, layer.kernel_size, layer.stride, layer.padding, dilation=layer.dilation, bias=False,
-            padding_mode=layer.padding_mode, device=self.counts.neuron.calibrated.device, dtype=torch.float64)
-        nn.init.ones_(ones.weight)
-        for (_, size), sums in self.spikes.items():
-            met = ones(sums[coding][None, None], *([size] if transposed else []))
-            total += met.sum().item() * layer.out_channels / layer.groups
-        return total
+    def add(self, layer: nn.Module, args: Any, out: Any) -> None:
+        """Count what the operands fired last."""
+        fired = [counts.latest for counts in self.operands if counts.latest is not None]
+        if self.product.weight is not None:  # each of which is met
+            fired.append(torch.ones((), dtype=torch.int64, device=fired[0].device).expand_as(self.product.weight))
+        with self.watch.aside() as flops:
+            result = self.product.compute(*(torch.empty(k.shape, device='meta') for k in fired))
+            self.seen += sum(flops.values()) // 2
+            self.macs += sum(flops.values()) // 2 or result.numel()
+            for coding in CODINGS:
+                self.caused[coding] += self.product.count(*(spikes_in(k, coding) for k in fired))
 
 
 class _ProductWatch(ForwardWatch):
@@ -158,8 +148,18 @@ class _ProductWatch(ForwardWatch):
 
     def __init__(self, module: nn.Module):
         super().__init__(module)
-        self.flops: Dict[str, int] = {}
+        self.flops: dict[str, int] = {}
         self.floating = FloatingCount()
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[dict[str, int]]:
+        """While entered, operations are not those of the module; yields their count."""
+        kept = self.flops, self.floating
+        self.flops, self.floating = {}, FloatingCount()
+        try:
+            yield self.flops
+        finally:
+            self.flops, self.floating = kept
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -175,8 +175,8 @@ class _ProductWatch(ForwardWatch):
 def profile_operations(
         model: nn.Module,
         batches: Iterable[Any],
-        forward_fn: Optional[Callable[[nn.Module, Any], Any]] = None,
-) -> Tuple[List[Operation], List[Site], int]:
+        forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+) -> tuple[list[Operation], list[Site], int]:
     """Operations, neurons and number of images of `profile_model`."""
     profile = profile_model(model, batches, forward_fn)
     return profile.operations, profile.sites, profile.images
@@ -186,7 +186,7 @@ def profile_operations(
 def profile_model(
         model: nn.Module,
         batches: Iterable[Any],
-        forward_fn: Optional[Callable[[nn.Module, Any], Any]] = None,
+        forward_fn: Callable[[nn.Module, Any], Any] | None = None,
 ) -> Profile:
     """Run a calibrated SFormer on images and count.
 
@@ -202,98 +202,57 @@ def profile_model(
     if not is_calibrated(model):
         raise UncalibratedError(f'{uncalibrated(model)}; its spikes would mean nothing. Use sformer.convert().')
     view = shared_copy(model).eval()
-    counts = {name: _Counts(neuron) for name, neuron in named_neurons(view)}
-    names = {neuron: name for name, neuron in named_neurons(view)}
-    pairs: Dict[str, Dict[str, Dict[str, int]]] = {}
-    fan_outs: Dict[str, _FanOut] = {}
-    for name, module in view.named_modules():
-        add: Any = None
-        operands: Tuple[str, ...] = ()
-        if isinstance(module, Neuron):
-            module.register_forward_hook(lambda neuron, args, out: counts[names[neuron]].add(args[0]))
-        elif isinstance(module, AttentionProduct):
-            module.max_scores = math.inf  # or of its spikes the last block of queries alone would be at hand
-            add, operands = _add_attention, ('q', 'k', 'v', 'attn')
-        elif isinstance(getattr(module, 'gate_neuron', None), Neuron):
-            add, operands = _add_gate, ('gate', 'value')
-        elif isinstance(module, (SpikingConv2d, SpikingConvTranspose2d)) and module.neuron is not None:
-            fan_outs[name] = _FanOut(module, counts[f'{name}.neuron' if name else 'neuron'])
-            module.register_forward_hook(fan_outs[name].add)
-        if add is not None:
-            pairs[name] = {}
-            fired = [counts[f'{name}.{operand}_neuron' if name else f'{operand}_neuron'] for operand in operands]
-            module.register_forward_hook(
-                lambda module, args, out, add=add, sums=pairs[name], fired=fired: add(
-                    sums, *(counts.latest for counts in fired)))
-    images, watch = 0, _ProductWatch(view)
+    watch = _ProductWatch(view)
+    counts = {neuron: _Counts(name, neuron) for name, neuron in named_neurons(view)}
+    for neuron in counts:
+        neuron.register_forward_hook(lambda neuron, args, out: counts[neuron].add(args[0]))
+    tallies: dict[str, list[_Tally]] = {}
+    for name, layer, products in named_products(view):
+        layer.max_scores = math.inf  # or of its spikes the last block of queries alone would be at hand
+        tallies[name] = [_Tally(product, [counts[n] for n in product.operands], watch) for product in products]
+        for tally in tallies[name]:
+            layer.register_forward_hook(tally.add)
+    images = 0
     for batch in batches:
         with watch:
             view(batch) if forward_fn is None else forward_fn(view, batch)
         images += num_images(batch)
     if not images:
         raise SFormerError('a profile needs at least one image, got none.')
-    return Profile(_operations(view, counts, pairs, fan_outs, watch.flops, images),
-                   [_site(name, c, images) for name, c in counts.items()], watch.floating.per_image(images), images)
-
-
-def _add_attention(sums: Dict[str, Dict[str, int]], q: Any, k: Any, v: Any, attn: Any) -> None:
-    """Pairs of spikes that meet in QK^T, of (B, H, L, D) and (B, H, S, D), and in AV."""
-    scores, values = (sums.setdefault(kind, dict.fromkeys((*CODINGS, 'macs'), 0)) for kind in ('QK^T', 'AV'))
-    scores['macs'] += q.numel() * k.shape[-2]
-    values['macs'] += attn.numel() * v.shape[-1]
-    for coding in CODINGS:  # whatever is summed over all partners may be summed first
-        scores[coding] += int((spikes_in(q, coding).sum(-2) * spikes_in(k, coding).sum(-2)).sum())
-        values[coding] += int((spikes_in(attn, coding).sum(-2) * spikes_in(v, coding).sum(-1)).sum())
-
-
-def _add_gate(sums: Dict[str, Dict[str, int]], gate: Any, value: Any) -> None:
-    """Pairs of spikes that meet where two currents are multiplied, whose shapes broadcast."""
-    both = sums.setdefault('gate', dict.fromkeys((*CODINGS, 'macs'), 0))
-    both['macs'] += max(gate.numel(), value.numel())
-    for coding in CODINGS:
-        both[coding] += int((spikes_in(gate, coding) * spikes_in(value, coding)).sum())
-
-
-OPERAND_NAMES = {'QK^T': ('q', 'k'), 'AV': ('attn', 'v'), 'gate': ('gate', 'value')}
+    operations: list[Operation] = []
+    for name, layer in view.named_modules():
+        operations += _operations(name, layer, tallies.get(name, []), watch.flops.get(name, 0) // 2, images)
+    sites = [_site(seen, images) for seen in counts.values()]
+    return Profile(operations, sites, watch.floating.per_image(images), images)
 
 
 def _operations(
-        view: nn.Module,
-        counts: Dict[str, _Counts],
-        pairs: Dict[str, Dict[str, Dict[str, int]]],
-        fan_outs: Dict[str, _FanOut],
-        flops: Dict[str, int],
+        name: str,
+        layer: nn.Module,
+        tallies: list[_Tally],
+        macs: int,
         images: int,
-) -> List[Operation]:
-    found: List[Operation] = []
-    module: Any
-    for name, module in view.named_modules():
-        macs = flops.get(name, 0) // 2
-        for kind, sums in pairs.get(name, {}).items():
-            found.append(Operation(
-                f'{name} {kind}', kind, tuple(f'{name}.{o}_neuron' for o in OPERAND_NAMES[kind]), sums['macs'] / images,
-                {coding: sums[coding] / images for coding in CODINGS}))
-            macs -= sums['macs'] if kind != 'gate' else 0  # torch counts matrix products only
-        if macs and isinstance(getattr(module, 'neuron', None), Neuron):
-            neuron = f'{name}.neuron' if name else 'neuron'
-            entered, weights, fan_out = counts[neuron], module.weight, fan_outs.get(name)
-            caused = {coding: entered.spikes[coding] * macs / entered.total if fan_out is None
-                      else fan_out.synaptic_operations(coding) for coding in CODINGS}
-            found.append(Operation(
-                name, 'linear' if fan_out is None else 'convolution', (neuron,), macs / images,
-                {coding: caused[coding] / images for coding in CODINGS}, weights.numel()))
-            macs = 0
-        if macs > 0:
-            own = sum(p.numel() for p in module.parameters(recurse=False) if p.ndim > 1)
-            found.append(Operation(name or '(root)', 'floating', (), macs / images, weights=own))
-    return found
+) -> Iterator[Operation]:
+    """Products of a module, in the forward of which torch counts some multiply-accumulates of all images."""
+    for tally in tallies:
+        product = tally.product
+        if tally.macs:
+            weights = 0 if product.weight is None else product.weight.numel()
+            yield Operation(
+                name if weights else f'{name} {product.kind}', product.kind,
+                tuple(counts.name for counts in tally.operands), tally.macs / images,
+                {coding: count / images for coding, count in tally.caused.items()}, weights)
+    rest = macs - sum(tally.seen for tally in tallies)
+    if rest > 0:
+        own = sum(p.numel() for p in layer.parameters(recurse=False) if p.ndim > 1)
+        yield Operation(name or '(root)', 'floating', (), rest / images, weights=own)
 
 
-def _site(name: str, counts: _Counts, images: int) -> Site:
+def _site(counts: _Counts, images: int) -> Site:
     total = max(counts.total, 1)
     neuron: Any = counts.neuron
     site = Site(
-        name, counts.total / images, counts.spikes['graded'] / total, counts.saturated / total,
+        counts.name, counts.total / images, counts.spikes['graded'] / total, counts.saturated / total,
         {coding: counts.spikes[coding] / total for coding in CODINGS}, None,
         histogram=dict(sorted(counts.histogram.items())))
     if isinstance(neuron, ScaleAndFire) and counts.tops is not None:

@@ -1,4 +1,6 @@
 """The table of layers: counterparts differ by class only, and both lists are open to users."""
+import dataclasses
+
 import pytest
 import torch
 import torch.nn as nn
@@ -35,6 +37,12 @@ def test_a_layer_of_the_users_own():
             def forward(self, x):
                 return 2 * super().forward(x)
 
+        with pytest.raises(UnsupportedLayerError, match=r'0 \(SpikingDoubled\) does not say what it multiplies'):
+            spiking(nn.Sequential(Doubled(4, 4)), tokens(dim=4))
+
+        def multiplies(self):
+            return [dataclasses.replace(product, kind='doubled') for product in SpikingLinear.multiplies(self)]
+        SpikingDoubled.multiplies = multiplies
         layer = spiking(nn.Sequential(Doubled(4, 4)), tokens(dim=4))
         assert type(layer[0]) is SpikingDoubled and [n for n, _ in named_neurons(layer)] == ['0.neuron']
         assert type(source_of(layer)[0]) is Doubled
