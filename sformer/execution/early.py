@@ -3,8 +3,10 @@
 Queries, keys and values are often parts of what a linear layer gives. Where nothing but their neurons reads it, these
 may fire in that layer: an engine then writes int8 instead of float32, and moves a quarter of the bytes.
 """
+import functools
 from collections import Counter
-from typing import Any, Collection, Dict, List, Optional, Set, Tuple
+from collections.abc import Collection
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -12,32 +14,30 @@ from timm.data import resolve_input_data_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..layers import AttentionProduct
-from ..neurons import ScaleAndFire
-from .integer import IntegerLinear
+from ..layers import named_products
+from ..layers.multiplying import AV, LINEAR, QK
+from ..neurons import Neuron, ScaleAndFire
 
 __all__ = ['early_neurons']
 
-OPERANDS = ('q_neuron', 'k_neuron', 'v_neuron')
-
-Part = Tuple[str, int, ScaleAndFire, torch.Tensor]  # name of a product, which of its operands, its neuron, its current
+Part = tuple[Neuron, torch.Tensor]  # what fires, and its current
 
 
 def _storage(x: torch.Tensor) -> int:
     return x.untyped_storage().data_ptr()
 
 
-def _storages(tree: Any) -> Set[int]:
+def _storages(tree: Any) -> set[int]:
     return {_storage(x) for x in tree_leaves(tree) if isinstance(x, torch.Tensor)}
 
 
 class _Readers(TorchDispatchMode):
-    """What is computed with outside of the products: storages that are read for something else than a view of them."""
+    """What is computed with outside of neurons: storages that are read for something else than a view of them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.inside = False
-        self.read: Set[int] = set()
+        self.read: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -48,74 +48,73 @@ class _Readers(TorchDispatchMode):
 
 def early_neurons(
         network: nn.Module,
-        left_out: Collection[str] = (),
-) -> Tuple[Dict[str, ScaleAndFire], Dict[str, Set[int]]]:
+        left_out: Collection[Neuron] = (),
+) -> tuple[dict[str, ScaleAndFire], set[Neuron]]:
     """Neurons of attention that may fire in the linear layer which gives their current, found by running the network
     on one empty image.
 
     Args:
         network: Calibrated spiking network on the CPU, whose layers have been through `to_integer_`.
-        left_out: Names of `AttentionProduct`s whose neurons fire where they are.
+        left_out: Neurons that fire where they are.
 
     Returns:
-        By name of a linear layer, one neuron with a step per output channel; and by name of an `AttentionProduct`,
-        which of query, key and value (0, 1, 2) have fired by then.
+        By name of a linear layer, one neuron with a step per output channel; and neurons that it fires for.
     """
-    outputs: List[Tuple[str, torch.Tensor, int]] = []  # kept, so that no other tensor gets their storage
-    parts: List[Part] = []
+    outputs: list[tuple[str, torch.Tensor, int]] = []  # kept, so that no other tensor gets their storage
+    parts: list[Part] = []
     readers, hooks = _Readers(), []
 
-    def watch(name: str) -> None:
-        def gives(layer: Any, args: Any, out: torch.Tensor) -> None:
-            outputs.append((name, out, out._version))
-            readers.read.discard(_storage(out))  # which another tensor had that is gone
+    def gives(name: str, layer: nn.Module, args: tuple[torch.Tensor], out: torch.Tensor) -> None:
+        outputs.append((name, out, out._version))
+        readers.read.discard(_storage(out))  # which another tensor had that is gone
 
-        def takes(product: Any, args: Any, kwargs: Any) -> None:
-            operands = [*args, *(kwargs[key] for key in ('query', 'key', 'value') if key in kwargs)]
-            parts.extend((name, i, getattr(product, neuron), operands[i]) for i, neuron in enumerate(OPERANDS))
-            readers.inside = True
+    def takes(neuron: Neuron, args: tuple[torch.Tensor]) -> None:
+        parts.append((neuron, args[0]))
+        readers.inside = True
 
-        def leaves(product: Any, args: Any, out: Any) -> None:
-            readers.inside = False
+    def leaves(neuron: Neuron, args: tuple[torch.Tensor], out: torch.Tensor) -> None:
+        readers.inside = False
 
-        module = network.get_submodule(name)
-        if isinstance(module, IntegerLinear):
-            hooks.append(module.register_forward_hook(gives))
-        elif isinstance(module, AttentionProduct):
-            hooks.append(module.register_forward_pre_hook(takes, with_kwargs=True))
-            hooks.append(module.register_forward_hook(leaves))
-
-    for name, _ in network.named_modules():
-        watch(name)
+    for name, layer, products in named_products(network):
+        kinds = tuple(product.kind for product in products)
+        if kinds == (LINEAR,) and not products[0].weights.is_floating_point():
+            hooks.append(layer.register_forward_hook(functools.partial(gives, name)))
+        elif kinds == (QK, AV):
+            for neuron in (neuron for product in products for neuron in product.operands):
+                hooks.append(neuron.register_forward_pre_hook(takes))
+                hooks.append(neuron.register_forward_hook(leaves))
     try:
         with torch.no_grad(), readers:
             network(torch.zeros(1, *resolve_input_data_config(network)['input_size']))
     finally:
         for hook in hooks:
             hook.remove()
-    calls = Counter(name for name, *_ in outputs) + Counter(name for name, i, *_ in parts if not i)
-    neurons: Dict[str, ScaleAndFire] = {}
-    fired: Dict[str, Set[int]] = {}
-    for layer, out, version in outputs:
-        read = [part for part in parts if _storage(part[3]) == _storage(out)]
-        once = all(calls[name] == 1 for name in (layer, *(part[0] for part in read)))
+    calls = Counter(name for name, *_ in outputs)
+    fires = Counter(neuron for neuron, _ in parts)
+    neurons: dict[str, ScaleAndFire] = {}
+    fired: set[Neuron] = set()
+    for name, out, version in outputs:
+        read = [part for part in parts if _storage(part[1]) == _storage(out)]
+        once = calls[name] == 1 and all(fires[neuron] == 1 for neuron, _ in read)
         unchanged = out._version == version and _storage(out) not in readers.read
-        wanted = read and not any(part[0] in left_out for part in read)
-        neuron = _per_channel(read, out) if wanted and once and unchanged else None
-        if neuron is not None:
-            neurons[layer] = neuron
-            for name, i, *_ in read:
-                fired.setdefault(name, set()).add(i)
+        wanted = read and not any(neuron in left_out for neuron, _ in read)
+        merged = _per_channel(read, out) if wanted and once and unchanged else None
+        if merged is not None:
+            neurons[name] = merged
+            fired.update(neuron for neuron, _ in read)
     return neurons, fired
 
 
-def _per_channel(parts: List[Part], out: torch.Tensor) -> Optional[ScaleAndFire]:
+def _per_channel(parts: list[Part], out: torch.Tensor) -> ScaleAndFire | None:
     """One neuron for the channels of a current (1, L, C) of which operands (1, H, L, D) are parts; None if their
     neurons are too different, follow each token, or leave something out."""
     length, width = (int(size) for size in out.shape[-2:])
-    first = parts[0][2]
-    for _, _, neuron, x in parts:
-        alike = type(neuron) is ScaleAndFire and neuron.fire_function == first.fire_function and not neuron.token
+    scale_and_fire = [(neuron, x) for neuron, x in parts if type(neuron) is ScaleAndFire]
+    first = scale_and_fire[0][0] if scale_and_fire else None
+    if first is None or len(scale_and_fire) < len(parts):
+        return None
+    for neuron, x in scale_and_fire:
+        alike = neuron.fire_function == first.fire_function and not neuron.token
         if not alike or not torch.equal(neuron.levels, first.levels) or (x.shape[2], x.stride(2)) != (length, width):
             return None
         if neuron.step.shape[0] not in (1, x.shape[1]):  # heads of keys that several of queries share
@@ -124,7 +123,7 @@ def _per_channel(parts: List[Part], out: torch.Tensor) -> Optional[ScaleAndFire]
     merged.token = False
     merged.levels.copy_(first.levels)
     filled = torch.zeros(width, dtype=torch.int64)
-    for _, _, neuron, x in parts:
+    for neuron, x in scale_and_fire:
         shape = int(x.shape[1]), 1, int(x.shape[3])
         # their channels, as those of the first token
         place = torch.arange(width).as_strided(shape, (x.stride(1), width, x.stride(3)), x.storage_offset()).flatten()

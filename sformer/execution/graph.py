@@ -9,15 +9,15 @@ from typing import Any, Collection, Optional, Tuple
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from ..errors import SFormerError
-from ..layers import AttentionProduct, SpikingConv2d, SpikingConvTranspose2d, SpikingLinear, named_neurons
+from ..layers import Product, named_neurons, named_products
+from ..layers.multiplying import AV, CONVOLUTION, GATE, LINEAR, QK
 from ..layers.products import softmax_numerators
 from ..neurons import MAX_BYTE_LEVEL, GradedCoding, Neuron, ScaleAndFire, SharedScaleAndFire, fire, firing_boundaries
 from ..neurons.scale_and_fire import TINY
 from .early import early_neurons
-from .integer import IntegerConv2d, IntegerConvTranspose2d, IntegerLinear, folded_bias
+from .integer import IntegerLinear, folded_bias
 from .operators import onnx_operator
 from .saturation import Range, fits, upright, zero_point
 
@@ -37,27 +37,37 @@ def to_graph_(network: nn.Module, early: bool = True, portable: bool = True) -> 
     """
     for _, neuron in named_neurons(network):
         _levels_of(neuron)  # which names what has no form, before the network is run
+    layers = list(named_products(network))
+    for name, layer, products in layers:
+        if _kinds(products) not in FORMS:
+            raise SFormerError(f'{name or "(root)"} ({type(layer).__name__}) has no form in ONNX: it multiplies '
+                               f'{" and ".join(_kinds(products))}.')
     neurons: dict[str, ScaleAndFire] = {}
-    fired: dict[str, set[int]] = {}
+    fired: set[Neuron] = set()
     if early:
-        floating = {name for name, product in network.named_modules()
-                    if isinstance(product, AttentionProduct) and portable and not scores_fit(product)}
+        floating = {neuron for _, _, products in layers if portable and not scores_fit(products)
+                    for product in products for neuron in product.operands}
         neurons, fired = early_neurons(network, floating)
-    for name, layer in list(network.named_modules()):
-        new: Any = None
-        if isinstance(layer, (IntegerLinear, SpikingLinear)):
+    for name, layer, products in layers:
+        new: nn.Module | None = None
+        kinds, integer = _kinds(products), not getattr(layer, 'weight', torch.empty(0)).is_floating_point()
+        if kinds == (LINEAR,):
             new = _Linear(layer, neurons.get(name))
-        elif isinstance(layer, IntegerConv2d):
-            new = _Conv2d(layer)
-        elif isinstance(layer, (SpikingConv2d, SpikingConvTranspose2d)):
-            new = nn.Sequential(_Decoded(layer.neuron), layer)
-            layer.neuron = None
-        elif isinstance(layer, AttentionProduct):
-            new = _Attention(layer, fired.get(name, ()), portable)
+        elif kinds == (CONVOLUTION,):
+            new = _Conv2d(layer) if integer else _Weights(products[0])
+        elif kinds == (QK, AV):
+            new = _Attention(*products, fired, portable)
         if new is not None:
             network.set_submodule(name, new)
     for name, neuron in list(named_neurons(network)):  # of gates, whose product is elementwise
         network.set_submodule(name, _Decoded(neuron))
+
+
+FORMS = ((LINEAR,), (CONVOLUTION,), (QK, AV), (GATE,))
+
+
+def _kinds(products: list[Product]) -> tuple[str, ...]:
+    return tuple(product.kind for product in products)
 
 
 def _byte(k: torch.Tensor, dtype: torch.dtype, zero: int = 0, left: int = 0) -> torch.Tensor:
@@ -239,7 +249,7 @@ class _Linear(nn.Module):
         self.fires = None if fires is None else _Levels(fires)
         self.integer = isinstance(layer, IntegerLinear)
         weight = layer.weight if self.integer else layer.weight.detach() * layer.neuron.step
-        bias, excess = layer.bias if self.integer else folded_bias(layer), None
+        bias, excess = layer.bias if self.integer else folded_bias(layer.multiplies()[0]), None
         self.register_buffer('columns', layer.columns if self.integer else None)
         if self.neuron.flip is not None:
             weight = weight * self._read(self.neuron.flip).to(weight.dtype)
@@ -273,26 +283,38 @@ class _Linear(nn.Module):
         return x if self.columns is None else x.index_select(-1, self.columns)
 
 
+class _Weights(nn.Module):
+    """Weights in floating point on what spikes stand for."""
+
+    def __init__(self, product: Product):
+        super().__init__()
+        self.neuron, self.compute = _Decoded(product.operands[0]), product.compute
+        self.weight, self.bias = product.weight, product.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.compute(self.neuron(x), self.weight, self.bias)
+
+
 class _Conv2d(nn.Module):
-    neuron: Any
+    neuron: nn.Module
     weight: torch.Tensor
     step: torch.Tensor
-    bias: Optional[torch.Tensor]
+    bias: torch.Tensor | None
 
-    def __init__(self, layer: IntegerConv2d):
+    def __init__(self, layer: Any):
         super().__init__()
         self.neuron = _levels_of(layer.neuron)  # as they are: levels of padding have no sign to change
-        self.geometry, self.transposed = layer.geometry, isinstance(layer, IntegerConvTranspose2d)
+        self.product = layer.product
         self.register_buffer('weight', layer.weight)
         self.register_buffer('step', layer.weight_step.flatten())
         self.register_buffer('bias', layer.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         levels = _beside_weights(self.neuron(x)[0], self.neuron.range)
-        if not self.transposed:
-            return F.conv2d(levels, _weights(self.weight, self.step, axis=0), self.bias, *self.geometry)
+        if not self.product.transposed:
+            return self.product.compute(levels, _weights(self.weight, self.step, axis=0), self.bias)
         # ONNX has no axis for the output channels of its weights where they are grouped
-        out = F.conv_transpose2d(levels, self.weight.to(torch.float32), None, *self.geometry) * self.step.view(-1, 1, 1)
+        out = self.product.compute(levels, self.weight.to(torch.float32)) * self.step.view(-1, 1, 1)
         return out if self.bias is None else out + self.bias.view(-1, 1, 1)
 
 
@@ -321,18 +343,17 @@ class _Attention(nn.Module):
     v_step: torch.Tensor
     v_center: Optional[torch.Tensor]
 
-    def __init__(self, product: AttentionProduct, fired: Collection[int] = (), portable: bool = True):
+    def __init__(self, scores: Product, values: Product, fired: Collection[Neuron] = (), portable: bool = True):
         super().__init__()
-        self.fired = fired  # which of q, k and v are levels by then
-        self.q, self.k, self.v, self.attn = (
-            _Levels(getattr(product, f'{name}_neuron')) for name in ('q', 'k', 'v', 'attn'))
-        self.int8_scores = not portable or scores_fit(product)
-        self.int8_values = self.attn.range[1] <= MAX_BYTE_LEVEL and (
-            not portable or fits(self.attn.range, self.v.range))
+        (q, k), (attn, v) = scores.operands, values.operands
+        self.q, self.k, self.attn, self.v = (_Levels(neuron) for neuron in (q, k, attn, v))
+        self.fired = [neuron in fired for neuron in (q, k, v)]  # which are levels by then
+        self.int8_scores = not portable or levels_fit(scores)
+        self.int8_values = self.attn.range[1] <= MAX_BYTE_LEVEL and (not portable or levels_fit(values))
         # powers of two per channel cancel, so what remains is one step per head
-        self.register_buffer('score_step', (product.q_neuron.step * product.k_neuron.step)[..., :1].clone())
-        self.register_buffer('v_step', product.v_neuron.step)
-        self.register_buffer('v_center', product.v_neuron.center)
+        self.register_buffer('score_step', (q.step * k.step)[..., :1].clone())
+        self.register_buffer('v_step', v.step)
+        self.register_buffer('v_center', v.center)
 
     def forward(
             self,
@@ -368,12 +389,18 @@ class _Attention(nn.Module):
             int8: bool = True,
     ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
         """Levels of q, k or v, and their factor per token."""
-        if index in self.fired:
+        if self.fired[index]:
             return x, None
         levels, row = neuron(x)
         return _beside_levels(levels, neuron.range) if int8 else levels.round(), row
 
 
-def scores_fit(product: AttentionProduct) -> bool:
-    """Whether every processor sums QK^T exactly in int8."""
-    return fits(product.q_neuron.level_range, product.k_neuron.level_range)
+def scores_fit(products: list[Product]) -> bool:
+    """Whether every processor sums QK^T exactly in int8, if it is among these products."""
+    return all(levels_fit(product) for product in products if product.kind == QK)
+
+
+def levels_fit(product: Product) -> bool:
+    """Whether every processor sums a product of spikes with spikes exactly in int8."""
+    a, b = product.operands
+    return fits(a.level_range, b.level_range)

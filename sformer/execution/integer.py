@@ -6,29 +6,22 @@ Attention, where spikes meet spikes, keeps its float form: its operands are int8
 import dataclasses
 import functools
 import time
-from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple, Union
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from ..errors import SFormerError, UncalibratedError
-from ..layers import (
-    SpikingConv2d,
-    SpikingConvTranspose2d,
-    SpikingLayer,
-    SpikingLinear,
-    is_calibrated,
-    shared_copy,
-    uncalibrated,
-)
+from ..layers import Product, SpikingLayer, is_calibrated, named_products, shared_copy, uncalibrated
+from ..layers.multiplying import CONVOLUTION, LINEAR
 from ..neurons import Float32Buffers, Neuron, ScaleAndFire, SharedScaleAndFire
 from .rounding import IntegerWeights, integer_weights, rounded
 from .saturation import MAX_WEIGHT, upright, weight_limit
 
 __all__ = [
-    'to_integer_', 'folded_bias', 'multiplies_int8', 'IntegerLinear', 'IntegerConv2d', 'IntegerConvTranspose2d',
-    'IntegerReport', 'MAX_WEIGHT_ERROR',
+    'to_integer_', 'folded_bias', 'multiplies_int8', 'IntegerLinear', 'IntegerConv2d', 'IntegerReport',
+    'MAX_WEIGHT_ERROR',
 ]
 
 MAX_WEIGHT_ERROR = 0.03
@@ -71,26 +64,25 @@ class IntegerLinear(IntegerLayer):
     where the processor accelerates that, else of float32 in blocks of columns whose sums stay below 2^24.
 
     Args:
-        layer: Calibrated layer.
+        product: What a calibrated layer multiplies.
         weights: Its weights in integers.
-        bias: Its bias, with what the centre of its input adds, float32 (D,), if there is one.
 
     Shape:
         Input (..., C), output (..., D).
     """
     weight: torch.Tensor
     weight_step: torch.Tensor
-    columns: Optional[torch.Tensor]
-    bias: Optional[torch.Tensor]
+    columns: torch.Tensor | None
+    bias: torch.Tensor | None
 
-    def __init__(self, layer: SpikingLinear, weights: IntegerWeights, bias: Optional[torch.Tensor]):
+    def __init__(self, product: Product, weights: IntegerWeights):
         super().__init__()
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.neuron = layer.neuron
+        self.in_features, self.out_features = product.in_channels, len(weights.step)
+        self.neuron = product.operands[0]
         self.register_buffer('weight', weights.weight)
         self.register_buffer('weight_step', weights.step)
         self.register_buffer('columns', weights.columns)
-        self.register_buffer('bias', bias)
+        self.register_buffer('bias', folded_bias(product))
         self.blocks = exact_blocks(weights.weight, _largest_level(self.neuron))
         self.int8 = multiplies_int8()  # on a CPU
 
@@ -100,6 +92,11 @@ class IntegerLinear(IntegerLayer):
         if spikes.row is not None:
             out = out * spikes.row
         return (out if self.bias is None else out + self.bias).to(x.dtype)
+
+    def multiplies(self) -> list[Product]:
+        def compute(levels: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            return F.linear(self.read(levels), weight)
+        return [Product(LINEAR, (self.neuron,), compute, weight=self.weight, bias=self.bias)]
 
     def sums(self, levels: torch.Tensor) -> torch.Tensor:
         """Sums (..., D) of products of levels (..., C) and weights, exact, int32 or float32."""
@@ -120,81 +117,50 @@ class IntegerLinear(IntegerLayer):
 
 
 class IntegerConv2d(IntegerLayer):
-    """Convolution on spikes with int8 weights; the centre of its input is folded into the bias.
+    """Convolution on spikes with int8 weights, transposed or not; the centre of its input is folded into the bias.
 
     torch has no convolution of integers: sums below 2^24, as nearly all are, are exact in float32, others in float64.
 
     Args:
-        layer: Calibrated layer.
+        product: What a calibrated layer multiplies.
         weights: Its weights in integers, a row per output channel.
-        bias: Its bias, with what the centre of its input adds, float32 (D,), if there is one.
 
     Shape:
-        As of `nn.Conv2d`.
+        As of `nn.Conv2d` or `nn.ConvTranspose2d`.
     """
     weight: torch.Tensor
     weight_step: torch.Tensor
-    bias: Optional[torch.Tensor]
+    bias: torch.Tensor | None
 
-    def __init__(self, layer: Any, weights: IntegerWeights, bias: Optional[torch.Tensor]):
+    def __init__(self, product: Product, weights: IntegerWeights):
         super().__init__()
-        self.neuron: Any = layer.neuron
-        self.geometry: Any = (layer.stride, layer.padding, layer.dilation, layer.groups)
-        self.in_channels = layer.in_channels
+        self.neuron = product.operands[0]
+        self.product = dataclasses.replace(product, operands=(), weight=None, bias=None)
+        self.in_channels = product.in_channels
         one_block = len(exact_blocks(weights.weight, _largest_level(self.neuron))) == 1
         self.exact = torch.float32 if one_block else torch.float64
-        self.register_buffer('weight', _by_output(layer, weights.weight.view(_by_output(layer).shape)))
+        rows = weights.weight.view(product.by_output(product.weights).shape)
+        self.register_buffer('weight', product.by_output(rows))
         self.register_buffer('weight_step', weights.step.view(-1, 1, 1))
-        self.register_buffer('bias', bias)
+        self.register_buffer('bias', folded_bias(product))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._current(x, F.conv2d(self._levels(x), self.weight.to(self.exact), None, *self.geometry))
-
-    def _levels(self, x: torch.Tensor) -> torch.Tensor:
         torch._assert(x.shape[-3] == self.in_channels, 'currents have another number of channels than the weights')
-        return self.neuron.encode(x).levels.to(self.exact)
-
-    def _current(self, x: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
-        out = sums.to(torch.float32) * self.weight_step
+        out = self.sums(self.neuron.encode(x).levels).to(torch.float32) * self.weight_step
         return (out if self.bias is None else out + self.bias.view(-1, 1, 1)).to(x.dtype)
 
+    def multiplies(self) -> list[Product]:
+        return [dataclasses.replace(self.product, operands=(self.neuron,), weight=self.weight, bias=self.bias)]
+
+    def sums(self, levels: torch.Tensor) -> torch.Tensor:
+        """Sums of products of levels and weights, exact."""
+        return self.product.compute(levels.to(self.exact), self.weight.to(self.exact))
+
     def extra_repr(self) -> str:
-        return f'{tuple(self.weight.shape)}, stride={tuple(self.geometry[0])}, int8 weights'
+        return f'{tuple(self.weight.shape)}, {"transposed, " if self.product.transposed else ""}int8 weights'
 
 
-class IntegerConvTranspose2d(IntegerConv2d):
-    """Transposed convolution on spikes with int8 weights.
-
-    Shape:
-        As of `nn.ConvTranspose2d`.
-    """
-
-    def __init__(self, layer: Any, weights: IntegerWeights, bias: Optional[torch.Tensor]):
-        super().__init__(layer, weights, bias)
-        self.geometry = (layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._current(x, F.conv_transpose2d(self._levels(x), self.weight.to(self.exact), None, *self.geometry))
-
-
-def _by_output(layer: Any, weight: Optional[torch.Tensor] = None) -> torch.Tensor:
-    """Weights of a convolution as (D, C / groups, *kernel), whose rows are output channels, or such ones as the layer
-    has them: those of a transposed convolution are (C, D / groups, *kernel)."""
-    if weight is None:
-        weight = layer.weight.detach().to(torch.float32)
-    if not isinstance(layer, nn.ConvTranspose2d):
-        return weight
-    # the same both ways: within each group, input and output channels change places
-    return weight.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1).contiguous()
-
-
-def _per_output(layer: Any, values: torch.Tensor) -> torch.Tensor:
-    """Values (C, 1, 1) of input channels as (D or 1, C / groups, 1, 1), for the rows that read them."""
-    grouped = values.expand(layer.in_channels, 1, 1).reshape(layer.groups, -1, 1, 1)
-    return grouped if layer.groups == 1 else grouped.repeat_interleave(layer.out_channels // layer.groups, 0)
-
-
-def exact_blocks(weight: torch.Tensor, largest: int) -> List[int]:
+def exact_blocks(weight: torch.Tensor, largest: int) -> list[int]:
     """Numbers of columns of int8 weights (D, C) whose products with levels of at most `largest` are summed exactly in
     float32, as few blocks as can be."""
     blocks, start = [], 0
@@ -211,7 +177,7 @@ def _largest_level(neuron: Neuron) -> int:
     return max(map(abs, neuron.level_range))
 
 
-def _float_sums(levels: torch.Tensor, weight: torch.Tensor, blocks: List[int]) -> torch.Tensor:
+def _float_sums(levels: torch.Tensor, weight: torch.Tensor, blocks: list[int]) -> torch.Tensor:
     """Sums (..., D) of products of levels (..., C) and weights (D, C), float32, or int32 of more blocks than one."""
     if len(blocks) == 1:
         return F.linear(levels.to(torch.float32), weight.to(torch.float32))
@@ -239,7 +205,7 @@ def multiplies_int8() -> bool:
     levels = torch.full((256, 384), 127, dtype=torch.int8, device='cpu')
     weight = levels.new_full((384, 384), 127)
 
-    def seconds(sums: Any) -> float:
+    def seconds(sums: Callable[[], torch.Tensor]) -> float:
         start = time.perf_counter()
         sums()
         return time.perf_counter() - start
@@ -255,9 +221,9 @@ def multiplies_int8() -> bool:
 def to_integer_(
         model: nn.Module,
         max_error: float = MAX_WEIGHT_ERROR,
-        batches: Optional[Iterable[torch.Tensor]] = None,
+        batches: Iterable[torch.Tensor] | None = None,
         portable: bool = True,
-) -> List[IntegerReport]:
+) -> list[IntegerReport]:
     """Let the layers of a calibrated spiking model compute with int8 weights, in place.
 
     Nothing else changes: neurons fire as they do, LayerNorm, softmax and activation functions act on currents. The
@@ -281,120 +247,128 @@ def to_integer_(
     """
     if not is_calibrated(model):
         raise UncalibratedError(f'{uncalibrated(model)}; fit it with sformer.convert() or calibrate_() first.')
-    layers = [(name, layer) for name, layer in model.named_modules()
-              if isinstance(layer, (SpikingLinear, SpikingConv2d, SpikingConvTranspose2d)) and layer.neuron is not None]
-    for name, layer in layers:
-        if not name:
-            raise SFormerError('a layer cannot be replaced in itself: hand over a module that it is part of.')
-        if name.endswith('.base_layer'):
-            raise SFormerError(f'{name.removesuffix(".base_layer")} has an adapter: merge it into the weights first.')
-        _check_step(f'{name}.neuron', layer)
-    made: List[Tuple[str, nn.Module, Optional[nn.Module]]] = []
+    products: dict[str, list[Product]] = {}
+    for name, _, found in named_products(model):
+        if any(product.weight is not None and product.weight.is_floating_point() for product in found):
+            _check_layer(name, found)
+            products[name] = found
+    made: dict[str, nn.Module] = {}
     reports, images = [], None if batches is None else [*batches]
-    for name, layer, moments in _with_moments(model, layers, images):
-        limit = _weight_limit(layer) if portable else MAX_WEIGHT
-        if isinstance(layer, SpikingLinear):
-            new, report = _linear(name, layer, moments, limit)
-        else:
-            new, report = _convolution(name, layer, limit)
+    for name, product, moments in _with_moments(model, products, images):
+        new, report = _integer_layer(name, product, moments, portable)
         if report.error > max_error:
             new, report = None, dataclasses.replace(
                 report, integer=False, columns=1.,
                 reason=f'its int8 weights have an error of {report.error:.3f}, more than {max_error:g}')
         reports.append(report)
-        made.append((name, layer, new))
-    for name, layer, new in made:  # now that no moments of the simulation are needed any more
         if new is not None:
-            model.set_submodule(name, new.train(layer.training))
+            made[name] = new
+    for name, new in made.items():  # now that no moments of the simulation are needed any more
+        model.set_submodule(name, new.train(model.get_submodule(name).training))
     return reports
 
 
-def _check_step(name: str, layer: Any) -> None:
-    """Raise SFormerError if a neuron of one's own has no step that folds into the weights of its layer."""
-    step = getattr(layer.neuron, 'step', None)
-    channels = layer.in_features if isinstance(layer, SpikingLinear) else layer.in_channels
-    if not isinstance(step, torch.Tensor) or step.numel() not in (1, channels):
-        raise SFormerError(f'{name} is a {type(layer.neuron).__name__}, whose spikes have no step per channel (`step`) '
-                           f'that folds into weights, so its layer does not compute in integers.')
+def _check_layer(name: str, products: list[Product]) -> None:
+    """Raise SFormerError if a layer cannot be replaced, or its neuron has no step that folds into its weights."""
+    if not name:
+        raise SFormerError('a layer cannot be replaced in itself: hand over a module that it is part of.')
+    if name.endswith('.base_layer'):
+        raise SFormerError(f'{name.removesuffix(".base_layer")} has an adapter: merge it into the weights first.')
+    for product in products:
+        neuron = product.operands[0]
+        step = getattr(neuron, 'step', torch.empty(0))
+        if product.kind in FORMS and step.numel() not in (1, product.in_channels):
+            raise SFormerError(f'{name}.neuron is a {type(neuron).__name__}, whose spikes have no step per channel '
+                               f'(`step`) that folds into weights, so its layer does not compute in integers.')
 
 
 def _with_moments(
         model: nn.Module,
-        layers: List[Tuple[str, Any]],
-        images: Optional[List[torch.Tensor]],
-) -> Iterator[Tuple[str, Any, Optional[torch.Tensor]]]:
-    """Layers with the second moments of the levels that they read on some images; groups of layers at a time, so that
-    memory is bounded."""
-    while layers:
-        group: List[Tuple[str, Any]] = []
+        layers: dict[str, list[Product]],
+        images: list[torch.Tensor] | None,
+) -> Iterator[tuple[str, list[Product], torch.Tensor | None]]:
+    """Products of layers with the second moments of the levels that they read on some images; groups of layers at a
+    time, so that memory is bounded."""
+    left = dict(layers)
+    while left:
+        group: list[str] = []
         size = 0
-        while layers and (not group or images is None or size < MOMENTS_MEMORY):
-            group.append(layers[0])
-            size += 4 * getattr(layers[0][1], 'in_features', 0) ** 2
-            layers = layers[1:]
+        while left and (not group or images is None or size < MOMENTS_MEMORY):
+            name = next(iter(left))
+            group.append(name)
+            size += sum(4 * product.in_channels ** 2 for product in left.pop(name) if product.kind == LINEAR)
         moments = {} if images is None else _moments(model, group, images)
-        for name, layer in group:
-            yield name, layer, moments.pop(name, None)
+        for name in group:
+            yield name, layers[name], moments.pop(name, None)
 
 
 @torch.inference_mode()
-def _moments(model: nn.Module, layers: List[Tuple[str, Any]], images: List[torch.Tensor]) -> Dict[str, torch.Tensor]:
-    """Sums of k k^T, (C, C), of the levels k that layers read, times the factor of their token."""
+def _moments(model: nn.Module, names: list[str], images: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Sums of k k^T, (C, C), of the levels k that linear layers read, times the factor of their token."""
     view = shared_copy(model).eval()
-    found: Dict[str, torch.Tensor] = {}
-    for name, layer in layers:
-        if isinstance(layer, SpikingLinear):
-            def add(layer: Any, args: Any, name: str = name) -> None:
-                spikes = layer.neuron.encode(args[0])
-                k = spikes.levels.to(torch.float32)
-                k = (k if spikes.row is None else k * spikes.row).flatten(0, -2)
-                found[name] = found[name].addmm_(k.T, k) if name in found else k.T @ k
-            view.get_submodule(name).register_forward_pre_hook(add)
+    found: dict[str, torch.Tensor] = {}
+
+    def add(name: str, neuron: Neuron, args: tuple[torch.Tensor]) -> None:
+        spikes = neuron.encode(args[0])
+        k = spikes.levels.to(torch.float32)
+        k = (k if spikes.row is None else k * spikes.row).flatten(0, -2)
+        found[name] = found[name].addmm_(k.T, k) if name in found else k.T @ k
+    for name, _, products in named_products(view):
+        if name in names and products[0].kind == LINEAR:
+            products[0].operands[0].register_forward_pre_hook(functools.partial(add, name))
     for batch in images:
         view(batch)
     return found
 
 
-def _weight_limit(layer: Any) -> Union[int, torch.Tensor]:
-    """Largest magnitude of the int8 weights of a layer, or of each of its input channels, that every processor sums
-    exactly."""
-    if isinstance(layer.neuron, SharedScaleAndFire):
-        return weight_limit((0, 2 * layer.neuron.config.levels))
-    if isinstance(layer, SpikingLinear) and isinstance(layer.neuron, ScaleAndFire):
-        return upright(layer.neuron.top_levels).limits
-    return weight_limit(layer.neuron.level_range)
+FORMS: dict[str, type[IntegerLinear | IntegerConv2d]] = {LINEAR: IntegerLinear, CONVOLUTION: IntegerConv2d}
 
 
-def _linear(
+def _integer_layer(
         name: str,
-        layer: SpikingLinear,
-        moments: Optional[torch.Tensor],
-        limit: Union[int, torch.Tensor],
-) -> Tuple[Optional[nn.Module], IntegerReport]:
-    weights = integer_weights(layer.weight * layer.neuron.step, moments, limit)
-    columns = weights.weight.shape[1] / layer.in_features
-    return IntegerLinear(layer, weights, folded_bias(layer)), IntegerReport(name, weights.error, columns)
+        products: list[Product],
+        moments: torch.Tensor | None,
+        portable: bool,
+) -> tuple[nn.Module | None, IntegerReport]:
+    """A layer in integers, if there is such a form of it, and what became of it."""
+    product, neuron = products[0], products[0].operands[0]
+    reason = ''
+    if len(products) > 1 or product.kind not in FORMS:
+        reason = (f'there is no form of {" and ".join(product.kind for product in products)} in integers: there are '
+                  f'those of {" and ".join(FORMS)}')
+    elif product.pads and (product.pads != 'zeros' or getattr(neuron, 'center', None) is not None):
+        reason = 'what it pads with is no zero'
+    if reason:
+        return None, IntegerReport(name, 0., integer=False, reason=reason)
+    weight = product.by_output(product.weights.detach().to(torch.float32)) * product.beside(neuron.step)
+    limit = _weight_limit(product) if portable else MAX_WEIGHT
+    if product.kind == LINEAR:
+        weights = integer_weights(weight, moments, limit)
+    else:
+        weights = rounded(weight.flatten(1), limit=limit)
+    columns = weights.weight.shape[1] / weight.flatten(1).shape[1]
+    return FORMS[product.kind](product, weights), IntegerReport(name, weights.error, columns)
 
 
-def _convolution(name: str, layer: Any, limit: Union[int, torch.Tensor]) -> Tuple[Optional[nn.Module], IntegerReport]:
-    neuron: Any = layer.neuron
-    shifted = getattr(neuron, 'center', None) is not None
-    if layer.padding_mode != 'zeros' or (layer.padding not in ((0, 0), 'valid') and shifted):
-        return None, IntegerReport(name, 0., integer=False, reason='what it pads with is no zero')
-    weight = _by_output(layer)
-    weights = rounded((weight * _per_output(layer, neuron.step)).flatten(1), limit=limit)
-    kind = IntegerConvTranspose2d if isinstance(layer, nn.ConvTranspose2d) else IntegerConv2d
-    return kind(layer, weights, folded_bias(layer)), IntegerReport(name, weights.error)
+def _weight_limit(product: Product) -> int | torch.Tensor:
+    """Largest magnitude of the int8 weights of a product, or of each of its input channels, that every processor sums
+    exactly."""
+    neuron = product.operands[0]
+    if isinstance(neuron, SharedScaleAndFire):
+        return weight_limit((0, 2 * neuron.config.levels))
+    if product.kind == LINEAR and isinstance(neuron, ScaleAndFire):
+        return upright(neuron.top_levels).limits
+    return weight_limit(neuron.level_range)
 
 
-def folded_bias(layer: Any) -> Optional[torch.Tensor]:
-    """Bias of a layer, into which the centre of its input is folded, float32, (D,); None if there is neither."""
-    bias = None if layer.bias is None else layer.bias.detach().to(torch.float32)
-    center = getattr(layer.neuron, 'center', None)
+def folded_bias(product: Product) -> torch.Tensor | None:
+    """Bias of a product with weights, into which the centre of its input is folded, float32, (D,); None if there is
+    neither."""
+    bias = None if product.bias is None else product.bias.detach().to(torch.float32)
+    center = getattr(product.operands[0], 'center', None)
     if center is None:
         return bias
-    if isinstance(layer, SpikingLinear):
-        folded = layer.weight.detach().to(torch.float32) @ center.flatten()
-    else:
-        folded = (_by_output(layer) * _per_output(layer, center)).flatten(1).sum(1)
+    weight = product.by_output(product.weights.detach().to(torch.float32))
+    folded = weight @ center.flatten() if product.kind == LINEAR else \
+        (weight * product.beside(center)).flatten(1).sum(1)
     return folded if bias is None else folded + bias

@@ -5,14 +5,16 @@
 bit: weights are fixed-point numbers of 30 bits (or int8, after `to_integer_`) and sums of less than 53 bits are taken
 in float64. It shows and counts; it is slow.
 """
-from typing import Any, Callable, Dict, Iterator, Optional, Tuple, Type
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from ..errors import SFormerError, UncalibratedError
-from ..layers import AttentionProduct, SpikingConv2d, SpikingLayer, SpikingLinear, is_calibrated, uncalibrated
+from ..layers import AttentionProduct, Product, SpikingLayer, is_calibrated, named_products, uncalibrated
+from ..layers.multiplying import AV, CONVOLUTION, GATE, LINEAR, QK
 from ..layers.products import softmax_numerators
 from ..neurons import Neuron, ScaleAndFire
 from .integer import IntegerConv2d, IntegerLinear
@@ -22,10 +24,8 @@ __all__ = ['SPIKE_CODINGS', 'spike_planes', 'spike_trains', 'to_spikes_']
 SPIKE_CODINGS = ('binary', 'graded')
 WEIGHT_BITS = 30  # and 8 of a level, and 15 of a sum over 2^15 inputs: 53 of float64
 
-Product = Callable[[torch.Tensor], torch.Tensor]
 
-
-def spike_trains(levels: torch.Tensor, coding: str = 'binary') -> Iterator[Tuple[int, torch.Tensor]]:
+def spike_trains(levels: torch.Tensor, coding: str = 'binary') -> Iterator[tuple[int, torch.Tensor]]:
     """What a coding sends of levels: spikes and what each of them counts; their products sum up to the levels.
 
     Args:
@@ -60,7 +60,7 @@ def spike_planes(levels: torch.Tensor) -> torch.Tensor:
     return (((k.abs() >> bits.view(-1, *[1] * k.ndim)) & 1) * k.sign()).to(torch.float32)
 
 
-def _summed(levels: torch.Tensor, coding: str, product: Product) -> torch.Tensor:
+def _summed(levels: torch.Tensor, coding: str, product: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """Sum of a product over what a coding sends, float64."""
     total: Any = 0
     for weight, spikes in spike_trains(levels, coding):
@@ -78,75 +78,76 @@ def _fixed_point(values: torch.Tensor) -> torch.Tensor:
 class SpikeLayer(SpikingLayer):
     """A layer whose products are of spikes in a coding, for inference."""
     coding: str
-    neuron: Any
 
     def remove_neurons(self) -> None:
         raise SFormerError('products of this network are executed spike by spike: keep a copy of the model that '
                            'to_spikes_() is given.')
 
 
-class SpikeLinear(SpikeLayer, SpikingLinear):
-    """Linear layer on spikes, exact: `y = (sum over planes of 2^b plane @ (step W)^T) row + b`."""
+class SpikeProduct(SpikeLayer):
+    """Weights on spikes, exact: `y = (sum over planes of 2^b plane @ (step W)^T) row + b`, or a convolution likewise;
+    what the centre of its input gives is a current of its own."""
+    bias: torch.Tensor | None
 
-    def forward(self, x: torch.Tensor, fired: bool = False) -> torch.Tensor:
+    def __init__(self, product: Product):
+        super().__init__()
+        self.neuron = product.operands[0]
+        self.product = dataclasses.replace(product, operands=(), weight=None, bias=None)
+        self.weight, self.bias = product.weight, product.bias
+
+    def multiplies(self) -> list[Product]:
+        return [dataclasses.replace(self.product, operands=(self.neuron,), weight=self.weight, bias=self.bias)]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        product, = self.multiplies()
         spikes = self.neuron.encode(x)
-        weight = _fixed_point(self.weight * spikes.step)
-        out = _summed(spikes.levels, self.coding, lambda plane: F.linear(plane, weight))
+        weight = product.by_output(_fixed_point(product.by_output(product.weights) * product.beside(spikes.step)))
+        out = _summed(spikes.levels, self.coding, lambda plane: product.compute(plane, weight))
         if spikes.row is not None:
             out = out * spikes.row
         if spikes.center is not None:
-            out = out + F.linear(spikes.center.expand(x.shape[-1:]).to(self.weight.dtype), self.weight)
-        return (out if self.bias is None else out + self.bias).to(x.dtype)
+            current = spikes.center.expand(x.shape[-spikes.center.ndim:])
+            out = out + product.compute(current.to(product.weights.dtype), product.weights)
+        if product.bias is not None:
+            out = out + product.bias.view(-1, *[1] * (product.weights.ndim - 2))
+        return out.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f'{self.product.kind}, {self.coding} spikes'
 
 
-class SpikeConv2d(SpikeLayer, SpikingConv2d):
-    """Convolution of spikes, exact; what the centre of its input gives is a current of its own."""
-
-    def forward(self, x: torch.Tensor, *args: Any, fired: bool = False, **kwargs: Any) -> torch.Tensor:  # type: ignore
-        spikes = self.neuron.encode(x)
-        step = spikes.step.flatten().expand(self.in_channels)
-        group = self.weight.shape[1]
-        per_filter = step.view(-1, group).repeat_interleave(self.out_channels // self.groups, 0)
-        weight = _fixed_point(self.weight * per_filter[:, :, None, None])
-        out = _summed(spikes.levels, self.coding, lambda plane: self._conv_forward(plane, weight, None))
-        if spikes.center is not None:
-            out = out + self._conv_forward(spikes.center.expand(x.shape[1:])[None].to(x.dtype), self.weight, None)
-        return (out if self.bias is None else out + self.bias.view(-1, 1, 1)).to(x.dtype)
-
-
-class SpikeIntegerLinear(SpikeLayer, IntegerLinear):
-    """Linear layer with int8 weights that reads spikes in a coding."""
+class SpikeSums(SpikeLayer):
+    """A layer with int8 weights that reads spikes in a coding."""
 
     def sums(self, levels: torch.Tensor) -> torch.Tensor:
-        weight = self.weight.to(torch.float64)
-        return _summed(self.read(levels), self.coding, lambda plane: F.linear(plane, weight))
+        product, = self.multiplies()
+        weight = product.weights.to(torch.float64)
+        return _summed(levels, self.coding, lambda plane: product.compute(plane, weight))
 
 
-class SpikeIntegerConv2d(SpikeLayer, IntegerConv2d):
-    """Convolution with int8 weights that reads spikes in a coding."""
+class SpikeIntegerLinear(SpikeSums, IntegerLinear):
+    pass
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self.weight.to(torch.float64)
-        sums = _summed(self.neuron.encode(x).levels, self.coding,
-                       lambda plane: F.conv2d(plane, weight, None, *self.geometry))
-        out = sums.to(torch.float32) * self.weight_step
-        return (out if self.bias is None else out + self.bias.view(-1, 1, 1)).to(x.dtype)
+
+class SpikeIntegerConv2d(SpikeSums, IntegerConv2d):
+    pass
 
 
 class SpikeAttention(AttentionProduct):
     """QK^T and AV of spikes with spikes, exact. The centre of keys is left out, to which the softmax is blind; steps of
     the softmax numerators cancel with those of their sum."""
     coding: str
+    multiplies = AttentionProduct.multiplies
 
     def forward(
             self,
             query: torch.Tensor,
             key: torch.Tensor,
             value: torch.Tensor,
-            attn_mask: Optional[torch.Tensor] = None,
+            attn_mask: torch.Tensor | None = None,
             dropout_p: float = 0.,
             is_causal: bool = False,
-            scale: Optional[float] = None,
+            scale: float | None = None,
     ) -> torch.Tensor:
         q, k, v = self.q_neuron.encode(query), self.k_neuron.encode(key), self.v_neuron.encode(value)
         if q.center is not None:
@@ -182,11 +183,9 @@ class SpikeGate(ScaleAndFire):
         return out.to(x.dtype)
 
 
-GATE_PARTS = ('gate_neuron', 'value_neuron')  # which meet in `products.multiply`
-SPIKE_LAYERS: Dict[Type[nn.Module], Type[nn.Module]] = {
-    SpikingLinear: SpikeLinear, SpikingConv2d: SpikeConv2d, IntegerLinear: SpikeIntegerLinear,
-    IntegerConv2d: SpikeIntegerConv2d, AttentionProduct: SpikeAttention,
-}
+# what becomes of a layer of these products, with weights in floating point and with int8 ones
+FORMS = {(LINEAR,): SpikeProduct, (CONVOLUTION,): SpikeProduct, (QK, AV): SpikeAttention, (GATE,): SpikeGate}
+INTEGER_FORMS = {(LINEAR,): SpikeIntegerLinear, (CONVOLUTION,): SpikeIntegerConv2d}
 
 
 def to_spikes_(model: nn.Module, coding: str = 'binary') -> nn.Module:
@@ -213,28 +212,34 @@ def to_spikes_(model: nn.Module, coding: str = 'binary') -> nn.Module:
         raise SFormerError(f'coding must be one of {", ".join(SPIKE_CODINGS)}, got {coding!r}.')
     if not is_calibrated(model):
         raise UncalibratedError(f'{uncalibrated(model)}; fit it with sformer.convert() or calibrate_() first.')
-    module: Any
-    for module, kind in list(_changed(model)):
-        module.__class__, module.coding = kind, coding
+    changes = list(_changes(model))  # before the first
+    for name, layer, products, form in changes:
+        if form is SpikeProduct:
+            layer = SpikeProduct(products[0]).train(layer.training)
+            model.set_submodule(name, layer)
+        for part in products[0].operands if form is SpikeGate else [layer]:
+            part.__class__ = form
+            part.coding = coding
     return model
 
 
-def _changed(model: nn.Module) -> Iterator[Tuple[nn.Module, Type[nn.Module]]]:
-    """Modules that multiply, and what they become."""
-    executed = {**SPIKE_LAYERS, **{kind: kind for kind in SPIKE_LAYERS.values()}}
-    for name, module in model.named_modules():
+def _changes(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[Product], type[nn.Module]]]:
+    """Modules that multiply, with names and products, and what becomes of them."""
+    for name, layer, products in named_products(model):
         if name.endswith('.base_layer'):
             raise SFormerError(f'{name.removesuffix(".base_layer")} has an adapter: merge it into the weights first.')
-        if type(module) in executed and getattr(module, 'neuron', True) is not None:
-            yield module, executed[type(module)]
-            continue
-        for part, neuron in module.named_children():  # of a layer that multiplies in a way of its own
-            if type(neuron) in (ScaleAndFire, SpikeGate) and part in GATE_PARTS:
-                yield neuron, SpikeGate
-            elif isinstance(neuron, Neuron) and part in GATE_PARTS:
+        kinds = tuple(product.kind for product in products)
+        integer = products[0].weight is not None and not products[0].weight.is_floating_point()
+        form = (INTEGER_FORMS if integer else FORMS).get(kinds)
+        if form is None:
+            known = ', '.join(' and '.join(known) for known in FORMS)
+            raise SFormerError(f'products of {name or "(root)"} ({type(layer).__name__}) are not executed spike by '
+                               f'spike: they are {" and ".join(kinds)}, not one of {known}.')
+        if form is SpikeProduct and not name:
+            raise SFormerError('a layer cannot be replaced in itself: hand over a module that it is part of.')
+        for neuron in products[0].operands if form is SpikeGate else ():
+            if type(neuron) not in (ScaleAndFire, SpikeGate):
+                part = next(part for part, child in layer.named_children() if child is neuron)
                 raise SFormerError(f'{f"{name}.{part}".lstrip(".")} is a {type(neuron).__name__}, whose products are '
                                    f'not executed spike by spike: those of a ScaleAndFire are.')
-            elif isinstance(neuron, Neuron):
-                kinds = ', '.join(kind.__name__ for kind in SPIKE_LAYERS)
-                raise SFormerError(f'products of {name or "(root)"} ({type(module).__name__}) are not executed spike '
-                                   f'by spike: its kind is not among {kinds}.')
+        yield name, layer, products, form

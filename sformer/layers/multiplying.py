@@ -31,7 +31,7 @@ class Product:
         kind: One of the kinds above if the module computes what is said there and nothing else; any other word if not.
         operands: Neurons whose spikes enter: one where there are weights, else two.
         compute: Result of two factors, linear in both: of what the first operand fires, or what that stands for, and of
-            the weights or the same of the second operand.
+            the weights or the same of the second operand. Of the kinds `linear` and `convolution` it takes a bias, too.
         total: Sum over the result of two factors, by a shorter way than through the result, if there is one.
         weight: Weights, rows of which are output channels (D, C / groups, ...).
         bias: Bias (D,).
@@ -41,7 +41,7 @@ class Product:
     """
     kind: str
     operands: tuple[Neuron, ...]
-    compute: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    compute: Callable[..., torch.Tensor]
     total: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     weight: torch.Tensor | None = None
     bias: torch.Tensor | None = None

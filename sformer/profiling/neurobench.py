@@ -4,15 +4,16 @@ NeuroBench hooks what is an `nn.Linear` or `nn.Conv2d` and reads its input; a sp
 current, and its products of spikes with spikes are no layers at all. In the view each neuron and each product is a
 module of its own, and a product's input is what the neuron fired.
 """
-from typing import Any, Callable, Dict, Optional
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from ..errors import SFormerError, UncalibratedError, needed_packages
 from ..execution import SPIKE_CODINGS, spike_planes
-from ..layers import AttentionProduct, SpikingConv2d, SpikingLinear, is_calibrated, shared_copy, uncalibrated
+from ..layers import Product, is_calibrated, named_products, shared_copy, uncalibrated
+from ..layers.multiplying import AV, CONVOLUTION, GATE, LINEAR, QK
 from ..layers.products import softmax_numerators
 from ..neurons import Neuron
 
@@ -39,35 +40,45 @@ class FiredSpikes(nn.Module):
         return product.meet(self(x), other(y), lambda: self.current * other.current)
 
 
-class LinearProduct(nn.Linear):
+class WeightProduct(nn.Module):
     """Weights on spikes. Called with the current, it is the layer; with spikes alone, as a counter calls a copy whose
     weights and spikes are 0 or 1, it sums exactly."""
+    weight: torch.Tensor
+    bias: torch.Tensor | None
 
-    def forward(self, spikes: torch.Tensor, current: Optional[torch.Tensor] = None) -> torch.Tensor:
+    def __init__(self, product: Product):
+        nn.Module.__init__(self)  # of the library's type for counters alone: parameters are those that are there
+        self.compute = product.compute
+        self.weight, self.bias = product.weights, product.bias
+
+    def forward(self, spikes: torch.Tensor, current: torch.Tensor | None = None) -> torch.Tensor:
         if current is not None:
-            return F.linear(current, self.weight, self.bias)
-        return F.linear(spikes.double(), self.weight.double())
+            return self.compute(current, self.weight, self.bias)
+        images = spikes.double()
+        return self.compute(images.flatten(0, -4) if self.weight.ndim == 4 else images, self.weight.double())
+
+    def extra_repr(self) -> str:
+        return str(tuple(self.weight.shape))
 
 
-class ConvProduct(nn.Conv2d):
-    """The same of a convolution."""
+class LinearProduct(WeightProduct, nn.Linear):  # type: ignore[misc]
+    """Weights of a linear layer on spikes."""
 
-    def forward(self, spikes: torch.Tensor, current: Optional[torch.Tensor] = None) -> torch.Tensor:
-        if current is not None:
-            return self._conv_forward(current, self.weight, self.bias)
-        return self._conv_forward(spikes.double().flatten(0, -4), self.weight.double(), None)
+
+class ConvProduct(WeightProduct, nn.Conv2d):  # type: ignore[misc]
+    """Weights of a convolution on spikes."""
 
 
 class PairProduct(nn.Linear):
     """Spikes on spikes, for counters a linear layer whose weights are the spikes of the second operand."""
 
-    def __init__(self, product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], coding: str):
+    def __init__(self, product: Callable[..., torch.Tensor], coding: str):
         nn.Module.__init__(self)  # there are no parameters
         self.product, self.coding = product, coding
         self.bias: Any = None
         self.weight: Any = torch.zeros(0)
 
-    def forward(self, spikes: torch.Tensor, compute: Optional[Callable[[], torch.Tensor]] = None) -> torch.Tensor:
+    def forward(self, spikes: torch.Tensor, compute: Callable[[], torch.Tensor] | None = None) -> torch.Tensor:
         return self.product(spikes.double(), self.weight.double()) if compute is None else compute()
 
     def meet(self, a: torch.Tensor, b: torch.Tensor, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -84,12 +95,10 @@ class PairProduct(nn.Linear):
 class SplitLayer(nn.Module):
     """A layer as a neuron and a product."""
 
-    def __init__(self, layer: Any, coding: str):
+    def __init__(self, product: Product, coding: str):
         super().__init__()
-        self.neuron = FiredSpikes(layer.neuron, coding)
-        layer._modules.pop('neuron')
-        layer.__class__ = LinearProduct if isinstance(layer, nn.Linear) else ConvProduct
-        self.product = layer
+        self.neuron = FiredSpikes(product.operands[0], coding)
+        self.product = (LinearProduct if product.kind == LINEAR else ConvProduct)(product)
 
     def forward(self, x: torch.Tensor, fired: bool = False) -> torch.Tensor:
         return self.product(self.neuron(x), current=self.neuron.current)
@@ -98,31 +107,29 @@ class SplitLayer(nn.Module):
 class SplitAttention(nn.Module):
     """An `AttentionProduct` as four neurons and two products."""
 
-    def __init__(self, attention: AttentionProduct, coding: str):
+    def __init__(self, scores: Product, values: Product, coding: str):
         super().__init__()
-        for name in ('q_neuron', 'k_neuron', 'v_neuron', 'attn_neuron'):
-            setattr(self, name, FiredSpikes(getattr(attention, name), coding))
-        self.scores = PairProduct(lambda q, k: q @ k.transpose(-2, -1), coding)
-        self.values = PairProduct(torch.matmul, coding)
+        self.q, self.k, self.attn, self.v = (
+            FiredSpikes(neuron, coding) for neuron in (*scores.operands, *values.operands))
+        self.scores = PairProduct(scores.compute, coding)
+        self.values = PairProduct(values.compute, coding)
 
     def forward(
             self,
             query: torch.Tensor,
             key: torch.Tensor,
             value: torch.Tensor,
-            attn_mask: Optional[torch.Tensor] = None,
+            attn_mask: torch.Tensor | None = None,
             dropout_p: float = 0.,
             is_causal: bool = False,
-            scale: Optional[float] = None,
+            scale: float | None = None,
     ) -> torch.Tensor:
-        neurons: Dict[str, Any] = dict(self.named_children())
-        q, k, v = neurons['q_neuron'], neurons['k_neuron'], neurons['v_neuron']
         factor = query.shape[-1] ** -0.5 if scale is None else scale
-        scores = self.scores.meet(q(query), k(key), lambda: (q.current * factor) @ k.current.transpose(-2, -1))
-        fired = neurons['attn_neuron']
-        spikes = fired(softmax_numerators(scores, attn_mask, is_causal))
-        total = fired.current.sum(dim=-1, keepdim=True)
-        out = self.values.meet(spikes, v(value), lambda: fired.current @ (v.current / 32))
+        scores = self.scores.meet(
+            self.q(query), self.k(key), lambda: (self.q.current * factor) @ self.k.current.transpose(-2, -1))
+        spikes = self.attn(softmax_numerators(scores, attn_mask, is_causal))
+        total = self.attn.current.sum(dim=-1, keepdim=True)
+        out = self.values.meet(spikes, self.v(value), lambda: self.attn.current @ (self.v.current / 32))
         return out / (total / 32).clamp_min(1e-4)
 
 
@@ -159,28 +166,28 @@ def neurobench_view(model: nn.Module, coding: str = 'graded') -> Any:
 
 def _split(view: nn.ModuleList, coding: str) -> nn.ModuleList:
     """Put a neuron and a product in the place of each layer below."""
-    for name, module in list(view.named_modules()):
-        new: Optional[nn.Module] = None
+    for name, layer, products in list(named_products(view)):
+        path = name.removeprefix('0.')
         if name.endswith('.base_layer'):
-            adapted = name.removeprefix('0.').removesuffix('.base_layer')
-            raise SFormerError(f'{adapted} has an adapter: merge it into the weights first.')
-        # exact types: a subclass may multiply in a forward of its own
-        if type(module) in (SpikingLinear, SpikingConv2d) and isinstance(module.neuron, Neuron):
-            new = SplitLayer(module, coding)
-        elif type(module) is AttentionProduct:
-            new = SplitAttention(module, coding)
-        if new is not None:
-            view.set_submodule(name, new)
-        gate, value = (getattr(module, part, None) for part in ('gate_neuron', 'value_neuron'))
-        if isinstance(gate, Neuron) and isinstance(value, Neuron):
-            product: Any = PairProduct(torch.mul, coding)
-            for part, neuron in (('gate_neuron', gate), ('value_neuron', value)):
-                fired = FiredSpikes(neuron, coding)
-                fired.__dict__['product'] = product  # of both, whichever comes first, and a module once
-                setattr(module, part, fired)
-            module.add_module('gate_product', product)
-    for name, module in view.named_modules():
-        if not isinstance(module, FiredSpikes) and any(isinstance(child, Neuron) for child in module.children()):
-            raise SFormerError(f'{name.removeprefix("0.")} ({type(module).__name__}) is of a kind that is not split '
-                               f'into neurons and products.')
+            raise SFormerError(f'{path.removesuffix(".base_layer")} has an adapter: merge it into the weights first.')
+        kinds = tuple(product.kind for product in products)
+        if kinds == (QK, AV):
+            view.set_submodule(name, SplitAttention(*products, coding))
+        elif kinds == (GATE,):
+            _split_gate(layer, products[0], coding)
+        elif kinds in ((LINEAR,), (CONVOLUTION,)) and not products[0].transposed:
+            view.set_submodule(name, SplitLayer(products[0], coding))
+        else:
+            raise SFormerError(f'{path} ({type(layer).__name__}) is of a kind that is not split into neurons and '
+                               f'products.')
     return view
+
+
+def _split_gate(layer: nn.Module, product: Product, coding: str) -> None:
+    pair = PairProduct(product.compute, coding)
+    for part, neuron in list(layer.named_children()):
+        if neuron in product.operands:
+            fired = FiredSpikes(neuron, coding)
+            fired.__dict__['product'] = pair  # of both, whichever comes first, and a module once
+            setattr(layer, part, fired)
+    layer.add_module('gate_product', pair)

@@ -21,14 +21,14 @@ def integers(family='vit', config=ONE_FOR_ALL, **kwargs):
 def test_they_fire_what_they_would_have_fired_later(config):
     model = integers(config=config)
     neurons, fired = early_neurons(model)
-    assert fired == {'blocks.0.attn.products.0': {0, 1, 2}} and [*neurons] == ['blocks.0.attn.qkv']
     attention = model.blocks[0].attn
+    product = attention.products[0]
+    assert fired == {product.q_neuron, product.k_neuron, product.v_neuron} and [*neurons] == ['blocks.0.attn.qkv']
     current = 3 * torch.randn(2, 17, attention.qkv.out_features, generator=torch.Generator().manual_seed(0))
 
     def moved(x):  # as timm's attention does
         return x.view(2, 17, 3, attention.num_heads, attention.head_dim).permute(2, 0, 3, 1, 4)
     early = moved(neurons['blocks.0.attn.qkv'].encode(current).levels)
-    product = attention.products[0]
     for neuron, x, levels in zip((product.q_neuron, product.k_neuron, product.v_neuron), moved(current), early,
                                  strict=True):
         expected = neuron.encode(x).levels
@@ -43,22 +43,23 @@ def test_they_fire_what_they_would_have_fired_later(config):
     ('beit', ONE_FOR_ALL, {}, []),  # adds its bias in place
 ])
 def test_only_neurons_of_what_is_not_changed_on_its_way_fire_early(family, config, kwargs, layers):
-    neurons, fired = early_neurons(integers(family, config, **kwargs))
+    model = integers(family, config, **kwargs)
+    neurons, fired = early_neurons(model)
     assert [name.rpartition('.')[2] for name in neurons] == layers
-    assert [*fired.values()] == [{2} for _ in layers]
+    assert fired == {model.blocks[0].attn.products[0].v_neuron for _ in layers}
 
 
 def test_what_something_else_reads_as_well_stays_a_current():
     model = integers()
     product = model.blocks[0].attn.products[0]
     product.register_forward_pre_hook(lambda product, args: print(args[0].sum()))
-    assert early_neurons(model) == ({}, {})
+    assert early_neurons(model) == ({}, set())
 
 
 def test_a_layer_that_is_called_twice_fires_for_one_product_only():
     model = integers()
     model.blocks.append(model.blocks[0])
-    assert early_neurons(model) == ({}, {})
+    assert early_neurons(model) == ({}, set())
 
 
 def test_rotary_embeddings_turn_by_a_product_only_while_a_graph_is_made():

@@ -21,7 +21,7 @@ from sformer import (
     spiking_,
     to_integer_,
 )
-from sformer.execution.integer import IntegerConv2d, IntegerConvTranspose2d, IntegerLinear
+from sformer.execution.integer import IntegerConv2d, IntegerLinear
 from sformer.execution.rounding import MAX_SPLIT, TARGET_ERROR, integer_weights
 from sformer.layers import SpikingConv2d, SpikingLinear
 
@@ -146,8 +146,7 @@ def test_convolutions(conv):
     layer = spiking(nn.Sequential(conv), x, SFNConfig(127))
     whole = copy.deepcopy(layer)
     report, = to_integer_(whole)
-    kind = IntegerConvTranspose2d if isinstance(conv, nn.ConvTranspose2d) else IntegerConv2d
-    assert type(whole[0]) is kind and report.integer and whole[0].weight.dtype == torch.int8
+    assert type(whole[0]) is IntegerConv2d and report.integer and whole[0].weight.dtype == torch.int8
     assert whole[0].weight.shape == conv.weight.shape
     with torch.no_grad():
         assert relative_error(whole(x), layer(x)) < 0.02
