@@ -128,11 +128,13 @@ class SpikingConv2d(SpikingConvMixin, nn.Conv2d):  # type: ignore[misc]
 def _padded_conv2d(
         x: torch.Tensor,
         weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        *,
         around: list[int],
         mode: str,
         **geometry: Any,
 ) -> torch.Tensor:
-    return F.conv2d(F.pad(x, around, mode=mode), weight, **geometry)
+    return F.conv2d(F.pad(x, around, mode=mode), weight, bias, **geometry)
 
 
 @register_spiking(nn.ConvTranspose2d)
