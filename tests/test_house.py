@@ -3,14 +3,20 @@
 `docs/extend.md` says the same in words.
 """
 import ast
+import importlib
 import re
 import sys
 import tomllib
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from torch import nn
+
+from sformer.layers import Multiplying
+from sformer.models import SFormerMixin
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / 'sformer'
@@ -36,6 +42,12 @@ LOOSE = {'__init__', '__main__', 'errors', 'files'}  # everything else lies in a
 SLOW = {'accelerate', 'datasets', 'huggingface_hub', 'jinja2', 'matplotlib', 'neurobench', 'nncf', 'onnx',
         'onnxruntime', 'onnxscript', 'openvino', 'optuna', 'pyarrow', 'pycocotools', 'rich', 'torchao'}
 NOT_EVERYWHERE = {'fcntl', 'resource'}  # not on Windows
+
+# where code outside of layers/ and models/ asks of which type a layer is -> why
+ASKED = {
+    ('sformer.saving.folders', 'SpikingLayer'): 'what an execution has made is in no table that a config could name',
+    ('sformer.detection.drawing', 'WindowedMixin'): 'windows are put together to the map that is drawn',
+}
 
 MAX_LINES = 400  # of a file; of functions, ruff counts statements and branches
 
@@ -220,6 +232,43 @@ def defined() -> dict[str, list[str]]:
 def test_what_is_defined_twice_has_a_reason():
     twice = {name for name, modules in defined().items() if len(modules) > 1}
     assert twice == TWICE.keys() and len(TWICE) <= 8
+
+
+def layer_types(module: str) -> set[str]:
+    """Types of layers, by name, that a module asks of something whether it is one of."""
+    tree, names = ast.parse(MODULES[module].read_text(encoding='utf-8')), vars(importlib.import_module(module))
+    asked = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and getattr(node.func, 'id', '') in ('isinstance', 'issubclass'):
+            asked.append(node.args[1])
+        elif isinstance(node, ast.Compare) and any(
+                getattr(getattr(side, 'func', None), 'id', '') == 'type' for side in (node.left, *node.comparators)):
+            asked += [node.left, *node.comparators]
+        elif isinstance(node, (ast.Dict, ast.Set)):  # a table by type
+            asked += [key for key in (node.keys if isinstance(node, ast.Dict) else node.elts) if key is not None]
+    found = set()
+    for part in (part for expression in asked for part in ast.walk(expression)):
+        if isinstance(part, (ast.Name, ast.Attribute)):
+            kind: object = types.SimpleNamespace(**names)
+            for name in ast.unparse(part).split('.'):
+                kind = getattr(kind, name, None)
+            if (isinstance(kind, type) and issubclass(kind, nn.Module) and kind is not nn.Module and (
+                    issubclass(kind, Multiplying) or kind.__module__.split('.')[0] in ('torch', 'timm', 'torchvision')
+                    or kind.__module__.startswith('sformer.layers')) and not issubclass(kind, SFormerMixin)):
+                found.add(kind.__name__)
+    return found
+
+
+def test_layers_say_what_they_multiply():
+    """And nobody asks of which type they are: whoever did would pass over a layer of one's own without a word."""
+    found = {(module, name) for module in MODULES if part_of(module) not in ('layers', 'models', 'neurons', '__main__')
+             for name in layer_types(module)}
+    assert found == ASKED.keys() and len(ASKED) <= 3
+
+
+def test_types_that_are_asked_for_are_seen():
+    assert 'SpikingPatchEmbed' in layer_types('sformer.models.sformer')
+    assert layer_types('sformer.layers.spiking') >= {'AttentionProduct', 'SpikingLayer', 'Multiplying'}
 
 
 def test_files_are_short():

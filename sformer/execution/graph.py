@@ -17,7 +17,7 @@ from ..layers.products import softmax_numerators
 from ..neurons import MAX_BYTE_LEVEL, GradedCoding, Neuron, ScaleAndFire, SharedScaleAndFire, fire, firing_boundaries
 from ..neurons.scale_and_fire import TINY
 from .early import early_neurons
-from .integer import IntegerLinear, folded_bias
+from .integer import folded_bias
 from .operators import onnx_operator
 from .saturation import Range, fits, upright, zero_point
 
@@ -39,7 +39,7 @@ def to_graph_(network: nn.Module, early: bool = True, portable: bool = True) -> 
         _levels_of(neuron)  # which names what has no form, before the network is run
     layers = list(named_products(network))
     for name, layer, products in layers:
-        if _kinds(products) not in FORMS:
+        if _kinds(products) not in GRAPH_FORMS:
             raise SFormerError(f'{name or "(root)"} ({type(layer).__name__}) has no form in ONNX: it multiplies '
                                f'{" and ".join(_kinds(products))}.')
     neurons: dict[str, ScaleAndFire] = {}
@@ -63,7 +63,7 @@ def to_graph_(network: nn.Module, early: bool = True, portable: bool = True) -> 
         network.set_submodule(name, _Decoded(neuron))
 
 
-FORMS = ((LINEAR,), (CONVOLUTION,), (QK, AV), (GATE,))
+GRAPH_FORMS = ((LINEAR,), (CONVOLUTION,), (QK, AV), (GATE,))
 
 
 def _kinds(products: list[Product]) -> tuple[str, ...]:
@@ -247,7 +247,7 @@ class _Linear(nn.Module):
         super().__init__()
         self.neuron = _Levels(layer.neuron, stand_up=True)
         self.fires = None if fires is None else _Levels(fires)
-        self.integer = isinstance(layer, IntegerLinear)
+        self.integer = not layer.weight.is_floating_point()
         weight = layer.weight if self.integer else layer.weight.detach() * layer.neuron.step
         bias, excess = layer.bias if self.integer else folded_bias(layer.multiplies()[0]), None
         self.register_buffer('columns', layer.columns if self.integer else None)

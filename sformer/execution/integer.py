@@ -277,7 +277,7 @@ def _check_layer(name: str, products: list[Product]) -> None:
     for product in products:
         neuron = product.operands[0]
         step = getattr(neuron, 'step', torch.empty(0))
-        if product.kind in FORMS and step.numel() not in (1, product.in_channels):
+        if product.kind in INTEGER_FORMS and step.numel() not in (1, product.in_channels):
             raise SFormerError(f'{name}.neuron is a {type(neuron).__name__}, whose spikes have no step per channel '
                                f'(`step`) that folds into weights, so its layer does not compute in integers.')
 
@@ -321,7 +321,7 @@ def _moments(model: nn.Module, names: list[str], images: list[torch.Tensor]) -> 
     return found
 
 
-FORMS: dict[str, type[IntegerLinear | IntegerConv2d]] = {LINEAR: IntegerLinear, CONVOLUTION: IntegerConv2d}
+INTEGER_FORMS: dict[str, type[IntegerLinear | IntegerConv2d]] = {LINEAR: IntegerLinear, CONVOLUTION: IntegerConv2d}
 
 
 def _integer_layer(
@@ -333,9 +333,9 @@ def _integer_layer(
     """A layer in integers, if there is such a form of it, and what became of it."""
     product, neuron = products[0], products[0].operands[0]
     reason = ''
-    if len(products) > 1 or product.kind not in FORMS:
+    if len(products) > 1 or product.kind not in INTEGER_FORMS:
         reason = (f'there is no form of {" and ".join(product.kind for product in products)} in integers: there are '
-                  f'those of {" and ".join(FORMS)}')
+                  f'those of {" and ".join(INTEGER_FORMS)}')
     elif product.pads and (product.pads != 'zeros' or getattr(neuron, 'center', None) is not None):
         reason = 'what it pads with is no zero'
     if reason:
@@ -347,7 +347,7 @@ def _integer_layer(
     else:
         weights = rounded(weight.flatten(1), limit=limit)
     columns = weights.weight.shape[1] / weight.flatten(1).shape[1]
-    return FORMS[product.kind](product, weights), IntegerReport(name, weights.error, columns)
+    return INTEGER_FORMS[product.kind](product, weights), IntegerReport(name, weights.error, columns)
 
 
 def _weight_limit(product: Product) -> int | torch.Tensor:

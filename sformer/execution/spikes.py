@@ -184,8 +184,8 @@ class SpikeGate(ScaleAndFire):
 
 
 # what becomes of a layer of these products, with weights in floating point and with int8 ones
-FORMS = {(LINEAR,): SpikeProduct, (CONVOLUTION,): SpikeProduct, (QK, AV): SpikeAttention, (GATE,): SpikeGate}
-INTEGER_FORMS = {(LINEAR,): SpikeIntegerLinear, (CONVOLUTION,): SpikeIntegerConv2d}
+SPIKE_FORMS = {(LINEAR,): SpikeProduct, (CONVOLUTION,): SpikeProduct, (QK, AV): SpikeAttention, (GATE,): SpikeGate}
+SPIKE_INTEGER_FORMS = {(LINEAR,): SpikeIntegerLinear, (CONVOLUTION,): SpikeIntegerConv2d}
 
 
 def to_spikes_(model: nn.Module, coding: str = 'binary') -> nn.Module:
@@ -230,9 +230,9 @@ def _changes(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[Product], 
             raise SFormerError(f'{name.removesuffix(".base_layer")} has an adapter: merge it into the weights first.')
         kinds = tuple(product.kind for product in products)
         integer = products[0].weight is not None and not products[0].weight.is_floating_point()
-        form = (INTEGER_FORMS if integer else FORMS).get(kinds)
+        form = (SPIKE_INTEGER_FORMS if integer else SPIKE_FORMS).get(kinds)
         if form is None:
-            known = ', '.join(' and '.join(known) for known in FORMS)
+            known = ', '.join(' and '.join(known) for known in SPIKE_FORMS)
             raise SFormerError(f'products of {name or "(root)"} ({type(layer).__name__}) are not executed spike by '
                                f'spike: they are {" and ".join(kinds)}, not one of {known}.')
         if form is SpikeProduct and not name:
