@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..layers import named_products
-from ..layers.multiplying import AV, LINEAR, QK
+from ..layers.multiplying import AV, LINEAR, QK, kinds_of
 from ..neurons import Neuron, ScaleAndFire
 
 __all__ = ['early_neurons']
@@ -76,10 +76,9 @@ def early_neurons(
         readers.inside = False
 
     for name, layer, products in named_products(network):
-        kinds = tuple(product.kind for product in products)
-        if kinds == (LINEAR,) and not products[0].weights.is_floating_point():
+        if kinds_of(products) == (LINEAR,) and not products[0].weights.is_floating_point():
             hooks.append(layer.register_forward_hook(functools.partial(gives, name)))
-        elif kinds == (QK, AV):
+        elif kinds_of(products) == (QK, AV):
             for neuron in (neuron for product in products for neuron in product.operands):
                 hooks.append(neuron.register_forward_pre_hook(takes))
                 hooks.append(neuron.register_forward_hook(leaves))

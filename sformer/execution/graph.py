@@ -5,14 +5,15 @@ which engines multiply in int8. Levels that meet weights are unsigned bytes with
 that leaves them (`saturation`), so that every processor sums exactly. A neuron is written as few elementwise
 operations, which engines fuse; its levels are those of `encode` but for currents within float rounding of a boundary.
 """
-from typing import Any, Collection, Optional, Tuple
+from collections.abc import Collection
+from typing import Any
 
 import torch
 import torch.nn as nn
 
 from ..errors import SFormerError
 from ..layers import Product, named_neurons, named_products
-from ..layers.multiplying import AV, CONVOLUTION, GATE, LINEAR, QK
+from ..layers.multiplying import AV, CONVOLUTION, GATE, LINEAR, QK, kinds_of
 from ..layers.products import softmax_numerators
 from ..neurons import MAX_BYTE_LEVEL, GradedCoding, Neuron, ScaleAndFire, SharedScaleAndFire, fire, firing_boundaries
 from ..neurons.scale_and_fire import TINY
@@ -39,24 +40,25 @@ def to_graph_(network: nn.Module, early: bool = True, portable: bool = True) -> 
         _levels_of(neuron)  # which names what has no form, before the network is run
     layers = list(named_products(network))
     for name, layer, products in layers:
-        if _kinds(products) not in GRAPH_FORMS:
+        if kinds_of(products) not in GRAPH_FORMS:
             raise SFormerError(f'{name or "(root)"} ({type(layer).__name__}) has no form in ONNX: it multiplies '
-                               f'{" and ".join(_kinds(products))}.')
+                               f'{" and ".join(kinds_of(products))}.')
     neurons: dict[str, ScaleAndFire] = {}
     fired: set[Neuron] = set()
     if early:
-        floating = {neuron for _, _, products in layers if portable and not scores_fit(products)
-                    for product in products for neuron in product.operands}
+        attention = [products for _, _, products in layers if kinds_of(products) == (QK, AV)]
+        floating = {neuron for scores, values in attention if portable and not levels_fit(scores)
+                    for neuron in (*scores.operands, *values.operands)}
         neurons, fired = early_neurons(network, floating)
     for name, layer, products in layers:
         new: nn.Module | None = None
-        kinds, integer = _kinds(products), not getattr(layer, 'weight', torch.empty(0)).is_floating_point()
+        kinds, product, step = kinds_of(products), products[0], layer._buffers.get('weight_step')
         if kinds == (LINEAR,):
-            new = _Linear(layer, neurons.get(name))
+            new = _Linear(product, step, layer._buffers.get('columns'), neurons.get(name))
         elif kinds == (CONVOLUTION,):
-            new = _Conv2d(layer) if integer else _Weights(products[0])
+            new = _Conv2d(product, step)
         elif kinds == (QK, AV):
-            new = _Attention(*products, fired, portable)
+            new = _Attention(product, products[1], fired, portable)
         if new is not None:
             network.set_submodule(name, new)
     for name, neuron in list(named_neurons(network)):  # of gates, whose product is elementwise
@@ -64,10 +66,6 @@ def to_graph_(network: nn.Module, early: bool = True, portable: bool = True) -> 
 
 
 GRAPH_FORMS = ((LINEAR,), (CONVOLUTION,), (QK, AV), (GATE,))
-
-
-def _kinds(products: list[Product]) -> tuple[str, ...]:
-    return tuple(product.kind for product in products)
 
 
 def _byte(k: torch.Tensor, dtype: torch.dtype, zero: int = 0, left: int = 0) -> torch.Tensor:
@@ -94,7 +92,7 @@ def _weights(weight: torch.Tensor, step: torch.Tensor, axis: int) -> torch.Tenso
     return onnx_operator('DequantizeLinear', weight, torch.float32, weight, step, zero, axis=axis)
 
 
-def _by_branch(x: torch.Tensor, ratio: Optional[torch.Tensor]) -> torch.Tensor:
+def _by_branch(x: torch.Tensor, ratio: torch.Tensor | None) -> torch.Tensor:
     """x, of which what is negative is multiplied by a ratio per channel."""
     return x if ratio is None else onnx_operator('PRelu', x, x.dtype, x, ratio)
 
@@ -110,27 +108,27 @@ class _Levels(nn.Module):
     Shape:
         As of `ScaleAndFire.encode`.
     """
-    flip: Optional[torch.Tensor]
+    flip: torch.Tensor | None
     values: torch.Tensor
     inverse: torch.Tensor
-    center: Optional[torch.Tensor]
-    quiet: Optional[torch.Tensor]
-    multiplier: Optional[torch.Tensor]
-    inward: Optional[torch.Tensor]
-    outward: Optional[torch.Tensor]
-    table: Optional[torch.Tensor]
-    zeros: Optional[torch.Tensor]
+    center: torch.Tensor | None
+    quiet: torch.Tensor | None
+    multiplier: torch.Tensor | None
+    inward: torch.Tensor | None
+    outward: torch.Tensor | None
+    table: torch.Tensor | None
+    zeros: torch.Tensor | None
 
     def __init__(self, neuron: Neuron, stand_up: bool = False):
         super().__init__()
-        if type(neuron) is not ScaleAndFire:  # a type of one's own may fire in a way of its own
+        shares = type(neuron) is SharedScaleAndFire
+        if not isinstance(neuron, ScaleAndFire) or not (shares or type(neuron) is ScaleAndFire):  # but in its own way
             raise SFormerError(f'a {type(neuron).__name__} has no form in ONNX: a ScaleAndFire has.')
         self.config, self.fire_function, self.top = neuron.config, neuron.fire_function, neuron.top
         self.token, self.reach, self.signed = neuron.token, neuron.reach, neuron.signed
         self.largest, self.range = int(neuron.levels[-1]), neuron.level_range
         m, inverse, flip = neuron.multiplier, 1 / neuron.threshold[0], None
-        shares = isinstance(neuron, SharedScaleAndFire)
-        self.register_buffer('zeros', neuron.counts[1] if shares else None)
+        self.register_buffer('zeros', neuron.top_levels[1] if shares else None)
         self.stands_up = stand_up
         if stand_up and shares:
             self.range = (0, 2 * neuron.config.levels)
@@ -151,7 +149,7 @@ class _Levels(nn.Module):
         self.register_buffer('outward', m[1] / m[0] if uneven else None)
         self.register_buffer('table', self._table())
 
-    def _table(self) -> Optional[torch.Tensor]:
+    def _table(self) -> torch.Tensor | None:
         """Level by twice the potential, where boundaries lie at or halfway between whole levels and no closed form
         exists."""
         if self.fire_function not in ('density', 'power2'):
@@ -164,7 +162,7 @@ class _Levels(nn.Module):
         index = torch.bucketize(halves, firing_boundaries(self.values, self.config.initial_potential), right=True)
         return torch.cat([torch.zeros(1), self.values])[index]
 
-    def forward(self, x: torch.Tensor) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         h = x if self.center is None else x - self.center
         if self.quiet is not None:
             h = torch.where(h.abs() < self.quiet, 0., h)
@@ -180,7 +178,7 @@ class _Levels(nn.Module):
     def _fire(self, u: torch.Tensor) -> torch.Tensor:
         rounds, dead_zone, count = self.config.initial_potential == 0.5, self.config.dead_zone, len(self.values)
         if self.zeros is not None:
-            return self._fire_shared(u)
+            return self._fire_shared(u, self.zeros)
         if self.table is not None:
             k = self.table[(2 * u.abs()).clamp(max=2 * self.largest).to(torch.int64)]
             k = torch.where(u < 0, -k, k)
@@ -199,12 +197,12 @@ class _Levels(nn.Module):
             k = torch.where(u.abs() >= dead_zone, k, 0.)
         return k if self.signed else k.clamp(min=0)
 
-    def _fire_shared(self, u: torch.Tensor) -> torch.Tensor:
+    def _fire_shared(self, u: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
         """Levels of branches that share their thresholds."""
         if self.config.initial_potential != 0.5 or self.config.dead_zone:
             u = fire(u, 'uniform', self.values, self.config.initial_potential, self.config.dead_zone)
-        k = (u + self.zeros).clamp(0, 2 * self.config.levels)
-        return k if self.stands_up else k.round() - self.zeros
+        k = (u + zeros).clamp(0, 2 * self.config.levels)
+        return k if self.stands_up else k.round() - zeros
 
 
 def _levels_of(neuron: Any) -> nn.Module:
@@ -215,7 +213,7 @@ def _levels_of(neuron: Any) -> nn.Module:
 class _Decoded(nn.Module):
     """What the spikes of a neuron stand for."""
     step: torch.Tensor
-    center: Optional[torch.Tensor]
+    center: torch.Tensor | None
 
     def __init__(self, neuron: Any):
         super().__init__()
@@ -239,28 +237,35 @@ class _Linear(nn.Module):
     """
     weight: torch.Tensor
     step: torch.Tensor
-    columns: Optional[torch.Tensor]
-    bias: Optional[torch.Tensor]
-    excess: Optional[torch.Tensor]
+    columns: torch.Tensor | None
+    bias: torch.Tensor | None
+    excess: torch.Tensor | None
 
-    def __init__(self, layer: Any, fires: Optional[ScaleAndFire] = None):
+    def __init__(
+            self,
+            product: Product,
+            step: torch.Tensor | None,
+            columns: torch.Tensor | None,
+            fires: ScaleAndFire | None = None,
+    ):
         super().__init__()
-        self.neuron = _Levels(layer.neuron, stand_up=True)
+        neuron = product.operands[0]
+        self.neuron = _Levels(neuron, stand_up=True)
         self.fires = None if fires is None else _Levels(fires)
-        self.integer = not layer.weight.is_floating_point()
-        weight = layer.weight if self.integer else layer.weight.detach() * layer.neuron.step
-        bias, excess = layer.bias if self.integer else folded_bias(layer.multiplies()[0]), None
-        self.register_buffer('columns', layer.columns if self.integer else None)
+        self.integer = step is not None
+        weight = product.weights if self.integer else product.weights.detach() * neuron.step
+        bias, excess = product.bias if self.integer else folded_bias(product), None
+        self.register_buffer('columns', columns)
         if self.neuron.flip is not None:
             weight = weight * self._read(self.neuron.flip).to(weight.dtype)
         self.zero = zero_point(self.neuron.range) if self.integer else 0
         zeros = torch.tensor(float(self.zero)) if self.neuron.zeros is None else self._read(self.neuron.zeros)
         if zeros.any():
-            excess = (zeros * weight.to(torch.float64)).sum(1) * (layer.weight_step if self.integer else 1)
+            excess = (zeros * weight.to(torch.float64)).sum(1) * (1 if step is None else step)
             if not self.neuron.token:
                 bias, excess = (-excess if bias is None else bias - excess).to(torch.float32), None
         self.register_buffer('weight', weight.t().contiguous())
-        self.register_buffer('step', layer.weight_step if self.integer else None)
+        self.register_buffer('step', step)
         self.register_buffer('bias', bias)
         self.register_buffer('excess', None if excess is None else excess.to(torch.float32))
 
@@ -283,38 +288,30 @@ class _Linear(nn.Module):
         return x if self.columns is None else x.index_select(-1, self.columns)
 
 
-class _Weights(nn.Module):
-    """Weights in floating point on what spikes stand for."""
-
-    def __init__(self, product: Product):
-        super().__init__()
-        self.neuron, self.compute = _Decoded(product.operands[0]), product.compute
-        self.weight, self.bias = product.weight, product.bias
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.compute(self.neuron(x), self.weight, self.bias)
-
-
 class _Conv2d(nn.Module):
-    neuron: nn.Module
+    """A convolution, transposed or not, in integers or, where weights have no step, of what spikes stand for."""
+    neuron: Any
     weight: torch.Tensor
-    step: torch.Tensor
+    step: torch.Tensor | None
     bias: torch.Tensor | None
 
-    def __init__(self, layer: Any):
+    def __init__(self, product: Product, step: torch.Tensor | None):
         super().__init__()
-        self.neuron = _levels_of(layer.neuron)  # as they are: levels of padding have no sign to change
-        self.product = layer.product
-        self.register_buffer('weight', layer.weight)
-        self.register_buffer('step', layer.weight_step.flatten())
-        self.register_buffer('bias', layer.bias)
+        neuron = product.operands[0]  # as it is: levels of padding have no sign to change
+        self.neuron = _Decoded(neuron) if step is None else _levels_of(neuron)
+        self.compute, self.transposed = product.compute, product.transposed
+        self.register_buffer('weight', product.weights.detach())
+        self.register_buffer('step', None if step is None else step.flatten())
+        self.register_buffer('bias', None if product.bias is None else product.bias.detach())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.step is None:
+            return self.compute(self.neuron(x), self.weight, self.bias)
         levels = _beside_weights(self.neuron(x)[0], self.neuron.range)
-        if not self.product.transposed:
-            return self.product.compute(levels, _weights(self.weight, self.step, axis=0), self.bias)
+        if not self.transposed:
+            return self.compute(levels, _weights(self.weight, self.step, axis=0), self.bias)
         # ONNX has no axis for the output channels of its weights where they are grouped
-        out = self.product.compute(levels, self.weight.to(torch.float32)) * self.step.view(-1, 1, 1)
+        out = self.compute(levels, self.weight.to(torch.float32)) * self.step.view(-1, 1, 1)
         return out if self.bias is None else out + self.bias.view(-1, 1, 1)
 
 
@@ -329,7 +326,7 @@ class _Pixels(nn.Module):
         self.register_buffer('step', neuron.step)
         self.register_buffer('center', neuron.center)
 
-    def forward(self, x: torch.Tensor) -> Tuple[torch.Tensor, None]:
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
         return (x - self.center) / self.step, None
 
 
@@ -341,7 +338,7 @@ class _Attention(nn.Module):
     """
     score_step: torch.Tensor
     v_step: torch.Tensor
-    v_center: Optional[torch.Tensor]
+    v_center: torch.Tensor | None
 
     def __init__(self, scores: Product, values: Product, fired: Collection[Neuron] = (), portable: bool = True):
         super().__init__()
@@ -360,10 +357,10 @@ class _Attention(nn.Module):
             query: torch.Tensor,
             key: torch.Tensor,
             value: torch.Tensor,
-            attn_mask: Optional[torch.Tensor] = None,
+            attn_mask: torch.Tensor | None = None,
             dropout_p: float = 0.,
             is_causal: bool = False,
-            scale: Optional[float] = None,
+            scale: float | None = None,
     ) -> torch.Tensor:
         q, q_row = self._operand(0, self.q, query)
         k, k_row = self._operand(1, self.k, key, self.int8_scores)
@@ -387,17 +384,12 @@ class _Attention(nn.Module):
             neuron: _Levels,
             x: torch.Tensor,
             int8: bool = True,
-    ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Levels of q, k or v, and their factor per token."""
         if self.fired[index]:
             return x, None
         levels, row = neuron(x)
         return _beside_levels(levels, neuron.range) if int8 else levels.round(), row
-
-
-def scores_fit(products: list[Product]) -> bool:
-    """Whether every processor sums QK^T exactly in int8, if it is among these products."""
-    return all(levels_fit(product) for product in products if product.kind == QK)
 
 
 def levels_fit(product: Product) -> bool:

@@ -6,7 +6,7 @@ bit: weights are fixed-point numbers of 30 bits (or int8, after `to_integer_`) a
 in float64. It shows and counts; it is slow.
 """
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ import torch.nn as nn
 
 from ..errors import SFormerError, UncalibratedError
 from ..layers import AttentionProduct, Product, SpikingLayer, is_calibrated, named_products, uncalibrated
-from ..layers.multiplying import AV, CONVOLUTION, GATE, LINEAR, QK
+from ..layers.multiplying import AV, CONVOLUTION, GATE, LINEAR, QK, kinds_of
 from ..layers.products import softmax_numerators
 from ..neurons import Neuron, ScaleAndFire
 from .integer import IntegerConv2d, IntegerLinear
@@ -184,8 +184,10 @@ class SpikeGate(ScaleAndFire):
 
 
 # what becomes of a layer of these products, with weights in floating point and with int8 ones
-SPIKE_FORMS = {(LINEAR,): SpikeProduct, (CONVOLUTION,): SpikeProduct, (QK, AV): SpikeAttention, (GATE,): SpikeGate}
-SPIKE_INTEGER_FORMS = {(LINEAR,): SpikeIntegerLinear, (CONVOLUTION,): SpikeIntegerConv2d}
+Forms = dict[tuple[str, ...], type[nn.Module]]
+SPIKE_FORMS: Forms = {
+    (LINEAR,): SpikeProduct, (CONVOLUTION,): SpikeProduct, (QK, AV): SpikeAttention, (GATE,): SpikeGate}
+SPIKE_INTEGER_FORMS: Forms = {(LINEAR,): SpikeIntegerLinear, (CONVOLUTION,): SpikeIntegerConv2d}
 
 
 def to_spikes_(model: nn.Module, coding: str = 'binary') -> nn.Module:
@@ -212,14 +214,15 @@ def to_spikes_(model: nn.Module, coding: str = 'binary') -> nn.Module:
         raise SFormerError(f'coding must be one of {", ".join(SPIKE_CODINGS)}, got {coding!r}.')
     if not is_calibrated(model):
         raise UncalibratedError(f'{uncalibrated(model)}; fit it with sformer.convert() or calibrate_() first.')
-    changes = list(_changes(model))  # before the first
-    for name, layer, products, form in changes:
+    part: Any
+    for name, layer, products, form in list(_changes(model)):
         if form is SpikeProduct:
-            layer = SpikeProduct(products[0]).train(layer.training)
-            model.set_submodule(name, layer)
-        for part in products[0].operands if form is SpikeGate else [layer]:
-            part.__class__ = form
-            part.coding = coding
+            changed: Sequence[nn.Module] = [SpikeProduct(products[0]).train(layer.training)]
+            model.set_submodule(name, changed[0])
+        else:
+            changed = products[0].operands if form is SpikeGate else [layer]
+        for part in changed:
+            part.__class__, part.coding = form, coding
     return model
 
 
@@ -228,7 +231,7 @@ def _changes(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[Product], 
     for name, layer, products in named_products(model):
         if name.endswith('.base_layer'):
             raise SFormerError(f'{name.removesuffix(".base_layer")} has an adapter: merge it into the weights first.')
-        kinds = tuple(product.kind for product in products)
+        kinds = kinds_of(products)
         integer = products[0].weight is not None and not products[0].weight.is_floating_point()
         form = (SPIKE_INTEGER_FORMS if integer else SPIKE_FORMS).get(kinds)
         if form is None:

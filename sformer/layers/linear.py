@@ -118,11 +118,12 @@ class SpikingConv2d(SpikingConvMixin, nn.Conv2d):  # type: ignore[misc]
     """Convolution on spikes; made by `spiking_` of an `nn.Conv2d`."""
 
     def convolution(self) -> functools.partial[torch.Tensor]:
-        geometry = dict(stride=self.stride, dilation=self.dilation, groups=self.groups)
         if self.padding_mode == 'zeros':
-            return functools.partial(F.conv2d, padding=self.padding, **geometry)
+            return functools.partial(
+                F.conv2d, stride=self.stride, padding=self.padding, dilation=self.dilation, groups=self.groups)
         return functools.partial(
-            _padded_conv2d, around=self._reversed_padding_repeated_twice, mode=self.padding_mode, **geometry)
+            _padded_conv2d, around=self._reversed_padding_repeated_twice, mode=self.padding_mode, stride=self.stride,
+            dilation=self.dilation, groups=self.groups)
 
 
 def _padded_conv2d(

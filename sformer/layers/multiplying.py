@@ -14,7 +14,7 @@ import torch.nn as nn
 from ..errors import UnsupportedLayerError
 from ..neurons import FitConfig, Neuron
 
-__all__ = ['AV', 'CONVOLUTION', 'GATE', 'LINEAR', 'QK', 'Multiplying', 'Product', 'named_products']
+__all__ = ['AV', 'CONVOLUTION', 'GATE', 'LINEAR', 'QK', 'Multiplying', 'Product', 'kinds_of', 'named_products']
 
 # Kinds, and what a module computes whose only products these are: another execution may take its place.
 LINEAR = 'linear'  # weights (D, C) on spikes (..., C), and a bias (D,)
@@ -103,7 +103,12 @@ class Multiplying(nn.Module):
             self.get_submodule(name).fit(seen, config)  # type: ignore[operator]
 
 
-def named_products(module: nn.Module) -> Iterator[tuple[str, nn.Module, list[Product]]]:
+def kinds_of(products: list[Product]) -> tuple[str, ...]:
+    """Kinds of the products of a module, by which an execution knows what takes its place."""
+    return tuple(product.kind for product in products)
+
+
+def named_products(module: nn.Module) -> Iterator[tuple[str, Multiplying, list[Product]]]:
     """Modules that multiply spikes, with their names and products, in the order of the modules.
 
     Raises:
@@ -117,5 +122,5 @@ def named_products(module: nn.Module) -> Iterator[tuple[str, nn.Module, list[Pro
             raise UnsupportedLayerError(
                 f'{name or "(root)"} ({type(child).__name__}) does not say what it multiplies its spikes by: a layer '
                 f'with a forward of its own needs multiplies() of its own.')
-        if products:
+        if isinstance(child, Multiplying) and products:
             yield name, child, products

@@ -125,7 +125,7 @@ def has_tensors(module: nn.Module) -> bool:
 
 def revert_(module: nn.Module) -> nn.Module:
     """Turn a spiking module, or one that was left half converted, back into its source, in place."""
-    back: dict[type[nn.Module], type[nn.Module]] = {spiking: source for source, spiking in SPIKING_LAYERS.items()}
+    back: dict[Any, Any] = {spiking: source for source, spiking in SPIKING_LAYERS.items()}
     for child in list(module.modules()):
         if isinstance(child, SpikingLayer):
             child.remove_neurons()

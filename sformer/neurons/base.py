@@ -65,6 +65,8 @@ class Neuron(Float32Buffers):
     """
     calibrated: torch.Tensor
     config: SFNConfig
+    step: torch.Tensor  # of types whose step folds into weights, and their centre
+    center: torch.Tensor | None
     counted = True  # by activity: its spikes are news, and asking for them changes nothing
     takes_octaves = False  # `fit` does, as of queries and keys, whose steps are related
 

@@ -1,4 +1,5 @@
 """Whether it spikes in the code, too: a batch through bit planes; and which patches of an image spike."""
+import functools
 import re
 from typing import Any
 
@@ -53,15 +54,17 @@ def spike_maps(model: nn.Module, image: torch.Tensor) -> dict[str, torch.Tensor]
         return {}
     patches = grid[0] * grid[1]
     sums: dict[str, list[torch.Tensor]] = {}
+
+    def keep(block: str, neuron: Neuron, args: tuple[torch.Tensor], out: torch.Tensor) -> None:
+        levels = neuron.encode(args[0]).levels
+        if levels.ndim == 3 and levels.shape[1] >= patches:  # prefix tokens come first
+            sums.setdefault(block, []).append(levels[0, -patches:].abs().double())
+
     for name, _, products in named_products(view):
         block = re.match(r'(.*?\d+)\.', name)
-        for product in products if block else ():
-            def keep(neuron: Neuron, args: tuple[torch.Tensor], out: torch.Tensor, block: str = block[1]) -> None:
-                levels = neuron.encode(args[0]).levels
-                if levels.ndim == 3 and levels.shape[1] >= patches:  # prefix tokens come first
-                    sums.setdefault(block, []).append(levels[0, -patches:].abs().double())
-            if product.kind == LINEAR:
-                product.operands[0].register_forward_hook(keep)
+        for product in products:
+            if block and product.kind == LINEAR:
+                product.operands[0].register_forward_hook(functools.partial(keep, block[1]))
     view(image[None])
     return {block: torch.cat(parts, 1).mean(1).view(grid) for block, parts in sums.items()}
 

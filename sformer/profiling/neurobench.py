@@ -13,7 +13,7 @@ import torch.nn as nn
 from ..errors import SFormerError, UncalibratedError, needed_packages
 from ..execution import SPIKE_CODINGS, spike_planes
 from ..layers import Product, is_calibrated, named_products, shared_copy, uncalibrated
-from ..layers.multiplying import AV, CONVOLUTION, GATE, LINEAR, QK
+from ..layers.multiplying import AV, CONVOLUTION, GATE, LINEAR, QK, kinds_of
 from ..layers.products import softmax_numerators
 from ..neurons import Neuron
 
@@ -170,12 +170,12 @@ def _split(view: nn.ModuleList, coding: str) -> nn.ModuleList:
         path = name.removeprefix('0.')
         if name.endswith('.base_layer'):
             raise SFormerError(f'{path.removesuffix(".base_layer")} has an adapter: merge it into the weights first.')
-        kinds = tuple(product.kind for product in products)
-        if kinds == (QK, AV):
-            view.set_submodule(name, SplitAttention(*products, coding))
-        elif kinds == (GATE,):
+        if kinds_of(products) == (QK, AV):
+            scores, values = products
+            view.set_submodule(name, SplitAttention(scores, values, coding))
+        elif kinds_of(products) == (GATE,):
             _split_gate(layer, products[0], coding)
-        elif kinds in ((LINEAR,), (CONVOLUTION,)) and not products[0].transposed:
+        elif kinds_of(products) in ((LINEAR,), (CONVOLUTION,)) and not products[0].transposed:
             view.set_submodule(name, SplitLayer(products[0], coding))
         else:
             raise SFormerError(f'{path} ({type(layer).__name__}) is of a kind that is not split into neurons and '
