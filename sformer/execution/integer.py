@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from ..errors import SFormerError, UncalibratedError
 from ..layers import Product, SpikingLayer, is_calibrated, named_products, shared_copy, uncalibrated
-from ..layers.multiplying import CONVOLUTION, LINEAR
+from ..layers.multiplying import CONVOLUTION, LINEAR, kinds_of
 from ..neurons import Float32Buffers, Neuron, ScaleAndFire, SharedScaleAndFire
 from .rounding import IntegerWeights, integer_weights, rounded
 from .saturation import MAX_WEIGHT, upright, weight_limit
@@ -334,8 +334,8 @@ def _integer_layer(
     product, neuron = products[0], products[0].operands[0]
     reason = ''
     if len(products) > 1 or product.kind not in INTEGER_FORMS:
-        reason = (f'there is no form of {" and ".join(product.kind for product in products)} in integers: there are '
-                  f'those of {" and ".join(INTEGER_FORMS)}')
+        reason = (f'there is no form of {" and ".join(kinds_of(products))} in integers: there are those of '
+                  f'{" and ".join(INTEGER_FORMS)}')
     elif product.pads and (product.pads != 'zeros' or getattr(neuron, 'center', None) is not None):
         reason = 'what it pads with is no zero'
     if reason:
@@ -369,6 +369,8 @@ def folded_bias(product: Product) -> torch.Tensor | None:
     if center is None:
         return bias
     weight = product.by_output(product.weights.detach().to(torch.float32))
-    folded = weight @ center.flatten() if product.kind == LINEAR else \
-        (weight * product.beside(center)).flatten(1).sum(1)
+    if product.kind == LINEAR:
+        folded = weight @ center.flatten()
+    else:
+        folded = (weight * product.beside(center)).flatten(1).sum(1)
     return folded if bias is None else folded + bias

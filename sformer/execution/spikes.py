@@ -6,7 +6,7 @@ bit: weights are fixed-point numbers of 30 bits (or int8, after `to_integer_`) a
 in float64. It shows and counts; it is slow.
 """
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -217,11 +217,9 @@ def to_spikes_(model: nn.Module, coding: str = 'binary') -> nn.Module:
     part: Any
     for name, layer, products, form in list(_changes(model)):
         if form is SpikeProduct:
-            changed: Sequence[nn.Module] = [SpikeProduct(products[0]).train(layer.training)]
-            model.set_submodule(name, changed[0])
-        else:
-            changed = products[0].operands if form is SpikeGate else [layer]
-        for part in changed:
+            layer = SpikeProduct(products[0]).train(layer.training)
+            model.set_submodule(name, layer)
+        for part in products[0].operands if form is SpikeGate else (layer,):
             part.__class__, part.coding = form, coding
     return model
 

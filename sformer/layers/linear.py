@@ -1,5 +1,6 @@
 """Layers with weights: their input is spikes, their output a current."""
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -101,16 +102,24 @@ class SpikingConvMixin(SpikingLayer):
     def multiplies(self) -> list[Product]:
         if self.neuron is None:
             return []
-        convolution, groups, transposed = self.convolution(), self.groups, isinstance(self, nn.ConvTranspose2d)
-
-        def total(spikes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-            """Images and the output channels of a group are summed up first."""
-            of_group = weight.sum(1, keepdim=True) if transposed else weight.unflatten(0, (groups, -1)).sum(1)
-            images = spikes.reshape(-1, *spikes.shape[-3:]).sum(0, keepdim=True)
-            return convolution(images.double(), of_group.double()).sum()
+        convolution, transposed = self.convolution(), isinstance(self, nn.ConvTranspose2d)
+        total = functools.partial(_convolution_total, convolution, self.groups, transposed)
         pads = '' if not transposed and self.padding in ((0, 0), 'valid') else self.padding_mode
-        return [Product(CONVOLUTION, (self.neuron,), convolution, total, self.weight, self.bias, groups, transposed,
-                        pads)]
+        return [Product(CONVOLUTION, (self.neuron,), convolution, total, self.weight, self.bias, self.groups,
+                        transposed, pads)]
+
+
+def _convolution_total(
+        convolution: Callable[..., torch.Tensor],
+        groups: int,
+        transposed: bool,
+        spikes: torch.Tensor,
+        weight: torch.Tensor,
+) -> torch.Tensor:
+    """Sum over a convolution, of which images and the output channels of a group are summed up first."""
+    images = spikes.reshape(-1, *spikes.shape[-3:]).sum(0, keepdim=True)
+    of_group = weight.sum(1, keepdim=True) if transposed else weight.unflatten(0, (groups, -1)).sum(1)
+    return convolution(images.double(), of_group.double()).sum()
 
 
 @register_spiking(nn.Conv2d)

@@ -1,6 +1,7 @@
 """What layers say that they multiply: it is what they compute; one of one's own is counted or refused by name."""
 import copy
 import dataclasses
+import pickle
 
 import pytest
 import torch
@@ -184,6 +185,9 @@ def test_every_convolution_is_executed_spike_by_spike(layer):
     model = spiking(nn.Sequential(layer), x)
     binary, graded = (to_spikes_(copy.deepcopy(model), coding)(x) for coding in ('binary', 'graded'))
     assert torch.equal(binary, graded) and relative_error(binary, model(x)) < 1e-5
+    for change in (to_spikes_, to_integer_):  # and what is made of it can be sent to another process
+        change(model)
+        assert torch.equal(pickle.loads(pickle.dumps(model))(x), model(x))
 
 
 @torch.no_grad()
