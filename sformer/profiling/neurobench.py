@@ -47,7 +47,7 @@ class WeightProduct(nn.Module):
     bias: torch.Tensor | None
 
     def __init__(self, product: Product):
-        nn.Module.__init__(self)  # of the library's type for counters alone: parameters are those that are there
+        nn.Module.__init__(self)  # an nn.Linear or nn.Conv2d to counters alone: parameters are those of the layer
         self.compute = product.compute
         self.weight, self.bias = product.weights, product.bias
 
