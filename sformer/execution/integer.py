@@ -50,6 +50,7 @@ class IntegerReport:
 
 class IntegerLayer(Float32Buffers, SpikingLayer):
     """A layer whose weights are int8, with steps in float32. Its source is gone."""
+    executed = True
     neuron: Neuron
 
     def remove_neurons(self) -> None:

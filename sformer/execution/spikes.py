@@ -77,6 +77,7 @@ def _fixed_point(values: torch.Tensor) -> torch.Tensor:
 
 class SpikeLayer(SpikingLayer):
     """A layer whose products are of spikes in a coding, for inference."""
+    executed = True
     coding: str
 
     def remove_neurons(self) -> None:
@@ -136,6 +137,7 @@ class SpikeIntegerConv2d(SpikeSums, IntegerConv2d):
 class SpikeAttention(AttentionProduct):
     """QK^T and AV of spikes with spikes, exact. The centre of keys is left out, to which the softmax is blind; steps of
     the softmax numerators cancel with those of their sum."""
+    executed = True
     coding: str
     multiplies = AttentionProduct.multiplies
 

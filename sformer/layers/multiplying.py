@@ -87,6 +87,7 @@ class Multiplying(nn.Module):
     What a class says holds for its forward. A subclass with a forward of its own says it anew.
     """
     max_scores: float = math.inf  # results that it computes at once, if it computes them in blocks
+    executed = False  # in integers or spike by spike: by what its neurons encode, whose forward it does not call
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

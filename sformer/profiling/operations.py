@@ -197,7 +197,7 @@ def profile_model(
 
     Raises:
         UncalibratedError: If thresholds were never fitted.
-        SFormerError: If there are no images.
+        SFormerError: If there are no images, or products are executed in integers or spike by spike.
     """
     if not is_calibrated(model):
         raise UncalibratedError(f'{uncalibrated(model)}; its spikes would mean nothing. Use sformer.convert().')
@@ -208,6 +208,9 @@ def profile_model(
         neuron.register_forward_hook(lambda neuron, args, out: counts[neuron].add(args[0]))
     tallies: dict[str, list[_Tally]] = {}
     for name, layer, products in named_products(view):
+        if layer.executed:
+            raise SFormerError(f'{name} is executed in integers or spike by spike, where products are not counted: '
+                               f'profile the model that to_integer_() or to_spikes_() was given.')
         layer.max_scores = math.inf  # or of its spikes the last block of queries alone would be at hand
         tallies[name] = [_Tally(product, [counts[n] for n in product.operands], watch) for product in products]
         for tally in tallies[name]:

@@ -200,7 +200,7 @@ def test_products_of_attention_are_counted_by_their_sums():
 
 
 def test_what_is_executed_says_what_it_multiplies_as_well():
-    """So it can be counted, and the coding of spikes changed, after integers and spikes."""
+    """So spikes change their coding, and read integers; neurons are not called, so a profile refuses it by name."""
     model = convert(build('eva02', depth=1), [pixels(8)])
     kinds = {name: [product.kind for product in products] for name, _, products in named_products(model)}
     assert {kind for found in kinds.values() for kind in found} == {'linear', 'convolution', 'QK^T', 'AV', 'gate'}
@@ -208,6 +208,8 @@ def test_what_is_executed_says_what_it_multiplies_as_well():
         other = copy.deepcopy(model)
         change(other)
         assert {name: [product.kind for product in products] for name, _, products in named_products(other)} == kinds
+        with pytest.raises(SFormerError, match=r'patch_embed\.proj is executed in integers or spike by spike'):
+            profile_model(other, [pixels(1)])
     layer = spiking(nn.Sequential(nn.Linear(8, 4)), tokens(dim=8))
     with pytest.raises(SFormerError, match='cannot be replaced in itself'):
         to_spikes_(layer[0])
