@@ -46,11 +46,11 @@ def test_model_without_spiking_counterpart(images):
 
 
 def test_checkpoint_of_another_architecture(source, checkpoint, tmp_path):
-    model = timm.create_model(NAME, **dict(NANO, depth=6))
-    with pytest.raises(SFormerError, match=r'blocks\.4\.norm1\.weight is missing.*; and 21 more'):
+    model = timm.create_model(NAME, **dict(NANO, depth=4))
+    with pytest.raises(SFormerError, match=r'blocks\.2\.norm1\.weight is missing.*; and 21 more'):
         load_source_weights_(model, checkpoint)
-    model = timm.create_model(NAME, **dict(NANO, depth=3))
-    with pytest.raises(SFormerError, match=r'blocks\.3\.\S+ is not part of the model'):
+    model = timm.create_model(NAME, **dict(NANO, depth=1))
+    with pytest.raises(SFormerError, match=r'blocks\.1\.\S+ is not part of the model'):
         load_source_weights_(model, checkpoint)
     model = timm.create_model(NAME, **dict(NANO, num_classes=5))
     with pytest.raises(SFormerError, match=r'head\.weight is \(10, 64\) instead of \(5, 64\)'):
@@ -143,14 +143,14 @@ def test_missing_checkpoint(tmp_path):
 
 @pytest.mark.parametrize('value', [float('nan'), float('inf'), -float('inf')])
 def test_broken_weights_are_named(source, images, tmp_path, value):
-    weight = source.blocks[2].mlp.fc1.weight.detach().clone()
+    weight = source.blocks[1].mlp.fc1.weight.detach().clone()
     weight[3, 5] = value
-    path = save_changed(tmp_path / 'broken.safetensors', source, **{'blocks.2.mlp.fc1.weight': weight})
-    with pytest.raises(SFormerError, match=r'blocks\.2\.mlp\.fc1\.weight of .*broken\.safetensors'):
+    path = save_changed(tmp_path / 'broken.safetensors', source, **{'blocks.1.mlp.fc1.weight': weight})
+    with pytest.raises(SFormerError, match=r'blocks\.1\.mlp\.fc1\.weight of .*broken\.safetensors'):
         convert(NAME, checkpoint=path, **NANO)
     broken = copy.deepcopy(source)
-    broken.blocks[2].mlp.fc1.weight.data.copy_(weight)
-    with pytest.raises(SFormerError, match=r'blocks\.2\.mlp\.fc1\.weight of the source'):
+    broken.blocks[1].mlp.fc1.weight.data.copy_(weight)
+    with pytest.raises(SFormerError, match=r'blocks\.1\.mlp\.fc1\.weight of the source'):
         convert(broken, [images])
 
 

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+from conftest import NANO
 from timm.models._features_fx import GraphExtractNet, create_feature_extractor
 from timm.models.vision_transformer import VisionTransformer
 from torch.optim.swa_utils import AveragedModel
@@ -16,7 +17,7 @@ from sformer.layers import FLOATING_LAYERS, SPIKING_LAYERS, named_neurons, sourc
 from sformer.layers.linear import SpikingLinear
 from sformer.neurons import GradedCoding, Neuron
 
-MICRO = dict(img_size=16, patch_size=4, embed_dim=48, depth=4, num_heads=3, num_classes=5)
+MICRO = dict(img_size=16, patch_size=4, embed_dim=48, depth=2, num_heads=3, num_classes=5)
 
 
 def micro_inputs(in_chans=3, size=16):
@@ -51,7 +52,7 @@ def test_meta_device_context():
 
 
 def test_meta_model_materialises_and_loads(model, images):
-    empty = timm.create_model('sformer_nano', device='meta', img_size=8, in_chans=1, num_classes=10)
+    empty = timm.create_model('sformer_nano', device='meta', **NANO)
     empty.to_empty(device='cpu').load_state_dict(model.state_dict())
     assert is_calibrated(empty)
     assert torch.equal(empty.eval()(images), model(images))
@@ -117,9 +118,9 @@ def test_dynamic_image_size_at_run_time():
 
 def test_foreign_layers_are_refused_and_the_model_is_unchanged(own_source):
     own_source.blocks[1].mlp.act = nn.PReLU()
-    own_source.blocks[2].attn.proj = nn.Bilinear(4, 4, 4)
+    own_source.blocks[0].attn.proj = nn.Bilinear(4, 4, 4)
     before = {name: type(module) for name, module in own_source.named_modules()}
-    with pytest.raises(UnsupportedLayerError, match=r'blocks\.1\.mlp\.act .*PReLU.*blocks\.2\.attn\.proj .*Bilinear'):
+    with pytest.raises(UnsupportedLayerError, match=r'blocks\.0\.attn\.proj .*Bilinear.*blocks\.1\.mlp\.act .*PReLU'):
         sformer.models.spiking_model_(own_source)
     assert {name: type(module) for name, module in own_source.named_modules()} == before
 
@@ -176,9 +177,10 @@ def test_untrained_model_is_uncalibrated():
 # timm's model interface -----------------------------------------------------------------------------------------------
 
 def test_features_only():
-    model = timm.create_model('sformer_tiny', **MICRO, features_only=True)
+    deep = dict(MICRO, depth=4)
+    model = timm.create_model('sformer_tiny', **deep, features_only=True)
     assert [f.shape for f in model(micro_inputs())] == [(2, 48, 4, 4)] * 3
-    one = timm.create_model('sformer_tiny', **MICRO, features_only=True, out_indices=[1])
+    one = timm.create_model('sformer_tiny', **deep, features_only=True, out_indices=[1])
     assert [f.shape for f in one(micro_inputs())] == [(2, 48, 4, 4)]
     assert len(one.model.blocks) == 2, 'blocks that nobody reads are pruned'
     assert one.feature_info.channels() == [48]
@@ -191,26 +193,26 @@ def test_intermediates_are_the_outputs_of_the_blocks(model, images):
         expected = model.forward_features(images)
         blocks, outputs = outputs, []
         final, tokens = model.forward_intermediates(images, output_fmt='NLC')
-        maps = model.forward_intermediates(images, indices=[1, 3], intermediates_only=True)
-        last = model.get_intermediate_layers(images, n=2)
-        normed = model.get_intermediate_layers(images, n=[3], norm=True, return_prefix_tokens=True)
+        maps = model.forward_intermediates(images, indices=[0, 1], intermediates_only=True)
+        last = model.get_intermediate_layers(images, n=1)
+        normed = model.get_intermediate_layers(images, n=[1], norm=True, return_prefix_tokens=True)
     for handle in handles:
         handle.remove()
     assert torch.equal(final, expected)
     assert all(torch.equal(t, b[:, 1:]) for t, b in zip(tokens, blocks, strict=True))
-    grid = blocks[3][:, 1:].transpose(1, 2).reshape(32, 64, 4, 4)
+    grid = blocks[1][:, 1:].transpose(1, 2).reshape(32, 64, 4, 4)
     assert len(maps) == 2 and torch.equal(maps[1], grid)
-    assert all(torch.equal(t, b[:, 1:]) for t, b in zip(last, blocks[2:], strict=True))
+    assert all(torch.equal(t, b[:, 1:]) for t, b in zip(last, blocks[1:], strict=True))
     assert torch.equal(torch.cat([normed[0][1], normed[0][0]], dim=1), expected)
 
 
 def test_prune_intermediate_layers(model, images):
     pruned = copy.deepcopy(model)
-    assert pruned.prune_intermediate_layers([1], prune_norm=True, prune_head=True) == [1]
-    assert len(pruned.blocks) == 2 and isinstance(pruned.head, nn.Identity)
+    assert pruned.prune_intermediate_layers([0], prune_norm=True, prune_head=True) == [0]
+    assert len(pruned.blocks) == 1 and isinstance(pruned.head, nn.Identity)
     with torch.no_grad():
-        a = pruned.forward_intermediates(images, indices=[1], intermediates_only=True)
-        b = model.forward_intermediates(images, indices=[1], intermediates_only=True)
+        a = pruned.forward_intermediates(images, indices=[0], intermediates_only=True)
+        b = model.forward_intermediates(images, indices=[0], intermediates_only=True)
     assert torch.equal(a[0], b[0])
 
 
@@ -305,9 +307,9 @@ def test_a_step_of_training_lowers_the_loss(model, digits):
 
 @pytest.fixture
 def shallow(model):
-    """Two blocks of the model: compilers take seconds for each, which all are alike."""
+    """One block of the model: compilers take seconds for each, which all are alike."""
     model = copy.deepcopy(model)
-    model.blocks = model.blocks[:2]
+    model.blocks = model.blocks[:1]
     return model
 
 
@@ -350,7 +352,7 @@ def test_fx(shallow, images):
     with torch.no_grad():
         expected = shallow(images)
         out = create_feature_extractor(copy.deepcopy(shallow), {'head': 'logits', 'blocks.0': 'block'})(images)
-        last = GraphExtractNet(copy.deepcopy(shallow), ['blocks.1'], squeeze_out=True)(images)
+        last = GraphExtractNet(copy.deepcopy(shallow), ['blocks.0'], squeeze_out=True)(images)
     assert torch.equal(out['logits'], expected) and out['block'].shape == (32, 17, 64)
     assert last.shape == (32, 17, 64)
 

@@ -197,7 +197,7 @@ def with_an_argument_that_json_does_not_know(model):
 
 def tied(model):
     model = copy.deepcopy(model)
-    model.blocks[2].mlp.fc1.weight = model.blocks[0].mlp.fc1.weight
+    model.blocks[1].mlp.fc1.weight = model.blocks[0].mlp.fc1.weight
     return model
 
 
@@ -219,7 +219,7 @@ def feature_extractor(model):
     (pruned, 'no config can rebuild this model: it was changed after it was built'),
     (not_made_by_timm, 'not built by timm.create_model'),
     (with_an_argument_that_json_does_not_know, "no config can rebuild this model: .*'norm_layer' is not serializable"),
-    (tied, r'blocks\.2\.mlp\.fc1\.weight and blocks\.0\.mlp\.fc1\.weight share their values'),
+    (tied, r'blocks\.1\.mlp\.fc1\.weight and blocks\.0\.mlp\.fc1\.weight share their values'),
     (on_the_meta_device, 'cls_token has no values: it is on the meta device'),
     (partly_offloaded, r'head\.weight has no values'),
     (feature_extractor, 'no config can rebuild a FeatureGetterNet')])
