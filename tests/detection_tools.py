@@ -4,6 +4,7 @@ import json
 import timm
 import torch
 from PIL import Image, ImageDraw
+from timm.models import register_model
 
 from sformer.detection import DetectorConfig, build_detector
 
@@ -39,9 +40,16 @@ def write_annotations(root, data, split='train'):
     (root / f'{split}.json').write_text(json.dumps(data))
 
 
+@register_model
+def test_vit_short(pretrained=False, **kwargs):
+    """timm's smallest ViT with two of its six blocks."""
+    return timm.create_model('test_vit', pretrained, **{'depth': 2, **kwargs})
+
+
 def small_config(**kwargs):
+    """Of a backbone of two blocks, or of six where most attend within windows."""
     return DetectorConfig(**{**dict(
-        backbone='test_vit', categories={c['id']: c['name'] for c in CATEGORIES}, image_size=(64, 96), channels=8,
+        backbone='test_vit' if 'window_size' in kwargs else 'test_vit_short', categories={c['id']: c['name'] for c in CATEGORIES}, image_size=(64, 96), channels=8,
         hidden=16, max_detections=10), **kwargs})
 
 

@@ -20,11 +20,11 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from sformer import FitConfig, SFNConfig, calibrate_, named_neurons, spiking_
 from sformer.neurons import Neuron
 
-SMALL = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=7)
+SMALL = dict(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, num_classes=7)
 
-# family -> name of timm's entry point and arguments
+# family -> name of timm's entry point and arguments; one block has all layers of a family, a ViT shows what two do
 FAMILIES = {
-    'vit': ('vit_tiny_patch16_224', {}),
+    'vit': ('vit_tiny_patch16_224', dict(depth=2)),
     'deit distilled': ('deit_tiny_distilled_patch16_224', {}),
     'beit': ('beit_base_patch16_224', {}),
     'beit v2': ('beitv2_base_patch16_224', dict(use_rel_pos_bias=True)),

@@ -155,7 +155,6 @@ def test_recipes(source, images, plain, config, fit):
     assert model.conversion.fit == fit.settled() and model.sfn_config == config
     neurons = [n for _, n in named_neurons(model) if isinstance(n, ScaleAndFire)]
     assert all(n.config == config and len(n.levels) == config.levels for n in neurons)
-    assert state_hash(neuron_state(model)) == state_hash(neuron_state(convert(source, [images], config, fit)))
     with torch.no_grad():
         out = model(images)
         assert torch.isfinite(out).all()

@@ -155,6 +155,6 @@ def test_broken_weights_are_named(source, images, tmp_path, value):
 
 
 def test_overflow_inside_the_source_is_located(own_source, images):
-    own_source.blocks[1].mlp.fc1.weight.data *= 1e30
+    own_source.blocks[0].mlp.fc1.weight.data *= 1e30
     with pytest.raises(SFormerError, match=r'infinite currents at blocks\.\d\.\S+neuron'):
         convert(own_source, [images])

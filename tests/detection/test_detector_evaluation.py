@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 from sformer.detection import (
     TrainingConfig,
     coco_metrics,
+    convert_detector,
     detector_evaluation,
     evaluate_detector,
     open_coco,
@@ -87,8 +88,9 @@ def test_a_run_that_was_killed_goes_on(sformer_detector, folder, result, tmp_pat
 
 
 @pytest.mark.slow
-def test_processes_share_the_images(sformer_detector, folder, tmp_path):
-    save_detector(sformer_detector, tmp_path / 'm')
+def test_processes_share_the_images(data, folder, tmp_path):
+    detector = small_detector(masks=True, backbone='test_vit')  # which other processes know, too
+    save_detector(convert_detector(detector, data, num_images=2), tmp_path / 'm')
     results = []
     for processes in (1, 2, 3):
         file = tmp_path / f'{processes}.json'

@@ -181,4 +181,4 @@ def test_timm_says_that_it_has_none(hub, saved):
 
 def test_a_source_is_named_without_neurons(tmp_path):
     save_detector(build_detector(small_config()), tmp_path)
-    assert json.loads((tmp_path / 'config.json').read_text())['architecture'] == 'fasterrcnn_test_vit'
+    assert json.loads((tmp_path / 'config.json').read_text())['architecture'] == 'fasterrcnn_test_vit_short'

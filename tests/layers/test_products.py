@@ -59,7 +59,7 @@ def test_what_enters_a_product_is_an_integer_times_a_step_whatever_the_fire_func
 
 
 def test_the_watch_sees_what_is_analog():
-    model = spiking(build('gated attention'), pixels())
+    model = spiking(build('gated attention', depth=2), pixels())
     watch, _ = watch_products(source_view(model), pixels(3))
     assert Counter(watch.analog) == {'linear': 11, 'conv2d': 1, 'scaled_dot_product_attention': 6, 'mul': 4}
     for name in ('head.neuron', 'blocks.1.attn.gate_neuron', 'blocks.0.attn.products.0.q_neuron'):

@@ -14,7 +14,7 @@ def test_codings_agree(model, images):
 
 def test_maps_are_of_patches(model, images):
     maps = spike_maps(model, images[0])
-    assert list(maps) == [f'blocks.{i}' for i in range(4)] and all(m.shape == (4, 4) for m in maps.values())
+    assert list(maps) == [f'blocks.{i}' for i in range(2)] and all(m.shape == (4, 4) for m in maps.values())
     neurons, levels = dict(named_neurons(model)), []
     handles = [neurons[f'blocks.1.{site}.neuron'].register_forward_pre_hook(
         lambda neuron, args: levels.append(neuron.encode(args[0]).levels[0, 1 + 4 * 2 + 3].abs().tolist()))

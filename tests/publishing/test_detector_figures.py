@@ -71,7 +71,7 @@ def test_everything_measured_is_there(record):
     for row in ('| boxes, mAP [%] | 30.00 | 10.00 |', '| boxes, mAP50 [%] | 30.25 | 10.25 |',
                 '| masks, mAP75 [%] | 40.50 | 20.50 |', '| masks, square: mAP [%] | 42.00 | 22.00 |',
                 '| detects | disc, square |', '| pyramid | 8 channels at strides of 4, 8, 16, 32 pixels |',
-                '| architecture | `sformer_maskrcnn_test_vit` |', '| levels N per branch | 32 |',
+                '| architecture | `sformer_maskrcnn_test_vit_short` |', '| levels N per branch | 32 |',
                 '### shapes, split val, 2 images', COMMAND, '2 images of shapes', 'a Mask R-CNN with a simple feature'):
         assert row in card, row
     assert 'top-1' not in card and 'logits' not in card and 'timm.create_model' not in card

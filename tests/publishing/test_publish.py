@@ -67,7 +67,7 @@ def test_new_weights_replace_what_was_measured_of_the_old_ones(hub, folder, othe
 
 
 def test_multipart_upload(hub, folder, model, images):
-    hub.multipart_above = 300_000
+    hub.multipart_above = 150_000
     publish(folder, REPO)
     assert hub.count('PUT', r'/lfs/\w+/3$') == 1
     assert_same(timm_load(), model, images)

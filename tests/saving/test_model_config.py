@@ -78,7 +78,7 @@ def test_garbage_instead_of_a_config(folder, text):
     (dict(architecture='sformer_from_the_future'), "'sformer_from_the_future' is not an SFormer"),
     (dict(architecture=None), 'is not an SFormer'),
     (dict(model_args=dict(no_such_argument=1, sfn=SFN)), 'no_such_argument'),
-    (dict(model_args=dict(NANO, depth=3, sfn=SFN)), 'cannot be loaded'),
+    (dict(model_args=dict(NANO, depth=1, sfn=SFN)), 'cannot be loaded'),
     (dict(model_args=dict(NANO, embed_dim=128, sfn=SFN)), 'cannot be loaded'),
     (dict(model_args=dict(NANO, sfn=dict(SFN, levels=8))), 'levels'),
     (dict(model_args=dict(NANO, sfn=dict(SFN, levels=1000))), 'levels must be'),
