@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from conftest import NANO
 
 NAME = 'vit_tiny_patch16_224'
 KWARGS = [f'{key}={value}' for key, value in NANO.items()]
+SCRIPT = Path(sysconfig.get_path('scripts'), 'sformer')  # where the package is installed
 FORKS = multiprocessing.get_context('forkserver')
 # importing all that takes seconds, once is enough
 FORKS.set_forkserver_preload(['sformer.cli.app', 'sformer.evaluation', 'datasets', 'accelerate'])

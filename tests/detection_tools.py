@@ -48,12 +48,13 @@ def test_vit_short(pretrained=False, **kwargs):
 
 def small_config(**kwargs):
     """Of a backbone of two blocks, or of six where most attend within windows."""
+    backbone = 'test_vit' if 'window_size' in kwargs else 'test_vit_short'
     return DetectorConfig(**{**dict(
-        backbone='test_vit' if 'window_size' in kwargs else 'test_vit_short', categories={c['id']: c['name'] for c in CATEGORIES}, image_size=(64, 96), channels=8,
+        backbone=backbone, categories={c['id']: c['name'] for c in CATEGORIES}, image_size=(64, 96), channels=8,
         hidden=16, max_detections=10), **kwargs})
 
 
-def small_detector(seed=6, depth=None, **kwargs):
+def small_detector(seed=16, depth=None, **kwargs):
     """A detector with random weights that detects something: no score is too small. With this seed, some is there.
     Of a backbone with fewer blocks than timm gives it, if a depth is named, which no config rebuilds."""
     config = small_config(**kwargs)

@@ -35,7 +35,8 @@ def plots_are_drawn_once():
             drawn[key] = render_plots(record)
         return drawn[key]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sformer.publishing.publish, 'render_plots', remember)
+        for module in (sformer.publishing.publish, sformer.publishing.cards):
+            patch.setattr(module, 'render_plots', remember)
         yield
 
 

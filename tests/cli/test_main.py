@@ -1,15 +1,16 @@
 """What holds for all commands: help, versions, mistakes, output, and what they wait for."""
+import io
 import json
 import os
 import runpy
 import subprocess
 import sys
-import sysconfig
 from importlib import metadata
 from pathlib import Path
 
 import pytest
-from cli_process import NAME, Result, assert_mistake
+from cli_process import NAME, SCRIPT, Result, assert_mistake
+from evaluation_tools import write_digits
 
 import sformer
 from sformer import cli
@@ -18,7 +19,6 @@ from sformer.cli.failure import is_command
 
 # processes of their own have the package that is tested here
 ENVIRONMENT = dict(os.environ, PYTHONPATH=str(Path(sformer.__file__).parents[1]))
-SCRIPT = Path(sysconfig.get_path('scripts'), 'sformer')
 
 
 def test_help(run):
@@ -68,9 +68,12 @@ def test_versions(run):
 
 
 def test_importing_the_package_registers_its_models(tmp_path):
-    """Whatever the command line leaves out; even in a script that has its name. What is slow to load waits."""
+    """Whatever the command line leaves out; even in a script that has its name. What is slow to load waits, and what
+    was said to its logger before is not forgotten then."""
+    folder = write_digits(tmp_path, 1, 10)
     (tmp_path / 'sformer').write_text(
-        "import sys, sformer, sformer.data\n"
+        "import logging, sys, sformer, sformer.data\n"
+        "logging.getLogger('datasets').setLevel(logging.CRITICAL)\n"
         "print(*{'datasets', 'pyarrow', 'matplotlib', 'rich'} & set(sys.modules))\n"
         "import timm, torchvision\n"
         "assert timm.is_model('sformer_nano') and 'sformer_maskrcnn_vit_tiny_patch16_224' in "
@@ -79,19 +82,24 @@ def test_importing_the_package_registers_its_models(tmp_path):
         "assert all(getattr(sformer, name) for name in sformer.__all__)\n"
         "assert all(hasattr(sformer.neurons, name) for name in sformer.neurons.__all__)\n"
         "assert sformer.baselines.quantised and sformer.detection.load_detector\n"
-        "assert not hasattr(sformer, 'nothing') and not hasattr(sformer.neurons, 'nothing')\n")
-    done = subprocess.run([sys.executable, str(tmp_path / 'sformer'), 'evaluate'], env=ENVIRONMENT, capture_output=True)
+        "assert not hasattr(sformer, 'nothing') and not hasattr(sformer.neurons, 'nothing')\n"
+        "assert 'datasets' not in sys.modules\n"
+        f"sformer.data.open_images({folder!r}, data_config=dict(input_size=(1, 8, 8), mean=(.5,), std=(.5,)))\n"
+        "assert 'datasets' in sys.modules and logging.getLogger('datasets').level == logging.CRITICAL\n")
+    done = subprocess.run([sys.executable, str(tmp_path / 'sformer'), 'evaluate'], capture_output=True,
+                          env=dict(ENVIRONMENT, HF_HOME=str(tmp_path / 'home')))
     assert (done.returncode, done.stdout, done.stderr) == (0, b'\n', b'')
 
 
-def test_names_that_the_terminal_cannot_show(model, tmp_path):
-    """And the command as installed, in which nobody else has registered the models."""
+def test_names_that_the_terminal_cannot_show(model, tmp_path, monkeypatch, capsys):
     folder = sformer.save_model(model, tmp_path / 'модель')
-    done = subprocess.run(
-        [*([str(SCRIPT)] if SCRIPT.exists() else [sys.executable, '-m', 'sformer']),
-         'compare', folder.name, 'sformer_nano.digits', '--dataset', 'digits', '--num-images', '8'],
-        cwd=tmp_path, env=dict(ENVIRONMENT, PYTHONIOENCODING='ascii'), capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, '') and r'\u043c' in done.stdout and '8 images' in done.stdout
+    terminal = io.TextIOWrapper(io.BytesIO(), 'ascii')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'stdout', terminal)
+    with pytest.raises(SystemExit) as done:
+        cli.main(['compare', folder.name, 'sformer_nano.digits', '--dataset', 'digits', '--num-images', '8'])
+    shown = terminal.buffer.getvalue().decode()
+    assert (done.value.code, capsys.readouterr().err) == (0, '') and r'\u043c' in shown and '8 images' in shown
 
 
 @pytest.mark.parametrize('args', [['--version'], ['list', '--format', 'csv']])

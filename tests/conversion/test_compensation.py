@@ -4,9 +4,9 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
-from hypothesis import given
+from hypothesis import given, settings
 from layer_tools import FAMILIES, build, pixels, relative_error, rng
-from neuron_tools import prop, seeds
+from neuron_tools import seeds
 
 from sformer import FitConfig, SFNConfig, SFormerError, calibrate_, convert, spiking_
 from sformer.conversion import calibration, compensation
@@ -30,7 +30,7 @@ def both(layer, x, config=SFNConfig(levels=2)):
     return plain, better
 
 
-@prop
+@settings(max_examples=20, deadline=None)
 @given(seeds)
 def test_what_a_layer_loses_is_orthogonal_to_what_it_reads(seed):
     """The normal equations: no other weights and no other bias have a smaller squared error."""

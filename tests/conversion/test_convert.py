@@ -384,7 +384,7 @@ def relative_error(a, b):
 def test_cifar_error(cifar):
     source, folder = cifar
     images, _ = load_test_images(source, folder, 100)
-    model = convert(source, folder, split='train', num_images=128)
+    model = convert(source, folder, split='train', num_images=64)
     assert 0.003 < relative_error(logits(model, images), logits(source, images)) <= 0.03
 
 

@@ -1,7 +1,5 @@
 """From names to images; and every way to get it wrong."""
 import errno
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
@@ -204,14 +202,3 @@ def test_folder_of_a_built_in_name_is_told_of(tmp_path, monkeypatch, caplog):
     open_images('digits', data_config=GREY, num_images=2)
     message, = (record.getMessage() for record in caplog.records)
     assert "the folder is './digits'" in message
-
-
-def test_level_of_the_logger_survives_the_import_of_datasets(write_parquet):
-    """Whoever wants to be told nothing says so before; importing `datasets` would set the level anew."""
-    folder = write_parquet()
-    code = ('import logging, sys; logging.getLogger("datasets").setLevel(logging.CRITICAL); '
-            'from sformer.data import open_images; assert "datasets" not in sys.modules; '
-            f'open_images({folder!r}, data_config=dict(input_size=(3, 8, 8), mean=(0, 0, 0), std=(1, 1, 1))); '
-            'print(logging.getLogger("datasets").level)')
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
-    assert done.stdout == '50\n', done.stderr

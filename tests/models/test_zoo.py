@@ -18,7 +18,7 @@ from sformer.models.zoo import source_name
 from sformer.neurons import Neuron
 
 MODULES = ('vision_transformer', 'deit', 'beit', 'eva')
-SIZE = dict(img_size=32, patch_size=16, depth=2, num_classes=5, embed_dim=64)
+SIZE = dict(img_size=32, patch_size=16, depth=1, num_classes=5, embed_dim=64)
 
 # one of each structure: timm model, its arguments
 STRUCTURES = {

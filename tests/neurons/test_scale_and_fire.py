@@ -51,7 +51,7 @@ def test_output_is_the_decoded_spikes_bit_for_bit(name, n, signed, centered):
     boundaries = torch.tensor(naive_boundaries(neuron.levels, 0.5)).float()
     fine = torch.finfo(torch.float32)
 
-    @settings(max_examples=15, deadline=None)
+    @settings(max_examples=5, deadline=None)
     @given(st.lists(st.floats(2. ** -30, 2. ** 30, width=32), min_size=5, max_size=5),
            st.lists(st.integers(1, room), min_size=10, max_size=10),
            st.lists(st.floats(-1e4, 1e4, width=32), min_size=5, max_size=5),

@@ -105,7 +105,7 @@ def test_error_matrix_is_computed_once_per_fire_function():
 ])
 @pytest.mark.parametrize('distribution', DISTRIBUTIONS)
 def test_mse_is_close_to_brute_force(distribution, name, levels, initial_potential, dead_zone):
-    x = samples(distribution)
+    x = samples(distribution, 25_000)
     values = level_values(name, levels)
     case = name, values, initial_potential, dead_zone
     step, multiplier = fit_steps(site(x[:, None]), values, firing_boundaries(values, initial_potential, dead_zone))

@@ -15,6 +15,8 @@ from sformer.publishing.cards import SIDES, SINGLE, render_card, render_eval_res
 from sformer.publishing.model_record import ModelRecord, read_record
 from sformer.publishing.plots import render_plots
 
+pytestmark = pytest.mark.usefixtures('plots_are_drawn_once')
+
 # metadata -------------------------------------------------------------------------------------------------------------
 
 def test_metadata(record):

@@ -20,6 +20,7 @@ from sformer.publishing.cards import render_card, write_card
 from sformer.publishing.plots import render_plots
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures('plots_are_drawn_once')
 
 
 def script(name):

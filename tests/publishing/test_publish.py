@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import timm
+from cli_process import SCRIPT
 from hub_fixtures import FILES, READER, REPO, TOKEN, assert_same, nothing_loads, snapshot, timm_load
 from huggingface_hub import HfApi, ModelCard, constants
 
@@ -338,10 +339,10 @@ def test_card_names_the_published_source_and_its_license(published_source, tmp_p
 # processes of their own -----------------------------------------------------------------------------------------------
 
 def test_publish_in_a_process_of_its_own(hub, folder, environment, images, model, tmp_path):
-    """With the endpoint, the token and the cache of the environment."""
-    done = subprocess.run(
-        [sys.executable, '-m', 'sformer', 'publish', str(folder), REPO, '--private'], env=environment, cwd=tmp_path,
-        capture_output=True, text=True, timeout=120)
+    """With the endpoint, the token and the cache of the environment; as installed, nobody else registers models."""
+    command = [str(SCRIPT)] if SCRIPT.exists() else [sys.executable, '-m', 'sformer']
+    done = subprocess.run([*command, 'publish', str(folder), REPO, '--private'], env=environment, cwd=tmp_path,
+                          capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, '') and f'{REPO}: published, {hub.url}/{REPO}/commit/' in done.stdout
     assert TOKEN not in done.stdout and hub.repos[REPO].private
     assert_same(timm_load(), model, images)

@@ -27,10 +27,11 @@ def test_zoo_is_listed_as_pretrained():
             'sformer_eva_giant_336.m30m_ft_in22k_in1k', 'sformer_nano.digits'} <= set(listed)
 
 
+@pytest.mark.parametrize('depth', [dict(depth=1), pytest.param({}, marks=pytest.mark.slow)], ids=['one block', 'all'])
 @pytest.mark.parametrize('name', sorted({*ZOO, *SMALL}))
-def test_entrypoint_is_its_source(name):
-    model = timm.create_model(name, device='meta')
-    kwargs = SMALL[name][1] if name in SMALL else {}
+def test_entrypoint_is_its_source(name, depth):
+    model = timm.create_model(name, device='meta', **depth)
+    kwargs = {**(SMALL[name][1] if name in SMALL else {}), **depth}
     cfg = timm.get_pretrained_cfg(name)
     source = timm.create_model(
         SOURCES[name], device='meta', **{'img_size': cfg.input_size[-1], 'in_chans': cfg.input_size[0],
