@@ -1,33 +1,32 @@
-"""Fixtures that several test files share: a trained source, its SFormer, and the real data where there is some."""
+"""Fixtures that several test files share: a trained source, its SFormer, and the real data where there is some.
+
+What takes seconds to load waits: the process that hands out tests to others needs none of it.
+"""
 import functools
 import os
 import tempfile
 from pathlib import Path
 
 import pytest
-import timm
-import torch
-import torch.nn.functional as F
 from filelock import FileLock
-from timm.data import resolve_input_data_config
-
-import sformer
-from sformer.conversion.sources import set_data_config_
-from sformer.data import open_images
-
-pytest_plugins = ['hub_fixtures']
 
 # sformer_nano, spelled for its source, of half as many blocks: what tests find of all of them they find of two
 NANO = dict(img_size=8, patch_size=2, in_chans=1, embed_dim=64, depth=2, num_heads=4, num_classes=10)
 
 
 if 'PYTEST_XDIST_WORKER' in os.environ:  # workers share the cores
+    import torch
     torch.set_num_threads(1)
     os.environ['OMP_NUM_THREADS'] = '1'
 
 
 def pytest_addoption(parser):
     parser.addoption('--slow', action='store_true', help='run the tests marked slow, too')
+
+
+def pytest_configure(config):
+    if hasattr(config, 'workerinput') or not config.getoption('numprocesses', None):  # a process that runs tests
+        config.pluginmanager.import_plugin('hub_fixtures')
 
 
 def pytest_collection_modifyitems(config, items):
@@ -72,6 +71,13 @@ def made_once(tmp_path_factory):
 @functools.cache
 def trained_state():
     """The first blocks of `sformer_nano.digits`, and a head that least squares fit to what they say: 98 % top-1."""
+    import timm
+    import torch
+    import torch.nn.functional as F
+    from timm.data import resolve_input_data_config
+
+    import sformer
+    from sformer.data import open_images
     trained = sformer.source_of(timm.create_model('sformer_nano.digits', pretrained=True))
     trained.blocks = trained.blocks[:NANO['depth']]
     digits = open_images('digits', 'train', data_config=resolve_input_data_config(trained), needs_labels=True)
@@ -85,10 +91,22 @@ def trained_state():
 
 def make_source():
     """A ViT trained on digits, as a user has one: a plain timm model. Tests may change it."""
+    import timm
+
+    from sformer.conversion.sources import set_data_config_
     source = timm.create_model('vit_tiny_patch16_224', **NANO).eval()
     source.load_state_dict(trained_state())
     set_data_config_(source, mean=(0.5,), std=(0.5,), crop_pct=1.0, interpolation='bilinear')
     return source
+
+
+@pytest.fixture(scope='session')
+def operators_read_once():
+    """Each export of torch's reads its table of ONNX operators, which takes longer than a small network does."""
+    exporter = pytest.importorskip('torch.onnx._internal.exporter._registration').ONNXRegistry
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exporter, 'from_torchlib', staticmethod(functools.cache(exporter.from_torchlib)))
+        yield
 
 
 @pytest.fixture(scope='session')
@@ -106,12 +124,16 @@ def own_source():
 @pytest.fixture(scope='session')
 def model(source):
     """The SFormer of `source`, calibrated on digits: not to be changed."""
+    import sformer
     return sformer.convert(source, 'digits', split='train')
 
 
 @pytest.fixture(scope='session')
 def digits(source):
     """All test digits, normalised (540, 1, 8, 8), and their labels (540,)."""
+    from timm.data import resolve_input_data_config
+
+    from sformer.data import open_images
     config = resolve_input_data_config(source)
     return next(open_images('digits', 'test', data_config=config, needs_labels=True).batches(540))
 

@@ -4,7 +4,6 @@ import io
 import datasets
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
 from timm.data import resolve_input_data_config
 
 from sformer.data import open_images
@@ -31,6 +30,7 @@ def encoded(image):
 
 def digit_files(num):
     """The first digits as PNG, and their labels."""
+    from sklearn.datasets import load_digits  # takes seconds to load
     digits = load_digits()
     pixels = np.rint(digits.images[:num] * 255 / 16).astype(np.uint8)
     return [(encoded(Image.fromarray(p)), int(y)) for p, y in zip(pixels, digits.target, strict=False)]

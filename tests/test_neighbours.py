@@ -6,7 +6,6 @@ import timm
 import torch
 import torch.distributed as dist
 from PIL import Image
-from sklearn.datasets import load_digits
 from timm.utils import CheckpointSaver, ModelEmaV3
 
 import sformer
@@ -99,11 +98,11 @@ def test_torch_save(model, images, tmp_path):
 @pytest.mark.filterwarnings('ignore')
 def test_pipeline_of_transformers(tmp_path):
     """TimmWrapper preprocesses, calls and names classes as the config says."""
-    transformers = pytest.importorskip('transformers')
+    transformers, datasets = pytest.importorskip('transformers'), pytest.importorskip('sklearn.datasets')
     model = timm.create_model('sformer_nano.digits', pretrained=True, in_chans=3)  # a pipeline reads colour images
     classify = transformers.pipeline('image-classification', model=str(sformer.save_model(model, tmp_path / 'saved')))
     assert is_calibrated(classify.model)
-    digits = load_digits().images[:5]
+    digits = datasets.load_digits().images[:5]
     for label, digit in enumerate(digits):
         image = Image.fromarray((digit * 255 / 16).astype('uint8')).convert('RGB')
         assert classify(image, top_k=1)[0]['label'] in (str(label), f'LABEL_{label}')

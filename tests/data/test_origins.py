@@ -2,8 +2,6 @@
 import numpy as np
 import torch
 from image_helpers import GREY, RGB, all_images, encoded
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from sformer.data import dead_leaves, open_images
 
@@ -22,6 +20,8 @@ def test_dead_leaves_as_image_data():
 
 
 def test_digits():
+    from sklearn.datasets import load_digits  # takes seconds to load
+    from sklearn.model_selection import train_test_split
     train, test = open_images('digits', data_config=GREY), open_images('digits', data_config=GREY, needs_labels=True)
     assert (train.split, len(train), test.split, len(test)) == ('train', 1257, 'test', 540)
     assert test.class_names == [str(i) for i in range(10)]

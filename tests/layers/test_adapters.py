@@ -5,7 +5,6 @@ import io
 import pytest
 import torch
 from layer_tools import build, pixels, spiking
-from peft import IA3Config, LoKrConfig, LoraConfig, OFTConfig, get_peft_model
 
 import sformer
 from sformer import named_neurons, source_view
@@ -22,24 +21,32 @@ def small():
 
 
 def adapted(model, config):
+    from peft import get_peft_model  # takes seconds to load
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         return get_peft_model(copy.deepcopy(model), config).eval()
 
 
+def config(kind, targets, **kwargs):
+    import peft
+    return getattr(peft, f'{kind}Config')(target_modules=targets, **kwargs)
+
+
 def lora(targets, **kwargs):
-    return LoraConfig(target_modules=targets, init_lora_weights=False, **kwargs)  # so that they do something
+    return config('Lora', targets, init_lora_weights=False, **kwargs)  # so that they do something
 
 
-@pytest.mark.parametrize('config', [
-    lora(['qkv']), lora(EVERYWHERE), lora('all-linear'), lora(EVERYWHERE, use_dora=True),
-    LoKrConfig(target_modules=EVERYWHERE, init_weights=False),
-    OFTConfig(target_modules=LINEAR, init_weights=False, oft_block_size=4, use_cayley_neumann=False),
-    IA3Config(target_modules=EVERYWHERE, feedforward_modules=['fc2', 'proj'], init_ia3_weights=False)],
+@pytest.mark.parametrize('kind, targets, kwargs', [
+    ('Lora', ['qkv'], dict(init_lora_weights=False)), ('Lora', EVERYWHERE, dict(init_lora_weights=False)),
+    ('Lora', 'all-linear', dict(init_lora_weights=False)),
+    ('Lora', EVERYWHERE, dict(init_lora_weights=False, use_dora=True)),
+    ('LoKr', EVERYWHERE, dict(init_weights=False)),
+    ('OFT', LINEAR, dict(init_weights=False, oft_block_size=4, use_cayley_neumann=False)),
+    ('IA3', EVERYWHERE, dict(feedforward_modules=['fc2', 'proj'], init_ia3_weights=False))],
     ids=['qkv', 'everywhere', 'all linear', 'DoRA', 'LoKr', 'OFT', 'IA3'])
 @pytest.mark.filterwarnings('ignore:Unmerge result can be inaccurate')
-def test_merged_adapters_compute_the_same(config, small):
-    x, network = pixels(2, seed=5).double(), adapted(small, config)
+def test_merged_adapters_compute_the_same(kind, targets, kwargs, small):
+    x, network = pixels(2, seed=5).double(), adapted(small, config(kind, targets, **kwargs))
     with torch.no_grad():
         out = network(x)
         assert (out - small(x)).norm() > 0.01 * out.norm()
@@ -49,7 +56,7 @@ def test_merged_adapters_compute_the_same(config, small):
         torch.testing.assert_close(network(x), out)
         network.unmerge_adapter()
         # peft divides by the factors of IA3 plus 1e-8 to take them out of weights again
-        close = dict(rtol=1e-5, atol=1e-5) if isinstance(config, IA3Config) else {}
+        close = dict(rtol=1e-5, atol=1e-5) if kind == 'IA3' else {}
         with network.disable_adapter():
             torch.testing.assert_close(network(x), small(x), **close)
         merged = network.merge_and_unload()
@@ -82,7 +89,7 @@ def test_adapters_read_what_the_neuron_fires_and_it_fires_once(small):
 
 
 def test_adapters_train(small):
-    network = adapted(small, LoraConfig(target_modules=EVERYWHERE)).train()
+    network = adapted(small, config('Lora', EVERYWHERE)).train()
     network(pixels(2, seed=5).double()).square().sum().backward()
     trained = {name for name, p in network.named_parameters() if p.grad is not None and p.grad.any()}
     assert len(trained) == 9 and all('lora_B' in name for name in trained)  # A learns as soon as B is not zero
