@@ -49,6 +49,17 @@ def test_train_convert_evaluate_show(files, run_inside):
     assert code == 0 and Image.open(files / 'o.png').size == (3 * 96, 64)
 
 
+def test_train(files, run_inside):
+    save_file(timm.create_model('test_vit_short').state_dict(), files / 'short.safetensors')
+    code, out, _ = run_inside(
+        'detect', 'train', '--backbone', 'test_vit_short', '--checkpoint', 'short.safetensors', '--data', 'shapes',
+        '-o', 'det', '--image-size', '64', '96', '--channels', '8', '--epochs', '1', '--device', 'cpu')
+    lines = out.splitlines()
+    assert code == 0 and len(lines) == 2 and lines[0].startswith('epoch 1: loss_objectness 0.')
+    assert lines[-1] == 'detector of disc, square on test_vit_short, trained on 6 images, saved to det'
+    assert load_detector(files / 'det').config.channels == 8
+
+
 @pytest.fixture(scope='module')
 def converted(tmp_path_factory):
     """Folders of an SFormer that segments and of one that does not, and images; not to be changed."""

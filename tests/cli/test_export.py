@@ -116,8 +116,16 @@ def test_absurd_sizes(run_inside, folder):
         assert_refused(run_inside(args[0], folder, *args[1:]), f"Invalid value for '{args[1]}'", 2)
 
 
+def test_benchmark(run_inside, folder, tmp_path):
+    code, out, err = run_inside('benchmark', folder, '--execution', 'simulate', 'integer', '--against', 'source:fp32',
+                                '--batch-size', '1', '--pairs', '1', '--results-file', 'b.json')
+    assert code == 0 and 'batch 1' in out, err
+    found = [row['execution'] for row in json.loads((tmp_path / 'b.json').read_text())['results']]
+    assert found == ['simulate', 'integer', 'source:fp32']
+
+
 @pytest.mark.slow
-def test_benchmark(run_inside, model, tmp_path):
+def test_benchmark_of_engines(run_inside, model, tmp_path):
     save_model(model, tmp_path / 'out')
     code, out, err = run_inside(
         'benchmark', 'out', '--execution', 'openvino', 'onnxruntime', '--against', 'openvino:int8',
