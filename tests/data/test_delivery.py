@@ -70,8 +70,9 @@ def test_stream_is_delivered_once_and_in_order(write_parquet):
 
 
 @pytest.mark.parametrize('ends', ['late', 'early'])
-def test_stopped_worker_is_given_up(ends):
+def test_stopped_worker_is_given_up(ends, monkeypatch):
     """A process that takes no signal: neither the next batch nor the end waits for it."""
+    monkeypatch.setattr('torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL', 1.)  # for which torch waits at the end
     images = open_images('digits', data_config=GREY, num_images=1000)
     batches = images.planned(Plan(1, 100, workers=2), timeout=1.)
     next(batches)
