@@ -146,8 +146,8 @@ class FitConfig:
         quantile: The p of `quantile`: the share of a branch's currents that its firing range covers.
         floor: Quantile of the firing ranges of all channels that come from attention or an activation function, each
             times the norm of its weights: no channel's is smaller, as what calibration images leave quiet may speak on
-            others. None for 0.75 of generated images, else 0.5 with `max`, which knows of no channel more than was seen,
-            and 0, which is none.
+            others. None for 0.75 of generated images, else 0.5 with `max`, which knows no more of a channel than was
+            seen, and 0, which is none.
         margin: Factor on the firing ranges of the same channels. None for 1 or, where `max` is fitted to generated
             images, 1.3.
         unbiased: Let each spike carry a little more than its threshold, so that the projection of a neuron's output on

@@ -101,7 +101,7 @@ def test_both_products_of_a_linear_layer_are_exact(columns):
     whole = layer[0]
     assert type(whole) is IntegerLinear
     levels = torch.from_numpy(extremes((9, whole.weight.shape[1]), -127, 127, 0)).to(torch.int8)
-    whole.columns, whole.weight = None, torch.from_numpy(
+    whole.columns, whole.floating, whole.weight = None, None, torch.from_numpy(
         extremes(tuple(whole.weight.shape), -127, 127, 1)).to(torch.int8)
     whole.blocks = exact_blocks(whole.weight, 127)
     assert (len(whole.blocks) > 1) == (columns == 3000)
