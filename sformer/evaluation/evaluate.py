@@ -9,6 +9,7 @@ import torch.nn as nn
 from ..conversion import warn_of_changes
 from ..conversion.record import library_versions
 from ..data import ImageData, Plan, open_images
+from .figures import CLASSIFICATION
 from .journal import Journal, check_same
 from .labels import resolve_benchmark
 from .launch import Group
@@ -139,7 +140,7 @@ def _evaluate(
     records = sorted([*done, *(r for s in shared for r in s['records'])], key=lambda r: r['chunk'])
     check_complete(records, images, config.max_bad)
     how = _how(config, group, device, shared)
-    return [dict(result_of(subject, images, records), weights_sha256=i['weights_sha256'], **how)
+    return [result_of(subject, images, records, weights_sha256=i['weights_sha256'], **how)
             for subject, i in zip(subjects, identities, strict=True)]
 
 
@@ -158,7 +159,7 @@ def _key(
         models=models, sources=sources, dataset=images.fingerprint, split=images.split, benchmark=benchmark,
         num_images=images.num_images, batch_size=config.batch_size, num_shards=images.num_shards,
         streaming=config.streaming, activity_images=config.activity_images, preprocessing=preprocessing,
-        amp=config.amp, device=device.type, torchcompile=config.torchcompile,
+        amp=config.amp, device=device.type, torchcompile=config.torchcompile, figures=[*CLASSIFICATION.score().values],
         **{name: versions.get(name) for name in ('sformer', 'torch', 'timm')})
     return json.loads(json.dumps(key))  # as it is read again
 

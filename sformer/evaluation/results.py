@@ -12,6 +12,7 @@ import torch.nn as nn
 from ..errors import SFormerError
 from ..files import locked, state_hash, write_aside, write_json
 from ..saving.model_config import CONFIG_NAME, WEIGHTS_NAME
+from .schema import is_result, schema_of
 
 __all__ = ['check_replaceable', 'check_results_file', 'write_results']
 
@@ -97,8 +98,7 @@ def _read_json(path: Path) -> Optional[List[Dict[str, Any]]]:
     except ValueError:
         return None
     results = found if isinstance(found, list) else [found]
-    # of classifiers, or of detectors
-    return results if all(isinstance(r, dict) and 'model' in r and {'top1', 'boxes'} & {*r} for r in results) else None
+    return results if all(is_result(r) and 'model' in r for r in results) else None
 
 
 class _ProbeError(Exception):
@@ -126,7 +126,7 @@ def _write_format(path: Path, results: List[Dict[str, Any]], format: str) -> Non
     if format == 'json':
         write_json(path, results[0] if len(results) == 1 else results)
         return
-    rows = [_row(result) for result in results]
+    rows = [schema_of(result).row(result) for result in results]
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.with_name(f'.{path.name}.lock')):  # others may append at the same time
         columns, old = _read_csv(path)
@@ -157,14 +157,3 @@ def _read_csv(path: Path) -> Tuple[List[str], List[Dict[str, str]]]:
     if any(None in row or None in row.values() for row in rows):
         raise SFormerError(f'{path} has rows with more or fewer fields than its first line. Name another file.')
     return columns, rows
-
-
-def _row(result: Dict[str, Any]) -> Dict[str, Any]:
-    """Cells of a result: a column per code of spikes, and nothing of single sites."""
-    row = {key: _cell(value) for key, value in result.items() if key not in ('activity_per_site', 'spikes_per_neuron')}
-    spikes = result.get('spikes_per_neuron') or {}
-    return row | {f'spikes_{code}': figure for code, figure in spikes.items()}
-
-
-def _cell(value: Any) -> Any:
-    return json.dumps(value) if isinstance(value, (dict, list, tuple)) else '' if value is None else value

@@ -82,8 +82,10 @@ def test_compare(pair, run_inside):
     assert code == 0 and [result['model'] for result in results] == ['boxes', 'masks']
     assert out.startswith('3 images of shapes (val)\n') and 'results in r.json' in out
     rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.startswith(('boxes', 'masks'))}
-    figures = [results[1][kind][name] for kind in ('boxes', 'masks') for name in ('mAP', 'mAP50', 'mAP75')]
-    figures += [results[1][f'source_{kind}']['mAP'] for kind in ('boxes', 'masks')]
+    figures = []
+    for kind in ('boxes', 'masks'):
+        figures += [results[1][kind][name] for name in ('mAP', 'mAP50', 'mAP75')]
+        figures.append(results[1][f'source_{kind}']['mAP'])
     assert rows['masks'] == [f'{figure:.2f}' for figure in figures] and len(rows['boxes']) == 4
     assert max(figures) > 0
     code, out, _ = run_inside('compare', 'boxes', 'masks', '--data', 'shapes', '--no-source', '--format', 'csv')
