@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Callable, Dict, List, Optional
 import typer
 
 from ..errors import SFormerError
-from .arguments import check_folder, command_line
+from .arguments import command_line
 from .options import MAX_IMG_SIZE, MAX_SEED, EvaluationOptions
 
 if TYPE_CHECKING:
@@ -57,7 +57,6 @@ def train_detector(
         overwrite: Annotated[bool, typer.Option('--overwrite', help='Replace a model that is there')] = False,
 ) -> None:
     """Train a detector on a timm backbone. A run that was ended goes on where its last epoch ended."""
-    check_folder(output)
     from ..detection import DetectorConfig, TrainingConfig, create_detector, open_coco, save_detector
     from ..detection import train as train_detector
     from ..detection.training import remove_state
@@ -90,7 +89,6 @@ def show(
             '--overwrite', help='Replace a file that is there; a PNG of this command is replaced anyway')] = False,
 ) -> None:
     """Draw what a detector finds; of an SFormer between its source and the share of neurons that fire per patch."""
-    check_folder(output.parent)
     from ..detection import load_detector
     from ..detection.detector_evaluation import check_calibrated
     from ..detection.drawing import draw_file

@@ -8,7 +8,7 @@ import typer
 
 from ..errors import SFormerError
 from ..neurons import SFNConfig
-from .arguments import check_folder, command_line
+from .arguments import command_line
 from .options import MAX_BATCH_SIZE, MAX_IMAGES, MAX_SEED, Dataset, unfolded
 from .tables import print_table
 
@@ -28,9 +28,8 @@ class BenchOptions:
 
     def __post_init__(self) -> None:
         if self.results_file:
-            check_folder(self.results_file.parent)
-            if self.results_file.is_dir():
-                raise SFormerError(f'{self.results_file} is a folder, not a file.')
+            from ..files import holds, may_write
+            may_write(self.results_file, 'points of a sweep or search', holds('points', 'forward_passes'))
 
     def open(self, model: str) -> Tuple[Any, Any, Dict[str, Any]]:
         """What measures, the SFormer that is varied, and what a record says of images."""
@@ -46,7 +45,6 @@ class BenchOptions:
         from ..conversion.record import library_versions
         from ..files import write_json
         if self.results_file:
-            self.results_file.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.results_file, dict(
                 model=model, images=used, fit=dataclasses.asdict(bench.fit),
                 points=[dataclasses.asdict(point) for point in points], seconds=bench.seconds,
@@ -106,10 +104,11 @@ def search(
     """Search for neurons that fire little and stay close to the source (an extra: pip install '.[search]')."""
     if spikes not in ('activity', 'unary', 'binary'):
         raise SFormerError(f'--spikes is activity, unary or binary, not {spikes!r}.')
-    from ..conversion.search import need_optuna, pareto_front, recommended, search
+    from ..conversion.search import is_search_journal, need_optuna, pareto_front, recommended, search
+    from ..files import may_write
     need_optuna()
     if storage:
-        check_folder(storage.parent)
+        may_write(storage, 'journal of a search', is_search_journal)
         storage.parent.mkdir(parents=True, exist_ok=True)
     bench_, network, used = bench.open(model)
     points = search(bench_, network.sfn_config, budget, storage, spikes, bench.seed)

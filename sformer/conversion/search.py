@@ -3,6 +3,7 @@
 Nothing here reads labels. An SFormer is compared with its source on images that calibration did not see.
 """
 import dataclasses
+import json
 import time
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple
@@ -18,7 +19,8 @@ from .changes import network_inside
 from .convert import all_tokens, calibration_batches, convert
 
 __all__ = [
-    'Bench', 'Point', 'SWEPT_LEVELS', 'SILENCES', 'need_optuna', 'pareto_front', 'recommended', 'search', 'sweep',
+    'Bench', 'Point', 'SWEPT_LEVELS', 'SILENCES', 'is_search_journal', 'need_optuna', 'pareto_front', 'recommended',
+    'search', 'sweep',
 ]
 
 SWEPT_LEVELS = (2, 4, 8, 16, 32, 63)
@@ -222,6 +224,15 @@ def need_optuna() -> Any:
     with needed_packages('search'):
         import optuna
     return optuna
+
+
+def is_search_journal(path: Path) -> bool:
+    """Whether a file is one in which Optuna journals trials: a line of JSON per operation."""
+    try:
+        with open(path, encoding='utf-8') as file:
+            return 'op_code' in json.loads(file.readline())
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _study(

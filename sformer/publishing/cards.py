@@ -9,7 +9,7 @@ from typing import Any
 from ..conversion.record import ADAPTED, BALANCED, COMPENSATED, DISTILLED, FINE_TUNED
 from ..errors import SFormerError
 from ..evaluation.schema import Result, schema_of
-from ..files import write_aside
+from ..files import may_write, write_aside
 from ..saving.model_config import WEIGHTS_NAME
 from .detector_figures import category_rows, detector_kind, detector_rows, task_of
 from .model_record import ModelRecord
@@ -305,12 +305,8 @@ def write_card(record: ModelRecord, directory: str | Path, overwrite: bool = Fal
     plots = {f'{name}.{file}': plot for file, plot in render_plots(record).items()}
     text = _sealed(f'{render_card(record, {title: file for file, (title, _) in plots.items()})}\n')
     path = directory / f'{name}.md'
-    if not overwrite:
-        foreign = [path] if path.exists() and not _is_own_card(path) else []
-        foreign += [directory / f for f in plots if (directory / f).exists() and not is_own_plot(directory / f)]
-        if foreign:
-            raise SFormerError(
-                f'{foreign[0]} was edited, or is not of sformer card; --overwrite (overwrite=True) replaces it.')
+    may_write(directory, 'card or plot as sformer card wrote it', is_own, files=[path.name, *plots],
+              overwrite=overwrite)
     with write_aside(directory) as aside:
         (aside / path.name).write_text(text, encoding='utf-8')
         for file, (_, png) in plots.items():
@@ -322,8 +318,10 @@ def _sealed(text: str) -> str:
     return f'{text}<!-- sformer card, SHA-256 {hashlib.sha256(text.encode()).hexdigest()} -->\n'
 
 
-def _is_own_card(path: Path) -> bool:
-    """Whether a card is as it was written here, by whatever version."""
+def is_own(path: Path) -> bool:
+    """Whether a card is as it was written here, by whatever version, or a plot was drawn here."""
+    if path.suffix == '.png':
+        return is_own_plot(path)
     try:
         text = path.read_bytes().decode()
     except (OSError, UnicodeDecodeError):

@@ -171,8 +171,8 @@ def test_show_replaces_no_image_of_others(pair, run_inside):
     for name, options, message in (
             ('img.png', (), 'img.png is the image itself'), ('img.png', ('--overwrite',), 'is the image itself'),
             ('./shapes/../img.png', (), 'is the image itself'), ('link.png', ('--overwrite',), 'is the image itself'),
-            ('other.png', (), 'other.png is there and is no PNG that detect show wrote; --overwrite replaces it'),
-            ('other.jpg', (), 'other.jpg is there and is no PNG'), ('folder.png', (), 'folder.png is a folder')):
+            ('other.png', (), 'other.png is there and holds no PNG that detect show wrote; --overwrite'),
+            ('other.jpg', (), 'other.jpg is there and holds no PNG'), ('folder.png', (), 'folder.png is a folder')):
         code, _, err = run_inside('detect', 'show', 'boxes', 'img.png', '-o', name, *options)
         assert code == 1 and message in err and err.count('\n') == 1, name
     assert {path.name: path.read_bytes() for path in pair.iterdir() if path.is_file()} == before

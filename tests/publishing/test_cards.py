@@ -214,7 +214,7 @@ def test_edited_cards_are_kept(record, tmp_path):
     for text in (before.replace('## Limits', '## Known limits'), f'{before}\nMore of it.\n',
                  before.rsplit('<!--', 1)[0], 'mine', ''):
         card.write_text(text)
-        with pytest.raises(SFormerError, match=rf'{record.name}\.md was edited, .* --overwrite'):
+        with pytest.raises(SFormerError, match=rf'{record.name}\.md is there and holds no card .*; --overwrite'):
             write_card(record, tmp_path)
         assert card.read_text() == text != before
     assert write_card(record, tmp_path, overwrite=True).read_text() == before
