@@ -164,7 +164,8 @@ def _check_folder(folder: Path) -> None:
         if parent.exists():
             break
     if not parent.is_dir():
-        raise SFormerError(f'{parent} is a file, not a folder.')
+        where = '' if parent == absolute else f'{folder} cannot be written: '
+        raise SFormerError(f'{where}{parent} is a file, not a folder.')
     if not os.access(parent, os.W_OK):
         raise SFormerError(f'{folder} cannot be written: {parent} is read-only for you.')
 

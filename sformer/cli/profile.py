@@ -46,6 +46,7 @@ def profile(
         need_pages()
         may_write(output, 'profile', is_report, files=REPORT)
     from ..conversion import calibration_batches
+    from ..data import ImageRequest
     from ..detection import is_detector
     from ..profiling import compare_codings, energy, pixels_of, profile_model, read_constants, spike_maps
     from ..publishing.profile_page import read_curve, write_profile
@@ -60,8 +61,9 @@ def profile(
         network, batches, images = detector_batches(model, dataset, split, num_images, seed)
     else:
         network = open_model(model)
-        batches, images = calibration_batches(
-            network, dataset, split, num_images, batch_size, seed, 'Counting', columns.image_column)
+        wanted = ImageRequest(
+            dataset=dataset, split=split, num_images=num_images, seed=seed, image_column=columns.image_column)
+        batches, images = calibration_batches(network, wanted, batch_size, 'Counting')
     batches = iter(batches)
     first = next(batches)  # there is one: a source without images is refused
     counted = profile_model(network, itertools.chain([first], batches))

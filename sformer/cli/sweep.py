@@ -34,10 +34,12 @@ class BenchOptions:
     def open(self, model: str) -> Tuple[Any, Any, Dict[str, Any]]:
         """What measures, the SFormer that is varied, and what a record says of images."""
         from ..conversion.search import Bench
+        from ..data import ImageRequest
         from ..saving import open_model
         network: Any = open_model(model)
-        bench, used = Bench.open(network, self.dataset, self.split, self.num_images, self.num_calibration,
-                                 self.batch_size, self.seed)
+        wanted = ImageRequest(
+            dataset=self.dataset, split=self.split, num_images=self.num_images + self.num_calibration, seed=self.seed)
+        bench, used = Bench.open(network, wanted, self.num_calibration, self.batch_size)
         return bench, network, used
 
     def write(self, model: str, used: Dict[str, Any], bench: Any, points: Sequence[Any], **more: Any) -> None:

@@ -2,14 +2,15 @@
 import copy
 import dataclasses
 import logging
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Dict, Iterable, Optional, Tuple, Union
+from typing import Any
 
 import torch
 import torch.nn as nn
 from timm.data import resolve_input_data_config
 
-from ..data import GENERATED, open_images
+from ..data import GENERATED, ImageRequest, open_request, requested
 from ..data.batches import progress
 from ..errors import SFormerError, enough_memory
 from ..layers import named_neurons, revert_
@@ -25,23 +26,23 @@ __all__ = ['Images', 'all_tokens', 'calibration_batches', 'convert']
 
 _logger = logging.getLogger(__name__)
 
-Images = Union[str, Path, Iterable[torch.Tensor]]
+Images = str | Path | Iterable[torch.Tensor]
 
 
 def convert(
-        source: Union[str, nn.Module, Source],
+        source: str | nn.Module | Source,
         calibration: Images = 'dead-leaves',
-        config: Union[SFNConfig, Dict[str, Any], None] = None,
-        fit: Union[FitConfig, Dict[str, Any], None] = None,
+        config: SFNConfig | dict[str, Any] | None = None,
+        fit: FitConfig | dict[str, Any] | None = None,
         *,
-        recipe: Optional[str] = None,
-        split: Optional[str] = None,
+        recipe: str | None = None,
+        split: str | None = None,
         num_images: int = 256,
         batch_size: int = 32,
         seed: int = 0,
-        image_column: Optional[str] = None,
+        image_column: str | None = None,
         inplace: bool = False,
-        command: Optional[str] = None,
+        command: str | None = None,
         **source_kwargs: Any,
 ) -> nn.Module:
     """Convert a trained timm model into a calibrated single-timestep SFormer, without training.
@@ -74,6 +75,7 @@ def convert(
         UnsupportedLayerError: If a layer of the source has no spiking counterpart.
     """
     config, fit = recipe_configs(recipe, config, fit)
+    wanted = requested(calibration, split=split, num_images=num_images, seed=seed, image_column=image_column)
     generated = isinstance(calibration, str) and calibration == GENERATED
     if generated and fit.estimator == 'max':
         _logger.warning('thresholds that reach as far as the largest current (fast neurons) are fitted to generated '
@@ -97,8 +99,7 @@ def convert(
     try:
         _name_architecture(model)
         model = spiking_model_(model, config).eval()
-        batches, images = calibration_batches(
-            model, calibration, split, num_images, batch_size, seed, image_column=image_column)
+        batches, images = calibration_batches(model, wanted, batch_size)
         model.conversion = dataclasses.replace(record, global_pool=getattr(model, 'global_pool', None))
         with enough_memory('the source is observed on 16 images at a time, whatever the batch size. Choose a smaller '
                            'input (img_size) or a device with more memory.'):
@@ -147,31 +148,31 @@ def _name_architecture(model: Any) -> None:
 
 def calibration_batches(
         model: nn.Module,
-        calibration: Images,
-        split: Optional[str],
-        num_images: int,
+        wanted: ImageRequest | Iterable[torch.Tensor],
         batch_size: int,
-        seed: int,
         description: str = 'Calibrating',
-        image_column: Optional[str] = None,
-) -> Tuple[Iterable[torch.Tensor], Dict[str, Any]]:
-    """Batches to observe, and what a record says of them; arguments as of `convert`."""
+) -> tuple[Iterable[torch.Tensor], dict[str, Any]]:
+    """Batches to observe, and what a record says of them.
+
+    Args:
+        model: Model that reads them.
+        wanted: Which images; or normalised batches of them.
+        batch_size: Images per batch that are read, if there are no batches yet.
+        description: What is being done, for people.
+    """
     data_config = resolve_input_data_config(model)
-    if not isinstance(calibration, (str, Path)):
-        if image_column:
-            raise SFormerError(f'image_column={image_column!r} is of a named data set, and batches were given.')
-        return _checked(calibration, data_config['input_size']), {}
-    images = open_images(
-        str(calibration), split, data_config=data_config, num_images=num_images, seed=seed, image_column=image_column)
+    if not isinstance(wanted, ImageRequest):
+        return _checked(wanted, data_config['input_size']), {}
+    images = open_request(wanted, data_config)
     if images.passed_over:
         more = ' ...' if len(images.passed_over) > 3 else ''
         _logger.warning(f'{images.name}: {len(images.passed_over)} files or folders are no images and were passed over '
                         f'({", ".join(images.passed_over[:3])}{more})')
     batches = (batch for batch, _ in progress(images.batches(batch_size), description, images.num_images))
-    return batches, dict(name=images.name, split=images.split, seed=seed, fingerprint=images.fingerprint)
+    return batches, dict(name=images.name, split=images.split, seed=wanted.seed, fingerprint=images.fingerprint)
 
 
-def _checked(batches: Iterable[Any], input_size: Tuple[int, int, int]) -> Iterable[torch.Tensor]:
+def _checked(batches: Iterable[Any], input_size: tuple[int, int, int]) -> Iterable[torch.Tensor]:
     for batch in batches:
         images = batch[0] if isinstance(batch, (tuple, list)) else batch
         if not isinstance(images, torch.Tensor) or images.ndim != 4 or images.shape[1] != input_size[0]:

@@ -16,7 +16,7 @@ import torch.nn as nn
 
 from ..conversion import warn_of_changes
 from ..conversion.record import library_versions
-from ..data import choose
+from ..data import ImageRequest
 from ..data.batches import progress
 from ..errors import SFormerError, UncalibratedError
 from ..evaluation import Journal, check_same
@@ -81,7 +81,8 @@ def evaluate_detector(
     group = group or Group()
     check_evaluable(model, data)
     every = list(data.images)
-    ids = [every[i] for i in choose(str(data.file), len(every), num_images, seed)]
+    wanted = ImageRequest(dataset=str(data.file), num_images=num_images, seed=seed)
+    ids = [every[i] for i in wanted.choose(len(every))]
     networks = {'': shared_copy(placed(model, group.device)).eval()}
     if isinstance(source, nn.Module):
         networks['source_'] = shared_copy(placed(source, group.device)).eval()

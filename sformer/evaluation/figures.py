@@ -77,135 +77,121 @@ def _speed(counted: Counted) -> float | None:
 
 CLASSIFICATION.register(
     Figure(
-        key='model', meaning='what was named on the command line; of `sformer.evaluate`, the entrypoint', check=TEXT,
-        make=_entrypoint),
-    Figure(key='architecture', meaning='the entrypoint', check=TEXT),
-    Figure(key='dataset', meaning='images: their name', check=TEXT, needed=True, make=lambda c: c.images.name),
-    Figure(key='split', meaning='their split', check=TEXT, make=lambda c: c.images.split),
+        'model', 'what was named on the command line; of `sformer.evaluate`, the entrypoint', TEXT, make=_entrypoint),
+    Figure('architecture', 'the entrypoint', TEXT),
+    Figure('dataset', 'images: their name', TEXT, needed=True, make=lambda c: c.images.name),
+    Figure('split', 'their split', TEXT, make=lambda c: c.images.split),
+    Figure('dataset_fingerprint', 'their identity', TEXT, make=lambda c: c.images.fingerprint),
+    Figure('dataset_revision', 'the commit on the Hub', TEXT, make=lambda c: c.images.revision),
+    Figure('image_column', 'what was read', TEXT, make=lambda c: getattr(c.images, 'image_column', None)),
+    Figure('label_column', 'likewise, of labels', TEXT, make=lambda c: getattr(c.images, 'label_column', None)),
+    Figure('benchmark', 'how it is scored', TEXT, setting='benchmark', make=lambda c: c.subject.benchmark.name),
+    Figure('num_images', 'images that count', COUNT, make=lambda c: c.num),
     Figure(
-        key='dataset_fingerprint', meaning='their identity', check=TEXT, make=lambda c: c.images.fingerprint),
+        'skipped_images', 'images without a label in this benchmark', COUNT, setting='images left out',
+        make=lambda c: sum(record['skipped'] for record in c.records)),
     Figure(
-        key='dataset_revision', meaning='the commit on the Hub', check=TEXT, make=lambda c: c.images.revision),
-    Figure(
-        key='image_column', meaning='what was read', check=TEXT,
-        make=lambda c: getattr(c.images, 'image_column', None)),
-    Figure(
-        key='label_column', meaning='likewise, of labels', check=TEXT,
-        make=lambda c: getattr(c.images, 'label_column', None)),
-    Figure(
-        key='benchmark', meaning='how it is scored', check=TEXT, setting='benchmark',
-        make=lambda c: c.subject.benchmark.name),
-    Figure(key='num_images', meaning='images that count', check=COUNT, make=lambda c: c.num),
-    Figure(
-        key='skipped_images', meaning='images without a label in this benchmark', check=COUNT,
-        setting='images left out', make=lambda c: sum(record['skipped'] for record in c.records)),
-    Figure(
-        key='bad_images', meaning='unreadable images, by name', check=TEXTS,
+        'bad_images', 'unreadable images, by name', TEXTS,
         make=lambda c: [name for record in c.records for name in record['bad']]),
     Figure(
-        key='num_passed_over', check=COUNT, make=lambda c: len(c.images.passed_over),
-        meaning='what is in a folder and no image with a label: hidden or other files, images beside class folders'),
+        'num_passed_over',
+        'what is in a folder and no image with a label: hidden or other files, images beside class folders', COUNT,
+        make=lambda c: len(c.images.passed_over)),
     Figure(
-        key='passed_over', meaning=f'the first {MAX_PASSED_OVER} of them by name', check=TEXTS,
+        'passed_over', f'the first {MAX_PASSED_OVER} of them by name', TEXTS,
         make=lambda c: c.images.passed_over[:MAX_PASSED_OVER]),
     Figure(
-        key='top1', meaning='images whose first prediction is right', check=PERCENT, unit='%', needed=True,
-        of_source=True, label='top-1', listed='Top-1 accuracy [%]', head='top-1 [%]', source_head='source top-1',
-        said='top-1 {:.2f} %', count=lambda batch: batch.hits[:, 0]),
+        'top1', 'images whose first prediction is right', PERCENT, unit='%', needed=True, of_source=True, label='top-1',
+        listed='Top-1 accuracy [%]', head='top-1 [%]', source_head='source top-1', said='top-1 {:.2f} %',
+        count=lambda batch: batch.hits[:, 0]),
+    Figure('top1_err', '100 less `top1`', PERCENT, unit='%', make=lambda c: round(100 - c.percent('top1'), 4)),
     Figure(
-        key='top1_err', meaning='100 less `top1`', check=PERCENT, unit='%',
-        make=lambda c: round(100 - c.percent('top1'), 4)),
+        'top5', 'images of which one of the first five predictions is right', PERCENT, unit='%', of_source=True,
+        label='top-5', listed='Top-5 accuracy [%]', said='top-5 {:.2f} %', count=lambda batch: batch.hits.any(1)),
+    Figure('top5_err', '100 less `top5`', PERCENT, unit='%', make=lambda c: round(100 - c.percent('top5'), 4)),
     Figure(
-        key='top5', meaning='images of which one of the first five predictions is right', check=PERCENT, unit='%',
-        of_source=True, label='top-5', listed='Top-5 accuracy [%]', said='top-5 {:.2f} %',
-        count=lambda batch: batch.hits.any(1)),
+        'nll', 'mean negative log-likelihood; null with several labels per image', POSITIVE, unit='nats', digits=4,
+        of_source=True, label='negative log-likelihood', said='NLL {:.4f}', count=likelihood),
     Figure(
-        key='top5_err', meaning='100 less `top5`', check=PERCENT, unit='%',
-        make=lambda c: round(100 - c.percent('top5'), 4)),
-    Figure(
-        key='nll', meaning='mean negative log-likelihood; null with several labels per image', check=POSITIVE,
-        unit='nats', digits=4, of_source=True, label='negative log-likelihood', said='NLL {:.4f}', count=likelihood),
-    Figure(
-        key='ece', meaning='expected calibration error, 15 bins', check=PERCENT, unit='%', of_source=True,
+        'ece', 'expected calibration error, 15 bins', PERCENT, unit='%', of_source=True,
         label='expected calibration error', said='calibration error {:.2f} %', count=confidences, total=reliability,
         make=lambda c: calibration_error(c.totals('ece'), c.num)),
     Figure(
-        key='agreement', meaning='equal predictions of model and source', check=PERCENT, unit='%', pair=True,
+        'agreement', 'equal predictions of model and source', PERCENT, unit='%', pair=True,
         label='agreement with the source', head='agree [%]', said='agreement {:.2f} %', count=agreeing),
     Figure(
-        key='relative_logit_error', check=POSITIVE, digits=4, pair=True, label='relative logit error',
-        meaning="norm of the difference of logits over the norm of the source's", head='logit error',
-        said='relative logit error {:.4f}', count=differences,
-        make=lambda c: relative_error(c.sums('relative_logit_error'))),
+        'relative_logit_error', "norm of the difference of logits over the norm of the source's", POSITIVE, digits=4,
+        pair=True, label='relative logit error', head='logit error', said='relative logit error {:.4f}',
+        count=differences, make=lambda c: relative_error(c.sums('relative_logit_error'))),
     Figure(
-        key='activity', check=SHARE, digits=3, label='activity, the share of neurons that fire', head='activity',
-        meaning='share of neurons that fire ([codings](concepts.md#what-a-spike-costs-codings))', where=_spiking,
+        'activity', 'share of neurons that fire ([codings](concepts.md#what-a-spike-costs-codings))', SHARE, digits=3,
+        label='activity, the share of neurons that fire', head='activity', where=_spiking,
         make=lambda c: c.activity.mean()),
     Figure(
-        key='activity_per_site', meaning='the same per site', check=mapping(SHARE), column=None, where=_spiking,
+        'activity_per_site', 'the same per site', mapping(SHARE), column=None, where=_spiking,
         make=lambda c: c.activity.per_site()),
     Figure(
-        key='spikes_per_neuron', meaning='spikes per neuron by coding', check=mapping(POSITIVE),
-        label='spikes per neuron', column='spikes', where=_spiking, make=lambda c: c.activity.spikes_per_neuron(),
-        parts={coding: Figure(key=coding, meaning='', check=POSITIVE, digits=3, label=f'{coding} coding')
+        'spikes_per_neuron', 'spikes per neuron by coding', mapping(POSITIVE), label='spikes per neuron',
+        column='spikes', where=_spiking, make=lambda c: c.activity.spikes_per_neuron(),
+        parts={coding: Figure(coding, '', POSITIVE, digits=3, label=f'{coding} coding')
                for coding in ('unary', 'binary', 'graded')}),
     Figure(
-        key='activity_images', check=COUNT, setting='spikes counted on images', where=_spiking,
-        meaning='images on which spikes were counted: the first 512, in whole batches (of a stream, the first of each '
-                'shard)', make=lambda c: sum(record['activity_images'] for record in c.records)),
+        'activity_images',
+        'images on which spikes were counted: the first 512, in whole batches (of a stream, the first of each shard)',
+        COUNT, setting='spikes counted on images', where=_spiking,
+        make=lambda c: sum(record['activity_images'] for record in c.records)),
+    Figure('param_count', 'parameters', POSITIVE, unit='million', label='parameters', make=_param_count),
     Figure(
-        key='param_count', meaning='parameters', check=POSITIVE, unit='million', label='parameters', make=_param_count),
-    Figure(
-        key='img_size', meaning='height and width of the input', check=COUNT, unit='pixels', setting='image size',
+        'img_size', 'height and width of the input', COUNT, unit='pixels', setting='image size',
         make=lambda c: c.subject.data_config['input_size'][-1]),
     Figure(
-        key='crop_pct', meaning='share that the centre crop keeps', check=SHARE, setting='crop',
+        'crop_pct', 'share that the centre crop keeps', SHARE, setting='crop',
         make=lambda c: c.subject.data_config['crop_pct']),
     Figure(
-        key='interpolation', meaning='how images are resized', check=TEXT, setting='interpolation',
+        'interpolation', 'how images are resized', TEXT, setting='interpolation',
         make=lambda c: c.subject.data_config['interpolation']),
     Figure(
-        key='seconds', meaning='time in the network, averaged over processes', check=POSITIVE, unit='s', of_source=True,
+        'seconds', 'time in the network, averaged over processes', POSITIVE, unit='s', of_source=True,
         make=lambda c: round(c.network_seconds, 3)),
     Figure(
-        key='images_per_second', meaning='of all processes together', check=POSITIVE, unit='images/s', digits=1,
-        head='images /s', make=_speed),
+        'images_per_second', 'of all processes together', POSITIVE, unit='images/s', digits=1, head='images /s',
+        make=_speed),
     Figure(
-        key='decode_seconds', meaning='work of loading: decoding', check=POSITIVE, unit='s',
+        'decode_seconds', 'work of loading: decoding', POSITIVE, unit='s',
         make=lambda c: round(c.seconds('decode'), 3)),
     Figure(
-        key='preprocess_seconds', meaning='work of loading: preprocessing', check=POSITIVE, unit='s',
+        'preprocess_seconds', 'work of loading: preprocessing', POSITIVE, unit='s',
         make=lambda c: round(c.seconds('preprocess'), 3)),
-    Figure(key='wait_seconds', meaning='how long the networks waited for it', check=POSITIVE, unit='s'),
-    Figure(key='wall_seconds', meaning='all of the run', check=POSITIVE, unit='s'),
+    Figure('wait_seconds', 'how long the networks waited for it', POSITIVE, unit='s'),
+    Figure('wall_seconds', 'all of the run', POSITIVE, unit='s'),
+    Figure('engine', 'of an export: what ran it', TEXT, where=_by_engine, make=_described('engine')),
     Figure(
-        key='engine', meaning='of an export: what ran it', check=TEXT, where=_by_engine, make=_described('engine')),
-    Figure(
-        key='exported_of_sha256', meaning='of an export: state hash of its model', check=TEXT, where=_by_engine,
+        'exported_of_sha256', 'of an export: state hash of its model', TEXT, where=_by_engine,
         make=_described('exported_of_sha256')),
+    Figure('weights_sha256', 'state hash of the model, neurons included', TEXT, needed=True),
+    Figure('batch_size', 'images per batch and process', COUNT, setting='images per batch'),
+    Figure('seed', 'seed of the choice of images', number(-2 ** 63, 2 ** 63, 'a seed', whole=True)),
+    Figure('workers', 'processes per process that decode', COUNT),
+    Figure('world_size', 'processes', COUNT, setting='processes'),
+    Figure('streaming', 'whether shards were read as they were needed', FLAG),
+    Figure('device', 'what it ran on', TEXT, setting='device'),
+    Figure('amp', 'mixed precision', TEXT, setting='mixed precision'),
+    Figure('torchcompile', 'whether networks were compiled', FLAG),
+    Figure('channels_last', 'whether memory was in this format', FLAG),
+    Figure('versions', 'of python and the packages', mapping(TEXT)),
+    Figure('peak_memory_mib', 'peak memory of a process', POSITIVE, unit='MiB'),
+    Figure('peak_device_memory_mib', 'likewise on the device (CUDA)', POSITIVE, unit='MiB'),
     Figure(
-        key='weights_sha256', meaning='state hash of the model, neurons included', check=TEXT, needed=True),
-    Figure(key='batch_size', meaning='images per batch and process', check=COUNT, setting='images per batch'),
-    Figure(key='seed', meaning='seed of the choice of images', check=number(-2 ** 63, 2 ** 63, 'a seed', whole=True)),
-    Figure(key='workers', meaning='processes per process that decode', check=COUNT),
-    Figure(key='world_size', meaning='processes', check=COUNT, setting='processes'),
-    Figure(key='streaming', meaning='whether shards were read as they were needed', check=FLAG),
-    Figure(key='device', meaning='what it ran on', check=TEXT, setting='device'),
-    Figure(key='amp', meaning='mixed precision', check=TEXT, setting='mixed precision'),
-    Figure(key='torchcompile', meaning='whether networks were compiled', check=FLAG),
-    Figure(key='channels_last', meaning='whether memory was in this format', check=FLAG),
-    Figure(key='versions', meaning='of python and the packages', check=mapping(TEXT)),
-    Figure(key='peak_memory_mib', meaning='peak memory of a process', check=POSITIVE, unit='MiB'),
-    Figure(key='peak_device_memory_mib', meaning='likewise on the device (CUDA)', check=POSITIVE, unit='MiB'),
-    Figure(
-        key='source_model', meaning="what it was compared with, if not its own source (`--source-model`)", check=TEXT,
+        'source_model', "what it was compared with, if not its own source (`--source-model`)", TEXT,
         setting='compared with'),
-    Figure(key='command', meaning='the command line', check=TEXT),
-    Figure(key='levels', meaning='of a point of a curve: its number of levels N',
-           check=number(1, 2 ** 15, 'a number of levels', whole=True)),
-    Figure(key='curve', meaning='of `scripts/publish_zoo.py`: results of conversions with other N',
-           check=Check('a list', lambda v: isinstance(v, list)), column=None),
-    Figure(key='curve_command', meaning='what measured them', check=TEXT),
+    Figure('command', 'the command line', TEXT),
+    Figure(
+        'levels', 'of a point of a curve: its number of levels N',
+        number(1, 2 ** 15, 'a number of levels', whole=True)),
+    Figure(
+        'curve', 'of `scripts/publish_zoo.py`: results of conversions with other N',
+        Check('a list', lambda v: isinstance(v, list)), column=None),
+    Figure('curve_command', 'what measured them', TEXT),
 )
 
 # Detectors ------------------------------------------------------------------------------------------------------------
@@ -225,7 +211,7 @@ def precision(key: str, meaning: str, part: Callable[[np.ndarray], np.ndarray], 
         source_head: Its column of the source in a table; none without one.
     """
     PRECISION[key] = Figure(
-        key=key, meaning=meaning, check=PERCENT, unit='%', label=key, listed=f'{key} [%]', head=key,
+        key, meaning, PERCENT, unit='%', label=key, listed=f'{key} [%]', head=key,
         source_head=source_head, said=f'{key} {{:.2f}}')
     PRECISION_PARTS[key] = part
 
@@ -268,14 +254,15 @@ AVERAGES = Check('percentages of average precision', _is_precision)
 DETECTION.register(
     *_also('model', 'architecture', 'dataset', 'split', 'dataset_fingerprint', 'num_images', 'seed', 'weights_sha256',
            'param_count', 'device', 'world_size', 'versions'),
-    Figure(key='problems', meaning='images and annotations that are not usable, a line each', check=TEXTS,
-           setting='images and annotations left out'),
     Figure(
-        key='boxes', check=AVERAGES, needed=True, of_source=True, label='boxes', listed='boxes', head='box',
-        source_head='source box', parts=PRECISION,
-        meaning='average precision of boxes, over all and by category in `per_class`, null where there is no object'),
+        'problems', 'images and annotations that are not usable, a line each', TEXTS,
+        setting='images and annotations left out'),
     Figure(
-        key='masks', meaning='the same of masks, of a detector that segments', check=AVERAGES, of_source=True,
-        label='masks', listed='masks', head='mask', source_head='source mask', parts=PRECISION),
+        'boxes', 'average precision of boxes, over all and by category in `per_class`, null where there is no object',
+        AVERAGES, needed=True, of_source=True, label='boxes', listed='boxes', head='box', source_head='source box',
+        parts=PRECISION),
+    Figure(
+        'masks', 'the same of masks, of a detector that segments', AVERAGES, of_source=True, label='masks',
+        listed='masks', head='mask', source_head='source mask', parts=PRECISION),
     *_also('seconds', 'source_model', 'command'),
 )

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from itertools import zip_longest
 from typing import Any
 
@@ -73,7 +73,7 @@ def _short(value: object) -> str:
 # Figures --------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Figure:
     """One figure of a result.
 
@@ -102,6 +102,7 @@ class Figure:
     key: str
     meaning: str
     check: Check
+    _: KW_ONLY
     unit: str = ''
     digits: int = 2
     needed: bool = False

@@ -18,6 +18,7 @@ from timm.layers import pos_embed_sincos
 
 from ..conversion import Images, calibration_batches
 from ..conversion.record import library_versions
+from ..data import requested
 from ..errors import SFormerError, needed_packages, quiet
 from ..files import may_write, state_hash, write_file
 from ..layers import named_neurons
@@ -76,11 +77,11 @@ def export_onnx(
     path = writable(path, overwrite)  # before the work
     _check_options(max_error, calibration is None and (split or image_column))
     network = copy.deepcopy(model).eval().to('cpu', torch.float32)
-    batches, images = None, None
+    batches = images = None
     if calibration is not None:
-        batches, images = calibration_batches(
-            network, calibration, split, num_images, BATCH_SIZE, seed, 'Rounding', image_column)
-        batches = list(batches)
+        wanted = requested(calibration, split=split, num_images=num_images, seed=seed, image_column=image_column)
+        read, images = calibration_batches(network, wanted, BATCH_SIZE, 'Rounding')
+        batches = list(read)
         images = dict(images, num_images=sum(map(len, batches)))
     reports = to_integer_(network, max_error, batches, portable)
     to_graph_(network, portable=portable)

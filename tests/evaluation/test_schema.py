@@ -29,7 +29,7 @@ def brier():
         distance[range(len(distance)), batch.labels[:, 0]] -= 1
         return distance.square().sum(1)
     CLASSIFICATION.register(Figure(
-        key='brier', meaning='squared distance of probabilities from the label', check=POSITIVE, digits=3,
+        'brier', 'squared distance of probabilities from the label', POSITIVE, digits=3,
         of_source=True, label='Brier score', head='Brier', said='Brier {:.3f}', count=count))
     yield
     del CLASSIFICATION.figures['brier']
@@ -105,7 +105,7 @@ def test_values_that_no_figure_describes_are_refused():
     with pytest.raises(ValueError, match='results of detectors have no figure brightness'):
         DETECTION.make({}, brightness=1)
     with pytest.raises(ValueError, match="results of classifiers have a figure 'top1' already"):
-        CLASSIFICATION.register(Figure(key='top1', meaning='', check=PERCENT))
+        CLASSIFICATION.register(Figure('top1', '', PERCENT))
 
 
 def test_whose_result_it_is():
