@@ -14,8 +14,6 @@ from .image_folders import EVALUATION_SPLITS
 
 __all__ = ['ImageRequest', 'requested']
 
-MAX_SEED = 2 ** 63 - 1
-
 
 @dataclass(frozen=True, kw_only=True)
 class ImageRequest:
@@ -52,7 +50,7 @@ class ImageRequest:
         object.__setattr__(self, 'dataset', os.fspath(self.dataset))
         if self.num_images is not None:
             check_integer(self, 'num_images', 1)
-        check_integer(self, 'seed', 0, MAX_SEED)
+        check_integer(self, 'seed', 0, 2 ** 63 - 1)
         for name in ('split', 'image_column', 'label_column'):
             if getattr(self, name) is not None:
                 check_text(self, name)

@@ -230,7 +230,7 @@ def test_a_subset_by_its_seed(pair, run_inside, monkeypatch):
         assert code == 0 and (result['num_images'], result['seed']) == (1, seed)
     assert len(seen) == 6 and len({*seen}) > 1  # not always the first one
     code, _, err = run_inside('evaluate', 'boxes', '--data', 'shapes', '--num-images', '500')
-    assert code == 1 and '500 images asked for, but shapes/val.json has only 3' in err
+    assert code == 1 and "500 images asked for, but 'shapes/val.json' has only 3" in err
 
 
 def test_options_that_say_nothing_to_a_detector(pair, run_inside):
