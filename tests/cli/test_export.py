@@ -115,7 +115,8 @@ def test_absurd_sizes(run_inside, folder):
         assert_refused(run_inside(args[0], folder, *args[1:]), f"Invalid value for '{args[1]}'", 2)
 
 
-def test_benchmark(run_inside, folder, tmp_path):
+def test_benchmark(run_inside, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr('torch.compile', lambda network: network)  # which takes half a minute
     code, out, err = run_inside('benchmark', folder, '--execution', 'simulate', 'integer', '--against', 'source:fp32',
                                 '--batch-size', '1', '--pairs', '1', '--results-file', 'b.json')
     assert code == 0 and 'batch 1' in out, err
