@@ -65,7 +65,7 @@ def test_a_field_that_is_nonsense(kind, name, value):
     (EvaluationConfig, dict(dataset='digits', seed=2 ** 70), 'seed must be an integer from 0 to'),
     (EvaluationConfig, dict(dataset='digits', streaming='no'), "streaming must be True or False, got 'no'"),
     (DetectorConfig, dict(backbone='test_vit2', categories={'one': 'x'}), "categories .* not {'one': 'x'}"),
-    (SFNConfig, dict(neuron='leaky'), "neuron must be one of scale_and_fire, got 'leaky'"),
+    (SFNConfig, dict(neuron='leaky'), "neuron must be one of scale_and_fire, separate_branches, got 'leaky'"),
 ], ids=str)
 def test_values_that_cannot_be(kind, values, message):
     with pytest.raises(ConfigError, match=message):
