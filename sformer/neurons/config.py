@@ -8,7 +8,8 @@ from .levels import MAX_LEVEL, MAX_WIDE_LEVEL, level_integers, max_levels
 
 __all__ = [
     'FIRE_FUNCTIONS', 'SOFTMAX_FIRE_FUNCTIONS', 'ESTIMATORS', 'DEFAULT_RANGE', 'NEURON_TYPES', 'SCALE_AND_FIRE',
-    'SEPARATE_BRANCHES', 'RECIPES', 'Recipe', 'SFNConfig', 'FitConfig', 'as_config', 'recipe_configs', 'recipe_name', 'recipe_of',
+    'SEPARATE_BRANCHES', 'RECIPES', 'Recipe', 'SFNConfig', 'FitConfig', 'as_config', 'recipe_configs', 'recipe_name',
+    'recipe_of',
 ]
 
 FIRE_FUNCTIONS = ('uniform', 'widening', 'quarter_square', 'quadratic', 'quartic', 'power2', 'density')
