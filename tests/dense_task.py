@@ -42,7 +42,7 @@ class Segmenter(nn.Module):
 
     def __init__(self, classes):
         super().__init__()
-        self.vit = timm.create_model('test_vit', num_classes=0, img_size=SIDE, patch_size=8)
+        self.vit = timm.create_model('test_vit', depth=2, num_classes=0, img_size=SIDE, patch_size=8)
         self.head = nn.Conv2d(self.vit.num_features, classes, 1)
         self.num_classes = classes
         self.pretrained_cfg = dict(architecture='segmenter', input_size=(3, SIDE, SIDE), mean=(.5,) * 3, std=(.5,) * 3,

@@ -150,22 +150,22 @@ def test_a_third_task_goes_through_all_commands(folders, run_here, tmp_path, mon
     ort = pytest.importorskip('onnxruntime')
     monkeypatch.chdir(tmp_path)
     source = folders / 'dense'
-    result = run_here('convert', source, '-o', 'out', '--num-images', 8, '--batch-size', 4)
+    result = run_here('convert', source, '-o', 'out', '--num-images', 4, '--batch-size', 2)
     assert (result.code, result.err) == (0, ''), result.err
-    assert result.out == f'{source} -> segmenter: N = 63, calibrated on 8 dead-leaves images, saved to out\n'
+    assert result.out == f'{source} -> segmenter: N = 63, calibrated on 4 dead-leaves images, saved to out\n'
     model = sformer.load_model('out')
-    assert sformer.is_calibrated(model) and model.conversion.calibration.num_images == 8
+    assert sformer.is_calibrated(model) and model.conversion.calibration.num_images == 4
 
-    result = run_here('evaluate', 'out', '--data', 'dead-leaves', '--num-images', 8, '--results-file', 'out/r.json')
+    result = run_here('evaluate', 'out', '--data', 'dead-leaves', '--num-images', 4, '--results-file', 'out/r.json')
     found = json.loads((tmp_path / 'out' / 'r.json').read_text())
     assert result.code == 0 and found['model'] == 'out' and found['architecture'] == 'segmenter'
     assert result.out == f'out: {found["pixel_agreement"]:.2f} % of the pixels as the source has them\n' \
                          f'results in out/r.json\n'
     assert 90 < found['pixel_agreement'] <= 100
-    result = run_here('compare', 'out', 'out', '--data', 'dead-leaves', '--num-images', 8, '--format', 'csv')
+    result = run_here('compare', 'out', 'out', '--data', 'dead-leaves', '--num-images', 4, '--format', 'csv')
     rows = [*csv.DictReader(io.StringIO(result.out))]
     assert result.code == 0 and float(rows[1]['pixel_agreement']) == found['pixel_agreement'] and len(rows) == 2
-    result = run_here('compare', 'out', 'out', '--data', 'dead-leaves', '--num-images', 8)
+    result = run_here('compare', 'out', 'out', '--data', 'dead-leaves', '--num-images', 4)
     assert result.code == 0 and f'{found["pixel_agreement"]:.2f}' in result.out
 
     result = run_here('export', 'out', 'out.onnx')
@@ -176,7 +176,7 @@ def test_a_third_task_goes_through_all_commands(folders, run_here, tmp_path, mon
         simulated = model(x).numpy()
     assert np.abs(ran - simulated).max() < 0.05 * np.abs(simulated).max()
 
-    result = run_here('profile', 'out', '--num-images', 2, '-o', 'report', '--what-is-spiking')
+    result = run_here('profile', 'out', '--num-images', 1, '-o', 'report', '--what-is-spiking')
     assert result.code == 0 and 'NO' not in result.out and (tmp_path / 'report' / 'index.html').is_file()
     assert 'head' in result.out and 'vit.blocks.0.attn.qkv' in result.out
 
