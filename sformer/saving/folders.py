@@ -26,22 +26,7 @@ __all__ = ['save_classifier', 'load_classifier', 'open_classifier', 'check_vacan
 
 
 def save_classifier(model: nn.Module, directory: Union[str, Path], overwrite: bool = False) -> Path:
-    """Save an SFormer as `model.safetensors` and a timm `config.json` with one more root key, `sformer`.
-
-    Both files are written aside and renamed: until they are complete the old model is the one that is there.
-
-    Args:
-        model: Calibrated SFormer.
-        directory: Folder to write to.
-        overwrite: Replace a model that is there already.
-
-    Returns:
-        The folder.
-
-    Raises:
-        UncalibratedError: If the thresholds were never fitted.
-        SFormerError: If the folder holds a model, can't be written to, or the model can't be rebuilt from a config.
-    """
+    """What `sformer.save_model` does with an SFormer of timm, whose `config.json` has one more root key, `sformer`."""
     state = weights_of(model)
     if not is_calibrated(model):
         raise UncalibratedError(f'{uncalibrated(model)}; convert it with sformer.convert() before saving.')
@@ -168,20 +153,7 @@ def open_classifier(name: str) -> nn.Module:
 
 
 def load_classifier(path: Union[str, Path], revision: Optional[str] = None, **kwargs) -> nn.Module:
-    """Load a saved SFormer; the same as `timm.create_model(..., pretrained=True)`, with its record.
-
-    Args:
-        path: Folder written by `save_classifier`, or `hf-hub:org/name`, or `hf-hub:org/name@revision`.
-        revision: Branch, tag or commit of a model on the Hub.
-        **kwargs: Passed to `timm.create_model`.
-
-    Returns:
-        The model in eval mode; `model.conversion` is the record of its conversion.
-
-    Raises:
-        SFormerError: If the model is not there or incomplete, its weights are damaged or not those that the config
-            records, or the config tries to direct the loader.
-    """
+    """What `sformer.load_model` does with an SFormer of timm: `timm.create_model`, and the record of its conversion."""
     name = str(path)
     folder = locate(name, revision, kwargs.get('cache_dir'), weights=False)
     if name.startswith('hf-hub:'):

@@ -56,7 +56,7 @@ class Classification(Task):
             cache_dir: str | Path | None = None,
             **kwargs: Any,
     ) -> nn.Module:
-        return load_classifier(path, revision, **({'cache_dir': cache_dir} if cache_dir else {}), **kwargs)
+        return load_classifier(path, revision, cache_dir=cache_dir, **kwargs)
 
     def open(self, name: str) -> nn.Module:
         return open_classifier(name)

@@ -18,7 +18,7 @@ from ..detection import (
     open_coco,
     save_detector,
 )
-from ..detection.detector_entrypoints import detector_name
+from ..detection.detector_entrypoints import detector_name, is_detector_name
 from ..detection.detector_evaluation import check_evaluable
 from ..detection.detector_folders import DETECTOR_KEY, read_detector_config
 from ..errors import SFormerError
@@ -84,7 +84,7 @@ class Detection(Task):
             command: str,
             **options: Any,
     ) -> nn.Module:
-        if source in detector_names() and not Path(source).is_dir():
+        if is_detector_name(source):
             raise SFormerError(f'{source} has no weights: sformer detect train makes a detector that has.')
         detector = self.open(source)
         calibration, split = _unlabelled(images)
