@@ -89,7 +89,7 @@ def test_weights_are_bytes_and_the_file_says_what_it_is_of(segmenting):
 
 def test_mistakes(segmenting, data, tmp_path):
     model, path = segmenting
-    with pytest.raises(SFormerError, match='the graph of a detector'):
+    with pytest.raises(SFormerError, match='the graph of no classifier'):
         load_onnx(path)
     with pytest.raises(SFormerError, match='is there already'):
         export_detector(model, path)
