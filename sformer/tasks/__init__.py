@@ -5,7 +5,7 @@ A task is a file in this folder that registers it.
 import importlib as _importlib
 import pkgutil as _pkgutil
 
-from .registry import load_model, one_task, open_model, register_task, save_model, task_named, task_of, tasks
+from .door import load_model, one_task, open_model, register_task, save_model, task_named, task_of, tasks
 from .task import OPTIONS, Description, EvaluationRequest, Task
 
 for _found in _pkgutil.iter_modules(__path__):

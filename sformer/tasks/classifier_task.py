@@ -20,7 +20,7 @@ from ..neurons import FitConfig, SFNConfig
 from ..profiling import compare_codings, pixels_of, spike_maps
 from ..saving import load_classifier, open_classifier, save_classifier
 from ..saving.model_config import read_config
-from .registry import register_task
+from .door import register_task
 from .task import OPTIONS, Description, EvaluationRequest, Task
 
 __all__ = ['Classification']

@@ -28,7 +28,7 @@ from ..evaluation.schema import SOURCE, Result, in_line
 from ..execution.integer import IntegerReport
 from ..layers import named_neurons
 from ..neurons import FitConfig, SFNConfig
-from .registry import register_task
+from .door import register_task
 from .task import Description, EvaluationRequest, Task
 
 __all__ = ['Detection']

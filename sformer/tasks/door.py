@@ -1,4 +1,4 @@
-"""Which task a model is of, and the door to all of them."""
+"""Which task a model is of, and the door to models of all tasks."""
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
