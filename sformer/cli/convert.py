@@ -102,11 +102,12 @@ def convert(
         run_conversion(source, output, (config, fit), calibration, split, num_images, seed, overwrite)
         return
     from ..conversion import convert as convert_model
-    from ..conversion.sources import create_source, set_data_config_
+    from ..conversion.sources import create_source
     from ..saving import check_vacant, save_model
     check_vacant(output, overwrite)
-    trained = create_source(source, checkpoint, allow_pickle, **parse_kwargs(model_kwargs))
-    set_data_config_(trained.network, mean=mean, std=std, crop_pct=crop_pct, interpolation=interpolation)
+    trained = create_source(
+        source, checkpoint, allow_pickle, **parse_kwargs(model_kwargs),
+        preprocessing=dict(mean=mean, std=std, crop_pct=crop_pct, interpolation=interpolation))
     model: Any = convert_model(
         trained, calibration, config, fit, split=split, num_images=num_images, batch_size=batch_size, seed=seed,
         image_column=columns.image_column, inplace=True, command=command_line())
@@ -114,3 +115,6 @@ def convert(
     used = model.conversion.calibration
     print(f'{source} -> {model.pretrained_cfg["architecture"]}: N = {config.levels}, calibrated on '
           f'{used.num_images} {used.name} images, saved to {output}')
+    cfg = model.pretrained_cfg
+    print(f'pixels are normalised by mean {tuple(cfg["mean"])} and std {tuple(cfg["std"])}, '
+          f'{model.conversion.normalisation}')

@@ -13,7 +13,7 @@ from ..data import GENERATED, open_images
 from ..data.batches import progress
 from ..errors import SFormerError, enough_memory
 from ..layers import named_neurons, revert_
-from ..models import spiking_model_
+from ..models import spiking_model_, state_input_size_
 from ..models.zoo import CUSTOM, ENTRYPOINTS, architecture_of
 from ..neurons import FitConfig, SFNConfig, recipe_configs
 from .calibration import calibrate_
@@ -24,6 +24,9 @@ from .sources import Source, check_weights, create_source
 __all__ = ['Images', 'all_tokens', 'calibration_batches', 'convert']
 
 _logger = logging.getLogger(__name__)
+
+LOCATIONS = ('hf_hub_id', 'url', 'file', 'state_dict', 'source', 'custom_load')  # of a config: where weights are
+OF_WEIGHTS = ('tag', 'license', 'description', 'origin_url', 'paper_name', 'paper_ids', 'notes')  # what it says of them
 
 Images = Union[str, Path, Iterable[torch.Tensor]]
 
@@ -91,11 +94,11 @@ def convert(
     if any(True for _ in named_neurons(model)):
         model = revert_(model)  # converting again starts from the network that is inside
     check_weights(model)
-    record = kept or _record_of_source(model, source.weights)
+    record = kept or _record_of_source(source, model)
     training = model.training
     before = {k: model.__dict__.get(k) for k in ('pretrained_cfg', 'default_cfg', '_model_args')}
     try:
-        _name_architecture(model)
+        _name_architecture(model, bool(record.source_weights))
         model = spiking_model_(model, config).eval()
         batches, images = calibration_batches(
             model, calibration, split, num_images, batch_size, seed, image_column=image_column)
@@ -111,12 +114,12 @@ def convert(
         raise
 
 
-def _record_of_source(model: nn.Module, weights: str | None) -> Conversion:
-    """What a record says of a source network."""
+def _record_of_source(source: Source, model: nn.Module) -> Conversion:
+    """What a record says of a source network. A tag is of published weights, and timm's config has one for all."""
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     return Conversion(
-        source=cfg.get('architecture') or type(model).__name__, source_tag=cfg.get('tag') or None if weights else None,
-        source_weights=weights)
+        source=cfg.get('architecture') or type(model).__name__, source_weights=source.weights,
+        source_tag=cfg.get('tag') or None if source.weights else None, normalisation=source.normalisation)
 
 
 def all_tokens(network: Any, batch: torch.Tensor) -> torch.Tensor:
@@ -126,8 +129,9 @@ def all_tokens(network: Any, batch: torch.Tensor) -> torch.Tensor:
     return tokens
 
 
-def _name_architecture(model: Any) -> None:
-    """Point a model's config at the `sformer_*` entrypoint that rebuilds it; away from the source's weights."""
+def _name_architecture(model: Any, published: bool) -> None:
+    """Point a model's config at the `sformer_*` entrypoint that rebuilds it; away from the source's weights, of which
+    it says something only where they are the published ones."""
     cfg = dict(getattr(model, 'pretrained_cfg', None) or {})
     if not cfg:
         return
@@ -136,13 +140,14 @@ def _name_architecture(model: Any) -> None:
         cfg['architecture'] = architecture_of(source)
     if cfg['architecture'] == CUSTOM and source != CUSTOM:
         model._model_args = dict(getattr(model, '_model_args', {}), source=source)
-    for key in ('hf_hub_id', 'url', 'file', 'state_dict', 'source', 'custom_load'):
+    for key in (*LOCATIONS, *(() if published else OF_WEIGHTS)):
         cfg.pop(key, None)
     in_chans = getattr(model, 'in_chans', 3)
     for key in ('mean', 'std'):  # a network built for other channels than the cfg's has no statistics of its own
         if key in cfg and len(cfg[key]) != in_chans:
             cfg[key] = (sum(cfg[key]) / len(cfg[key]),) * in_chans
     model.pretrained_cfg = model.default_cfg = cfg
+    state_input_size_(model, getattr(model, '_model_args', {}).get('img_size'))
 
 
 def calibration_batches(

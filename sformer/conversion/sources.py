@@ -1,13 +1,18 @@
 """Source networks: timm models with trained weights, and the preprocessing that they were trained with."""
+import argparse
+import contextlib
 import dataclasses
 import difflib
+import json
+import logging
 import warnings
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Union
+from typing import Any, Callable, Dict, Optional, Tuple, Union
 
 import timm
 import torch
 import torch.nn as nn
+from safetensors import safe_open
 from timm.models import clean_state_dict
 
 from ..data.preprocessing import check_preprocessing
@@ -16,7 +21,11 @@ from ..files import check_content, is_safetensors, read_safetensors
 from ..layers import named_neurons
 from ..models import set_pixel_range_
 
-__all__ = ['Source', 'check_weights', 'create_source', 'load_source_weights_', 'set_data_config_']
+__all__ = [
+    'Source', 'check_weights', 'checkpoint_preprocessing', 'create_source', 'load_source_weights_', 'set_data_config_',
+]
+
+_logger = logging.getLogger(__name__)
 
 PREPROCESSING = ('mean', 'std', 'crop_pct', 'crop_mode', 'interpolation')
 
@@ -28,9 +37,11 @@ class Source:
     Args:
         network: timm model in eval mode.
         weights: Where its published weights are from, a Hub id or a URL; None for weights of the user's own.
+        normalisation: Where the mean and the std of its config are from, in words; None where that is not known.
     """
     network: nn.Module
     weights: Optional[str] = None
+    normalisation: Optional[str] = None
 
 
 def create_source(
@@ -38,19 +49,25 @@ def create_source(
         checkpoint: Union[str, Path, None] = None,
         allow_pickle: bool = False,
         filter_fn: Optional[Callable[[Dict[str, Any], nn.Module], Dict[str, Any]]] = None,
+        preprocessing: Optional[Dict[str, Any]] = None,
         **kwargs: Any,
 ) -> Source:
     """Create a timm model with trained weights.
+
+    A checkpoint may say how it was trained (`checkpoint_preprocessing`); where it says nothing of mean and std, those
+    that timm has for the architecture are taken, with a warning: they are those of other weights.
 
     Args:
         name: Model name, as for `timm.create_model`.
         checkpoint: Weights to load; the published pretrained ones if None.
         allow_pickle: Load a pickled checkpoint, with torch's `weights_only` unpickler.
         filter_fn: Adapts the state dict of a checkpoint to the model.
+        preprocessing: How it was trained, as of `set_data_config_`: mean, std, crop_pct, crop_mode, interpolation.
         **kwargs: Passed to `timm.create_model`.
 
     Raises:
-        SFormerError: If there is no such model, its arguments are wrong or the weights cannot be had.
+        SFormerError: If there is no such model, its arguments are wrong, the weights cannot be had, or some of its
+            parameters would stay random.
     """
     if not name.startswith(('hf-hub:', 'local-dir:')) and not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
@@ -70,13 +87,106 @@ def create_source(
             f'Give a checkpoint, or make the Hub reachable.') from e
     except Exception as e:  # timm leaves it to whatever a wrong value breaks first
         raise SFormerError(f'{name} cannot be built with {kwargs}: {type(e).__name__}: {first_line(e)}') from e
+    cfg: Any = model.pretrained_cfg
+    given = {key: value for key, value in (preprocessing or {}).items() if value is not None}
     if checkpoint is not None:
         load_source_weights_(model, checkpoint, allow_pickle, filter_fn)
-        return Source(model.eval())
-    cfg: Any = model.pretrained_cfg
+        found, where = checkpoint_preprocessing(Path(checkpoint), cfg.get('architecture'), allow_pickle)
+        overlaid = kwargs.get('pretrained_cfg_overlay') or {}
+        given = {**{key: overlaid[key] for key in ('mean', 'std') if overlaid.get(key)}, **given}
+        set_data_config_(model, **{**found, **given})
+        return Source(model.eval(), None, _normalisation(model, checkpoint, given, found, where))
+    _check_trained(model, name, kwargs)
+    set_data_config_(model, **given)
     own = kwargs.get('checkpoint_path') or cfg.get('file') or cfg.get('state_dict')
     described = not own and model.num_classes == cfg.get('num_classes')  # else not those that the config describes
-    return Source(model.eval(), (cfg.get('hf_hub_id') or cfg.get('url') or None) if described else None)
+    normalisation = 'given' if {'mean', 'std'} <= given.keys() else None if own else 'of the config of these weights'
+    return Source(model.eval(), (cfg.get('hf_hub_id') or cfg.get('url') or None) if described else None, normalisation)
+
+
+def _check_trained(model: Any, name: str, kwargs: Dict[str, Any]) -> None:
+    """Raise SFormerError if timm has left parameters of a pretrained model random, as it does without a word where the
+    number of classes is another one."""
+    classes = model.pretrained_cfg.get('num_classes')
+    if kwargs.get('checkpoint_path') or model.num_classes == classes:
+        return  # all of them were loaded, or timm has refused
+    if model.num_classes:
+        raise SFormerError(
+            f'num_classes={model.num_classes}, but the pretrained weights of {name} are of {classes} classes: its '
+            f'{model.pretrained_cfg.get("classifier")} would be random. Give a checkpoint that has one, or leave '
+            f'num_classes out.')
+    architecture = name.partition('.')[0]
+    if timm.is_model(architecture):
+        published = dict(timm.create_model(architecture, device='meta').named_parameters())
+        new = [parameter for parameter, _ in model.named_parameters() if parameter not in published]
+        if new:
+            more = f' and {len(new) - 1} more' if len(new) > 1 else ''
+            raise SFormerError(f'the pretrained weights of {name} have no {new[0]}{more}, which would be random with '
+                               f'these arguments: {kwargs}.')
+
+
+def checkpoint_preprocessing(
+        path: Path,
+        architecture: Optional[str],
+        allow_pickle: bool = False,
+) -> Tuple[Dict[str, Any], str]:
+    """What a checkpoint says of the preprocessing that its network was trained with: values as of `set_data_config_`,
+    and where it says so.
+
+    That is, as `mean`, `std` ... or in a `pretrained_cfg`: the metadata of a safetensors file (as JSON), the entries of
+    a pickled checkpoint or of the `args` of timm's training, or timm's `config.json` beside it of the same
+    architecture.
+    """
+    where = {'its metadata': _metadata(path, allow_pickle)}
+    beside = path.parent / 'config.json'
+    with contextlib.suppress(OSError, ValueError):
+        config = json.loads(beside.read_text(encoding='utf-8'))
+        if isinstance(config, dict) and config.get('architecture') == architecture:
+            where['config.json beside it'] = config
+    for words, values in where.items():
+        nested = values.get('pretrained_cfg')
+        for said in (values, nested if isinstance(nested, dict) else {}):
+            found = {key: said[key] for key in PREPROCESSING if said.get(key) is not None}
+            if {'mean', 'std'} & found.keys():
+                return found, words
+    return {}, ''
+
+
+def _metadata(path: Path, allow_pickle: bool) -> Dict[str, Any]:
+    """What a checkpoint holds beside its weights."""
+    if is_safetensors(path):
+        with safe_open(path, framework='pt') as f:
+            values: Dict[str, Any] = dict(f.metadata() or {})
+        for key, value in values.items():
+            with contextlib.suppress(ValueError):
+                values[key] = json.loads(value)
+        return values
+    if not allow_pickle:
+        return {}
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        content = torch.load(path, map_location='cpu', weights_only=True)
+    args = content.get('args') if isinstance(content, dict) else None
+    values = {key: value for key, value in content.items() if key in (*PREPROCESSING, 'pretrained_cfg')} \
+        if isinstance(content, dict) else {}
+    return {**(vars(args) if isinstance(args, argparse.Namespace) else {}), **values}
+
+
+def _normalisation(
+        model: Any,
+        checkpoint: Union[str, Path],
+        given: Dict[str, Any],
+        found: Dict[str, Any],
+        where: str,
+) -> str:
+    """Where the mean and the std of a checkpoint are from, in words; warns where they are timm's."""
+    default = f'timm\'s default for {model.pretrained_cfg.get("architecture")}'
+    origins = {key: 'given' if key in given else f'of the checkpoint ({where})' if key in found else default
+               for key in ('mean', 'std')}
+    if default in origins.values():
+        values = ' and '.join(f'{key} {tuple(model.pretrained_cfg[key])}' for key in origins if origins[key] == default)
+        _logger.warning(f'{checkpoint} does not say which mean and std it was trained with: {values} are taken, '
+                        f'{default}. --mean and --std (preprocessing) say otherwise.')
+    return origins['mean'] if len({*origins.values()}) == 1 else f'mean {origins["mean"]}, std {origins["std"]}'
 
 
 def set_data_config_(model: nn.Module, **values: Any) -> None:
