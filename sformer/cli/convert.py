@@ -102,7 +102,7 @@ def convert(
         run_conversion(source, output, (config, fit), calibration, split, num_images, seed, overwrite)
         return
     from ..conversion import convert as convert_model
-    from ..conversion.sources import create_source
+    from ..conversion.sources import CAME_ALONG, create_source
     from ..saving import check_vacant, save_model
     check_vacant(output, overwrite)
     trained = create_source(
@@ -117,4 +117,4 @@ def convert(
           f'{used.num_images} {used.name} images, saved to {output}')
     cfg = model.pretrained_cfg
     print(f'pixels are normalised by mean {tuple(cfg["mean"])} and std {tuple(cfg["std"])}, '
-          f'{model.conversion.normalisation}')
+          f'{model.conversion.normalisation or CAME_ALONG}')

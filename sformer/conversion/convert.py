@@ -95,6 +95,7 @@ def convert(
         model = revert_(model)  # converting again starts from the network that is inside
     check_weights(model)
     record = kept or _record_of_source(source, model)
+    record = dataclasses.replace(record, normalisation=source.normalisation or record.normalisation)
     training = model.training
     before = {k: model.__dict__.get(k) for k in ('pretrained_cfg', 'default_cfg', '_model_args')}
     try:
@@ -119,7 +120,7 @@ def _record_of_source(source: Source, model: nn.Module) -> Conversion:
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     return Conversion(
         source=cfg.get('architecture') or type(model).__name__, source_weights=source.weights,
-        source_tag=cfg.get('tag') or None if source.weights else None, normalisation=source.normalisation)
+        source_tag=cfg.get('tag') or None if source.weights else None)
 
 
 def all_tokens(network: Any, batch: torch.Tensor) -> torch.Tensor:

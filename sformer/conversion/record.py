@@ -66,7 +66,7 @@ class Conversion:
         zoo_entry: Line of a table of conversions that this one is of, as `scripts/publish_zoo.py` has one.
         state_sha256: State hash of the weights that this record speaks of.
         layout_sha256: Hash of their names, shapes and dtypes.
-        normalisation: Where mean and std of the source's config are from, in words; None where that is not known.
+        normalisation: Where mean and std of the source's config are from, in words; None if they came with its weights.
     """
     source: str
     source_tag: Optional[str] = None

@@ -1,5 +1,6 @@
 """Source networks: timm models with trained weights, and the preprocessing that they were trained with."""
 import argparse
+import ast
 import contextlib
 import dataclasses
 import difflib
@@ -22,12 +23,13 @@ from ..layers import named_neurons
 from ..models import set_pixel_range_
 
 __all__ = [
-    'Source', 'check_weights', 'checkpoint_preprocessing', 'create_source', 'load_source_weights_', 'set_data_config_',
+    'CAME_ALONG', 'Source', 'check_weights', 'checkpoint_preprocessing', 'create_source', 'load_source_weights_', 'set_data_config_',
 ]
 
 _logger = logging.getLogger(__name__)
 
 PREPROCESSING = ('mean', 'std', 'crop_pct', 'crop_mode', 'interpolation')
+CAME_ALONG = 'of the config of its weights'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Source:
     Args:
         network: timm model in eval mode.
         weights: Where its published weights are from, a Hub id or a URL; None for weights of the user's own.
-        normalisation: Where the mean and the std of its config are from, in words; None where that is not known.
+        normalisation: Where the mean and the std of its config are from, in words; None if they came with its weights.
     """
     network: nn.Module
     weights: Optional[str] = None
@@ -88,19 +90,19 @@ def create_source(
     except Exception as e:  # timm leaves it to whatever a wrong value breaks first
         raise SFormerError(f'{name} cannot be built with {kwargs}: {type(e).__name__}: {first_line(e)}') from e
     cfg: Any = model.pretrained_cfg
-    given = {key: value for key, value in (preprocessing or {}).items() if value is not None}
+    overlay = kwargs.get('pretrained_cfg_overlay') or {}
+    own = checkpoint or kwargs.get('checkpoint_path') or overlay.get('file')
     if checkpoint is not None:
         load_source_weights_(model, checkpoint, allow_pickle, filter_fn)
-        found, where = checkpoint_preprocessing(Path(checkpoint), cfg.get('architecture'), allow_pickle)
-        overlaid = kwargs.get('pretrained_cfg_overlay') or {}
-        given = {**{key: overlaid[key] for key in ('mean', 'std') if overlaid.get(key)}, **given}
-        set_data_config_(model, **{**found, **given})
-        return Source(model.eval(), None, _normalisation(model, checkpoint, given, found, where))
-    _check_trained(model, name, kwargs)
-    set_data_config_(model, **given)
-    own = kwargs.get('checkpoint_path') or cfg.get('file') or cfg.get('state_dict')
-    described = not own and model.num_classes == cfg.get('num_classes')  # else not those that the config describes
-    normalisation = 'given' if {'mean', 'std'} <= given.keys() else None if own else 'of the config of these weights'
+    else:
+        _check_trained(model, name, kwargs)
+    said = checkpoint_preprocessing(Path(own), cfg.get('architecture'), allow_pickle) if own else {}
+    given = {key: overlay[key] for key in ('mean', 'std') if overlay.get(key)}
+    given |= {key: value for key, value in (preprocessing or {}).items() if value is not None}
+    set_data_config_(model, **{**{key: value for key, (value, _) in said.items()}, **given})
+    normalisation = _normalisation(model, own or overlay.get('state_dict') and 'the state dict', given, said)
+    described = checkpoint is None and not (own or cfg.get('file') or cfg.get('state_dict')) \
+        and model.num_classes == cfg.get('num_classes')  # else these are not the weights that the config is of
     return Source(model.eval(), (cfg.get('hf_hub_id') or cfg.get('url') or None) if described else None, normalisation)
 
 
@@ -129,63 +131,70 @@ def checkpoint_preprocessing(
         path: Path,
         architecture: Optional[str],
         allow_pickle: bool = False,
-) -> Tuple[Dict[str, Any], str]:
+) -> Dict[str, Tuple[Any, str]]:
     """What a checkpoint says of the preprocessing that its network was trained with: values as of `set_data_config_`,
-    and where it says so.
+    each with where it stands.
 
-    That is, as `mean`, `std` ... or in a `pretrained_cfg`: the metadata of a safetensors file (as JSON), the entries of
-    a pickled checkpoint or of the `args` of timm's training, or timm's `config.json` beside it of the same
-    architecture.
+    It says so as `mean`, `std` ... or in a `pretrained_cfg`: in the metadata of a safetensors file, in the entries of a
+    pickled checkpoint or in the `args` of timm's training, or in timm's `config.json` of this architecture beside it.
     """
-    where = {'its metadata': _metadata(path, allow_pickle)}
-    beside = path.parent / 'config.json'
+    places = [('its metadata', _metadata(path, allow_pickle))]
     with contextlib.suppress(OSError, ValueError):
-        config = json.loads(beside.read_text(encoding='utf-8'))
+        config = json.loads((path.parent / 'config.json').read_text(encoding='utf-8'))
         if isinstance(config, dict) and config.get('architecture') == architecture:
-            where['config.json beside it'] = config
-    for words, values in where.items():
+            places.append(('config.json beside it', config))
+    said: Dict[str, Tuple[Any, str]] = {}
+    for where, values in places:
         nested = values.get('pretrained_cfg')
-        for said in (values, nested if isinstance(nested, dict) else {}):
-            found = {key: said[key] for key in PREPROCESSING if said.get(key) is not None}
-            if {'mean', 'std'} & found.keys():
-                return found, words
-    return {}, ''
+        for content in (values, nested if isinstance(nested, dict) else {}):
+            for key in PREPROCESSING:  # timm's training has empty ones for what was not asked for
+                if content.get(key) not in (None, '', [], ()):
+                    said.setdefault(key, (content[key], where))
+    return said
 
 
 def _metadata(path: Path, allow_pickle: bool) -> Dict[str, Any]:
     """What a checkpoint holds beside its weights."""
     if is_safetensors(path):
         with safe_open(path, framework='pt') as f:
-            values: Dict[str, Any] = dict(f.metadata() or {})
-        for key, value in values.items():
-            with contextlib.suppress(ValueError):
-                values[key] = json.loads(value)
-        return values
+            return {key: _value(text) for key, text in (f.metadata() or {}).items()}
     if not allow_pickle:
         return {}
     with torch.serialization.safe_globals([argparse.Namespace]):
         content = torch.load(path, map_location='cpu', weights_only=True)
-    args = content.get('args') if isinstance(content, dict) else None
-    values = {key: value for key, value in content.items() if key in (*PREPROCESSING, 'pretrained_cfg')} \
-        if isinstance(content, dict) else {}
-    return {**(vars(args) if isinstance(args, argparse.Namespace) else {}), **values}
+    if not isinstance(content, dict):
+        return {}
+    args = content.get('args')
+    return {**(vars(args) if isinstance(args, argparse.Namespace) else {}),
+            **{key: content[key] for key in (*PREPROCESSING, 'pretrained_cfg') if key in content}}
+
+
+def _value(text: str) -> Any:
+    """What a text of metadata says: as JSON has it, or Python; else the text itself."""
+    for read in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError):
+            return read(text)
+    return text
 
 
 def _normalisation(
         model: Any,
-        checkpoint: Union[str, Path],
+        own: Union[str, Path, None],
         given: Dict[str, Any],
-        found: Dict[str, Any],
-        where: str,
-) -> str:
-    """Where the mean and the std of a checkpoint are from, in words; warns where they are timm's."""
-    default = f'timm\'s default for {model.pretrained_cfg.get("architecture")}'
-    origins = {key: 'given' if key in given else f'of the checkpoint ({where})' if key in found else default
+        said: Dict[str, Tuple[Any, str]],
+) -> Optional[str]:
+    """Where the mean and the std of a network are from, in words, None where its config came with its weights; warns
+    where they are those that timm has for other weights."""
+    cfg = model.pretrained_cfg
+    default = f'timm\'s default for {cfg.get("architecture")}' if own else CAME_ALONG
+    origins = {key: 'given' if key in given else f'of the checkpoint ({said[key][1]})' if key in said else default
                for key in ('mean', 'std')}
-    if default in origins.values():
-        values = ' and '.join(f'{key} {tuple(model.pretrained_cfg[key])}' for key in origins if origins[key] == default)
-        _logger.warning(f'{checkpoint} does not say which mean and std it was trained with: {values} are taken, '
-                        f'{default}. --mean and --std (preprocessing) say otherwise.')
+    if own and default in origins.values():
+        values = ' and '.join(f'{key} {tuple(cfg[key])}' for key in origins if origins[key] == default)
+        _logger.warning(f'{own} does not say which mean and std it was trained with: {values} are taken, {default}. '
+                        f'--mean and --std (preprocessing) say otherwise.')
+    if {*origins.values()} == {CAME_ALONG}:
+        return None
     return origins['mean'] if len({*origins.values()}) == 1 else f'mean {origins["mean"]}, std {origins["std"]}'
 
 

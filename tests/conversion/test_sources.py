@@ -224,7 +224,9 @@ CHECKPOINTS = {
     'values': ('a.safetensors', dict(metadata=dict(mean='[0.4]', std='[0.3]', crop_pct='1.0')), 'its metadata'),
     'config': ('a.safetensors', dict(metadata=dict(pretrained_cfg='{"mean": [0.4], "std": [0.3], "crop_pct": 1.0}')),
                'its metadata'),
-    'args of timm': ('a.pth', dict(args=argparse.Namespace(mean=MEAN, std=STD, crop_pct=1., lr=0.1)), 'its metadata'),
+    'args of timm': ('a.pth', dict(args=argparse.Namespace(
+        mean=MEAN, std=STD, crop_pct=1., lr=0.1, interpolation='', crop_mode=None)), 'its metadata'),
+    'tuples': ('a.safetensors', dict(metadata=dict(mean='(0.4,)', std='(0.3,)', crop_pct='1.0')), 'its metadata'),
     'entries': ('a.pth', dict(mean=MEAN, std=STD, crop_pct=1.), 'its metadata'),
 }
 
@@ -234,11 +236,11 @@ def test_normalisation_of_a_checkpoint(name, source, images, tmp_path, caplog):
     file, said, where = CHECKPOINTS[name]
     path = said_by(tmp_path / file, source, **said)
     model = convert(NAME, [images], checkpoint=path, allow_pickle=True, **NANO)
-    assert (model.pretrained_cfg['mean'], model.pretrained_cfg['std']) == (MEAN, STD)
+    assert ([*model.pretrained_cfg['mean']], [*model.pretrained_cfg['std']]) == (MEAN, STD)
     assert model.pretrained_cfg['crop_pct'] == 1. and model.conversion.normalisation == f'of the checkpoint ({where})'
     assert torch.allclose(model.patch_embed.proj.neuron.step, torch.tensor(1 / (255 * 0.3)))
     given = convert(NAME, [images], checkpoint=path, allow_pickle=True, preprocessing=dict(mean=(0.2,)), **NANO)
-    assert given.pretrained_cfg['mean'] == (0.2,) and given.pretrained_cfg['std'] == STD
+    assert given.pretrained_cfg['mean'] == (0.2,) and [*given.pretrained_cfg['std']] == STD
     assert given.conversion.normalisation == f'mean given, std of the checkpoint ({where})'
     assert 'does not say which mean and std' not in caplog.text
 
@@ -267,8 +269,22 @@ def test_normalisation_that_a_checkpoint_does_not_say_is_told_of(source, images,
     assert caplog.text.count('does not say') == 1
     saved = load_model(save_model(given, tmp_path / 'saved'))
     assert saved.conversion.normalisation == 'given'
-    published = create_source(NAME, **NANO, pretrained_cfg_overlay=overlay(source, tmp_path))
-    assert published.normalisation is None
+    overlaid = create_source(NAME, **NANO, pretrained_cfg_overlay=overlay(source, tmp_path))
+    assert overlaid.normalisation == f"timm's default for {NAME}"  # of a file of one's own, likewise
+    again = convert(create_source(f'local-dir:{tmp_path / "saved"}'), [images])
+    assert again.conversion.normalisation == 'given' and again.pretrained_cfg['mean'] == [0.4]
+    other = convert(create_source(f'local-dir:{tmp_path / "saved"}', preprocessing=dict(std=(0.2,))), [images])
+    assert other.conversion.normalisation == 'mean of the config of its weights, std given'
+    assert create_source('sformer_nano.digits').normalisation is None  # weights and config in the package
+
+
+def test_each_value_is_of_where_it_is_said_first(source, checkpoint, tmp_path):
+    """A checkpoint with mean and std, its crop in the config beside it."""
+    said_by(checkpoint, source, metadata=dict(mean='[0.4]', std='[0.3]'))
+    (checkpoint.parent / 'config.json').write_text(json.dumps(
+        dict(architecture=NAME, pretrained_cfg=dict(mean=[0.9], crop_pct=0.7, interpolation='bilinear'))))
+    cfg = create_source(NAME, checkpoint, **NANO).network.pretrained_cfg
+    assert (cfg['mean'], cfg['std'], cfg['crop_pct'], cfg['interpolation']) == ([0.4], [0.3], 0.7, 'bilinear')
 
 
 def test_normalisation_that_cannot_be(source, tmp_path):
