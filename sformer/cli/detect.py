@@ -167,7 +167,7 @@ def refuse_options(name: str, **given: bool) -> None:
 
 # of `sformer evaluate`, what says something to a detector
 DETECTION_OPTIONS = {'dataset', 'split', 'num_images', 'seed', 'source', 'source_model', 'results_file',
-                     'results_format', 'resume', 'device', 'num_processes', 'timeout', 'max_bad'}
+                     'results_format', 'resume', 'device', 'num_processes', 'timeout', 'max_bad', 'by_position'}
 
 
 def run_detections(
@@ -200,11 +200,11 @@ def run_detections(
         raise SFormerError(f'{data.file}: {len(data.problems)} images and annotations are not usable, more than '
                            f'--max-bad {options.max_bad}.')
     for detector in detectors:
-        check_evaluable(detector, data)
+        check_evaluable(detector, data, options.by_position)
     source: Any = options.source
     if options.source_model:
         source = load_detector(options.source_model)
-        check_evaluable(source, data)
+        check_evaluable(source, data, options.by_position)
         source = network_inside(source)
         if masks and not source.config.masks:
             raise SFormerError(f'{options.source_model} finds no masks to compare with.')
@@ -214,7 +214,7 @@ def run_detections(
     return [dict(
         model=type(detector).__name__, dataset=dataset, split=options.split or 'val', **evaluate_detector(
             detector, data, source=source, num_images=options.num_images, seed=options.seed, group=group,
-            journal=new_journal()))
+            by_position=options.by_position, journal=new_journal()))
         for detector in detectors]
 
 

@@ -154,6 +154,9 @@ def another_source(model: Any, source: Any) -> nn.Module:
         mine, other = of(model), of(network)
         if mine != other:
             raise SFormerError(f'the source to compare the model with has other {what}: {other}, not {mine}.')
+    mine, other = ((getattr(m, 'pretrained_cfg', None) or {}).get('label_names') for m in (model, network))
+    if mine and other and [*mine] != [*other]:
+        raise SFormerError('the source to compare the model with has other names of classes, or in another order.')
     recorded = getattr(getattr(model, 'conversion', None), 'source_sha256', None)
     if recorded not in (None, state_hash(network.state_dict())):
         _logger.warning('the source that the model is compared with has other weights than the network that it was '

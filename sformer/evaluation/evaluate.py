@@ -113,7 +113,8 @@ def _evaluate(
         config.dataset, config.split, data_config=distinct_configs(data_configs), num_images=config.num_images,
         seed=config.seed, image_column=config.image_column, label_column=config.label_column, needs_labels=True,
         streaming=config.streaming)
-    benchmarks = [resolve_benchmark(config.benchmark, m, config.dataset, images.class_names) for m in models]
+    benchmarks = [resolve_benchmark(config.benchmark, m, config.dataset, images.class_names, config.by_position)
+                  for m in models]
     if (labels := benchmarks[0].labels) is not None:
         images.label_with(labels)
     key = _key(identities, [s if isinstance(s, bool) else identity(s) for s in sources], images, benchmarks[0].name,
@@ -157,7 +158,7 @@ def _key(
     key = dict(
         models=models, sources=sources, dataset=images.fingerprint, split=images.split, benchmark=benchmark,
         num_images=images.num_images, batch_size=config.batch_size, num_shards=images.num_shards,
-        streaming=config.streaming, activity_images=config.activity_images, preprocessing=preprocessing,
+        streaming=config.streaming, by_position=config.by_position, activity_images=config.activity_images, preprocessing=preprocessing,
         amp=config.amp, device=device.type, torchcompile=config.torchcompile,
         **{name: versions.get(name) for name in ('sformer', 'torch', 'timm')})
     return json.loads(json.dumps(key))  # as it is read again

@@ -36,6 +36,7 @@ class EvaluationConfig:
         label_column: Name of the label column, if it cannot be detected.
         streaming: Read shards as they are needed, without a copy on disk.
         benchmark: One of `sformer.evaluation.labels.BENCHMARKS`; None for the data set's own labels.
+        by_position: Take label i for class i of the model, whatever names they have.
         img_size: Height and width of the input [pixels]; position embeddings are resampled by timm.
         crop_pct: Centre crop, instead of the model's own.
         interpolation: Resize method, instead of the model's own.
@@ -61,6 +62,7 @@ class EvaluationConfig:
     label_column: Optional[str] = None
     streaming: bool = False
     benchmark: Optional[str] = None
+    by_position: bool = False
     img_size: Optional[int] = None
     crop_pct: Optional[float] = None
     interpolation: Optional[str] = None
@@ -84,7 +86,7 @@ class EvaluationConfig:
         for name in ('split', 'image_column', 'label_column', 'interpolation', 'benchmark'):
             if getattr(self, name) is not None:
                 check_text(self, name)
-        for name in ('streaming', 'channels_last', 'torchcompile', 'retry'):
+        for name in ('by_position', 'streaming', 'channels_last', 'torchcompile', 'retry'):
             check_flag(self, name)
         check_number(self, 'timeout', math.ulp(0.), _MAX_TIMEOUT, f'of seconds in (0, {_MAX_TIMEOUT:g}]')
         check(self.amp is None or self.amp in tuple(AMP_DTYPES), f'amp is bfloat16 or float16, not {self.amp!r}.')
