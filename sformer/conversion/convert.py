@@ -19,14 +19,14 @@ from ..neurons import FitConfig, SFNConfig, recipe_configs
 from .calibration import calibrate_
 from .changes import kept_record
 from .record import CalibrationRecord, Conversion
-from .sources import Source, check_weights, create_source
+from .sources import LOCATIONS, Source, check_weights, create_source
 
 __all__ = ['Images', 'all_tokens', 'calibration_batches', 'convert']
 
 _logger = logging.getLogger(__name__)
 
-LOCATIONS = ('hf_hub_id', 'url', 'file', 'state_dict', 'source', 'custom_load')  # of a config: where weights are
-OF_WEIGHTS = ('tag', 'license', 'description', 'origin_url', 'paper_name', 'paper_ids', 'notes')  # what it says of them
+# of a config of timm: what it says of its weights
+OF_WEIGHTS = ('tag', 'license', 'description', 'origin_url', 'paper_name', 'paper_ids', 'notes')
 
 Images = Union[str, Path, Iterable[torch.Tensor]]
 

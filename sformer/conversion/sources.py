@@ -23,13 +23,15 @@ from ..layers import named_neurons
 from ..models import set_pixel_range_
 
 __all__ = [
-    'CAME_ALONG', 'Source', 'check_weights', 'checkpoint_preprocessing', 'create_source', 'load_source_weights_', 'set_data_config_',
+    'CAME_ALONG', 'LOCATIONS', 'Source', 'check_weights', 'checkpoint_preprocessing', 'create_source', 'load_source_weights_', 'set_data_config_',
 ]
 
 _logger = logging.getLogger(__name__)
 
 PREPROCESSING = ('mean', 'std', 'crop_pct', 'crop_mode', 'interpolation')
 CAME_ALONG = 'of the config of its weights'
+# of a config of timm: where it finds weights, and how it reads them
+LOCATIONS = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'custom_load', 'source')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +140,7 @@ def checkpoint_preprocessing(
     It says so as `mean`, `std` ... or in a `pretrained_cfg`: in the metadata of a safetensors file, in the entries of a
     pickled checkpoint or in the `args` of timm's training, or in timm's `config.json` of this architecture beside it.
     """
-    places = [('its metadata', _metadata(path, allow_pickle))]
+    places = [('its metadata', _beside_weights(path, allow_pickle))]
     with contextlib.suppress(OSError, ValueError):
         config = json.loads((path.parent / 'config.json').read_text(encoding='utf-8'))
         if isinstance(config, dict) and config.get('architecture') == architecture:
@@ -153,7 +155,7 @@ def checkpoint_preprocessing(
     return said
 
 
-def _metadata(path: Path, allow_pickle: bool) -> Dict[str, Any]:
+def _beside_weights(path: Path, allow_pickle: bool) -> Dict[str, Any]:
     """What a checkpoint holds beside its weights."""
     if is_safetensors(path):
         with safe_open(path, framework='pt') as f:

@@ -14,6 +14,7 @@ import timm
 from timm.models import build_model_with_cfg
 
 from ..conversion.record import Conversion
+from ..conversion.sources import LOCATIONS
 from ..data.preprocessing import check_preprocessing
 from ..errors import SFormerError
 from ..files import file_hash, read_safetensors, restore
@@ -28,8 +29,6 @@ WEIGHTS_NAME = 'model.safetensors'
 CONFIG_NAME = 'config.json'
 DETECTOR_KEY = 'detector'  # what a config of a detector has, and no config of timm
 
-# where timm finds weights, and how it reads them: a config does not choose, its weights lie beside it
-LOCATIONS = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'custom_load', 'source')
 LATER_FIELDS = {'silence', 'neuron'}  # of SFNConfig: models that were saved before have them as by default
 
 
@@ -69,7 +68,7 @@ def read_config(folder: Path) -> Dict[str, Any]:
     if not isinstance(architecture, str) or not architecture.startswith('sformer') or not timm.is_model(architecture):
         raise SFormerError(f'{path}: architecture {architecture!r} is not an SFormer of this version.')
     cfg, args = config.get('pretrained_cfg', config), config.get('model_args', {})
-    directed = [key for key in LOCATIONS if cfg.get(key)]
+    directed = [key for key in LOCATIONS if cfg.get(key)]  # a config does not choose: its weights lie beside it
     if directed:
         raise SFormerError(f'{path}: pretrained_cfg sets {", ".join(directed)}, but weights are the {WEIGHTS_NAME} '
                            f'beside it. Not loaded.')
