@@ -24,7 +24,7 @@ from ..evaluation import Journal, check_same
 from ..evaluation.labels import match_names
 from ..evaluation.launch import Group
 from ..files import state_hash
-from ..layers import is_calibrated, named_neurons, placed, shared_copy, source_view, uncalibrated
+from ..layers import is_calibrated, named_neurons, placed, shared_copy, source_view, uncalibrated, unwrapped
 from .coco import CocoData
 from .masks import encode, mask_tools
 
@@ -79,7 +79,8 @@ def evaluate_detector(
         SFormerError: If the categories of the data are not those of the detector, by their names, or there are fewer
             images.
     """
-    model: Any = detector
+    model: Any = unwrapped(detector)
+    source = source if isinstance(source, bool) else unwrapped(source)
     if source is True and group is None:
         warn_of_changes('the detector', model)
     group = group or Group()

@@ -13,7 +13,16 @@ from .journal import Journal, check_same
 from .labels import resolve_benchmark
 from .launch import Group
 from .loop import Loop
-from .networks import build_networks, check_model, data_config_of, device_of, distinct_configs, identity, prepare_model
+from .networks import (
+    build_networks,
+    check_model,
+    data_config_of,
+    device_of,
+    distinct_configs,
+    identity,
+    network_of,
+    prepare_model,
+)
 from .settings import EvaluationConfig
 from .summary import check_complete, finished_shards, peak_memory, result_of
 
@@ -100,6 +109,8 @@ def _evaluate(
         group: Group,
         journal: Optional[Journal],
 ) -> List[Dict[str, Any]]:
+    models = [network_of(model) for model in models]
+    sources = [source if isinstance(source, bool) else network_of(source) for source in sources]
     for model in models:
         check_model(model)
     identities = [identity(model) for model in models]

@@ -14,6 +14,7 @@ from .spiking import (
     source_view,
     spiking_,
     uncalibrated,
+    unwrapped,
     without_neurons,
 )
 from .table import FLOATING_LAYERS, SPIKING_LAYERS, SpikingLayer, register_floating, register_spiking
@@ -26,5 +27,5 @@ __all__ = [
     'SpikingSwiGLU', 'WindowedMixin', 'token_grid', 'windowed_',
     'FLOATING_LAYERS', 'SPIKING_LAYERS', 'register_floating', 'register_spiking',
     'spiking_', 'revert_', 'placed', 'shared_copy', 'source_view', 'without_neurons', 'named_neurons', 'is_calibrated',
-    'uncalibrated',
+    'uncalibrated', 'unwrapped',
 ]

@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from timm.utils import ModelEmaV2, ModelEmaV3
+from torch._dynamo import OptimizedModule
+from torch.optim.swa_utils import AveragedModel
 
 from ..errors import UnsupportedLayerError
 from ..neurons import FitConfig, Neuron, SFNConfig
@@ -16,9 +19,12 @@ from .products import AttentionProduct
 from .table import FLOATING_LAYERS, SPIKING_LAYERS, SpikingLayer
 
 __all__ = [
-    'spiking_', 'revert_', 'shared_copy', 'source_view', 'without_neurons', 'named_neurons', 'is_calibrated',
-    'uncalibrated',
+    'spiking_', 'revert_', 'shared_copy', 'source_view', 'unwrapped', 'without_neurons', 'named_neurons',
+    'is_calibrated', 'uncalibrated',
 ]
+
+# whose forward is that of the network in them
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel, OptimizedModule, ModelEmaV2, ModelEmaV3)
 
 
 def spiking_(
@@ -131,6 +137,15 @@ def revert_(module: nn.Module) -> nn.Module:
             child.remove_neurons()
             child.__class__ = back[type(child)]
     module.__dict__.pop('conversion', None)  # a record of neurons that are gone
+    return module
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The network inside of what compiles it, averages its weights or runs it on several devices; or the module itself.
+    """
+    while isinstance(module, WRAPPERS):
+        inner: Any = module._modules.get('_orig_mod', module._modules.get('module'))
+        module = inner
     return module
 
 
