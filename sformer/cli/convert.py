@@ -7,7 +7,7 @@ from typing import Annotated, Any, List, Optional, Tuple
 import typer
 
 from ..neurons import FitConfig, SFNConfig, recipe_configs
-from .arguments import check_folder, check_source, command_line, parse_kwargs
+from .arguments import check_folder, check_source, command_line, parse_kwargs, parse_names
 from .detect import refuse_options, run_conversion
 from .options import MAX_BATCH_SIZE, MAX_IMAGES, MAX_SEED, ColumnOptions, CropPct, Dataset, Mean, Std, unfolded
 
@@ -76,6 +76,8 @@ def convert(
         checkpoint: Annotated[Optional[Path], typer.Option(
             help='Weights of the source (safetensors); its published ones if not given')] = None,
         model_kwargs: Annotated[Optional[List[str]], typer.Option(help='key=value ... for timm.create_model')] = None,
+        label_names: Annotated[Optional[List[str]], typer.Option(
+            help='Names of the classes, or a text file of them, one per line')] = None,
         calibration: Annotated[str, typer.Option(help=f'dead-leaves (generated images), {Dataset}')] = 'dead-leaves',
         split: Annotated[Optional[str], typer.Option(help='Split of the calibration data set')] = None,
         num_images: Annotated[int, typer.Option(min=1, max=MAX_IMAGES, help='Number of calibration images')] = 256,
@@ -97,12 +99,13 @@ def convert(
     if is_detector(source):
         refuse_options(
             source, checkpoint=bool(checkpoint), model_kwargs=bool(model_kwargs), mean=bool(mean), std=bool(std),
-            crop_pct=crop_pct is not None, interpolation=bool(interpolation), allow_pickle=allow_pickle,
-            batch_size=batch_size != CALIBRATION_BATCH, image_column=bool(columns.image_column))
+            label_names=bool(label_names), crop_pct=crop_pct is not None, interpolation=bool(interpolation),
+            allow_pickle=allow_pickle, batch_size=batch_size != CALIBRATION_BATCH,
+            image_column=bool(columns.image_column))
         run_conversion(source, output, (config, fit), calibration, split, num_images, seed, overwrite)
         return
     from ..conversion import convert as convert_model
-    from ..conversion.sources import CAME_ALONG, create_source
+    from ..conversion.sources import CAME_ALONG, create_source, label_names_of
     from ..saving import check_vacant, save_model
     check_vacant(output, overwrite)
     trained = create_source(
@@ -110,7 +113,8 @@ def convert(
         preprocessing=dict(mean=mean, std=std, crop_pct=crop_pct, interpolation=interpolation))
     model: Any = convert_model(
         trained, calibration, config, fit, split=split, num_images=num_images, batch_size=batch_size, seed=seed,
-        image_column=columns.image_column, inplace=True, command=command_line())
+        image_column=columns.image_column, label_names=parse_names(label_names), inplace=True,
+        command=command_line())
     save_model(model, output, overwrite)
     used = model.conversion.calibration
     print(f'{source} -> {model.pretrained_cfg["architecture"]}: N = {config.levels}, calibrated on '
@@ -118,3 +122,6 @@ def convert(
     cfg = model.pretrained_cfg
     print(f'pixels are normalised by mean {tuple(cfg["mean"])} and std {tuple(cfg["std"])}, '
           f'{model.conversion.normalisation or CAME_ALONG}')
+    names = label_names_of(model)
+    if names:
+        print(f'classes: {", ".join(names[:5])}{" ..." if len(names) > 5 else ""}')

@@ -37,7 +37,7 @@ def distill(
     check_vacant(output, overwrite)
     network: Any = open_model(model)
     teacher = another_source(network, open_model(source_model)) if source_model else network_inside(network)
-    batches, used = calibration_batches(network, dataset, split, num_images, batch_size, seed, 'Reading')
+    batches, used, _ = calibration_batches(network, dataset, split, num_images, batch_size, seed, 'Reading')
     recent: List[Any] = []
 
     def report(step: int, error: float, spikes: float) -> None:

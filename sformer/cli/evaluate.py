@@ -188,8 +188,8 @@ def settings(options: EvaluationOptions, datasets: Dict[str, Dict[str, Any]]) ->
         datasets: What names stand for, unless there is a folder of this name.
     """
     same = ('split', 'num_images', 'batch_size', 'workers', 'seed', 'image_column', 'label_column', 'streaming',
-            'benchmark', 'by_position', 'img_size', 'crop_pct', 'interpolation', 'channels_last', 'torchcompile', 'retry', 'max_bad',
-            'timeout')
+            'benchmark', 'by_position', 'img_size', 'crop_pct', 'interpolation', 'channels_last', 'torchcompile',
+            'retry', 'max_bad', 'timeout')
     config = dict({name: getattr(options, name) for name in same}, amp=options.amp_dtype if options.amp else None)
     known = {} if Path(options.dataset).is_dir() else datasets.get(options.dataset, {})
     config.update({name: value for name, value in known.items() if config.get(name) is None})

@@ -63,7 +63,7 @@ def profile(
         network, batches, images = detector_batches(model, dataset, split, num_images, seed)
     else:
         network = open_model(model)
-        batches, images = calibration_batches(
+        batches, images, _ = calibration_batches(
             network, dataset, split, num_images, batch_size, seed, 'Counting', columns.image_column)
     batches = iter(batches)
     first = next(batches)  # there is one: a source without images is refused

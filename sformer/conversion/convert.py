@@ -3,11 +3,11 @@ import copy
 import dataclasses
 import logging
 from pathlib import Path
-from typing import Any, Dict, Iterable, Optional, Tuple, Union
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
-from timm.data import resolve_input_data_config
+from timm.data import infer_imagenet_subset, resolve_input_data_config
 
 from ..data import GENERATED, open_images
 from ..data.batches import progress
@@ -19,7 +19,7 @@ from ..neurons import FitConfig, SFNConfig, recipe_configs
 from .calibration import calibrate_
 from .changes import kept_record
 from .record import CalibrationRecord, Conversion
-from .sources import LOCATIONS, Source, check_weights, create_source
+from .sources import LOCATIONS, Source, check_weights, create_source, label_names_of, set_label_names_
 
 __all__ = ['Images', 'all_tokens', 'calibration_batches', 'convert']
 
@@ -43,6 +43,7 @@ def convert(
         batch_size: int = 32,
         seed: int = 0,
         image_column: Optional[str] = None,
+        label_names: Optional[Sequence[str]] = None,
         inplace: bool = False,
         command: Optional[str] = None,
         **source_kwargs: Any,
@@ -65,6 +66,8 @@ def convert(
         batch_size: Images per batch that are read from a named origin of images; thresholds do not depend on it.
         seed: Seed of the choice or the generation of calibration images.
         image_column: Column of the images of a data set, where it is not found.
+        label_names: Names of the classes, for the config; those that it has if None or, for weights of one's own that
+            have none, those of the calibration data where these have as many.
         inplace: Convert the given model itself instead of a copy; where that fails it is the source network.
         command: Command line to record.
         **source_kwargs: Passed to `timm.create_model` where `source` is a name.
@@ -101,8 +104,12 @@ def convert(
     try:
         _name_architecture(model, bool(record.source_weights))
         model = spiking_model_(model, config).eval()
-        batches, images = calibration_batches(
+        batches, images, class_names = calibration_batches(
             model, calibration, split, num_images, batch_size, seed, image_column=image_column)
+        if label_names is None and not record.source_weights and are_names_of(model, class_names):
+            label_names = class_names
+        if label_names is not None:
+            set_label_names_(model, label_names)
         model.conversion = dataclasses.replace(record, global_pool=getattr(model, 'global_pool', None))
         with enough_memory('the source is observed on 16 images at a time, whatever the batch size. Choose a smaller '
                            'input (img_size) or a device with more memory.'):
@@ -151,6 +158,14 @@ def _name_architecture(model: Any, published: bool) -> None:
     state_input_size_(model, getattr(model, '_model_args', {}).get('img_size'))
 
 
+def are_names_of(model: nn.Module, class_names: Optional[Sequence[str]]) -> bool:
+    """Whether names of the classes of calibration data may be those of a model: it has as many and says none. Numbers
+    are no names, and a thousand are ImageNet's, which every data set spells in its own way."""
+    if class_names is None or label_names_of(model) or infer_imagenet_subset(model):
+        return False
+    return len({*class_names}) == getattr(model, 'num_classes', 0) and not all(name.isdigit() for name in class_names)
+
+
 def calibration_batches(
         model: nn.Module,
         calibration: Images,
@@ -160,13 +175,13 @@ def calibration_batches(
         seed: int,
         description: str = 'Calibrating',
         image_column: Optional[str] = None,
-) -> Tuple[Iterable[torch.Tensor], Dict[str, Any]]:
-    """Batches to observe, and what a record says of them; arguments as of `convert`."""
+) -> Tuple[Iterable[torch.Tensor], Dict[str, Any], Optional[List[str]]]:
+    """Batches to observe, what a record says of them, and names of their classes; arguments as of `convert`."""
     data_config = resolve_input_data_config(model)
     if not isinstance(calibration, (str, Path)):
         if image_column:
             raise SFormerError(f'image_column={image_column!r} is of a named data set, and batches were given.')
-        return _checked(calibration, data_config['input_size']), {}
+        return _checked(calibration, data_config['input_size']), {}, None
     images = open_images(
         str(calibration), split, data_config=data_config, num_images=num_images, seed=seed, image_column=image_column)
     if images.passed_over:
@@ -174,7 +189,8 @@ def calibration_batches(
         _logger.warning(f'{images.name}: {len(images.passed_over)} files or folders are no images and were passed over '
                         f'({", ".join(images.passed_over[:3])}{more})')
     batches = (batch for batch, _ in progress(images.batches(batch_size), description, images.num_images))
-    return batches, dict(name=images.name, split=images.split, seed=seed, fingerprint=images.fingerprint)
+    return batches, dict(
+        name=images.name, split=images.split, seed=seed, fingerprint=images.fingerprint), images.class_names
 
 
 def _checked(batches: Iterable[Any], input_size: Tuple[int, int, int]) -> Iterable[torch.Tensor]:

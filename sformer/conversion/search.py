@@ -86,7 +86,7 @@ class Bench:
             seed: int,
     ) -> Tuple['Bench', Dict[str, Any]]:
         """A bench for the source of an SFormer, with images of a data set by name, and what a record says of these."""
-        batches, used = calibration_batches(
+        batches, used, _ = calibration_batches(
             model, dataset, split, num_images + num_calibration, batch_size, seed, 'Reading')
         images = torch.cat([*batches])
         # the data may be sorted

@@ -8,7 +8,7 @@ import json
 import logging
 import warnings
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import timm
 import torch
@@ -23,12 +23,14 @@ from ..layers import named_neurons
 from ..models import set_pixel_range_
 
 __all__ = [
-    'CAME_ALONG', 'LOCATIONS', 'Source', 'check_weights', 'checkpoint_preprocessing', 'create_source', 'load_source_weights_', 'set_data_config_',
+    'CAME_ALONG', 'LOCATIONS', 'Source', 'check_weights', 'checkpoint_config', 'create_source', 'label_names_of',
+    'load_source_weights_', 'set_data_config_', 'set_label_names_',
 ]
 
 _logger = logging.getLogger(__name__)
 
 PREPROCESSING = ('mean', 'std', 'crop_pct', 'crop_mode', 'interpolation')
+NAMES = ('label_names', 'classes', 'class_to_idx')  # of classes, in a checkpoint
 CAME_ALONG = 'of the config of its weights'
 # of a config of timm: where it finds weights, and how it reads them
 LOCATIONS = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'custom_load', 'source')
@@ -58,8 +60,8 @@ def create_source(
 ) -> Source:
     """Create a timm model with trained weights.
 
-    A checkpoint may say how it was trained (`checkpoint_preprocessing`); where it says nothing of mean and std, those
-    that timm has for the architecture are taken, with a warning: they are those of other weights.
+    A checkpoint may say how it was trained (`checkpoint_config`); where it says nothing of mean and std, those that
+    timm has for the architecture are taken, with a warning: they are those of other weights.
 
     Args:
         name: Model name, as for `timm.create_model`.
@@ -98,7 +100,10 @@ def create_source(
         load_source_weights_(model, checkpoint, allow_pickle, filter_fn)
     else:
         _check_trained(model, name, kwargs)
-    said = checkpoint_preprocessing(Path(own), cfg.get('architecture'), allow_pickle) if own else {}
+    said = checkpoint_config(Path(own), cfg.get('architecture'), allow_pickle) if own else {}
+    names, _ = said.pop('label_names', ((), ''))
+    if len(names) == model.num_classes:
+        set_label_names_(model, names)
     given = {key: overlay[key] for key in ('mean', 'std') if overlay.get(key)}
     given |= {key: value for key, value in (preprocessing or {}).items() if value is not None}
     set_data_config_(model, **{**{key: value for key, (value, _) in said.items()}, **given})
@@ -129,18 +134,19 @@ def _check_trained(model: Any, name: str, kwargs: Dict[str, Any]) -> None:
                                f'these arguments: {kwargs}.')
 
 
-def checkpoint_preprocessing(
+def checkpoint_config(
         path: Path,
         architecture: Optional[str],
         allow_pickle: bool = False,
 ) -> Dict[str, Tuple[Any, str]]:
-    """What a checkpoint says of the preprocessing that its network was trained with: values as of `set_data_config_`,
-    each with where it stands.
+    """What a checkpoint says of the preprocessing that its network was trained with, values as of `set_data_config_`,
+    and of the names of its classes (`label_names`), each with where it stands.
 
     It says so as `mean`, `std` ... or in a `pretrained_cfg`: in the metadata of a safetensors file, in the entries of a
     pickled checkpoint or in the `args` of timm's training, or in timm's `config.json` of this architecture beside it.
+    Names may be torchvision's, too: a list `classes`, or numbers by name in `class_to_idx`.
     """
-    places = [('its metadata', _beside_weights(path, allow_pickle))]
+    places = [('its metadata', _said_beside_weights(path, allow_pickle))]
     with contextlib.suppress(OSError, ValueError):
         config = json.loads((path.parent / 'config.json').read_text(encoding='utf-8'))
         if isinstance(config, dict) and config.get('architecture') == architecture:
@@ -152,10 +158,22 @@ def checkpoint_preprocessing(
             for key in PREPROCESSING:  # timm's training has empty ones for what was not asked for
                 if content.get(key) not in (None, '', [], ()):
                     said.setdefault(key, (content[key], where))
-    return said
+            names = next((names for names in map(content.get, NAMES) if names), None)
+            if isinstance(names, (list, tuple, dict)):
+                said.setdefault('label_names', (_in_their_order(names), where))
+    return {key: found for key, found in said.items() if found[0] is not None}
 
 
-def _beside_weights(path: Path, allow_pickle: bool) -> Dict[str, Any]:
+def _in_their_order(names: Any) -> Optional[List[str]]:
+    """Names of classes in their order, of a list, of names by number or of numbers by name; None if they are none."""
+    if isinstance(names, dict):
+        if all(isinstance(number, int) for number in names.values()):
+            names = {number: name for name, number in names.items()}
+        names = [names.get(i, names.get(str(i))) for i in range(len(names))]
+    return [*names] if all(isinstance(name, str) and name.strip() for name in names) else None
+
+
+def _said_beside_weights(path: Path, allow_pickle: bool) -> Dict[str, Any]:
     """What a checkpoint holds beside its weights."""
     if is_safetensors(path):
         with safe_open(path, framework='pt') as f:
@@ -168,7 +186,7 @@ def _beside_weights(path: Path, allow_pickle: bool) -> Dict[str, Any]:
         return {}
     args = content.get('args')
     return {**(vars(args) if isinstance(args, argparse.Namespace) else {}),
-            **{key: content[key] for key in (*PREPROCESSING, 'pretrained_cfg') if key in content}}
+            **{key: content[key] for key in (*PREPROCESSING, *NAMES, 'pretrained_cfg') if key in content}}
 
 
 def _value(text: str) -> Any:
@@ -216,6 +234,29 @@ def set_data_config_(model: nn.Module, **values: Any) -> None:
     cfg.update(values)
     if any(True for _ in named_neurons(model)):
         set_pixel_range_(model, cfg['mean'], cfg['std'])
+
+
+def set_label_names_(model: nn.Module, names: Sequence[str]) -> None:
+    """Name the classes of a model, in its config.
+
+    Raises:
+        SFormerError: If there are more or fewer names than classes, or one of them is empty.
+    """
+    count, cfg = getattr(model, 'num_classes', 0), getattr(model, 'pretrained_cfg', None)
+    if isinstance(names, str) or _in_their_order(names) is None:
+        raise SFormerError('names of classes (label_names) are a list of texts, none of them empty.')
+    if len(names) != count:
+        raise SFormerError(f'{len(names)} names of classes (label_names) for a model of {count}.')
+    if cfg is not None:
+        cfg['label_names'] = [*names]
+        cfg.pop('label_descriptions', None)
+
+
+def label_names_of(model: nn.Module) -> Optional[List[str]]:
+    """Names of a model's classes that its config states; None if it has none."""
+    names = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names')
+    names = _in_their_order(names) if isinstance(names, (list, tuple, dict)) else None
+    return names if names and len(names) == getattr(model, 'num_classes', 0) else None
 
 
 def load_source_weights_(

@@ -169,8 +169,8 @@ def _key(
     key = dict(
         models=models, sources=sources, dataset=images.fingerprint, split=images.split, benchmark=benchmark,
         num_images=images.num_images, batch_size=config.batch_size, num_shards=images.num_shards,
-        streaming=config.streaming, by_position=config.by_position, activity_images=config.activity_images, preprocessing=preprocessing,
-        amp=config.amp, device=device.type, torchcompile=config.torchcompile,
+        streaming=config.streaming, by_position=config.by_position, activity_images=config.activity_images,
+        preprocessing=preprocessing, amp=config.amp, device=device.type, torchcompile=config.torchcompile,
         **{name: versions.get(name) for name in ('sformer', 'torch', 'timm')})
     return json.loads(json.dumps(key))  # as it is read again
 

@@ -17,6 +17,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence
 import torch.nn as nn
 from timm.data import ImageNetInfo, RealLabelsImagenet, infer_imagenet_subset
 
+from ..conversion.sources import label_names_of
 from ..errors import ConfigError, SFormerError
 
 __all__ = [
@@ -215,11 +216,9 @@ def _words_of(synsets: List[str], class_names: List[str]) -> Optional[List[str]]
 def model_class_names(model: nn.Module) -> Optional[List[str]]:
     """Names of a model's classes: those in its config, a list or a mapping from their numbers, or the WordNet ids of
     ImageNet classifiers; None if unknown."""
-    names = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names')
-    if isinstance(names, dict):
-        names = [names.get(i, names.get(str(i))) for i in range(len(names))]
-    if isinstance(names, (list, tuple)) and len(names) == model.num_classes and None not in names:
-        return [str(name) for name in names]
+    names = label_names_of(model)
+    if names:
+        return names
     subset = infer_imagenet_subset(model)
     try:
         return ImageNetInfo(subset).label_names() if subset else None

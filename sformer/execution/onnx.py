@@ -80,7 +80,7 @@ def export_onnx(
     network = copy.deepcopy(model).eval().to('cpu', torch.float32)
     batches, images = None, None
     if calibration is not None:
-        batches, images = calibration_batches(
+        batches, images, _ = calibration_batches(
             network, calibration, split, num_images, BATCH_SIZE, seed, 'Rounding', image_column)
         batches = list(batches)
         images = dict(images, num_images=sum(map(len, batches)))

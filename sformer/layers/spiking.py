@@ -24,7 +24,8 @@ __all__ = [
 ]
 
 # whose forward is that of the network in them
-WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel, OptimizedModule, ModelEmaV2, ModelEmaV3)
+WRAPPERS = (
+    nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel, OptimizedModule, ModelEmaV2, ModelEmaV3)
 
 
 def spiking_(

@@ -41,9 +41,10 @@ def energy(
         memory, comparisons and functions are free. `account`: for `quantised` (int8 weights, activations of
         ceil(log2(2 N + 1)) bits, every product computed), for the same where hardware skips zeros, and for each coding:
         `operations`, `comparisons`, `weights`, `activations`, `routing`, `floating`, `total`, and `low` and `high`, the
-        total where moving data costs half and half as much again. `activity`: that measured, which leaves out
-        pixels, as they always fire. `break_even`: per coding the activity below which it takes 5 % less than
-        `quantised`, at as many spikes per firing neuron, None if at none. `bytes`: what is moved, `weights`, and spikes or activations by coding. `constants`: the table.
+        total where moving data costs half and half as much again. `activity`: that measured, which leaves out pixels,
+        as they always fire. `break_even`: per coding the activity below which it takes 5 % less than `quantised`, at as
+        many spikes per firing neuron, None if at none. `bytes`: what is moved, `weights`, and spikes or activations by
+        coding. `constants`: the table.
     """
     c = constants
     spiking = [operation for operation in operations if operation.kind != 'floating']

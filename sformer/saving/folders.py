@@ -14,7 +14,7 @@ from timm.models._hub import save_config_for_hf
 
 from ..conversion import record_of
 from ..conversion.record import Conversion
-from ..conversion.sources import create_source
+from ..conversion.sources import create_source, label_names_of
 from ..errors import SFormerError, UncalibratedError, first_line
 from ..files import file_hash, write_aside
 from ..layers import SPIKING_LAYERS, SpikingLayer, is_calibrated, named_neurons, uncalibrated
@@ -99,12 +99,18 @@ def _check_untied(state: Dict[str, torch.Tensor]) -> None:
 
 
 def _save_config(model: SFormerMixin, path: Path, record: Conversion) -> None:
+    names, root = label_names_of(model), dict(sformer=record.to_dict())
+    if names:  # where timm, transformers' pipelines and the Hub's widgets look for them
+        root.update(label_names=names, id2label={str(i): name for i, name in enumerate(names)})
+        if len({*names}) == len(names):
+            root.update(label2id={name: i for i, name in enumerate(names)})
     try:
-        save_config_for_hf(model, str(path), model_config=dict(sformer=record.to_dict()))
+        save_config_for_hf(model, str(path), model_config=root)
     except ValueError as e:  # an argument that JSON does not know
         raise SFormerError(f'no config can rebuild this model: {first_line(e)}.') from e
     config = json.loads(path.read_text(encoding='utf-8'))
     config['model_args'].pop('num_classes', None)  # stands at the root; transformers refuses a second one
+    config['pretrained_cfg'].pop('label_names', None)  # likewise
     path.write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
 
 

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from conftest import NANO
+from evaluation_tools import class_folders
 from safetensors.torch import save_file
 from timm.data import resolve_input_data_config
 
@@ -285,6 +286,47 @@ def test_each_value_is_of_where_it_is_said_first(source, checkpoint, tmp_path):
         dict(architecture=NAME, pretrained_cfg=dict(mean=[0.9], crop_pct=0.7, interpolation='bilinear'))))
     cfg = create_source(NAME, checkpoint, **NANO).network.pretrained_cfg
     assert (cfg['mean'], cfg['std'], cfg['crop_pct'], cfg['interpolation']) == ([0.4], [0.3], 0.7, 'bilinear')
+
+
+NAMES = ['zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine']
+NAMED = {
+    'metadata': ('a.safetensors', dict(metadata=dict(label_names=json.dumps(NAMES)))),
+    'config in metadata': ('a.safetensors', dict(metadata=dict(pretrained_cfg=json.dumps(dict(
+        label_names=dict(enumerate(NAMES))))))),
+    'classes of torchvision': ('a.pth', dict(classes=NAMES)),
+    'numbers of torchvision': ('a.pth', dict(class_to_idx={name: i for i, name in enumerate(NAMES)})),
+}
+
+
+@pytest.mark.parametrize('name', NAMED)
+def test_names_of_classes_of_a_checkpoint(name, source, images, tmp_path):
+    file, said = NAMED[name]
+    model = convert(NAME, [images], checkpoint=said_by(tmp_path / file, source, **said), allow_pickle=True, **NANO)
+    assert model.pretrained_cfg['label_names'] == NAMES
+    given = convert(model, [images], label_names=NAMES[::-1])
+    assert (given.pretrained_cfg['label_names'], model.pretrained_cfg['label_names']) == (NAMES[::-1], NAMES)
+
+
+def test_names_of_classes_that_cannot_be(source, images, tmp_path):
+    path = said_by(tmp_path / 'a.safetensors', source, metadata=dict(label_names='["a", "b"]'))
+    assert 'label_names' not in convert(NAME, [images], checkpoint=path, **NANO).pretrained_cfg  # of another number
+    for names, message in ((NAMES[1:], '9 names .* for a model of 10'), ([*NAMES[1:], ' '], 'none of them empty'),
+                           ('abcdefghij', 'a list of texts'), ([*range(10)], 'a list of texts')):
+        with pytest.raises(SFormerError, match=message):
+            convert(source, [images], label_names=names)
+    assert 'label_names' not in source.pretrained_cfg
+
+
+def test_names_of_the_classes_that_were_calibrated_on(source, model, tmp_path):
+    """Of weights of one's own, whose data has as many."""
+    folder, few = (class_folders(tmp_path / name, names) for name, names in (('ten', NAMES), ('few', NAMES[:3])))
+    assert convert(source, folder, num_images=10).pretrained_cfg['label_names'] == sorted(NAMES)
+    again = convert(convert(source, folder, num_images=10, label_names=NAMES), folder, num_images=10)
+    assert again.pretrained_cfg['label_names'] == NAMES
+    for other in (convert(source, few, num_images=3), model):  # digits have numbers
+        assert 'label_names' not in other.pretrained_cfg
+    published = type(create_source('sformer_nano.digits'))(source, 'me/mine')
+    assert 'label_names' not in convert(published, folder, num_images=10).pretrained_cfg
 
 
 def test_normalisation_that_cannot_be(source, tmp_path):
