@@ -12,7 +12,7 @@ from timm.data import infer_imagenet_subset, resolve_input_data_config
 from ..data import GENERATED, open_images
 from ..data.batches import progress
 from ..errors import SFormerError, enough_memory
-from ..layers import named_neurons, revert_
+from ..layers import check_weights_are_parameters, named_neurons, ordinary_, ordinary_tensors, revert_
 from ..models import spiking_model_, state_input_size_
 from ..models.zoo import CUSTOM, ENTRYPOINTS, architecture_of
 from ..neurons import FitConfig, SFNConfig, recipe_configs
@@ -31,6 +31,7 @@ OF_WEIGHTS = ('tag', 'license', 'description', 'origin_url', 'paper_name', 'pape
 Images = Union[str, Path, Iterable[torch.Tensor]]
 
 
+@ordinary_tensors()
 def convert(
         source: Union[str, nn.Module, Source],
         calibration: Images = 'dead-leaves',
@@ -92,7 +93,8 @@ def convert(
         raise TypeError(f'{", ".join(source_kwargs)}: only for a source that is given by name.')
     if not isinstance(source, Source):
         source = Source(source)
-    model: Any = source.network if inplace else copy.deepcopy(source.network)
+    check_weights_are_parameters(source.network)
+    model: Any = ordinary_(source.network if inplace else copy.deepcopy(source.network))
     kept = kept_record(model)
     if any(True for _ in named_neurons(model)):
         model = revert_(model)  # converting again starts from the network that is inside

@@ -91,6 +91,12 @@ def create_source(
         raise SFormerError(
             f'the pretrained weights of {name} cannot be loaded ({first_line(e)}). '
             f'Give a checkpoint, or make the Hub reachable.') from e
+    except KeyError as e:
+        if e.args != ('architecture',):
+            raise SFormerError(f'{name} cannot be built with {kwargs}: KeyError: {first_line(e)}') from e
+        raise SFormerError(
+            f'{name} is no model of timm: its config.json names no architecture. Of a model of transformers, take the '
+            f'one that timm has of the same weights.') from e
     except Exception as e:  # timm leaves it to whatever a wrong value breaks first
         raise SFormerError(f'{name} cannot be built with {kwargs}: {type(e).__name__}: {first_line(e)}') from e
     cfg: Any = model.pretrained_cfg
@@ -298,8 +304,9 @@ def load_source_weights_(
     if filter_fn is not None:
         state = filter_fn(state, model)
     expected = model.state_dict()
-    wrong = [f'{k} is missing' for k in expected if k not in state]
-    wrong += [f'{k} is not part of the model' for k in state if k not in expected]
+    missing = [f'{k} is missing' for k in expected if k not in state]
+    foreign = [f'{k} is not part of the model' for k in state if k not in expected]
+    wrong = [*missing[:2], *foreign[:1], *missing[2:], *foreign[1:]]  # a prefix shows in the first of both
     for k, v in expected.items():
         if k in state and not isinstance(state[k], torch.Tensor):
             wrong.append(f'{k} is no tensor')

@@ -13,7 +13,7 @@ from ..conversion.sources import check_weights
 from ..data.batches import progress
 from ..data.generator import dead_leaves
 from ..errors import SFormerError, enough_memory
-from ..layers import revert_, spiking_
+from ..layers import ordinary_, ordinary_tensors, revert_, spiking_
 from ..models import set_pixel_range_
 from ..neurons import FitConfig, SFNConfig
 from .coco import CocoData
@@ -35,6 +35,7 @@ def spiking_detector_(detector: nn.Module, sfn: SFNConfig = SFNConfig()) -> nn.M
     return model
 
 
+@ordinary_tensors()
 def convert_detector(
         detector: nn.Module,
         calibration: Union[CocoData, str] = 'dead-leaves',
@@ -71,7 +72,7 @@ def convert_detector(
     if config.silence:
         raise SFormerError('a detector has no price of activity (silence) yet: it needs gradients of one output.')
     kept = kept_record(detector)
-    model: Any = revert_(detector)
+    model: Any = revert_(ordinary_(detector))
     check_weights(model, 'the detector')
     batches = image_batches(model, calibration, num_images, seed)
     fit = fit.settled(isinstance(calibration, str))

@@ -13,9 +13,10 @@ from ..conversion import record_of
 from ..conversion.record import Conversion
 from ..errors import SFormerError, UncalibratedError, first_line
 from ..files import file_hash, read_safetensors, write_aside
-from ..layers import is_calibrated, named_neurons, uncalibrated
+from ..layers import is_calibrated, named_neurons, ordinary_tensors, uncalibrated
 from ..neurons import SFNConfig
 from ..saving import check_vacant
+from ..saving.folders import check_finite
 from ..saving.hub import locate
 from ..saving.model_config import CONFIG_NAME, DETECTOR_KEY, WEIGHTS_NAME, check_firing_config, check_weights_file
 from .detector_conversion import spiking_detector_
@@ -30,7 +31,7 @@ def save_detector(detector: nn.Module, directory: Union[str, Path], overwrite: b
 
     Raises:
         UncalibratedError: If it has neurons whose thresholds were never fitted.
-        SFormerError: If the folder holds a model, or cannot be written.
+        SFormerError: If the folder holds a model, cannot be written, or weights are NaN or infinite.
     """
     model: Any = detector
     directory = Path(directory)
@@ -39,6 +40,7 @@ def save_detector(detector: nn.Module, directory: Union[str, Path], overwrite: b
         raise UncalibratedError(f'{uncalibrated(detector)}; convert it with convert_detector() before saving.')
     check_vacant(directory, overwrite)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in detector.state_dict().items()}
+    check_finite(state)
     config: Dict[str, Any] = {
         'architecture': detector_name(model.config, spiking), DETECTOR_KEY: dataclasses.asdict(model.config)}
     try:
@@ -100,6 +102,7 @@ def _parsed(data: Dict[str, Any], file: Path) -> Tuple[DetectorConfig, Optional[
         raise SFormerError(f'{file} is not as sformer wrote it: {first_line(e)}.') from e
 
 
+@ordinary_tensors()
 def load_detector(
         path: Union[str, Path],
         revision: Optional[str] = None,

@@ -17,7 +17,7 @@ from ..conversion.record import Conversion
 from ..conversion.sources import create_source, label_names_of
 from ..errors import SFormerError, UncalibratedError, first_line
 from ..files import file_hash, write_aside
-from ..layers import SPIKING_LAYERS, SpikingLayer, is_calibrated, named_neurons, uncalibrated
+from ..layers import SPIKING_LAYERS, SpikingLayer, is_calibrated, named_neurons, ordinary_tensors, uncalibrated
 from ..models import SFormerMixin
 from ..neurons import NEURON_TYPES, GradedCoding, ScaleAndFire, SharedScaleAndFire
 from .hub import locate, redact
@@ -41,7 +41,8 @@ def save_model(model: nn.Module, directory: Union[str, Path], overwrite: bool = 
 
     Raises:
         UncalibratedError: If the thresholds were never fitted.
-        SFormerError: If the folder holds a model, can't be written to, or the model can't be rebuilt from a config.
+        SFormerError: If the folder holds a model, can't be written to, the model can't be rebuilt from a config, or it
+            has NaN or infinity in it.
     """
     directory = Path(directory)
     state = {k: v.detach() for k, v in model.state_dict().items()}
@@ -61,6 +62,7 @@ def save_model(model: nn.Module, directory: Union[str, Path], overwrite: bool = 
     _check_neurons(model)
     _check_untied(state)
     check_vacant(directory, overwrite)
+    check_finite(state)
     state = {k: v.cpu().contiguous() for k, v in state.items()}
     try:
         with write_aside(directory) as aside:
@@ -86,6 +88,13 @@ def _check_neurons(model: SFormerMixin) -> None:
         if neuron.config != model.sfn_config:
             raise SFormerError(f'{name} fires by another config than the first neuron of the model, so no config can '
                                f'rebuild it.')
+
+
+def check_finite(state: Dict[str, torch.Tensor]) -> None:
+    """Raise SFormerError if a state dict has NaN or infinity in it; names the tensor."""
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise SFormerError(f'{name} has NaN or infinite values, so it is not saved.')
 
 
 def _check_untied(state: Dict[str, torch.Tensor]) -> None:
@@ -149,6 +158,7 @@ def open_model(name: str) -> nn.Module:
     return create_source(name).network
 
 
+@ordinary_tensors()
 def load_model(path: Union[str, Path], revision: Optional[str] = None, **kwargs) -> nn.Module:
     """Load a saved SFormer; the same as `timm.create_model(..., pretrained=True)`, with its record.
 

@@ -16,7 +16,7 @@ from timm.models import build_model_with_cfg
 from ..conversion.record import Conversion
 from ..conversion.sources import LOCATIONS
 from ..data.preprocessing import check_preprocessing
-from ..errors import SFormerError
+from ..errors import SFormerError, first_line
 from ..files import file_hash, read_safetensors, restore
 from ..neurons import SFNConfig
 
@@ -59,7 +59,8 @@ def read_config(folder: Path) -> Dict[str, Any]:
             if not isinstance(config.get(key, {}), dict):
                 raise TypeError(f'{key} is {config[key]!r}')
     except (ValueError, KeyError, TypeError, RecursionError) as e:
-        raise SFormerError(f'{path} is not a timm config: {str(e).splitlines()[0].rstrip(".")}.') from e
+        said = 'it names no architecture' if isinstance(e, KeyError) else first_line(e)
+        raise SFormerError(f'{path} is not a timm config: {said}.') from e
     try:
         if config.get('sformer'):
             Conversion.from_dict(config['sformer'])

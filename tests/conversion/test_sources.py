@@ -288,6 +288,21 @@ def test_each_value_is_of_where_it_is_said_first(source, checkpoint, tmp_path):
     assert (cfg['mean'], cfg['std'], cfg['crop_pct'], cfg['interpolation']) == ([0.4], [0.3], 0.7, 'bilinear')
 
 
+@pytest.mark.filterwarnings('ignore')
+def test_folders_of_transformers_are_no_models_of_timm(tmp_path):
+    """It ended in KeyError: 'architecture'."""
+    transformers = pytest.importorskip('transformers')
+    config = transformers.ViTConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+                                    image_size=32)
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / 'hf')
+    with pytest.raises(SFormerError, match='is no model of timm: its config.json names no architecture'):
+        create_source(f'local-dir:{tmp_path / "hf"}')
+    with pytest.raises(SFormerError, match='is not a timm config: it names no architecture'):
+        load_model(tmp_path / 'hf')
+    with pytest.raises(SFormerError, match=r'cls_token is missing.*; vit\.embeddings\.cls_token is not part'):
+        create_source(NAME, tmp_path / 'hf' / 'model.safetensors')
+
+
 NAMES = ['zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine']
 NAMED = {
     'metadata': ('a.safetensors', dict(metadata=dict(label_names=json.dumps(NAMES)))),

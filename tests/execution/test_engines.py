@@ -2,6 +2,7 @@
 import copy
 import importlib
 import json
+import pickle
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
@@ -169,6 +170,14 @@ def test_a_compiled_network_is_exported_as_what_it_was_made_of(tmp_path):
         about = load_onnx(tmp_path / 'model.onnx', 'onnxruntime').about
         hashes.add((about['graph_sha256'], about['weights_sha256'], tuple(about['input_size'])))
     assert len(hashes) == 1 and is_calibrated(model)
+
+
+def test_what_is_compiled_is_not_pickled(graph, tmp_path):
+    network = load_onnx(graph, 'onnxruntime')
+    for send in (pickle.dumps, lambda network: torch.save(network, tmp_path / 'network.pt')):
+        with pytest.raises(SFormerError, match=r'cannot be pickled .* by its path \(load_onnx\)'):
+            send(network)
+    assert copy.deepcopy(network).run is network.run
 
 
 @pytest.mark.slow
