@@ -444,7 +444,7 @@ def test_weights_that_are_computed_are_named(inplace):
     """A pruned layer has no weight but what a hook computes, which ended in a traceback of deepcopy."""
     source = build(depth=1)
     torch.nn.utils.prune.l1_unstructured(source.blocks[0].mlp.fc1, 'weight', amount=0.3)
-    with pytest.raises(UnsupportedLayerError, match=r'blocks\.0\.mlp\.fc1\.weight is computed anew .* prune\.remove'):
+    with pytest.raises(UnsupportedLayerError, match=r'blocks\.0\.mlp\.fc1\.weight is computed anew .*prune\.remove'):
         convert(source, [pixels(8)], inplace=inplace)
     with pytest.raises(UnsupportedLayerError, match=r'blocks\.0\.mlp\.fc1\.weight is computed'):
         spiking_(source)

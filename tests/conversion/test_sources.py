@@ -299,7 +299,7 @@ def test_folders_of_transformers_are_no_models_of_timm(tmp_path):
         create_source(f'local-dir:{tmp_path / "hf"}')
     with pytest.raises(SFormerError, match='is not a timm config: it names no architecture'):
         load_model(tmp_path / 'hf')
-    with pytest.raises(SFormerError, match=r'cls_token is missing.*; vit\.embeddings\.cls_token is not part'):
+    with pytest.raises(SFormerError, match=r'cls_token is missing.*; classifier\.bias is not part'):
         create_source(NAME, tmp_path / 'hf' / 'model.safetensors')
 
 
