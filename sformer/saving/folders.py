@@ -3,7 +3,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Dict, Optional, Tuple, Union
+from typing import Any, Dict, Optional, Tuple, Union
 
 import timm
 import torch
@@ -108,7 +108,8 @@ def _check_untied(state: Dict[str, torch.Tensor]) -> None:
 
 
 def _save_config(model: SFormerMixin, path: Path, record: Conversion) -> None:
-    names, root = label_names_of(model), dict(sformer=record.to_dict())
+    names = label_names_of(model)
+    root: Dict[str, Any] = dict(sformer=record.to_dict())
     if names:  # where timm, transformers' pipelines and the Hub's widgets look for them
         root.update(label_names=names, id2label={str(i): name for i, name in enumerate(names)})
         if len({*names}) == len(names):
