@@ -53,7 +53,7 @@ def test_export_and_evaluate(run_inside, tmp_path):
             (('export', 'out', 'n.onnx', '--calibration', 'nowhere/'), 'nowhere'),
             (('export', 'out', 'n.onnx', '--calibration', 'digits', '--image-column', 'x'), "no columns, so 'x'"),
             (('benchmark', 'out', '--against', 'source:fp8'), 'source:fp32'),
-            (('benchmark', 'out', '--results-file', 'out/config.json'), 'no name for timings'),
+            (('benchmark', 'out', '--results-file', 'out/config.json'), 'holds no timings'),
             (('benchmark', 'out', '--results-file', 'no/b.json'), 'no folder')):
         code, out, err = run_inside(*bad)
         assert code != 0 and message in err and err.count('\n') == 1 and 'Traceback' not in err, (bad, err)
