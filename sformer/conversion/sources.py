@@ -108,7 +108,7 @@ def create_source(
         _check_trained(model, name, kwargs)
     said = checkpoint_config(Path(own), cfg.get('architecture'), allow_pickle) if own else {}
     names, _ = said.pop('label_names', ((), ''))
-    if len(names) == model.num_classes:
+    if names and len(names) == model.num_classes:
         set_label_names_(model, names)
     given = {key: overlay[key] for key in ('mean', 'std') if overlay.get(key)}
     given |= {key: value for key, value in (preprocessing or {}).items() if value is not None}
