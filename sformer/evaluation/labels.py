@@ -10,6 +10,7 @@ The lists of classes and the ReaL labels are those that timm ships.
 """
 import re
 import unicodedata
+from collections import Counter
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, Callable, Dict, List, Optional, Sequence
@@ -93,29 +94,25 @@ def match_names(names: Sequence[str], known: Sequence[str], whose: str, of: str)
     Raises:
         SFormerError: If a name is none of the known ones, or one of several; names the first.
     """
-    if [*map(_plain_name, names)] == [*map(_plain_name, known)]:
-        return [*range(len(known))]
-    places: Dict[str, List[int]] = {}
-    for i, name in enumerate(known):
-        places.setdefault(name, []).append(i)
-    exact = {name: places[name][0] for name in names if len(places.get(name, ())) == 1}
+    count, given = Counter(known), {*names}
+    exact = {name: i for i, name in enumerate(known) if count[name] == 1}
+    if ([*map(_plain_name, names)] == [*map(_plain_name, known)]
+            and all(exact.get(name, i) == i for i, name in enumerate(names))):
+        return [*range(len(known))]  # two may have one name, but each is in its place
     alike: Dict[str, List[int]] = {}
     for i, name in enumerate(known):
-        if i not in exact.values():
+        if name not in exact or name not in given:
             alike.setdefault(_plain_name(name), []).append(i)
-    found: List[int] = []
+    found: Dict[int, str] = {}
     for name in names:
-        place = exact.get(name)
-        if place is None:
-            those = alike.get(_plain_name(name), [])
-            place = those.pop() if len(those) == 1 else None
-        if place is None or place in found:
+        those = [exact[name]] if name in exact else alike.get(_plain_name(name), [])
+        if len(those) != 1 or those[0] in found:
             some = ', '.join(map(str, known[:5])) + (' ...' if len(known) > 5 else '')
             raise SFormerError(
                 f'{whose} has a class {name!r}, which is no class of {of} ({some}), or not of it alone. Are classes '
                 f'the same by their position, whatever their names? --by-position (by_position=True) says so.')
-        found.append(place)
-    return found
+        found[those[0]] = name
+    return [*found]
 
 
 def _plain_name(name: str) -> str:
@@ -201,7 +198,10 @@ def _words_of(synsets: List[str], class_names: List[str]) -> Optional[List[str]]
     """What classes of ImageNet are called where data have names of them: WordNet's words, or the first of these. None
     if their names are of others: a classifier is taken for one of ImageNet by its number of classes."""
     info, given = ImageNetInfo(), [*map(_plain_name, class_names)]
-    words = [info.label_name_to_description(synset, detailed=False) for synset in synsets]
+    try:
+        words = [info.label_name_to_description(synset, detailed=False) for synset in synsets]
+    except KeyError:  # of no synset of WordNet's
+        return None
     spellings = [words, [word.partition(',')[0] for word in words]]
     best = max(spellings, key=lambda names: len({*map(_plain_name, names)} & {*given}))
     plain = [*map(_plain_name, best)]

@@ -149,6 +149,8 @@ SAME = {
     'separators': (['hot dog', 'ice_cream', 'pop-corn'], ['hot_dog', 'ice-cream', 'pop corn']),
     'accents': ([unicodedata.normalize('NFD', CAFE), 'tea', 'bar'], ['bar', CAFE, 'tea']),
     'some of them': (['zebra', 'dog', 'cat', 'eel'], ['Cat', 'eel']),
+    'the same but for case, swapped': (['dog', 'Dog', 'cat'], ['Dog', 'dog', 'cat']),
+    'the same but for case, one exactly': (['dog', 'Dog', 'cat'], ['Dog', 'doG', 'cat']),
     'the same but for case, twice': (['Dog', 'dog', 'cat'], ['CAT', 'Dog', 'dog']),
 }
 
@@ -203,6 +205,8 @@ def test_imagenet_in_words(classifier):
     assert resolve_benchmark(None, classifier, 'x', first).label_map == [500, 7]
     with pytest.raises(SFormerError, match="has a class 'crane'"):  # sorted by name, whose two cranes are anybody's
         resolve_benchmark(None, classifier, 'x', sorted(words))
+    unknown = Knowing(['n00000001', 'n00000002'], [], label_names=['n00000001', 'n00000002'])
+    assert resolve_benchmark(None, unknown, 'x', ['a', 'b']).label_map is None
     stated = Knowing(SYNSETS, [], label_names=SYNSETS)  # as a model of the Hub does
     assert resolve_benchmark(None, stated, 'x', some).label_map == [7, 500, 999]
     with pytest.raises(SFormerError, match='has a class .n00000000., which is no class'):
