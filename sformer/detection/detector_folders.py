@@ -16,7 +16,7 @@ from ..files import file_hash, read_safetensors, write_aside
 from ..layers import is_calibrated, named_neurons, ordinary_tensors, uncalibrated
 from ..neurons import SFNConfig
 from ..saving import check_vacant
-from ..saving.folders import check_finite
+from ..saving.folders import check_saveable
 from ..saving.hub import locate
 from ..saving.model_config import CONFIG_NAME, DETECTOR_KEY, WEIGHTS_NAME, check_firing_config, check_weights_file
 from .detector_conversion import spiking_detector_
@@ -40,7 +40,7 @@ def save_detector(detector: nn.Module, directory: Union[str, Path], overwrite: b
         raise UncalibratedError(f'{uncalibrated(detector)}; convert it with convert_detector() before saving.')
     check_vacant(directory, overwrite)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in detector.state_dict().items()}
-    check_finite(state)
+    check_saveable(state)
     config: Dict[str, Any] = {
         'architecture': detector_name(model.config, spiking), DETECTOR_KEY: dataclasses.asdict(model.config)}
     try:

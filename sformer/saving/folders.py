@@ -62,7 +62,7 @@ def save_model(model: nn.Module, directory: Union[str, Path], overwrite: bool = 
     _check_neurons(model)
     _check_untied(state)
     check_vacant(directory, overwrite)
-    check_finite(state)
+    check_saveable(state)
     state = {k: v.cpu().contiguous() for k, v in state.items()}
     try:
         with write_aside(directory) as aside:
@@ -90,7 +90,7 @@ def _check_neurons(model: SFormerMixin) -> None:
                                f'rebuild it.')
 
 
-def check_finite(state: Dict[str, torch.Tensor]) -> None:
+def check_saveable(state: Dict[str, torch.Tensor]) -> None:
     """Raise SFormerError if a state dict has NaN or infinity in it; names the tensor."""
     for name, tensor in state.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
