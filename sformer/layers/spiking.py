@@ -40,9 +40,9 @@ def ordinary_tensors() -> Iterator[None]:
 
 def ordinary_(module: nn.Module) -> nn.Module:
     """Put ordinary tensors in the place of those that were made in inference mode, in place."""
-    clones: Dict[int, torch.Tensor] = {}  # what is tied stays tied
+    clones: dict[int, torch.Tensor] = {}  # what is tied stays tied
     for child in module.modules():
-        stores: Tuple[Dict[str, Any], ...] = (child._parameters, child._buffers)
+        stores: tuple[dict[str, Any], ...] = (child._parameters, child._buffers)
         for store in stores:
             for name, tensor in store.items():
                 if tensor is None or not tensor.is_inference():
