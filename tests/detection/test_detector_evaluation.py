@@ -115,9 +115,9 @@ def test_processes_that_evaluate_different_detectors(data):
 @pytest.mark.parametrize('categories', [{1: 'disc', 2: 'square'}, {1: 'square', 2: 'Disc'}, {7: 'disc', 3: ' square'}])
 def test_categories_are_the_same_by_their_names(folder, categories):
     """Whatever their ids, and the order of these."""
-    data, first = open_coco(folder, 'val'), small_detector()
+    data, first = open_coco(folder, 'val', masks=True), small_detector(masks=True)
     expected = evaluate_detector(first, data)['boxes']
-    detector = small_detector(categories=categories)
+    detector = small_detector(masks=True, categories=categories)
     found = evaluate_detector(detector, data)['boxes']
     names = [categories[id] for id in sorted(categories)]
     if names[0] == 'disc':
