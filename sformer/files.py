@@ -8,8 +8,9 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -21,8 +22,8 @@ from safetensors.torch import load_file
 from .errors import SFormerError, first_line
 
 __all__ = [
-    'state_hash', 'file_hash', 'is_safetensors', 'read_safetensors', 'check_content', 'content_problem', 'write_aside',
-    'write_json', 'restore', 'locked', 'png_bytes', 'png_values',
+    'state_hash', 'file_hash', 'is_safetensors', 'read_safetensors', 'check_content', 'content_problem', 'may_write',
+    'holds', 'written_to', 'write_aside', 'write_file', 'write_json', 'restore', 'locked', 'png_bytes', 'png_values',
 ]
 
 _LFS_POINTER = b'version https://git-lfs.github.com/spec/'
@@ -30,7 +31,7 @@ _ASIDE = '.writing-'  # folders that `write_aside` writes to
 _CHUNK = 'sformer'  # text chunk of a PNG that holds its values
 
 
-def state_hash(state_dict: Dict[str, torch.Tensor]) -> str:
+def state_hash(state_dict: dict[str, torch.Tensor]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of a state dict, independent of its order."""
     digest = hashlib.sha256()
 
@@ -63,7 +64,7 @@ def is_safetensors(path: Path) -> bool:
     return len(start) == 9 and int.from_bytes(start[:8], 'little') < path.stat().st_size and start[8:] == b'{'
 
 
-def read_safetensors(path: Path) -> Dict[str, torch.Tensor]:
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     """Read a safetensors file.
 
     Raises:
@@ -76,7 +77,7 @@ def read_safetensors(path: Path) -> Dict[str, torch.Tensor]:
         raise SFormerError(f'{path} is truncated or corrupted: {first_line(e)}.') from e
 
 
-def content_problem(start: bytes) -> Optional[str]:
+def content_problem(start: bytes) -> str | None:
     """What is wrong with a file, by its first bytes; None if nothing is known to be."""
     if not start:
         return 'empty'
@@ -90,6 +91,93 @@ def check_content(path: Path) -> None:
         start = f.read(len(_LFS_POINTER))
     if start == _LFS_POINTER:  # an empty file is a truncated one
         raise SFormerError(f'{path} is {content_problem(start)}')
+
+
+def may_write(
+        path: str | Path,
+        kind: str,
+        own: Callable[[Path], bool] | None = None,
+        *,
+        files: Iterable[str] | None = None,
+        overwrite: bool | None = None,
+) -> Path:
+    """May I write here? Every output of every command asks this, before there is anything to write.
+
+    Args:
+        path: A file, or a folder for `files`; there may be something already.
+        kind: What will be written, in words.
+        own: Tells a file that may be replaced, since it is of this kind and written here; none may if None.
+        files: Names of the files in the folder.
+        overwrite: Whether whatever is there may be replaced; None where nobody can ask for that.
+
+    Returns:
+        Where it is written to, as of `written_to`.
+
+    Raises:
+        SFormerError: If something else is there, or nothing can be written.
+    """
+    link, path = Path(path), written_to(path)
+    folder = path.parent if files is None else path
+    if link.is_symlink() and not folder.exists():
+        raise SFormerError(f'{link} is a link to {os.readlink(link)}, which does not exist.')
+    _check_folder(folder)
+    for target in [path] if files is None else [folder / name for name in files]:
+        _check_target(target, kind)
+        if overwrite or not target.exists() or own and own(target):
+            continue
+        what = f'{target} is there already' if files is None else f'{folder} holds a {kind} already'
+        if own:
+            what = f'{target} is there and holds no {kind}'
+        remedy = ', which would take its place. Name another' if overwrite is None else \
+            '; --overwrite (overwrite=True) replaces it'
+        raise SFormerError(f'{what}{remedy}.')
+    return path
+
+
+def written_to(path: str | Path) -> Path:
+    """The file that is written: where a link leads, so that the link stays; `~` stands for the home folder."""
+    try:
+        path = Path(path).expanduser()
+    except RuntimeError as e:
+        raise SFormerError(f'{path} cannot be found: {e}') from e
+    return path.resolve() if path.is_symlink() else path
+
+
+def holds(*keys: str) -> Callable[[Path], bool]:
+    """A test whether a file is a JSON object with these keys, or empty."""
+    def own(path: Path) -> bool:
+        try:
+            text = path.read_text(encoding='utf-8')
+            found = json.loads(text) if text else dict.fromkeys(keys)
+        except (OSError, ValueError, RecursionError):
+            return False
+        return isinstance(found, dict) and {*keys} <= {*found}
+    return own
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise SFormerError if nothing can be written to a folder, which is made if it is missing."""
+    absolute = folder.absolute()
+    for parent in (absolute, *absolute.parents):
+        if parent.is_symlink() and not parent.exists():
+            raise SFormerError(f'{parent} is a link to {os.readlink(parent)}, which does not exist.')
+        if parent.exists():
+            break
+    if not parent.is_dir():
+        where = '' if parent == absolute else f'{folder} cannot be written: '
+        raise SFormerError(f'{where}{parent} is a file, not a folder.')
+    if not os.access(parent, os.W_OK):
+        raise SFormerError(f'{folder} cannot be written: {parent} is read-only for you.')
+
+
+def _check_target(path: Path, kind: str) -> None:
+    """Raise SFormerError if something is there that no file can replace, whoever wrote it."""
+    if path.is_dir():
+        raise SFormerError(f'{path} is a folder.')
+    if path.exists() and not path.is_file():
+        raise SFormerError(f'{path} is no regular file, and {kind} would take its place. Name another.')
+    if path.exists() and not os.access(path, os.W_OK):
+        raise SFormerError(f'{path} is read-only for you.')
 
 
 @contextlib.contextmanager
@@ -212,14 +300,19 @@ def _umask() -> int:
     return mask
 
 
-def write_json(path: Path, data: Any) -> None:
-    """Write JSON to `path`, aside first."""
-    path = Path(path)
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file, aside first; of a link, the file that it leads to."""
+    path = written_to(path)
     with write_aside(path.parent) as aside:
-        (aside / path.name).write_text(json.dumps(data, indent=2) + '\n', encoding='utf-8')
+        (aside / path.name).write_bytes(content)
 
 
-def png_bytes(image: Image.Image, values: Dict[str, Any]) -> bytes:
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON as `write_file` does."""
+    write_file(path, (json.dumps(data, indent=2) + '\n').encode())
+
+
+def png_bytes(image: Image.Image, values: dict[str, Any]) -> bytes:
     """An image as a PNG that carries values as JSON in a text chunk, and nothing that changes from one drawing to the
     next."""
     out, text = io.BytesIO(), PngInfo()
@@ -228,7 +321,7 @@ def png_bytes(image: Image.Image, values: Dict[str, Any]) -> bytes:
     return out.getvalue()
 
 
-def png_values(path: Path) -> Optional[Dict[str, Any]]:
+def png_values(path: Path) -> dict[str, Any] | None:
     """Values that a PNG of `png_bytes` carries; None if it is no such file."""
     try:
         with Image.open(path, formats=['PNG']) as image:

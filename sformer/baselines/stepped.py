@@ -15,6 +15,7 @@ import torch.nn as nn
 from ..conversion import convert
 from ..layers import named_neurons, shared_copy
 from ..neurons import FitConfig, Neuron, ScaleAndFire, SFNConfig, Spikes, fire, level_values
+from ..neurons.config import SEPARATE_BRANCHES
 
 __all__ = [
     'SteppedNeuron', 'IntegrateAndFire', 'MultiThreshold', 'MultiStep', 'integrate_and_fire_network',
@@ -203,7 +204,8 @@ def integrate_and_fire_network(
         The network, and that of multi-threshold neurons.
     """
     model = convert(source, batches, SFNConfig(
-        levels=steps, fire='uniform', attention_fire='uniform', activation_fire='uniform', token_scale=False), fit)
+        levels=steps, fire='uniform', attention_fire='uniform', activation_fire='uniform', token_scale=False,
+        neuron=SEPARATE_BRANCHES), fit)
     window = steps if synchronous else 1
     kind: Callable[..., SteppedNeuron] = functools.partial(MultiThreshold, count=1) if signed else IntegrateAndFire
     return MultiStep(model, 1 if synchronous else steps, lambda old: kind(old, steps, window)), model

@@ -12,7 +12,6 @@ from .failure import fail
 
 __all__ = [
     'spread', 'expand_home', 'parse_kwargs', 'parse_names', 'parse_dataset_ids', 'command_line', 'check_source',
-    'check_folder',
 ]
 
 
@@ -120,10 +119,3 @@ def check_source(name: str) -> None:
     """Raise SFormerError if the name of a source is one of the Hub's without the prefix that says so."""
     if re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*(@.+)?', name) and not Path(name).exists():
         raise SFormerError(f'timm has no model {name!r}. A model on the Hub is hf-hub:{name}.')
-
-
-def check_folder(path: Path) -> None:
-    """Raise SFormerError if a folder to write to is a link, or below one, that leads nowhere."""
-    for folder in (path, *path.parents):
-        if folder.is_symlink() and not folder.exists():
-            raise SFormerError(f'{folder} is a link to {os.readlink(folder)}, which does not exist.')

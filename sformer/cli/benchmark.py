@@ -1,13 +1,10 @@
 """`sformer benchmark`."""
-import json
-import os
 from pathlib import Path
 from typing import Annotated, Any, Dict, List, Optional
 
 import typer
 
-from ..errors import SFormerError
-from .arguments import check_folder, command_line
+from .arguments import command_line
 from .options import MAX_BATCH_SIZE, unfolded
 from .tables import print_table
 
@@ -29,7 +26,8 @@ def benchmark(
 ) -> None:
     """Time executions of an SFormer on this CPU, against its source and others, in turn within one process."""
     if results_file:
-        check_timings_file(results_file)
+        from ..files import holds, may_write
+        may_write(results_file, 'timings', holds('results', 'processor'))
     from ..execution import benchmark as measure
     from ..files import write_json
     from ..saving import open_model
@@ -49,25 +47,6 @@ def benchmark(
     if results_file:
         write_json(results_file, dict(result, model=model, command=command_line()))
         print(f'results in {results_file}')
-
-
-def check_timings_file(path: Path) -> None:
-    """Raise SFormerError if a file that is there is none of timings, or none can be written."""
-    check_folder(path)
-    if path.is_dir():
-        raise SFormerError(f'{path} is a folder. Name a file in it.')
-    if not path.parent.is_dir():
-        raise SFormerError(f'{path} cannot be written: there is no folder {path.parent}.')
-    if not os.access(path.parent, os.W_OK):
-        raise SFormerError(f'{path} cannot be written: {path.parent} is read-only for you.')
-    if not path.exists():
-        return
-    try:
-        found = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError):
-        found = None
-    if not isinstance(found, dict) or not {'results', 'processor'} <= {*found}:
-        raise SFormerError(f'{path} is there and holds no timings, which would take its place. Name another file.')
 
 
 def tables(result: Dict[str, Any]) -> List[Dict[str, Any]]:

@@ -5,7 +5,6 @@ from typing import Annotated, Optional
 
 import typer
 
-from .arguments import check_folder
 from .options import RecordOptions, unfolded
 
 __all__ = ['card']
@@ -21,7 +20,6 @@ def card(
         overwrite: Annotated[bool, typer.Option('--overwrite', help='Replace a card that was edited')] = False,
 ) -> None:
     """Write the model card of an SFormer, with plots, to OUTPUT/NAME.md."""
-    check_folder(output)
     from ..publishing.cards import write_card
     from ..publishing.model_record import load_recorded, read_record
     from ..publishing.publish import check_repo_id

@@ -7,7 +7,7 @@ from typing import Annotated, Any, List, Optional, Tuple
 import typer
 
 from ..neurons import FitConfig, SFNConfig, recipe_configs
-from .arguments import check_folder, check_source, command_line, parse_kwargs, parse_names
+from .arguments import check_source, command_line, parse_kwargs, parse_names
 from .detect import refuse_options, run_conversion
 from .options import MAX_BATCH_SIZE, MAX_IMAGES, MAX_SEED, ColumnOptions, CropPct, Dataset, Mean, Std, unfolded
 
@@ -94,7 +94,6 @@ def convert(
     """Convert a trained timm model into an SFormer, without training."""
     config, fit = neurons.configs()
     check_source(source)
-    check_folder(output)
     from ..detection import is_detector
     if is_detector(source):
         refuse_options(

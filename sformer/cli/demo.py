@@ -7,7 +7,6 @@ from typing import Annotated, Any, Dict, Iterator
 import typer
 
 from ..errors import SFormerError
-from .arguments import check_folder
 
 __all__ = ['demo', 'run']
 
@@ -22,7 +21,6 @@ def demo(
             'sformer-demo'),
 ) -> None:
     """Convert and evaluate a small vision transformer on handwritten digits; needs no network, under two minutes."""
-    check_folder(output)
     run(output)
 
 
@@ -43,19 +41,17 @@ def run(output: Path) -> None:
 
 def _check_foreign(output: Path) -> None:
     """Raise SFormerError if the demo would replace what it did not write."""
+    from ..files import may_write
     from ..publishing.plots import is_own_plot
     from ..saving.model_config import CONFIG_NAME, WEIGHTS_NAME, read_config
-    for name in (ACCURACY, ACTIVITY):
-        if (output / name).exists() and not is_own_plot(output / name):
-            raise SFormerError(f'{output / name} is none of the demo\'s pictures; choose another folder with -o.')
-    folder = output / MODEL
-    if any((folder / name).exists() for name in (CONFIG_NAME, WEIGHTS_NAME)):
+
+    def is_own_model(path: Path) -> bool:
         try:
-            command = read_config(folder).get('sformer', {}).get('command')
+            return read_config(path.parent).get('sformer', {}).get('command') == COMMAND
         except SFormerError:
-            command = None
-        if command != COMMAND:
-            raise SFormerError(f'{folder} holds a model that is not the demo\'s; choose another folder with -o.')
+            return False
+    may_write(output, "picture of the demo's", is_own_plot, files=(ACCURACY, ACTIVITY))
+    may_write(output / MODEL, "model of the demo's", is_own_model, files=(CONFIG_NAME, WEIGHTS_NAME))
 
 
 @contextlib.contextmanager

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Callable, Dict, List, Optional
 import typer
 
 from ..errors import SFormerError
-from ..publishing.detector_figures import FIGURES
-from .arguments import check_folder, command_line
+from .arguments import command_line
 from .options import MAX_IMG_SIZE, MAX_SEED, EvaluationOptions
 
 if TYPE_CHECKING:
@@ -58,7 +57,6 @@ def train_detector(
         overwrite: Annotated[bool, typer.Option('--overwrite', help='Replace a model that is there')] = False,
 ) -> None:
     """Train a detector on a timm backbone. A run that was ended goes on where its last epoch ended."""
-    check_folder(output)
     from ..detection import DetectorConfig, TrainingConfig, create_detector, open_coco, save_detector
     from ..detection import train as train_detector
     from ..detection.training import remove_state
@@ -91,7 +89,6 @@ def show(
             '--overwrite', help='Replace a file that is there; a PNG of this command is replaced anyway')] = False,
 ) -> None:
     """Draw what a detector finds; of an SFormer between its source and the share of neurons that fire per patch."""
-    check_folder(output.parent)
     from ..detection import load_detector
     from ..detection.detector_evaluation import check_calibrated
     from ..detection.drawing import draw_file
@@ -220,21 +217,19 @@ def run_detections(
 
 def detection_summary(result: Dict[str, Any]) -> List[str]:
     """Lines that say what the evaluation of a detector found."""
+    from ..evaluation.figures import PRECISION
+    from ..evaluation.schema import SOURCE, in_line
     lines = [f'{result["model"]} on {result["num_images"]} images of {result["dataset"]} ({result["split"]})']
     for kind in ('boxes', 'masks'):
         if kind not in result:
             continue
-        found, source = result[kind], result.get(f'source_{kind}')
-        lines.append(f'  {kind}: {_in_words(found)}')
+        found, source = result[kind], result.get(f'{SOURCE}{kind}')
+        lines.append(f'  {kind}: {in_line(PRECISION, found)}')
         if source:
-            drops = '   '.join(f'{name} {source[name] - found[name]:+.2f}' for name in FIGURES
+            drops = '   '.join(f'{name} {source[name] - found[name]:+.2f}' for name in PRECISION
                                if None not in (source[name], found[name]))
-            lines += [f'  source: {_in_words(source)}', f'  drop: {drops}']
-        lines += [f'    {name}: {_in_words(figures)}' for name, figures in found['per_class'].items()]
+            lines += [f'  source: {in_line(PRECISION, source)}', f'  drop: {drops}']
+        lines += [f'    {name}: {in_line(PRECISION, figures)}' for name, figures in found['per_class'].items()]
     lines += [f'  left out: {problem}' for problem in result['problems'][:5]]
     return [*lines, f'  {result["seconds"]:.1f} s'
             + (f', source {result["source_seconds"]:.1f} s' if 'source_seconds' in result else '')]
-
-
-def _in_words(figures: Dict[str, Any]) -> str:
-    return '   '.join(f'{name} ' + ('-' if figures[name] is None else f'{figures[name]:.2f}') for name in FIGURES)

@@ -33,11 +33,13 @@ def distill(
     """Train an SFormer to follow its source with fewer spikes. This is training, but reads no labels."""
     from ..conversion import another_source, calibration_batches, network_inside
     from ..conversion.distillation import DistillConfig, distill_, shuffled
+    from ..data import ImageRequest
     from ..saving import check_vacant, open_model, save_model
     check_vacant(output, overwrite)
     network: Any = open_model(model)
     teacher = another_source(network, open_model(source_model)) if source_model else network_inside(network)
-    batches, used, _ = calibration_batches(network, dataset, split, num_images, batch_size, seed, 'Reading')
+    wanted = ImageRequest(dataset=dataset, split=split, num_images=num_images, seed=seed)
+    batches, used, _ = calibration_batches(network, wanted, batch_size, 'Reading')
     recent: List[Any] = []
 
     def report(step: int, error: float, spikes: float) -> None:

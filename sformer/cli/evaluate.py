@@ -198,15 +198,14 @@ def settings(options: EvaluationOptions, datasets: Dict[str, Dict[str, Any]]) ->
 
 def summary(result: Dict[str, Any]) -> List[str]:
     """Lines that say what an evaluation found."""
+    from ..evaluation.figures import CLASSIFICATION
+    from ..evaluation.schema import SOURCE
     lines = [f'{result["model"]} on {result["num_images"]} images of {result["dataset"]}'
              + (f' ({result["split"]})' if result['split'] else ''),
-             f'  top-1 {result["top1"]:.2f} %   top-5 {result["top5"]:.2f} %{reliability(result)}']
+             f'  {CLASSIFICATION.said(result)}']
     if 'source_top1' in result:
-        lines += [f'  source: top-1 {result["source_top1"]:.2f} %   top-5 {result["source_top5"]:.2f} %'
-                  f'{reliability(result, "source_")}',
-                  f'  drop {result["source_top1"] - result["top1"]:+.2f} points   '
-                  f'agreement {result["agreement"]:.2f} %   '
-                  f'relative logit error {result["relative_logit_error"]:.4f}']
+        lines += [f'  source: {CLASSIFICATION.said(result, SOURCE)}',
+                  f'  drop {result["source_top1"] - result["top1"]:+.2f} points   {CLASSIFICATION.compared(result)}']
     if result.get('activity') is not None:
         spikes = ', '.join(f'{n:.3f} {coding}' for coding, n in (result.get('spikes_per_neuron') or {}).items())
         lines.append(f'  activity {result["activity"]:.3f}' + (f'   spikes per neuron {spikes}' if spikes else ''))
@@ -226,8 +225,3 @@ def summary(result: Dict[str, Any]) -> List[str]:
         f'  decoding and preprocessing {100 * loading / (loading + computing):.1f} % of the work '
         f'({result["decode_seconds"]:.1f} s + {result["preprocess_seconds"]:.1f} s), '
         f'waited for {result["wait_seconds"]:.1f} s of {result["wall_seconds"]:.1f} s']
-
-
-def reliability(result: Dict[str, Any], prefix: str = '') -> str:
-    nll = result[f'{prefix}nll']
-    return ('' if nll is None else f'   NLL {nll:.4f}') + f'   calibration error {result[f"{prefix}ece"]:.2f} %'

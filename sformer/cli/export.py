@@ -5,7 +5,7 @@ from typing import Annotated, Optional, Tuple
 import typer
 
 from ..errors import SFormerError
-from .arguments import check_folder, command_line
+from .arguments import command_line
 from .detect import refuse_options
 from .options import MAX_IMAGES, MAX_IMG_SIZE, MAX_SEED, ColumnOptions, Dataset, unfolded
 
@@ -36,7 +36,6 @@ def export(
         overwrite: Annotated[bool, typer.Option('--overwrite', help='Replace a file that is there')] = False,
 ) -> None:
     """Write an SFormer as ONNX with int8 levels and int8 weights, for OpenVINO and ONNX Runtime."""
-    check_folder(output)
     from ..detection import export_detector, is_detector, load_detector
     from ..execution import export_onnx
     from ..execution.onnx import check_output

@@ -1,15 +1,12 @@
 """`sformer profile`."""
 import dataclasses
 import itertools
-import json
-import os
 from pathlib import Path
 from typing import Annotated, Any, Dict, List, Optional
 
 import typer
 
-from ..errors import SFormerError
-from .arguments import check_folder, command_line
+from .arguments import command_line
 from .detect import detector_batches, refuse_options
 from .options import MAX_BATCH_SIZE, MAX_IMAGES, MAX_SEED, ColumnOptions, Dataset, unfolded
 from .tables import print_table
@@ -18,7 +15,6 @@ __all__ = ['profile']
 
 COUNTED_BATCH = 8  # images, if not given
 EXECUTED = 1  # of them, if not given
-REPORT = ('profile.json', 'index.html', 'operations.csv', 'sites.csv', 'floating.csv')
 
 
 @unfolded
@@ -44,11 +40,13 @@ def profile(
 ) -> None:
     """Count what an SFormer computes and fires, product by product, and what that would cost."""
     if output:
-        check_folder(output)
-        check_report(output)
+        from ..files import may_write
         from ..publishing.plots import need_pages
+        from ..publishing.profile_page import REPORT, is_report
         need_pages()
+        may_write(output, 'profile', is_report, files=REPORT)
     from ..conversion import calibration_batches
+    from ..data import ImageRequest
     from ..detection import is_detector
     from ..profiling import compare_codings, energy, pixels_of, profile_model, read_constants, spike_maps
     from ..publishing.profile_page import read_curve, write_profile
@@ -63,8 +61,9 @@ def profile(
         network, batches, images = detector_batches(model, dataset, split, num_images, seed)
     else:
         network = open_model(model)
-        batches, images, _ = calibration_batches(
-            network, dataset, split, num_images, batch_size, seed, 'Counting', columns.image_column)
+        wanted = ImageRequest(
+            dataset=dataset, split=split, num_images=num_images, seed=seed, image_column=columns.image_column)
+        batches, images, _ = calibration_batches(network, wanted, batch_size, 'Counting')
     batches = iter(batches)
     first = next(batches)  # there is one: a source without images is refused
     counted = profile_model(network, itertools.chain([first], batches))
@@ -128,21 +127,3 @@ def print_profile(result: Dict[str, Any], counted: Any, what_is_spiking: bool) -
     print('Constants (see --constants), from:')
     for source in dict.fromkeys(row['source'] for row in figures['constants']):
         print(f'- {source}: ' + ', '.join(r['name'] for r in figures['constants'] if r['source'] == source))
-
-
-def check_report(folder: Path) -> None:
-    """Raise SFormerError if no report can be written to a folder, or files of others are there by the same names."""
-    if folder.exists() and not folder.is_dir():
-        raise SFormerError(f'{folder} is a file, not a folder.')
-    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    if not os.access(existing, os.W_OK):
-        raise SFormerError(f'{folder} cannot be written: {existing} is read-only for you.')
-    there = [name for name in REPORT if (folder / name).exists()]
-    if there:
-        try:
-            found = json.loads((folder / REPORT[0]).read_text(encoding='utf-8'))
-        except (OSError, ValueError):
-            found = None
-        if not isinstance(found, dict) or not {'operations', 'sites', 'energy'} <= {*found}:
-            raise SFormerError(f'{folder / there[0]} is there and of no profile, and would be replaced. '
-                               f'Name another folder.')

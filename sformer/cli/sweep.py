@@ -1,5 +1,6 @@
 """`sformer sweep` and `sformer search`: SFormers of one source with other neurons, beside it."""
 import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Dict, List, Optional, Sequence, Tuple
@@ -8,9 +9,9 @@ import typer
 
 from ..errors import SFormerError
 from ..neurons import SFNConfig
-from .arguments import check_folder, command_line
+from .arguments import command_line
 from .options import MAX_BATCH_SIZE, MAX_IMAGES, MAX_SEED, Dataset, unfolded
-from .tables import append_csv, check_own_file, print_table
+from .tables import append_csv, print_table
 
 __all__ = ['search', 'sweep']
 
@@ -30,19 +31,25 @@ class BenchOptions:
     def check_results_file(self, model: str) -> None:
         """Raise SFormerError if results cannot be written, or would take the place of others."""
         if self.results_file:
-            found = check_own_file(
-                self.results_file, 'results of sweep or search', {'model', 'points', 'forward_passes'}, POINT_COLUMNS)
-            if found and found['model'] != model:
-                raise SFormerError(f'{self.results_file} has results of {found["model"]}, which would be lost. Name '
-                                   f'another file, or remove it.')
+            from ..files import may_write
+            if self.results_file.suffix.lower() not in ('', '.json', '.csv'):
+                raise SFormerError(f'{self.results_file}: points are written to a file that ends in .json or .csv.')
+            found = may_write(self.results_file, 'points of a sweep or search', are_points)
+            if found.exists() and found.suffix.lower() != '.csv' and found.stat().st_size:
+                owner = json.loads(found.read_text(encoding='utf-8')).get('model', model)
+                if owner != model:
+                    raise SFormerError(f'{self.results_file} has results of {owner}, which would be lost. Name another '
+                                       f'file, or remove it.')
 
     def open(self, model: str) -> Tuple[Any, Any, Dict[str, Any]]:
         """What measures, the SFormer that is varied, and what a record says of images."""
         from ..conversion.search import Bench
+        from ..data import ImageRequest
         from ..saving import open_model
         network: Any = open_model(model)
-        bench, used = Bench.open(network, self.dataset, self.split, self.num_images, self.num_calibration,
-                                 self.batch_size, self.seed)
+        wanted = ImageRequest(
+            dataset=self.dataset, split=self.split, num_images=self.num_images + self.num_calibration, seed=self.seed)
+        bench, used = Bench.open(network, wanted, self.num_calibration, self.batch_size)
         return bench, network, used
 
     def write(self, model: str, used: Dict[str, Any], bench: Any, points: Sequence[Any], **more: Any) -> None:
@@ -57,7 +64,7 @@ class BenchOptions:
                 dict(point.pop('config'), model=model, dataset=used['name'], split=used['split'],
                      num_images=used['num_images'], **point) for point in found])
         else:
-            write_json(self.results_file.resolve(), dict(
+            write_json(self.results_file, dict(
                 model=model, images=used, fit=dataclasses.asdict(bench.fit), points=found, seconds=bench.seconds,
                 forward_passes=bench.forward_passes, **more, command=command_line(), versions=library_versions()))
         print(f'written to {self.results_file}')
@@ -67,6 +74,19 @@ class BenchOptions:
 POINT_COLUMNS = (
     'model', 'dataset', 'split', 'num_images', 'origin', *(field.name for field in dataclasses.fields(SFNConfig)),
     'error', 'agreement', 'activity', 'unary', 'binary')
+
+
+def are_points(path: Path) -> bool:
+    """Whether a file is one of points, or empty."""
+    from ..files import holds
+    if path.suffix.lower() != '.csv':
+        return holds('points', 'forward_passes')(path)
+    try:
+        return path.read_text(encoding='utf-8').partition('\n')[0] in ('', ','.join(POINT_COLUMNS))
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
 POINT_HEADS = ('N', 'silence', 'lambda', 'agreement [%]', 'relative error', 'activity', 'unary', 'binary')
 
 
@@ -121,10 +141,11 @@ def search(
     if spikes not in ('activity', 'unary', 'binary'):
         raise SFormerError(f'--spikes is activity, unary or binary, not {spikes!r}.')
     bench.check_results_file(model)
-    from ..conversion.search import need_optuna, pareto_front, recommended, search
+    from ..conversion.search import is_search_journal, need_optuna, pareto_front, recommended, search
+    from ..files import may_write
     need_optuna()
     if storage:
-        check_folder(storage.parent)
+        may_write(storage, 'journal of a search', is_search_journal)
         storage.parent.mkdir(parents=True, exist_ok=True)
     bench_, network, used = bench.open(model)
     points = search(bench_, network.sfn_config, budget, storage, spikes, bench.seed)

@@ -2,14 +2,15 @@
 import copy
 import dataclasses
 import logging
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, Union
+from typing import Any
 
 import torch
 import torch.nn as nn
 from timm.data import infer_imagenet_subset, resolve_input_data_config
 
-from ..data import GENERATED, open_images
+from ..data import GENERATED, ImageRequest, open_request, requested
 from ..data.batches import progress
 from ..errors import SFormerError, enough_memory
 from ..layers import check_weights_are_parameters, named_neurons, ordinary_, ordinary_tensors, revert_
@@ -28,25 +29,25 @@ _logger = logging.getLogger(__name__)
 # of a config of timm: what it says of its weights
 OF_WEIGHTS = ('tag', 'license', 'description', 'origin_url', 'paper_name', 'paper_ids', 'notes')
 
-Images = Union[str, Path, Iterable[torch.Tensor]]
+Images = str | Path | Iterable[torch.Tensor]
 
 
 @ordinary_tensors()
 def convert(
-        source: Union[str, nn.Module, Source],
+        source: str | nn.Module | Source,
         calibration: Images = 'dead-leaves',
-        config: Union[SFNConfig, Dict[str, Any], None] = None,
-        fit: Union[FitConfig, Dict[str, Any], None] = None,
+        config: SFNConfig | dict[str, Any] | None = None,
+        fit: FitConfig | dict[str, Any] | None = None,
         *,
-        recipe: Optional[str] = None,
-        split: Optional[str] = None,
+        recipe: str | None = None,
+        split: str | None = None,
         num_images: int = 256,
         batch_size: int = 32,
         seed: int = 0,
-        image_column: Optional[str] = None,
-        label_names: Optional[Sequence[str]] = None,
+        image_column: str | None = None,
+        label_names: Sequence[str] | None = None,
         inplace: bool = False,
-        command: Optional[str] = None,
+        command: str | None = None,
         **source_kwargs: Any,
 ) -> nn.Module:
     """Convert a trained timm model into a calibrated single-timestep SFormer, without training.
@@ -81,6 +82,7 @@ def convert(
         UnsupportedLayerError: If a layer of the source has no spiking counterpart.
     """
     config, fit = recipe_configs(recipe, config, fit)
+    wanted = requested(calibration, split=split, num_images=num_images, seed=seed, image_column=image_column)
     generated = isinstance(calibration, str) and calibration == GENERATED
     if generated and fit.estimator == 'max':
         _logger.warning('thresholds that reach as far as the largest current (fast neurons) are fitted to generated '
@@ -106,8 +108,7 @@ def convert(
     try:
         _name_architecture(model, bool(record.source_weights))
         model = spiking_model_(model, config).eval()
-        batches, images, class_names = calibration_batches(
-            model, calibration, split, num_images, batch_size, seed, image_column=image_column)
+        batches, images, class_names = calibration_batches(model, wanted, batch_size)
         if label_names is None and not record.source_weights and are_names_of(model, class_names):
             label_names = class_names
         if label_names is not None:
@@ -160,7 +161,7 @@ def _name_architecture(model: Any, published: bool) -> None:
     state_input_size_(model, getattr(model, '_model_args', {}).get('img_size'))
 
 
-def are_names_of(model: nn.Module, class_names: Optional[Sequence[str]]) -> bool:
+def are_names_of(model: nn.Module, class_names: Sequence[str] | None) -> bool:
     """Whether names of the classes of calibration data may be those of a model: it has as many and says none. Numbers
     are no names, and a thousand are ImageNet's, which every data set spells in its own way."""
     if class_names is None or label_names_of(model) or infer_imagenet_subset(model):
@@ -170,32 +171,32 @@ def are_names_of(model: nn.Module, class_names: Optional[Sequence[str]]) -> bool
 
 def calibration_batches(
         model: nn.Module,
-        calibration: Images,
-        split: Optional[str],
-        num_images: int,
+        wanted: ImageRequest | Iterable[torch.Tensor],
         batch_size: int,
-        seed: int,
         description: str = 'Calibrating',
-        image_column: Optional[str] = None,
-) -> Tuple[Iterable[torch.Tensor], Dict[str, Any], Optional[List[str]]]:
-    """Batches to observe, what a record says of them, and names of their classes; arguments as of `convert`."""
+) -> tuple[Iterable[torch.Tensor], dict[str, Any], list[str] | None]:
+    """Batches to observe, what a record says of them, and names of their classes.
+
+    Args:
+        model: Model that reads them.
+        wanted: Which images; or normalised batches of them.
+        batch_size: Images per batch that are read, if there are no batches yet.
+        description: What is being done, for people.
+    """
     data_config = resolve_input_data_config(model)
-    if not isinstance(calibration, (str, Path)):
-        if image_column:
-            raise SFormerError(f'image_column={image_column!r} is of a named data set, and batches were given.')
-        return _checked(calibration, data_config['input_size']), {}, None
-    images = open_images(
-        str(calibration), split, data_config=data_config, num_images=num_images, seed=seed, image_column=image_column)
+    if not isinstance(wanted, ImageRequest):
+        return _checked(wanted, data_config['input_size']), {}, None
+    images = open_request(wanted, data_config)
     if images.passed_over:
         more = ' ...' if len(images.passed_over) > 3 else ''
         _logger.warning(f'{images.name}: {len(images.passed_over)} files or folders are no images and were passed over '
                         f'({", ".join(images.passed_over[:3])}{more})')
     batches = (batch for batch, _ in progress(images.batches(batch_size), description, images.num_images))
     return batches, dict(
-        name=images.name, split=images.split, seed=seed, fingerprint=images.fingerprint), images.class_names
+        name=images.name, split=images.split, seed=wanted.seed, fingerprint=images.fingerprint), images.class_names
 
 
-def _checked(batches: Iterable[Any], input_size: Tuple[int, int, int]) -> Iterable[torch.Tensor]:
+def _checked(batches: Iterable[Any], input_size: tuple[int, int, int]) -> Iterable[torch.Tensor]:
     for batch in batches:
         images = batch[0] if isinstance(batch, (tuple, list)) else batch
         if not isinstance(images, torch.Tensor) or images.ndim != 4 or images.shape[1] != input_size[0]:

@@ -3,13 +3,16 @@
 Nothing here reads labels. An SFormer is compared with its source on images that calibration did not see.
 """
 import dataclasses
+import json
 import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import Any
 
 import torch
 import torch.nn as nn
 
+from ..data import ImageRequest
 from ..errors import SFormerError, needed_packages
 from ..files import state_hash
 from ..layers.watch import watch_levels
@@ -18,7 +21,8 @@ from .changes import network_inside
 from .convert import all_tokens, calibration_batches, convert
 
 __all__ = [
-    'Bench', 'Point', 'SWEPT_LEVELS', 'SILENCES', 'need_optuna', 'pareto_front', 'recommended', 'search', 'sweep',
+    'Bench', 'Point', 'SWEPT_LEVELS', 'SILENCES', 'is_search_journal', 'need_optuna', 'pareto_front', 'recommended',
+    'search', 'sweep',
 ]
 
 SWEPT_LEVELS = (2, 4, 8, 16, 32, 63)
@@ -43,7 +47,7 @@ class Point:
     config: SFNConfig
     origin: str
     error: float
-    agreement: Optional[float]
+    agreement: float | None
     activity: float
     unary: float
     binary: float
@@ -78,19 +82,22 @@ class Bench:
     def open(
             cls,
             model: Any,
-            dataset: str,
-            split: Optional[str],
-            num_images: int,
+            wanted: ImageRequest,
             num_calibration: int,
             batch_size: int,
-            seed: int,
-    ) -> Tuple['Bench', Dict[str, Any]]:
-        """A bench for the source of an SFormer, with images of a data set by name, and what a record says of these."""
-        batches, used, _ = calibration_batches(
-            model, dataset, split, num_images + num_calibration, batch_size, seed, 'Reading')
+    ) -> tuple['Bench', dict[str, Any]]:
+        """A bench for the source of an SFormer, and what a record says of its images.
+
+        Args:
+            model: The SFormer.
+            wanted: All images.
+            num_calibration: How many of them are to calibrate with.
+            batch_size: Images per batch that are read.
+        """
+        batches, used, _ = calibration_batches(model, wanted, batch_size, 'Reading')
         images = torch.cat([*batches])
         # the data may be sorted
-        images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))]
+        images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(wanted.seed))]
         bench = cls(model, images[:num_calibration], images[num_calibration:],
                     model.conversion.fit if model.conversion else FitConfig())
         return bench, dict(used, num_images=len(bench.images), num_calibration=num_calibration)
@@ -135,9 +142,9 @@ def sweep(bench: Bench, base: SFNConfig, levels: Sequence[int] = SWEPT_LEVELS) -
     return (bench.measure(config, 'sweep') for config in configs)
 
 
-def pareto_front(points: Sequence[Point], spikes: str = 'activity') -> List[Point]:
+def pareto_front(points: Sequence[Point], spikes: str = 'activity') -> list[Point]:
     """Points that no other one beats in both error and spikes, fewest spikes first."""
-    front: List[Point] = []
+    front: list[Point] = []
     for point in sorted(points, key=lambda p: (getattr(p, spikes), p.error)):
         if not front or point.error < front[-1].error:
             front.append(point)
@@ -156,11 +163,11 @@ def search(
         bench: Bench,
         base: SFNConfig,
         budget: int,
-        storage: Optional[Path] = None,
+        storage: Path | None = None,
         spikes: str = 'activity',
         seed: int = 0,
         report: Callable[[Point], None] = lambda point: None,
-) -> List[Point]:
+) -> list[Point]:
     """Price of activity, levels and scaling factor by Bayesian optimisation of two objectives, error and spikes
     (multi-objective tree-structured Parzen estimator of Optuna, arXiv 1907.10902).
 
@@ -182,13 +189,13 @@ def search(
     Raises:
         SFormerError: If the journal is of another search, or Optuna is missing.
     """
-    propose: Dict[str, Callable[[Any], Dict[str, Any]]] = {
+    propose: dict[str, Callable[[Any], dict[str, Any]]] = {
         'search': lambda trial: dict(
             silence=trial.suggest_float('silence', *SILENCE_RANGE, log=True),
             levels=trial.suggest_int('levels', 2, max(SWEPT_LEVELS), log=True),
             scale=trial.suggest_float('scale', *SCALE_RANGE)),
         'lambda': lambda trial: dict(silence=0., scale=trial.suggest_float('scale', *SCALE_RANGE))}
-    points: List[Point] = []
+    points: list[Point] = []
     for name, count, objectives in (
             ('search', budget - budget // 5, ('error', spikes)), ('lambda', budget // 5, ('error',))):
         study, done = _study(name, objectives, count, seed, storage, dict(
@@ -199,7 +206,7 @@ def search(
             study.enqueue_trial(dict(silence=silence, levels=base.levels, scale=base.scale),
                                 dict(origin='closed form'), skip_if_exists=True)
 
-        def objective(trial: Any, name: str = name, objectives: Tuple[str, ...] = objectives) -> List[float]:
+        def objective(trial: Any, name: str = name, objectives: tuple[str, ...] = objectives) -> list[float]:
             config = dataclasses.replace(base, **propose[name](trial))
             point = bench.measure(config, trial.user_attrs.get('origin', name))
             trial.set_user_attr('point', dataclasses.asdict(point))
@@ -222,14 +229,23 @@ def need_optuna() -> Any:
     return optuna
 
 
+def is_search_journal(path: Path) -> bool:
+    """Whether a file is one in which Optuna journals trials: a line of JSON per operation."""
+    try:
+        with open(path, encoding='utf-8') as file:
+            return 'op_code' in json.loads(file.readline())
+    except (OSError, ValueError, TypeError):
+        return False
+
+
 def _study(
         name: str,
         objectives: Sequence[str],
         count: int,
         seed: int,
-        storage: Optional[Path],
-        identity: Dict[str, Any],
-) -> Tuple[Any, List[Point]]:
+        storage: Path | None,
+        identity: dict[str, Any],
+) -> tuple[Any, list[Point]]:
     """A study, which continues one of this identity, and the points that it has."""
     optuna = need_optuna()
     from optuna.storages.journal import JournalFileBackend

@@ -6,9 +6,10 @@ from ..errors import UnreadableImageError
 from .delivery import Batch, ImageData, Plan, lost_workers
 from .generator import dead_leaves
 from .origins import GENERATED
-from .resolution import choose, open_images
+from .request import ImageRequest, requested
+from .resolution import open_images, open_request
 
 __all__ = [
-    'GENERATED', 'Batch', 'ImageData', 'Plan', 'UnreadableImageError', 'choose', 'dead_leaves', 'lost_workers',
-    'open_images',
+    'GENERATED', 'Batch', 'ImageData', 'ImageRequest', 'Plan', 'UnreadableImageError', 'dead_leaves', 'lost_workers',
+    'open_images', 'open_request', 'requested',
 ]

@@ -8,86 +8,43 @@ import os
 import re
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any
 
 import numpy as np
 
 from ..errors import SFormerError
 from .columns import Columns, find_columns
 from .delivery import ChosenImages, ImageData, Stream
-from .image_folders import EVALUATION_SPLITS, class_folders, find_images, split_folders
+from .image_folders import class_folders, find_images, split_folders
 from .origins import GENERATED, DeadLeaves, Digits, Files, Table, TableStream
 from .preprocessing import Preprocessor, check_data_config, one_line
+from .request import ImageRequest
 from .shards import check_archive, check_shards, file_sample, find_damage, find_shards, parquet_rows
 
-__all__ = ['choose', 'open_images']
+__all__ = ['open_images', 'open_request']
 
 _logger = logging.getLogger(__name__)
 
 _NUM_GENERATED = 256
 
 
-@dataclass(frozen=True)
-class _Request:
-    """The arguments of `open_images`; `size` is that of the preprocessing, (C, H, W)."""
-    name: str
-    split: Optional[str]
-    size: Tuple[int, int, int]
-    num_images: Optional[int]
-    seed: int
-    image_column: Optional[str]
-    label_column: Optional[str]
-    needs_labels: bool
-    streaming: bool
-
-    def check(self) -> None:
-        _check_choice(repr(self.name), self.num_images, self.seed)
-
-    def refuse_table_options(self) -> None:
-        column = self.image_column or self.label_column
-        if column:
-            raise SFormerError(f'{self.name!r} has no columns, so {column!r} cannot be one of them')
-        if self.streaming:
-            raise SFormerError(f'{self.name!r} is read image by image anyway: it cannot and need not be streamed')
-
-    def choose_split(self, splits: Sequence[str]) -> str:
-        if self.split is not None:
-            if self.split not in splits:
-                raise SFormerError(f'{self.name!r} has no split {self.split!r}, but: {", ".join(splits)}')
-            return self.split
-        if len(splits) == 1:
-            return splits[0]
-        # Calibration never looks at evaluation images, unless told to.
-        fitting = [s for s in splits if s in (EVALUATION_SPLITS if self.needs_labels else ('train', 'training'))]
-        if len(fitting) != 1:
-            raise SFormerError(f'choose a split of {self.name!r}: {", ".join(splits)}')
-        return fitting[0]
-
-    def find_columns(self, features) -> Columns:
-        return find_columns(repr(self.name), features, self.image_column, self.label_column, self.needs_labels)
-
-
 @dataclass
 class _Found:
-    origin: Union[DeadLeaves, Digits, Files, Table, TableStream]
-    split: Optional[str] = None
-    revision: Optional[str] = None
-    passed_over: List[str] = field(default_factory=list)
+    origin: DeadLeaves | Digits | Files | Table | TableStream
+    split: str | None = None
+    revision: str | None = None
+    passed_over: list[str] = field(default_factory=list)
 
 
 def open_images(
         name: str,
-        split: Optional[str] = None,
+        split: str | None = None,
         *,
-        data_config: Union[Dict[str, Any], Sequence[Dict[str, Any]]],
-        num_images: Optional[int] = None,
-        seed: int = 0,
-        image_column: Optional[str] = None,
-        label_column: Optional[str] = None,
-        needs_labels: bool = False,
-        streaming: bool = False,
+        data_config: dict[str, Any] | Sequence[dict[str, Any]],
+        **options: Any,
 ) -> ImageData:
     """Find the images that a name stands for. In this order, a name is:
 
@@ -100,36 +57,41 @@ def open_images(
 
     Args:
         name: One of the above.
-        split: Split. None takes the only one; else `train`, or where labels are needed the split for evaluation.
-        data_config: Preprocessing, as `timm.data.resolve_data_config` returns it; several of them for batches that
-            hold every image once per preprocessing (`ImageData.batches` delivers the first).
-        num_images: Size of a random subset, in the order of the data; None takes all (256 of `dead-leaves`). Of a
-            stream, the first ones.
-        seed: Seed of the subset, or of the generated images.
-        image_column: Column of the images; None finds it: by a usual name, or as the only one of images.
-        label_column: Column of the labels; None finds it: by a usual name, or as the only one of class labels.
-        needs_labels: Insist on labels. They are delivered anyway where they are known.
-        streaming: Read shards as they are needed instead of downloading or converting all splits first; for parquet
-            folders, WebDataset folders and the Hub.
+        split: As of `ImageRequest`.
+        data_config: As of `open_request`.
+        **options: Other fields of `ImageRequest`: `num_images`, `seed`, `image_column`, `label_column`,
+            `needs_labels`, `streaming`.
 
     Raises:
         SFormerError: Nothing, or too little, goes by this name; a file or folder cannot be read; or a split, a column
             or the preprocessing is wrong.
     """
+    return open_request(ImageRequest(dataset=name, split=split, **options), data_config)
+
+
+def open_request(
+        request: ImageRequest,
+        data_config: dict[str, Any] | Sequence[dict[str, Any]],
+) -> ImageData:
+    """Find the images that are wanted; see `open_images`.
+
+    Args:
+        request: Which.
+        data_config: Preprocessing, as `timm.data.resolve_data_config` returns it; several of them for batches that
+            hold every image once per preprocessing (`ImageData.batches` delivers the first).
+    """
     configs = [data_config] if isinstance(data_config, dict) else list(data_config)
     size = check_data_config(configs[0])[0]
-    request = _Request(name, split, size, num_images, seed, image_column, label_column, needs_labels, streaming)
-    request.check()
-    return _image_data(request, _find(request), configs)
+    return _image_data(request, _find(request, size), configs)
 
 
-def _image_data(request: _Request, found: _Found, data_configs: Sequence[Dict[str, Any]]) -> ImageData:
-    name, origin, split = request.name, found.origin, found.split
+def _image_data(request: ImageRequest, found: _Found, data_configs: Sequence[dict[str, Any]]) -> ImageData:
+    name, origin, split = request.dataset, found.origin, found.split
     title = f'{name!r}' + (f' (split {split!r})' if split else '')
     indices = _choose(title, origin.num_images, request)
     chosen = None if indices is None else indices.tolist()
     preprocessor = Preprocessor(title, data_configs, isinstance(origin, DeadLeaves), request.needs_labels)
-    dataset: Union[ChosenImages, Stream]
+    dataset: ChosenImages | Stream
     if isinstance(origin, TableStream):
         if request.num_images not in (None, origin.num_images):
             origin.take(request.num_images)
@@ -151,52 +113,22 @@ def _image_data(request: _Request, found: _Found, data_configs: Sequence[Dict[st
     )
 
 
-def _choose(title: str, available: Optional[int], request: _Request) -> Optional[np.ndarray]:
+def _choose(title: str, available: int | None, request: ImageRequest) -> np.ndarray | None:
     """Indices of the images that are asked for; None if only the end of a stream will tell."""
     if available is None:
         return None if request.num_images is None else np.arange(request.num_images)
-    indices = choose(title, available, request.num_images, request.seed)
+    indices = request.choose(available, title)
     return np.arange(len(indices)) if request.streaming else indices
-
-
-def choose(title: str, available: int, num_images: Optional[int] = None, seed: int = 0) -> np.ndarray:
-    """Sorted indices of a random subset of images.
-
-    Args:
-        title: What the images are called in errors.
-        available: How many there are.
-        num_images: Size of the subset; None takes all.
-        seed: Seed of the subset.
-
-    Raises:
-        SFormerError: If there are none, fewer than are asked for, or none is asked for, or the seed is negative.
-    """
-    _check_choice(title, num_images, seed)
-    if not available:
-        raise SFormerError(f'{title} has no images')
-    if num_images is not None and num_images > available:
-        raise SFormerError(f'{num_images} images asked for, but {title} has only {available}')
-    if num_images is None or num_images == available:
-        return np.arange(available)
-    # Sorted, because neighbours are fast to read.
-    return np.sort(np.random.default_rng(seed).choice(available, num_images, replace=False))
-
-
-def _check_choice(title: str, num_images: Optional[int], seed: int) -> None:
-    if num_images is not None and num_images < 1:
-        raise SFormerError(f'{num_images} images of {title} asked for: at least 1 is needed')
-    if seed < 0:
-        raise SFormerError(f'seed {seed} is negative: seeds are 0 or more')
 
 
 def _fingerprint(*parts: Any) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def _find(request: _Request) -> _Found:
-    name = request.name
+def _find(request: ImageRequest, size: tuple[int, int, int]) -> _Found:
+    name = request.dataset
     if name == GENERATED:
-        return _open_dead_leaves(request)
+        return _open_dead_leaves(request, size)
     if name == 'digits':
         if Path(name).is_dir():
             _logger.warning("'digits' is the data set of scikit-learn; the folder is './digits'")
@@ -212,18 +144,18 @@ def _find(request: _Request) -> _Found:
     return _open_image_folder(request, folder)
 
 
-def _open_dead_leaves(request: _Request) -> _Found:
+def _open_dead_leaves(request: ImageRequest, size: tuple[int, int, int]) -> _Found:
     request.refuse_table_options()
     if request.split is not None:
         raise SFormerError(f"'dead-leaves' has no splits, so not {request.split!r} either")
     if request.needs_labels:
         raise SFormerError("'dead-leaves' images have no labels: name a labelled data set")
-    return _Found(DeadLeaves(request.num_images or _NUM_GENERATED, request.size, request.seed))
+    return _Found(DeadLeaves(request.num_images or _NUM_GENERATED, size, request.seed))
 
 
-def _open_image_folder(request: _Request, folder: Path) -> _Found:
+def _open_image_folder(request: ImageRequest, folder: Path) -> _Found:
     request.refuse_table_options()
-    name, split = request.name, request.split
+    name, split = request.dataset, request.split
     splits = split_folders(folder, split)
     if splits:
         split = request.choose_split(splits)
@@ -249,7 +181,12 @@ def _open_image_folder(request: _Request, folder: Path) -> _Found:
     return _Found(Files(root, paths, labels, class_names), split, passed_over=passed_over)
 
 
-def _open_shards(request: _Request, kind: str, splits: Dict[str, List[Path]]) -> _Found:
+def _columns(request: ImageRequest, features: Any) -> Columns:
+    return find_columns(
+        repr(request.dataset), features, request.image_column, request.label_column, request.needs_labels)
+
+
+def _open_shards(request: ImageRequest, kind: str, splits: dict[str, list[Path]]) -> _Found:
     """Open parquet or WebDataset files with `datasets`."""
     datasets = _import_datasets()
     split = request.choose_split(list(splits))
@@ -270,15 +207,15 @@ def _open_shards(request: _Request, kind: str, splits: Dict[str, List[Path]]) ->
     except Exception as e:
         problem = one_line(e) if isinstance(e, SFormerError) else \
             _full_disk(e) or find_damage(kind, files) or one_line(e)
-        raise SFormerError(f'cannot read the {kind} files of {request.name!r} (split {split!r}): {problem}') from e
-    columns = request.find_columns(table.features)
+        raise SFormerError(f'cannot read the {kind} files of {request.dataset!r} (split {split!r}): {problem}') from e
+    columns = _columns(request, table.features)
     if request.streaming:
         return _Found(TableStream(table, columns, origin, num_rows, files), split)
     return _Found(Table(table, columns, origin), split)
 
 
-def _open_hub(request: _Request) -> _Found:
-    name = request.name
+def _open_hub(request: ImageRequest) -> _Found:
+    name = request.dataset
     looked_for = f"{name!r} is not a folder, not 'dead-leaves' or 'digits'"
     if name and Path(name).expanduser().exists():
         raise SFormerError(f'{name!r} is a file: name the folder it is in')
@@ -300,18 +237,18 @@ def _open_hub(request: _Request) -> _Found:
     if not request.streaming:
         # The Hub's fingerprint hashes repository, revision and split; it is the same on every machine.
         origin = getattr(table, '_fingerprint', None)
-        return _Found(Table(table, request.find_columns(table.features), origin), split, revision)
+        return _Found(Table(table, _columns(request, table.features), origin), split, revision)
     try:
         table = table if table.features else table._resolve_features()
     except Exception as e:
         raise SFormerError(f'cannot read {name!r} (split {split!r}): {one_line(e)}') from e
     sizes = getattr(table.info, 'splits', None) or {}
     num_rows = sizes[split].num_examples if split in sizes else None
-    stream = TableStream(table, request.find_columns(table.features), (name, revision), num_rows or None)
+    stream = TableStream(table, _columns(request, table.features), (name, revision), num_rows or None)
     return _Found(stream, split, revision)
 
 
-def _hub_revision(name: str) -> Optional[str]:
+def _hub_revision(name: str) -> str | None:
     """Commit that `main` of a data set on the Hub is at; None where the Hub cannot be asked."""
     import huggingface_hub
     from datasets import config
@@ -338,7 +275,7 @@ def _import_datasets() -> Any:
     return datasets
 
 
-def _full_disk(error: Optional[BaseException]) -> str:
+def _full_disk(error: BaseException | None) -> str:
     """What to say if a full disk is behind an error; nothing if it is not."""
     while error is not None:
         if getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT) or 'No space left' in str(error) \

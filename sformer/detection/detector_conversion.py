@@ -10,8 +10,8 @@ import torch.nn as nn
 from ..conversion import calibrate_, kept_record
 from ..conversion.record import CalibrationRecord, Conversion
 from ..conversion.sources import check_weights
+from ..data import ImageRequest, dead_leaves
 from ..data.batches import progress
-from ..data.generator import dead_leaves
 from ..errors import SFormerError, enough_memory
 from ..layers import ordinary_, ordinary_tensors, revert_, spiking_
 from ..models import set_pixel_range_
@@ -98,18 +98,21 @@ def image_batches(
         seed: int = 0,
 ) -> List[List[torch.Tensor]]:
     """Images as detectors read them, in batches of one size; arguments as of `convert_detector`."""
-    found = _generated(detector, num_images, seed) if isinstance(images, str) else _drawn(images, num_images, seed)
+    if isinstance(images, str):
+        found = _generated(detector, ImageRequest(dataset=images, num_images=num_images, seed=seed))
+    else:
+        found = _drawn(images, ImageRequest(dataset=str(images.file), num_images=num_images, seed=seed))
     groups = [list(group) for _, group in itertools.groupby(found, key=lambda image: image.shape)]
     return [group[i:i + OBSERVED_BATCH] for group in groups for i in range(0, len(group), OBSERVED_BATCH)]
 
 
-def _drawn(data: CocoData, num_images: int, seed: int) -> Iterator[torch.Tensor]:
-    """Random images, those of one size after one another."""
-    ids = random.Random(seed).sample(sorted(data.images), min(num_images, len(data)))
+def _drawn(data: CocoData, wanted: ImageRequest) -> Iterator[torch.Tensor]:
+    """Random images, those of one size after one another; all of them where there are fewer."""
+    ids = random.Random(wanted.seed).sample(sorted(data.images), min(wanted.num_images or len(data), len(data)))
     for id in sorted(ids, key=lambda id: (data.images[id].height, data.images[id].width)):
         yield data.image(id)
 
 
-def _generated(detector: Any, num_images: int, seed: int) -> Iterator[torch.Tensor]:
-    for image in dead_leaves(num_images, (3, *detector.config.image_size), seed):
+def _generated(detector: Any, wanted: ImageRequest) -> Iterator[torch.Tensor]:
+    for image in dead_leaves(wanted.num_images or 0, (3, *detector.config.image_size), wanted.seed):
         yield torch.from_numpy(image).permute(2, 0, 1).float() / 255

@@ -11,16 +11,16 @@ import sys
 import time
 from typing import Any, Dict, List, Optional, Sequence, Union
 
-import numpy as np
 import torch
 import torch.nn as nn
 
 from ..conversion import warn_of_changes
 from ..conversion.record import library_versions
-from ..data import choose
+from ..data import ImageRequest
 from ..data.batches import progress
 from ..errors import SFormerError, UncalibratedError
 from ..evaluation import Journal, check_same
+from ..evaluation.figures import DETECTION, precision_figures
 from ..evaluation.labels import match_names
 from ..evaluation.launch import Group
 from ..files import state_hash
@@ -86,7 +86,8 @@ def evaluate_detector(
     group = group or Group()
     check_evaluable(model, data, by_position)
     every = list(data.images)
-    ids = [every[i] for i in choose(str(data.file), len(every), num_images, seed)]
+    wanted = ImageRequest(dataset=str(data.file), num_images=num_images, seed=seed)
+    ids = [every[i] for i in wanted.choose(len(every))]
     networks = {'': shared_copy(placed(model, group.device)).eval()}
     if isinstance(source, nn.Module):
         networks['source_'] = shared_copy(placed(source, group.device)).eval()
@@ -102,17 +103,17 @@ def evaluate_detector(
     check_same(dict(key, recorded=journal is not None), group)
     categories = {prefix: _categories_of(network, data, by_position) for prefix, network in networks.items()}
     records = _detect_all(networks, data, ids, categories, key, group, journal)
-    result: Dict[str, Any] = dict(
-        dataset_fingerprint=data.fingerprint, num_images=len(ids), seed=seed, weights_sha256=key['models'][0],
-        param_count=round(sum(p.numel() for p in model.parameters()) / 1e6, 4), device=group.device.type,
-        world_size=group.world_size, versions=library_versions(), problems=data.problems)
+    figures: Dict[str, Any] = {}
     kinds = ('boxes', 'masks') if model.config.masks else ('boxes',)
     for prefix in networks:
         found = [dict(detection, image_id=ids[r['chunk'][0]]) for r in records for detection in r['found'][prefix]]
         for kind in kinds:
-            result[f'{prefix}{kind}'] = coco_metrics(data, found, ids, kind, max(100, model.config.max_detections))
-        result[f'{prefix}seconds'] = round(sum(r['seconds'][prefix] for r in records), 3)
-    return result
+            figures[f'{prefix}{kind}'] = coco_metrics(data, found, ids, kind, max(100, model.config.max_detections))
+        figures[f'{prefix}seconds'] = round(sum(r['seconds'][prefix] for r in records), 3)
+    return DETECTION.make(
+        {}, dataset_fingerprint=data.fingerprint, num_images=len(ids), seed=seed, weights_sha256=key['models'][0],
+        param_count=round(sum(p.numel() for p in model.parameters()) / 1e6, 4), device=group.device.type,
+        world_size=group.world_size, versions=library_versions(), problems=data.problems, **figures)
 
 
 def check_calibrated(detector: nn.Module) -> None:
@@ -228,14 +229,9 @@ def coco_metrics(
         evaluation.accumulate()
     precision = evaluation.eval['precision'][:, :, :, 0, 0]  # IoU, recall, category
 
-    def figures(part: np.ndarray) -> Dict[str, Optional[float]]:
-        def mean(values: np.ndarray) -> Optional[float]:
-            counted = values[values > -1]
-            return round(100 * float(counted.mean()), 4) if counted.size else None
-        return dict(mAP=mean(part), mAP50=mean(part[0]), mAP75=mean(part[5]))
-
-    return dict(figures(precision), per_class={
-        data.categories[category]: figures(precision[:, :, i]) for i, category in enumerate(sorted(data.categories))})
+    return dict(precision_figures(precision), per_class={
+        data.categories[category]: precision_figures(precision[:, :, i])
+        for i, category in enumerate(sorted(data.categories))})
 
 
 def _truth(data: CocoData, places: Dict[int, int], labels: Dict[int, int]) -> Dict[str, Any]:

@@ -9,7 +9,6 @@ from torchvision.transforms.v2 import functional as F
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from ..errors import needed_packages
-from ..files import write_aside
 from ..layers import WindowedMixin, named_neurons, named_products, source_view
 from ..layers.multiplying import LINEAR
 from ..neurons import Neuron
@@ -65,8 +64,7 @@ def draw_file(
     _matplotlib()
     side_by_side = side_by_side and any(True for _ in named_neurons(detector))
     drawn = F.to_pil_image(picture(detector, read_image(image), min_score, side_by_side))
-    with write_aside(output.parent) as aside:
-        save_picture(drawn, aside / output.name, detector, image, min_score=min_score, side_by_side=side_by_side)
+    save_picture(drawn, output, detector, image, min_score=min_score, side_by_side=side_by_side)
 
 
 def draw_detections(

@@ -1,12 +1,13 @@
 """Pictures of what a detector finds, which carry of whom and of what they are."""
+import io
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any
 
 import torch.nn as nn
 from PIL import Image
 
 from ..errors import SFormerError
-from ..files import file_hash, png_bytes, png_values, state_hash
+from ..files import file_hash, may_write, png_bytes, png_values, state_hash, write_file
 
 __all__ = ['check_picture', 'read_picture', 'save_picture']
 
@@ -24,27 +25,30 @@ def check_picture(path: Path, image: Path, overwrite: bool = False) -> None:
     """
     if path.suffix.lower() not in ('.png', '.jpg', '.jpeg'):
         raise SFormerError(f'{path} is neither a PNG nor a JPEG file by its name.')
-    if path.is_dir():
-        raise SFormerError(f'{path} is a folder.')
-    if not path.exists():
-        return
-    if image.exists() and path.samefile(image):
+    if path.exists() and image.exists() and path.samefile(image):
         raise SFormerError(f'{path} is the image itself, which a picture would replace. Name another file.')
-    if not overwrite and 'weights_sha256' not in (png_values(path) or {}):
-        raise SFormerError(f'{path} is there and is no PNG that detect show wrote; --overwrite replaces it.')
+    may_write(path, 'PNG that detect show wrote', is_picture, overwrite=overwrite)
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file is a PNG that `save_picture` wrote."""
+    return 'weights_sha256' in (png_values(path) or {})
 
 
 def save_picture(drawn: Image.Image, path: Path, detector: nn.Module, image: Path, **how: Any) -> None:
     """Write what was drawn; a PNG carries the hash of the detector's weights, the image's name and hash, and `how` it
     was drawn."""
-    if path.suffix.lower() != '.png':
-        drawn.save(path)
-        return
-    path.write_bytes(png_bytes(drawn, dict(
-        how, weights_sha256=state_hash(detector.state_dict()), image=image.name, image_sha256=file_hash(image))))
+    if path.suffix.lower() == '.png':
+        values = dict(
+            how, weights_sha256=state_hash(detector.state_dict()), image=image.name, image_sha256=file_hash(image))
+        write_file(path, png_bytes(drawn, values))
+    else:
+        out = io.BytesIO()
+        drawn.save(out, 'JPEG')
+        write_file(path, out.getvalue())
 
 
-def read_picture(path: Path, weights_sha256: str) -> Optional[Dict[str, Any]]:
+def read_picture(path: Path, weights_sha256: str) -> dict[str, Any] | None:
     """What a PNG of these weights says of itself; None if it is none that `save_picture` wrote."""
     values = png_values(path)
     if values is None or values.get('weights_sha256') != weights_sha256 or not isinstance(values.get('image'), str):

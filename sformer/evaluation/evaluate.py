@@ -1,14 +1,16 @@
 """The verbs: `evaluate` one model, `evaluate_all` of several; on this process, or on each of a group."""
 import json
 import math
-from typing import Any, Dict, List, Optional, Sequence, Union
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn as nn
 
 from ..conversion import warn_of_changes
 from ..conversion.record import library_versions
-from ..data import ImageData, Plan, open_images
+from ..data import ImageData, Plan, open_request
+from .figures import CLASSIFICATION
 from .journal import Journal, check_same
 from .labels import resolve_benchmark
 from .launch import Group
@@ -32,11 +34,11 @@ __all__ = ['evaluate', 'evaluate_all']
 def evaluate(
         model: nn.Module,
         dataset: str,
-        split: Optional[str] = None,
+        split: str | None = None,
         *,
-        source: Union[bool, nn.Module] = True,
+        source: bool | nn.Module = True,
         **options: Any,
-) -> Dict[str, Any]:
+) -> dict[str, Any]:
     """Evaluate a classifier on a labelled data set, an SFormer side by side with its source.
 
     Under torchrun, every process calls this and all get the same result, whose counts are those of one process. The
@@ -69,10 +71,10 @@ def evaluate_all(
         models: Sequence[nn.Module],
         config: EvaluationConfig,
         *,
-        sources: Union[bool, Sequence[Union[bool, nn.Module]]] = True,
-        group: Optional[Group] = None,
-        journal: Optional[Journal] = None,
-) -> List[Dict[str, Any]]:
+        sources: bool | Sequence[bool | nn.Module] = True,
+        group: Group | None = None,
+        journal: Journal | None = None,
+) -> list[dict[str, Any]]:
     """Evaluate several classifiers in one pass over the images, each of which is decoded once.
 
     Args:
@@ -104,11 +106,11 @@ def evaluate_all(
 @torch.inference_mode()
 def _evaluate(
         models: Sequence[nn.Module],
-        sources: Sequence[Union[bool, nn.Module]],
+        sources: Sequence[bool | nn.Module],
         config: EvaluationConfig,
         group: Group,
-        journal: Optional[Journal],
-) -> List[Dict[str, Any]]:
+        journal: Journal | None,
+) -> list[dict[str, Any]]:
     models = [network_of(model) for model in models]
     sources = [source if isinstance(source, bool) else network_of(source) for source in sources]
     for model in models:
@@ -120,10 +122,7 @@ def _evaluate(
     models = [prepare_model(model, config, target) for model in models]
     device = device_of(models[0])
     data_configs = [data_config_of(model, config) for model in models]
-    images = open_images(
-        config.dataset, config.split, data_config=distinct_configs(data_configs), num_images=config.num_images,
-        seed=config.seed, image_column=config.image_column, label_column=config.label_column, needs_labels=True,
-        streaming=config.streaming)
+    images = open_request(config, distinct_configs(data_configs))
     benchmarks = [resolve_benchmark(config.benchmark, m, config.dataset, images.class_names, config.by_position)
                   for m in models]
     if (labels := benchmarks[0].labels) is not None:
@@ -138,7 +137,7 @@ def _evaluate(
     chunk_size = config.batch_size * math.ceil(
         min(4096, max(64, (images.num_images or 0) / 1024)) / config.batch_size)
     plan = Plan(config.batch_size, chunk_size, group.rank, group.world_size, config.workers)
-    done: List[Dict[str, Any]] = []
+    done: list[dict[str, Any]] = []
     if journal is not None:
         done = journal.open(key, group)
         plan.done = {(r['chunk'][0], r['chunk'][1]) for r in done}
@@ -151,19 +150,19 @@ def _evaluate(
     records = sorted([*done, *(r for s in shared for r in s['records'])], key=lambda r: r['chunk'])
     check_complete(records, images, config.max_bad)
     how = _how(config, group, device, shared)
-    return [dict(result_of(subject, images, records), weights_sha256=i['weights_sha256'], **how)
+    return [result_of(subject, images, records, weights_sha256=i['weights_sha256'], **how)
             for subject, i in zip(subjects, identities, strict=True)]
 
 
 def _key(
-        models: List[Dict[str, Any]],
-        sources: List[Union[bool, Dict[str, Any]]],
+        models: list[dict[str, Any]],
+        sources: list[bool | dict[str, Any]],
         images: ImageData,
-        benchmark: Optional[str],
-        preprocessing: List[Dict[str, Any]],
+        benchmark: str | None,
+        preprocessing: list[dict[str, Any]],
         config: EvaluationConfig,
         device: torch.device,
-) -> Dict[str, Any]:
+) -> dict[str, Any]:
     """What the counts of a chunk depend on, as plain data."""
     versions = library_versions()
     key = dict(
@@ -171,6 +170,7 @@ def _key(
         num_images=images.num_images, batch_size=config.batch_size, num_shards=images.num_shards,
         streaming=config.streaming, by_position=config.by_position, activity_images=config.activity_images,
         preprocessing=preprocessing, amp=config.amp, device=device.type, torchcompile=config.torchcompile,
+        figures=[*CLASSIFICATION.score().values],
         **{name: versions.get(name) for name in ('sformer', 'torch', 'timm')})
     return json.loads(json.dumps(key))  # as it is read again
 
@@ -179,8 +179,8 @@ def _how(
         config: EvaluationConfig,
         group: Group,
         device: torch.device,
-        shared: List[Dict[str, Any]],
-) -> Dict[str, Any]:
+        shared: list[dict[str, Any]],
+) -> dict[str, Any]:
     """How all models were evaluated, from what each process tells of itself."""
     return dict(
         batch_size=min(s['batch_size'] for s in shared), seed=config.seed, workers=config.workers,

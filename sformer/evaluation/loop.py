@@ -9,10 +9,12 @@ import torch
 from ..data import Batch, ImageData, Plan, lost_workers
 from ..errors import SFormerError
 from .activity import Activity
+from .figures import CLASSIFICATION
 from .journal import ChunkRecord, Journal
 from .launch import Group
-from .metrics import ChunkScore, PairScore
+from .metrics import Scored
 from .networks import Network, Subject, device_of
+from .schema import Score
 from .settings import AMP_DTYPES, EvaluationConfig
 
 __all__ = ['Loop']
@@ -50,7 +52,7 @@ class Loop:
         if records and self.group.is_main:
             print(f'resuming after {self.done} of {self.images.num_images or "?"} images', file=sys.stderr)
             self.seen = self.done
-            self.hits = sum(r['networks'][0]['top1'] for r in records)
+            self.hits = sum(sum(r['networks'][0]['top1']) for r in records)
             self.num_bad = sum(len(r['bad']) for r in records)
 
     def run(self) -> List[ChunkRecord]:
@@ -119,11 +121,11 @@ class Loop:
         for i, subject in enumerate(self.subjects):
             labels = self._labels(subject, batch.labels, logits[subject.network])
             mine = self._compared(subject, logits[subject.network], batch)
-            chunk.scores[subject.network].setdefault(i, ChunkScore()).add(mine, labels)
+            expected = None
             if subject.source is not None:
                 expected = self._compared(subject, logits[subject.source], batch)
-                chunk.scores[subject.source].setdefault(i, ChunkScore()).add(expected, labels)
-                chunk.pairs[i].add(mine, expected)
+                chunk.score(subject.source, i).add(Scored(expected, labels))
+            chunk.score(subject.network, i).add(Scored(mine, labels, expected))
 
     def _logits(self, network: Network, x: torch.Tensor, activity: Optional[Activity]) -> torch.Tensor:
         """float32 logits (B, C) on the CPU; halves batches that do not fit into memory, if it may. Counts spikes."""
@@ -175,8 +177,7 @@ class _Chunk:
     def __init__(self, chunk: Tuple[int, int], num_networks: int, subjects: Sequence[Subject]):
         self.chunk, self.subjects = chunk, subjects
         # a source that subjects share may be scored on the classes of each
-        self.scores: List[Dict[int, ChunkScore]] = [{} for _ in range(num_networks)]
-        self.pairs = [PairScore() for _ in subjects]
+        self.scores: List[Dict[int, Score]] = [{} for _ in range(num_networks)]
         self.activity = {s.network: Activity() for s in subjects if s.spiking}
         self.seconds = [0.] * num_networks
         self.num = self.count = self.skipped = self.activity_images = 0
@@ -185,6 +186,10 @@ class _Chunk:
         self.decode = self.preprocess = 0.
         self.last_hits = 0
         self._hits = 0
+
+    def score(self, network: int, subject: int) -> Score:
+        """What a network scores as one of a subject."""
+        return self.scores[network].setdefault(subject, CLASSIFICATION.score())
 
     def add(self, batch: Batch) -> None:
         """Count what was delivered; the scores of the batch have been added."""
@@ -195,20 +200,18 @@ class _Chunk:
         self.ends_shard |= batch.ends_shard
         self.decode += batch.decode_seconds
         self.preprocess += batch.preprocess_seconds
-        hits = self.scores[0][0].top1 if self.scores[0] else 0
+        hits = sum(self.score(0, 0).values['top1'] or ())
         self.last_hits, self._hits = hits - self._hits, hits
 
     def record(self) -> ChunkRecord:
         """All counts, for JSON; lists have one entry per subject."""
-        empty = ChunkScore()
         activity = [self.activity[s.network].counts if s.spiking else None for s in self.subjects]
         return dict(
             chunk=list(self.chunk), num=self.num, count=self.count, skipped=self.skipped, bad=self.bad,
             ends_shard=self.ends_shard,
-            networks=[self.scores[s.network].get(i, empty).record() for i, s in enumerate(self.subjects)],
-            sources=[None if s.source is None else self.scores[s.source].get(i, empty).record()
+            networks=[self.score(s.network, i).record() for i, s in enumerate(self.subjects)],
+            sources=[None if s.source is None else self.score(s.source, i).record()
                      for i, s in enumerate(self.subjects)],
-            pairs=[None if s.source is None else p.record() for s, p in zip(self.subjects, self.pairs, strict=True)],
             activity=activity if any(activity) else None, activity_images=self.activity_images,
             seconds=[self.seconds[s.network] for s in self.subjects],
             source_seconds=[None if s.source is None else self.seconds[s.source] for s in self.subjects],

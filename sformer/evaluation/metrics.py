@@ -4,93 +4,168 @@ Counts are integers. Sums of real numbers are taken in float64 with `math.fsum`,
 neither order nor batch. Chunks hold the same images whoever evaluates them, and so the result of many processes is
 that of one, to the last bit.
 """
+import functools
 import math
-from typing import Any, Dict, List, Optional
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-__all__ = ['ChunkScore', 'PairScore', 'summarize', 'summarize_pair']
+from ..data import ImageData
+from .activity import Activity
+from .journal import ChunkRecord
+from .networks import Subject
+
+__all__ = [
+    'Counted', 'Scored', 'agreeing', 'calibration_error', 'column_sums', 'confidences', 'differences', 'likelihood',
+    'percent', 'relative_error', 'reliability',
+]
 
 ECE_BINS = 15  # of the calibration error, as in Guo et al., arXiv 1706.04599
 
 
-class ChunkScore:
-    """Counts of one network on one chunk."""
+class Scored:
+    """What figures are counted of on a batch.
 
-    def __init__(self):
-        self.top1 = self.top5 = 0
-        self.nll: List[float] = []
-        self.confidence: List[float] = []
-        self.right: List[bool] = []
+    Args:
+        logits: (B, C), float32 on the CPU.
+        labels: Accepted classes (B, L), -1 where there are fewer.
+        expected: Logits of the source; None without one, and of the source itself.
+    """
 
-    def add(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """Score a batch.
+    def __init__(self, logits: torch.Tensor, labels: torch.Tensor, expected: torch.Tensor | None = None):
+        self.logits = logits
+        self.labels = labels
+        self.expected = expected
+
+    @functools.cached_property
+    def hits(self) -> torch.Tensor:
+        """Whether each of the first five predictions is right, (B, 5)."""
+        first = self.logits.topk(min(5, self.logits.shape[1])).indices
+        return (first[:, :, None] == self.labels[:, None, :]).any(-1)
+
+    @functools.cached_property
+    def log_p(self) -> torch.Tensor:
+        return self.logits.double().log_softmax(1)
+
+    @property
+    def source(self) -> torch.Tensor:
+        assert self.expected is not None  # what is asked for has one
+        return self.expected.double()
+
+
+class Counted:
+    """What was counted of one network on all images.
+
+    Args:
+        subject: The model.
+        images: Images that were counted.
+        records: All chunks.
+        side: `networks` for the model, `sources` for its source.
+    """
+
+    def __init__(self, subject: Subject, images: ImageData, records: Sequence[ChunkRecord], side: str = 'networks'):
+        self.subject = subject
+        self.images = images
+        self.records = records
+        self.side = side
+        self.num = sum(record['count'] for record in records)
+
+    def totals(self, key: str) -> list[Any]:
+        """What each chunk has of a figure."""
+        return [record[self.side][self.subject.index][key] for record in self.records]
+
+    def sums(self, key: str) -> list[float] | None:
+        """What a figure counts, over all images; None where it means nothing."""
+        totals = self.totals(key)
+        return None if None in totals else column_sums([total for total in totals if total])
+
+    def percent(self, key: str) -> float:
+        """Share of images that a figure counts."""
+        sums = self.sums(key)
+        assert sums is not None
+        return percent(sums[0], self.num)
+
+    def seconds(self, key: str, single: bool = False) -> float:
+        """Seconds, averaged over the processes that worked at the same time; a resumed run may have had others.
 
         Args:
-            logits: (B, C), float32 on the CPU.
-            labels: Accepted classes (B, L), -1 where there are fewer.
+            key: Of the records.
+            single: Whether the records have one per model.
         """
-        hits = (logits.topk(min(5, logits.shape[1])).indices[:, :, None] == labels[:, None, :]).any(-1)
-        self.top1 += int(hits[:, 0].sum())
-        self.top5 += int(hits.any(1).sum())
-        log_p = logits.double().log_softmax(1)
-        self.confidence += log_p.amax(1).exp().tolist()
-        self.right += hits[:, 0].tolist()
-        if labels.shape[1] == 1:
-            self.nll += (-log_p.gather(1, labels)[:, 0]).tolist()
+        return sum((r[key][self.subject.index] if single else r[key]) / r['world_size'] for r in self.records)
 
-    def record(self) -> Dict[str, Any]:
-        """Counts, for JSON. `bins` has images, hits and the sum of confidences per bin of confidence."""
-        bins: List[List[Any]] = [[0, 0, []] for _ in range(ECE_BINS)]
-        for confidence, right in zip(self.confidence, self.right, strict=True):
-            b = bins[min(ECE_BINS - 1, max(0, math.ceil(confidence * ECE_BINS) - 1))]
-            b[0] += 1
-            b[1] += right
-            b[2].append(confidence)
-        return dict(
-            top1=self.top1, top5=self.top5, nll=math.fsum(self.nll) if len(self.nll) == len(self.right) else None,
-            bins=[[n, hits, math.fsum(values)] for n, hits, values in bins])
+    @functools.cached_property
+    def network_seconds(self) -> float:
+        return self.seconds('seconds' if self.side == 'networks' else 'source_seconds', single=True)
+
+    @functools.cached_property
+    def activity(self) -> Activity:
+        found = Activity()
+        for record in self.records:
+            if record['activity']:
+                found.add(Activity(record['activity'][self.subject.index]))
+        return found
 
 
-class PairScore:
-    """Comparison of a network with its source on one chunk."""
-
-    def __init__(self):
-        self.agree = 0
-        self.difference: List[float] = []
-        self.norm: List[float] = []
-
-    def add(self, logits: torch.Tensor, expected: torch.Tensor) -> None:
-        """Compare logits (B, C) with those of the source."""
-        self.agree += int((logits.argmax(1) == expected.argmax(1)).sum())
-        self.difference += (logits.double() - expected.double()).square().sum(1).tolist()
-        self.norm += expected.double().square().sum(1).tolist()
-
-    def record(self) -> Dict[str, Any]:
-        return dict(agree=self.agree, difference=math.fsum(self.difference), norm=math.fsum(self.norm))
+def column_sums(rows: list[Any]) -> list[Any]:
+    """Sum of each column, rounded once; of rows that are numbers, the only one. Whole numbers stay whole."""
+    columns = zip(*(row if isinstance(row, list) else [row] for row in rows), strict=True)
+    return [sum(column) if isinstance(column[0], int) else math.fsum(column) for column in columns]
 
 
-def percent(n: int, count: int) -> float:
+def percent(n: float, count: int) -> float:
     return round(100 * n / count, 4)
 
 
-def summarize(records: List[Dict[str, Any]], count: int) -> Dict[str, Optional[float]]:
-    """Accuracies [%], mean negative log-likelihood [nats] (None with several labels per image) and expected
-    calibration error [%] from the records of `ChunkScore` over `count` images."""
-    losses = [r['nll'] for r in records]
+# Counted by images ----------------------------------------------------------------------------------------------------
+
+
+def likelihood(batch: Scored) -> torch.Tensor | None:
+    """Negative log-likelihood [nats]; None with several labels per image."""
+    if batch.labels.shape[1] > 1:
+        return None
+    return -batch.log_p.gather(1, batch.labels)[:, 0]
+
+
+def confidences(batch: Scored) -> torch.Tensor:
+    """Confidence of the prediction and whether it is right, (B, 2)."""
+    return torch.stack([batch.log_p.amax(1).exp(), batch.hits[:, 0].double()], 1)
+
+
+def agreeing(batch: Scored) -> torch.Tensor:
+    return batch.logits.argmax(1) == batch.source.argmax(1)
+
+
+def differences(batch: Scored) -> torch.Tensor:
+    """Squared norms of the difference of logits and of those of the source, (B, 2)."""
+    difference = (batch.logits.double() - batch.source).square().sum(1)
+    return torch.stack([difference, batch.source.square().sum(1)], 1)
+
+
+# What follows ---------------------------------------------------------------------------------------------------------
+
+
+def reliability(rows: list[list[float]]) -> list[list[float]]:
+    """Images, hits and the sum of confidences per bin of confidence, from rows of `confidences`."""
+    bins: list[list[list[float]]] = [[] for _ in range(ECE_BINS)]
+    for row in rows:
+        bins[min(ECE_BINS - 1, max(0, math.ceil(row[0] * ECE_BINS) - 1))].append(row)
+    return [[len(found), sum(right for _, right in found), math.fsum(confidence for confidence, _ in found)]
+            for found in bins]
+
+
+def calibration_error(chunks: list[list[list[float]]], num: int) -> float:
+    """Expected calibration error [%] over images, from `reliability` of each chunk."""
     gaps = []
-    for b in range(ECE_BINS):
-        hits, confidence = sum(r['bins'][b][1] for r in records), math.fsum(r['bins'][b][2] for r in records)
-        gaps.append(abs(hits - confidence))
-    return dict(
-        top1=percent(sum(r['top1'] for r in records), count), top5=percent(sum(r['top5'] for r in records), count),
-        nll=None if None in losses else round(math.fsum(losses) / count, 6),
-        ece=round(100 * math.fsum(gaps) / count, 4))
+    for index in range(ECE_BINS):
+        hits = sum(bins[index][1] for bins in chunks)
+        gaps.append(abs(hits - math.fsum(bins[index][2] for bins in chunks)))
+    return round(100 * math.fsum(gaps) / num, 4)
 
 
-def summarize_pair(records: List[Dict[str, Any]], count: int) -> Dict[str, Optional[float]]:
-    """Agreement [%] and relative logit error from the records of `PairScore`."""
-    norm = math.fsum(r['norm'] for r in records)
-    return dict(
-        agreement=percent(sum(r['agree'] for r in records), count),
-        relative_logit_error=round(math.sqrt(math.fsum(r['difference'] for r in records) / norm), 6) if norm else None)
+def relative_error(sums: list[float] | None) -> float | None:
+    """Norm of a difference over the norm of what was expected, from sums of their squares."""
+    if not sums or not sums[1]:
+        return None
+    return round(math.sqrt(sums[0] / sums[1]), 6)

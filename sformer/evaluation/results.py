@@ -1,17 +1,17 @@
 """Results files: JSON, and CSV with the columns of timm's."""
-import contextlib
 import csv
 import io
 import json
-import os
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Optional, Tuple, Union
+from typing import Any
 
 import torch.nn as nn
 
 from ..errors import SFormerError
-from ..files import locked, state_hash, write_aside, write_json
+from ..files import locked, may_write, state_hash, write_file, write_json, written_to
 from ..saving.model_config import CONFIG_NAME, WEIGHTS_NAME
+from .schema import is_result, schema_of
 
 __all__ = ['check_replaceable', 'check_results_file', 'write_results']
 
@@ -20,7 +20,7 @@ TIMM_COLUMNS = (
     'model', 'top1', 'top1_err', 'top5', 'top5_err', 'param_count', 'img_size', 'crop_pct', 'interpolation')
 
 
-def check_results_file(path: Union[str, Path], format: Optional[str] = None) -> str:
+def check_results_file(path: str | Path, format: str | None = None) -> str:
     """Make sure that results can be written, before there are any.
 
     Args:
@@ -31,32 +31,19 @@ def check_results_file(path: Union[str, Path], format: Optional[str] = None) -> 
         The format.
 
     Raises:
-        SFormerError: If the format is unknown, or a file that is there is not one of results.
-        OSError: If the file cannot be written.
+        SFormerError: If the format is unknown, a file that is there is not one of results, or none can be written.
     """
-    path = _target(path)
+    path = Path(path)
     format = format or path.suffix.lstrip('.').lower() or 'json'
     if format not in FORMATS:
         raise SFormerError(f'results are written as {" or ".join(FORMATS)}, not as {format!r} (--results-format).')
-    if path.is_dir():
-        raise IsADirectoryError(21, 'is a folder', str(path))
     if path.name in (CONFIG_NAME, WEIGHTS_NAME):
         raise SFormerError(f'{path}: {path.name} is the name of a part of a model. Name the results otherwise.')
-    if path.exists() and not path.is_file():
-        raise SFormerError(f'{path} is no regular file, and results would take its place. Name another file.')
-    with contextlib.suppress(_ProbeError), write_aside(path.parent) as aside:
-        (aside / 'probe').touch()
-        raise _ProbeError  # so that nothing is left behind
-    if path.exists() and not os.access(path, os.W_OK):
-        raise PermissionError(13, 'is not writable', str(path))
-    if format == 'csv':
-        _read_csv(path)
-    elif _read_json(path) is None:
-        raise SFormerError(f'{path} is there and holds no results, which would take its place. Name another file.')
+    may_write(path, 'results', _has_rows if format == 'csv' else lambda file: _read_json(file) is not None)
     return format
 
 
-def check_replaceable(path: Union[str, Path], models: Iterable[nn.Module], dataset: str) -> None:
+def check_replaceable(path: str | Path, models: Iterable[nn.Module], dataset: str) -> None:
     """Make sure that JSON results which are there are replaced by ones of the same models and images.
 
     Args:
@@ -67,8 +54,7 @@ def check_replaceable(path: Union[str, Path], models: Iterable[nn.Module], datas
     Raises:
         SFormerError: If the file has results of other weights or of another data set.
     """
-    path = _target(path)
-    results = _read_json(path)
+    results = _read_json(written_to(path))
     if not results:
         return
     hashes = {state_hash(model.state_dict()) for model in models}
@@ -79,16 +65,7 @@ def check_replaceable(path: Union[str, Path], models: Iterable[nn.Module], datas
                                f'Name another file, or remove it.')
 
 
-def _target(path: Union[str, Path]) -> Path:
-    """The file that is written: where a link leads, so that the link stays; `~` stands for the home folder."""
-    try:
-        path = Path(path).expanduser()
-    except RuntimeError as e:
-        raise SFormerError(f'{path} cannot be found: {e}') from e
-    return path.resolve() if path.is_symlink() else path
-
-
-def _read_json(path: Path) -> Optional[List[Dict[str, Any]]]:
+def _read_json(path: Path) -> list[dict[str, Any]] | None:
     """Results in a JSON file; none if it is missing or empty, None if it holds something else."""
     if not path.exists() or path.stat().st_size == 0:
         return []
@@ -97,15 +74,10 @@ def _read_json(path: Path) -> Optional[List[Dict[str, Any]]]:
     except ValueError:
         return None
     results = found if isinstance(found, list) else [found]
-    # of classifiers, or of detectors
-    return results if all(isinstance(r, dict) and 'model' in r and {'top1', 'boxes'} & {*r} for r in results) else None
+    return results if all(is_result(r) and 'model' in r for r in results) else None
 
 
-class _ProbeError(Exception):
-    pass
-
-
-def write_results(path: Union[str, Path], results: List[Dict[str, Any]], format: str = 'json') -> None:
+def write_results(path: str | Path, results: list[dict[str, Any]], format: str = 'json') -> None:
     """Write results: a JSON object (a list if there are several), or rows that are appended to a CSV file.
 
     Rows and columns of a CSV file that is there are kept. Files are written aside and renamed; of a link, the file
@@ -115,18 +87,18 @@ def write_results(path: Union[str, Path], results: List[Dict[str, Any]], format:
         SFormerError: If a CSV file that is there is not one of results.
         OSError: If the file cannot be written.
     """
-    path = _target(path)
+    path = written_to(path)
     try:
         _write_format(path, results, format)
     except OSError as e:
         raise OSError(e.errno, e.strerror, str(path)) from e
 
 
-def _write_format(path: Path, results: List[Dict[str, Any]], format: str) -> None:
+def _write_format(path: Path, results: list[dict[str, Any]], format: str) -> None:
     if format == 'json':
         write_json(path, results[0] if len(results) == 1 else results)
         return
-    rows = [_row(result) for result in results]
+    rows = [schema_of(result).row(result) for result in results]
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.with_name(f'.{path.name}.lock')):  # others may append at the same time
         columns, old = _read_csv(path)
@@ -136,11 +108,16 @@ def _write_format(path: Path, results: List[Dict[str, Any]], format: str) -> Non
         writer = csv.DictWriter(text, columns, restval='', lineterminator='\n')
         writer.writeheader()
         writer.writerows([*old, *rows])
-        with write_aside(path.parent) as aside:
-            (aside / path.name).write_text(text.getvalue(), encoding='utf-8', errors='backslashreplace')
+        write_file(path, text.getvalue().encode('utf-8', 'backslashreplace'))
 
 
-def _read_csv(path: Path) -> Tuple[List[str], List[Dict[str, str]]]:
+def _has_rows(path: Path) -> bool:
+    """Whether `_read_csv` can read a file; else it says why not."""
+    _read_csv(path)
+    return True
+
+
+def _read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     """Columns and rows of a results file; none if there is none."""
     if not path.exists() or path.stat().st_size == 0:
         return [], []
@@ -157,14 +134,3 @@ def _read_csv(path: Path) -> Tuple[List[str], List[Dict[str, str]]]:
     if any(None in row or None in row.values() for row in rows):
         raise SFormerError(f'{path} has rows with more or fewer fields than its first line. Name another file.')
     return columns, rows
-
-
-def _row(result: Dict[str, Any]) -> Dict[str, Any]:
-    """Cells of a result: a column per code of spikes, and nothing of single sites."""
-    row = {key: _cell(value) for key, value in result.items() if key not in ('activity_per_site', 'spikes_per_neuron')}
-    spikes = result.get('spikes_per_neuron') or {}
-    return row | {f'spikes_{code}': figure for code, figure in spikes.items()}
-
-
-def _cell(value: Any) -> Any:
-    return json.dumps(value) if isinstance(value, (dict, list, tuple)) else '' if value is None else value

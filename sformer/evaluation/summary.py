@@ -1,25 +1,23 @@
 """From the records of all chunks to the result of a model."""
 import contextlib
 import sys
-from typing import Any, Dict, Optional, Sequence, Set
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from ..data import ImageData
 from ..errors import SFormerError
-from ..execution import EngineNetwork
-from .activity import Activity
+from .figures import CLASSIFICATION
 from .journal import ChunkRecord
-from .metrics import summarize, summarize_pair
+from .metrics import Counted
 from .networks import Subject
+from .schema import SOURCE, Result
 
 __all__ = ['check_complete', 'finished_shards', 'peak_memory', 'result_of']
 
 
-MAX_PASSED_OVER = 100  # of the files that are passed over in a folder; an archive of macOS has one for each image
-
-
-def finished_shards(records: Sequence[ChunkRecord]) -> Set[int]:
+def finished_shards(records: Sequence[ChunkRecord]) -> set[int]:
     """Shards of which every chunk is done."""
     last = {r['chunk'][0]: r['chunk'][1] for r in records if r['ends_shard']}
     done = {tuple(r['chunk']) for r in records}
@@ -45,53 +43,22 @@ def check_complete(records: Sequence[ChunkRecord], images: ImageData, max_bad: i
         raise SFormerError(f'{images.name}: not one image has a label and can be read.')
 
 
-def result_of(subject: Subject, images: ImageData, records: Sequence[ChunkRecord]) -> Dict[str, Any]:
-    """Result of one model: what was evaluated on what, its figures and those of its source, and seconds."""
-    i, model, config = subject.index, subject.model, subject.data_config
-    count = sum(r['count'] for r in records)
-    score: Dict[str, Any] = summarize([r['networks'][i] for r in records], count)
-    result: Dict[str, Any] = dict(
-        model=(getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or type(model).__name__,
-        dataset=images.name, split=images.split, dataset_fingerprint=images.fingerprint,
-        dataset_revision=images.revision,
-        image_column=getattr(images, 'image_column', None), label_column=getattr(images, 'label_column', None),
-        benchmark=subject.benchmark.name, num_images=count,
-        skipped_images=sum(r['skipped'] for r in records), bad_images=[name for r in records for name in r['bad']],
-        num_passed_over=len(images.passed_over), passed_over=images.passed_over[:MAX_PASSED_OVER],
-        top1=score['top1'], top1_err=round(100 - score['top1'], 4),
-        top5=score['top5'], top5_err=round(100 - score['top5'], 4), nll=score['nll'], ece=score['ece'])
+def result_of(subject: Subject, images: ImageData, records: Sequence[ChunkRecord], **how: Any) -> Result:
+    """Result of one model: what was evaluated on what, its figures and those of its source, and seconds.
+
+    Args:
+        subject: The model.
+        images: Images that were counted.
+        records: All chunks.
+        **how: How it was measured, by the keys of a result.
+    """
+    counted = {'': Counted(subject, images, records)}
     if subject.source is not None:
-        source = summarize([r['sources'][i] for r in records], count)
-        result.update({f'source_{key}': value for key, value in source.items()})
-        result.update(summarize_pair([r['pairs'][i] for r in records], count))
-    if subject.spiking:
-        activity = Activity()
-        for counts in (r['activity'][i] for r in records if r['activity']):
-            activity.add(Activity(counts))
-        result.update(
-            activity=activity.mean(), activity_per_site=activity.per_site(),
-            spikes_per_neuron=activity.spikes_per_neuron(),
-            activity_images=sum(r['activity_images'] for r in records))
-    seconds = _sum_seconds(records, 'seconds', i)
-    result.update(
-        param_count=round(sum(p.numel() for p in model.parameters()) / 1e6, 4),
-        img_size=config['input_size'][-1], crop_pct=config['crop_pct'], interpolation=config['interpolation'],
-        seconds=round(seconds, 3), images_per_second=round(count / seconds, 2) if seconds else None,
-        decode_seconds=round(_sum_seconds(records, 'decode'), 3),
-        preprocess_seconds=round(_sum_seconds(records, 'preprocess'), 3))
-    if isinstance(model, EngineNetwork):
-        result.update(model.describe())
-    if subject.source is not None:
-        result['source_seconds'] = round(_sum_seconds(records, 'source_seconds', i), 3)
-    return result
+        counted[SOURCE] = Counted(subject, images, records, 'sources')
+    return CLASSIFICATION.make(counted, **how)
 
 
-def _sum_seconds(records: Sequence[ChunkRecord], key: str, index: Optional[int] = None) -> float:
-    """Seconds, averaged over the processes that worked at the same time; a resumed run may have had others."""
-    return sum((r[key] if index is None else r[key][index]) / r['world_size'] for r in records)
-
-
-def peak_memory(device: torch.device) -> Dict[str, float]:
+def peak_memory(device: torch.device) -> dict[str, float]:
     """Peak memory of this process [MiB]."""
     peak = {}
     with contextlib.suppress(ImportError):  # not on Windows

@@ -7,7 +7,6 @@ import contextlib
 import copy
 import hashlib
 import json
-import os
 import warnings
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Union
@@ -19,8 +18,9 @@ from timm.layers import pos_embed_sincos
 
 from ..conversion import Images, calibration_batches
 from ..conversion.record import library_versions
+from ..data import requested
 from ..errors import SFormerError, needed_packages, quiet
-from ..files import state_hash, write_aside
+from ..files import may_write, state_hash, write_file
 from ..layers import named_neurons, unwrapped
 from ..neurons import ScaleAndFire
 from .graph import to_graph_
@@ -78,11 +78,11 @@ def export_onnx(
     _check_options(max_error, calibration is None and (split or image_column))
     model = unwrapped(model)
     network = copy.deepcopy(model).eval().to('cpu', torch.float32)
-    batches, images = None, None
+    batches = images = None
     if calibration is not None:
-        batches, images, _ = calibration_batches(
-            network, calibration, split, num_images, BATCH_SIZE, seed, 'Rounding', image_column)
-        batches = list(batches)
+        wanted = requested(calibration, split=split, num_images=num_images, seed=seed, image_column=image_column)
+        read, images, _ = calibration_batches(network, wanted, BATCH_SIZE, 'Rounding')
+        batches = list(read)
         images = dict(images, num_images=sum(map(len, batches)))
     reports = to_integer_(network, max_error, batches, portable)
     to_graph_(network, portable=portable)
@@ -101,17 +101,15 @@ def writable(path: Union[str, Path], overwrite: bool) -> Path:
     Raises:
         SFormerError: If it cannot be, or packages are missing.
     """
-    path = Path(path)
-    check_output(path, overwrite)
+    path = check_output(Path(path), overwrite)
     _check_packages()
-    return path.resolve() if path.is_symlink() else path
+    return path
 
 
 def write_graph(exported: Any, about: Dict[str, Any], path: Path) -> None:
     """Write an `onnx.ModelProto` and what is recorded of it, aside and then renamed."""
     exported.metadata_props.add(key=METADATA, value=json.dumps(about, sort_keys=True))
-    with write_aside(path.parent) as aside:
-        (aside / path.name).write_bytes(exported.SerializeToString())
+    write_file(path, exported.SerializeToString())
 
 
 def _record_of(model: nn.Module) -> Dict[str, Any]:
@@ -174,17 +172,11 @@ def _check_packages() -> None:
         import onnxscript  # noqa: F401
 
 
-def check_output(path: Path, overwrite: bool = False) -> None:
-    """Raise SFormerError if no graph can be written there."""
+def check_output(path: Path, overwrite: bool = False) -> Path:
+    """Where a graph will be written: what a link points to. Raises SFormerError if none can be."""
     if path.suffix != '.onnx':
         raise SFormerError(f'{path} is no name for a graph, which ends in .onnx.')
-    if path.is_dir():
-        raise SFormerError(f'{path} is a folder.')
-    if path.exists() and not overwrite:
-        raise SFormerError(f'{path} is there already; --overwrite (overwrite=True) replaces it.')
-    existing = next(folder for folder in path.absolute().parents if folder.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise SFormerError(f'{path} cannot be written: {existing} is no folder that you may write to.')
+    return may_write(path, 'graph', overwrite=overwrite)
 
 
 def graph_hash(model: Any) -> str:

@@ -20,7 +20,7 @@ from ..errors import UnsupportedLayerError
 from ..neurons import SFNConfig, new_neuron
 from . import products
 from .linear import SpikingLinear
-from .multiplying import GATE, Product
+from .multiplying import GATE, Multiplying, Product
 from .products import AttentionProduct
 from .table import SpikingLayer, register_spiking
 
@@ -91,7 +91,7 @@ class SpikingAttentionMixin(SpikingLayer):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Give the forward the signature of the source's, by which symbolic tracing makes its proxies."""
         super().__init_subclass__(**kwargs)
-        source: Any = next((base for base in cls.__mro__ if not issubclass(base, SpikingLayer)), None)
+        source: Any = next((base for base in cls.__mro__ if not issubclass(base, Multiplying)), None)
         if source is not nn.Module:  # a mixin has no source yet
             @functools.wraps(source.forward)
             def forward(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -8,7 +8,8 @@ from .levels import MAX_LEVEL, MAX_WIDE_LEVEL, level_integers, max_levels
 
 __all__ = [
     'FIRE_FUNCTIONS', 'SOFTMAX_FIRE_FUNCTIONS', 'ESTIMATORS', 'DEFAULT_RANGE', 'NEURON_TYPES', 'SCALE_AND_FIRE',
-    'RECIPES', 'Recipe', 'SFNConfig', 'FitConfig', 'as_config', 'recipe_configs', 'recipe_name', 'recipe_of',
+    'SEPARATE_BRANCHES', 'RECIPES', 'Recipe', 'SFNConfig', 'FitConfig', 'as_config', 'recipe_configs', 'recipe_name',
+    'recipe_of',
 ]
 
 FIRE_FUNCTIONS = ('uniform', 'widening', 'quarter_square', 'quadratic', 'quartic', 'power2', 'density')
@@ -17,6 +18,7 @@ ESTIMATORS = ('mse', 'quantile', 'max')
 # of `FitConfig`, measured on a ViT-S that was trained at scale
 GENERATED_FLOOR, GENERATED_MARGIN, MAX_FLOOR = 0.75, 1.3, 0.5
 SCALE_AND_FIRE = 'scale_and_fire'
+SEPARATE_BRANCHES = 'separate_branches'  # the same, of which no branch shares its N thresholds with the other
 NEURON_TYPES: dict[str, Any] = {}  # types of neurons by name, as `register_neuron` fills it
 DEFAULT_RANGE = 4.  # uncalibrated neurons fire over +-4: four standard deviations of a LayerNorm output
 
@@ -50,7 +52,8 @@ class SFNConfig:
         silence: Price of activity, 0 for none. Potentials for which spikes would cost more than they bring are silent:
             the squared relative error of the network's output plus this price times its activity is least. From 0.003
             (few losses) to 0.1 are usual.
-        neuron: Type of the neurons, by the name that `register_neuron` gave it.
+        neuron: Type of the neurons, by the name that `register_neuron` gave it. `separate_branches` are scale-and-fire
+            neurons whose branches share no thresholds, wherever they are.
 
     Raises:
         ConfigError: If a value is out of its range; the message names it.
@@ -100,8 +103,9 @@ class SFNConfig:
         check_number(self, 'scale', 1e-3, 1e3)
         check_flag(self, 'token_scale')
         check_number(self, 'silence', 0, 1e6)
-        check(isinstance(self.neuron, str) and self.neuron in {SCALE_AND_FIRE, *NEURON_TYPES},
-              f'neuron must be one of {", ".join({SCALE_AND_FIRE: 0, **NEURON_TYPES})}, got {self.neuron!r}: '
+        types = [*dict.fromkeys((SCALE_AND_FIRE, SEPARATE_BRANCHES, *NEURON_TYPES))]
+        check(isinstance(self.neuron, str) and self.neuron in types,
+              f'neuron must be one of {", ".join(types)}, got {self.neuron!r}: '
               f'sformer.neurons.register_neuron registers a type of your own.')
 
     @property

@@ -4,7 +4,7 @@ from typing import Any
 
 from ..errors import check
 from .base import Neuron
-from .config import NEURON_TYPES, SCALE_AND_FIRE, SFNConfig
+from .config import NEURON_TYPES, SCALE_AND_FIRE, SEPARATE_BRANCHES, SFNConfig
 from .scale_and_fire import ScaleAndFire
 
 __all__ = ['new_neuron', 'register_neuron']
@@ -44,4 +44,5 @@ def new_neuron(shape: Sequence[int], config: SFNConfig, **site: Any) -> Any:
     return neuron
 
 
-register_neuron(SCALE_AND_FIRE, ScaleAndFire)
+register_neuron(SCALE_AND_FIRE, ScaleAndFire)  # or `SharedScaleAndFire`, where that suits
+register_neuron(SEPARATE_BRANCHES, ScaleAndFire)

@@ -2,14 +2,16 @@
 import hashlib
 import re
 import shlex
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, Union
+from typing import Any
 
 from ..conversion.record import ADAPTED, BALANCED, COMPENSATED, DISTILLED, FINE_TUNED
 from ..errors import SFormerError
-from ..files import write_aside
+from ..evaluation.schema import Result, schema_of
+from ..files import may_write, write_aside
 from ..saving.model_config import WEIGHTS_NAME
-from .detector_figures import detector_kind, detector_rows, metric_rows, metrics, task_of
+from .detector_figures import category_rows, detector_kind, detector_rows, task_of
 from .model_record import ModelRecord
 from .plots import is_own_plot, need_pages, render_plots
 
@@ -25,22 +27,6 @@ LICENSES = (
     'cc-by-sa-4.0', 'cc-by-nc-4.0', 'cc-by-nc-sa-4.0', 'cc-by-nc-nd-4.0', 'gpl-3.0', 'lgpl-3.0', 'agpl-3.0', 'mpl-2.0',
     'unlicense', 'openrail', 'etalab-2.0', 'other', 'unknown')
 
-# label, key of the SFormer, key of the source, format
-SIDES = (
-    ('top-1 [%]', 'top1', 'source_top1', '.2f'),
-    ('top-5 [%]', 'top5', 'source_top5', '.2f'),
-    ('negative log-likelihood', 'nll', 'source_nll', '.4f'),
-    ('expected calibration error [%]', 'ece', 'source_ece', '.2f'),
-)
-SINGLE = (
-    ('agreement with the source [%]', 'agreement', '.2f'),
-    ('relative logit error', 'relative_logit_error', '.4f'),
-    ('activity, the share of neurons that fire', 'activity', '.3f'),
-    ('spikes per neuron, unary coding', 'spikes_per_neuron.unary', '.3f'),
-    ('spikes per neuron, binary coding', 'spikes_per_neuron.binary', '.3f'),
-    ('spikes per neuron, graded coding', 'spikes_per_neuron.graded', '.3f'),
-    ('parameters [million]', 'param_count', '.2f'),
-)
 NEURONS = dict(
     levels='levels N per branch', fire='fire function', attention_fire='fire function of the softmax',
     activation_fire='fire function after activation functions',
@@ -50,18 +36,12 @@ CHANGES = {
     COMPENSATED: 'compensate for its neurons', BALANCED: 'are balanced for its neurons',
     DISTILLED: 'were trained to follow that network', FINE_TUNED: 'were changed afterwards',
     ADAPTED: 'were given other shapes or precision'}
-SETTINGS = (
-    ('benchmark', 'benchmark'), ('image size', 'img_size'), ('crop', 'crop_pct'), ('interpolation', 'interpolation'),
-    ('mixed precision', 'amp'), ('device', 'device'), ('processes', 'world_size'), ('images per batch', 'batch_size'),
-    ('compared with', 'source_model'),
-    ('images left out', 'skipped_images'), ('spikes counted on images', 'activity_images'),
-)
 
 
 # What is said of it ---------------------------------------------------------------------------------------------------
 
 
-def _dataset_id(record: ModelRecord, used: Dict[str, Any], key: str = 'dataset') -> Optional[str]:
+def _dataset_id(record: ModelRecord, used: dict[str, Any], key: str = 'dataset') -> str | None:
     """Hub id of the data set of a result; None for those that are not on the Hub."""
     name = used.get(key)
     if name in record.dataset_ids:
@@ -74,7 +54,7 @@ def _dataset_id(record: ModelRecord, used: Dict[str, Any], key: str = 'dataset')
     return name if re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', name) else None
 
 
-def _dataset_title(record: ModelRecord, used: Dict[str, Any], key: str = 'dataset') -> str:
+def _dataset_title(record: ModelRecord, used: dict[str, Any], key: str = 'dataset') -> str:
     name = used.get(key)
     if name in DATASET_TITLES:
         return DATASET_TITLES[name]
@@ -83,11 +63,11 @@ def _dataset_title(record: ModelRecord, used: Dict[str, Any], key: str = 'datase
     return _dataset_id(record, used, key) or (Path(name).name if name else 'images of the caller')
 
 
-def _with_split(title: str, split: Optional[str]) -> str:
+def _with_split(title: str, split: str | None) -> str:
     return f'{title}, split {split}' if split else title
 
 
-def _versions(versions: Optional[Dict[str, str]]) -> str:
+def _versions(versions: dict[str, str] | None) -> str:
     return ', '.join(f'{name} {version}' for name, version in (versions or {}).items())
 
 
@@ -99,9 +79,9 @@ def _calibration(record: ModelRecord) -> str:
     return f'{used["num_images"]:,} images of {title}'
 
 
-def _recipe(record: ModelRecord) -> List[Tuple[str, Any]]:
+def _recipe(record: ModelRecord) -> list[tuple[str, Any]]:
     c = record.conversion
-    rows: List[Tuple[str, Any]] = [('architecture', f'`{record.architecture}`')]
+    rows: list[tuple[str, Any]] = [('architecture', f'`{record.architecture}`')]
     if record.detector:
         rows += detector_rows(record.detector)
     else:
@@ -136,9 +116,9 @@ def _trained(record: ModelRecord) -> str:
     return ' without training' * (not trained) + (f', with weights that {" and ".join(what)}' if what else '')
 
 
-def _training(record: ModelRecord) -> List[Tuple[str, Any]]:
+def _training(record: ModelRecord) -> list[tuple[str, Any]]:
     t = record.training or {}
-    rows: List[Tuple[str, Any]] = []
+    rows: list[tuple[str, Any]] = []
     if 'train_samples' in t:
         recipe = t.get('recipe') or {}
         of = f' of {_dataset_title(record, recipe, "data")}' if recipe.get('data') else ''
@@ -152,35 +132,22 @@ def _training(record: ModelRecord) -> List[Tuple[str, Any]]:
     return rows
 
 
-def _result(record: ModelRecord, result: Dict[str, Any]) -> Dict[str, Any]:
-    sides = any(source in result for _, _, source, _ in SIDES)
-    rows: List[List[str]] = []
+def _result(record: ModelRecord, result: Result) -> dict[str, Any]:
+    schema = schema_of(result)
+    rows = schema.card_rows(result)
     if record.detector:
-        rows, sides = metric_rows(result)
-
-    def cell(key, spec):
-        name, _, part = key.partition('.')
-        value = (result.get(name) or {}).get(part) if part else result.get(name)
-        return '' if value is None else format(value, spec)
-
-    for label, key, source, spec in SIDES:
-        if cell(key, spec) or cell(source, spec):
-            rows.append([label, *([cell(source, spec)] if sides else []), cell(key, spec)])
-    for label, key, spec in SINGLE:
-        if cell(key, spec):
-            rows.append([label, *([''] if sides else []), cell(key, spec)])
+        rows += category_rows(result)
     title = _with_split(_dataset_title(record, result), result.get('split'))
-    settings = [f'{label} {result[key]}' for label, key in SETTINGS if result.get(key)]
-    if record.changed and sides and not result.get('source_model'):
+    settings = schema.settings(result)
+    if record.changed and schema.has_source(result) and not result.get('source_model'):
         settings.append('the source is the network of the weights of this model without neurons')
-    settings += [f'images and annotations left out {len(result["problems"])}'] if result.get('problems') else []
     return dict(
         title=f'{title}, {result["num_images"]:,} images' if 'num_images' in result else title,
-        rows=_cells(rows), sides=sides, command=result.get('command'), settings='; '.join(settings),
-        versions=_versions(result.get('versions')))
+        rows=_cells(rows), sides=schema.has_source(result), command=result.get('command'),
+        settings='; '.join(settings), versions=_versions(result.get('versions')))
 
 
-def _curve(record: ModelRecord) -> Optional[Dict[str, Any]]:
+def _curve(record: ModelRecord) -> dict[str, Any] | None:
     if not record.curve:
         return None
     first = record.curve[0]
@@ -190,9 +157,9 @@ def _curve(record: ModelRecord) -> Optional[Dict[str, Any]]:
                 of=f', evaluated on {title}{count}' if title else '')
 
 
-def _comparable(record: ModelRecord) -> List[Dict[str, Any]]:
+def _comparable(record: ModelRecord) -> list[dict[str, Any]]:
     """Results that an index may list by data set and split: with its own labels, and of each the one on most images."""
-    found: Dict[Any, Dict[str, Any]] = {}
+    found: dict[Any, dict[str, Any]] = {}
     for result in record.evaluations.values():
         key = result['dataset'], result.get('split')
         if result.get('benchmark') != 'imagenet-real' and \
@@ -201,7 +168,7 @@ def _comparable(record: ModelRecord) -> List[Dict[str, Any]]:
     return list(found.values())
 
 
-def _eval_results(record: ModelRecord) -> List[Any]:
+def _eval_results(record: ModelRecord) -> list[Any]:
     from huggingface_hub import EvalResult
     entries = []
     task, task_name = _task(record)
@@ -213,25 +180,17 @@ def _eval_results(record: ModelRecord) -> List[Any]:
             dataset_revision=result.get('dataset_revision'))
         count = f' on {result["num_images"]:,} images' if 'num_images' in result else ''
         entries += [EvalResult(metric_type=_metric(record), metric_name=f'{name}{count}', metric_value=value, **common)
-                    for name, value in _figures(record, result)]
+                    for name, value in schema_of(result).listed(result)]
     return entries
 
 
-def _task(record: ModelRecord) -> Tuple[str, str]:
+def _task(record: ModelRecord) -> tuple[str, str]:
     """Identifier and name of the task on the Hub."""
     return task_of(record.detector) if record.detector else ('image-classification', 'Image Classification')
 
 
 def _metric(record: ModelRecord) -> str:
     return 'mean_average_precision' if record.detector else 'accuracy'
-
-
-def _figures(record: ModelRecord, result: Dict[str, Any]) -> List[Tuple[str, float]]:
-    """Names and values of what an index may list, the first is the one to compare by."""
-    if record.detector:
-        return metrics(result)
-    return [(f'{label} accuracy [%]', result[key]) for key, label in (('top1', 'Top-1'), ('top5', 'Top-5'))
-            if isinstance(result.get(key), (int, float))]
 
 
 def _metadata(record: ModelRecord) -> Any:
@@ -268,7 +227,7 @@ def _metadata(record: ModelRecord) -> Any:
         model_name=record.name if results else None, eval_results=results or None)
 
 
-def render_card(record: ModelRecord, plots: Optional[Dict[str, str]] = None) -> Any:
+def render_card(record: ModelRecord, plots: dict[str, str] | None = None) -> Any:
     """Render a model card.
 
     Args:
@@ -299,18 +258,18 @@ def render_card(record: ModelRecord, plots: Optional[Dict[str, str]] = None) -> 
     return card
 
 
-def _cells(rows: Iterable[Sequence[Any]]) -> List[List[str]]:
+def _cells(rows: Iterable[Sequence[Any]]) -> list[list[str]]:
     """Rows of a Markdown table: one line per cell, no bar that would start another."""
     return [[' '.join(str(value).split()).replace('|', r'\|') for value in row] for row in rows]
 
 
-def render_eval_results(record: ModelRecord) -> Optional[str]:
+def render_eval_results(record: ModelRecord) -> str | None:
     """Evaluation results in the Hub's `.eval_results/*.yaml` format; None if no result is on a data set of the Hub."""
     from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
     from huggingface_hub.utils import yaml_dump
     entries = []
     for result in _comparable(record):
-        dataset, figures = _dataset_id(record, result), _figures(record, result)
+        dataset, figures = _dataset_id(record, result), schema_of(result).listed(result)
         if dataset and figures:
             name, value = figures[0]
             split = f', split {result["split"]}' if result.get('split') else ''
@@ -325,7 +284,7 @@ def card_name(record: ModelRecord) -> str:
     return re.sub(r'[^\w.-]+', '_', record.name) or 'model'
 
 
-def write_card(record: ModelRecord, directory: Union[str, Path], overwrite: bool = False) -> Path:
+def write_card(record: ModelRecord, directory: str | Path, overwrite: bool = False) -> Path:
     """Write a card and its plots to a folder: `NAME.md`, `NAME.activity.png` ...
 
     The last line of a card is a comment with the hash of what precedes it, so that edits are noticed.
@@ -346,12 +305,8 @@ def write_card(record: ModelRecord, directory: Union[str, Path], overwrite: bool
     plots = {f'{name}.{file}': plot for file, plot in render_plots(record).items()}
     text = _sealed(f'{render_card(record, {title: file for file, (title, _) in plots.items()})}\n')
     path = directory / f'{name}.md'
-    if not overwrite:
-        foreign = [path] if path.exists() and not _is_own_card(path) else []
-        foreign += [directory / f for f in plots if (directory / f).exists() and not is_own_plot(directory / f)]
-        if foreign:
-            raise SFormerError(
-                f'{foreign[0]} was edited, or is not of sformer card; --overwrite (overwrite=True) replaces it.')
+    may_write(directory, 'card or plot as sformer card wrote it', is_own, files=[path.name, *plots],
+              overwrite=overwrite)
     with write_aside(directory) as aside:
         (aside / path.name).write_text(text, encoding='utf-8')
         for file, (_, png) in plots.items():
@@ -363,8 +318,10 @@ def _sealed(text: str) -> str:
     return f'{text}<!-- sformer card, SHA-256 {hashlib.sha256(text.encode()).hexdigest()} -->\n'
 
 
-def _is_own_card(path: Path) -> bool:
-    """Whether a card is as it was written here, by whatever version."""
+def is_own(path: Path) -> bool:
+    """Whether a card is as it was written here, by whatever version, or a plot was drawn here."""
+    if path.suffix == '.png':
+        return is_own_plot(path)
     try:
         text = path.read_bytes().decode()
     except (OSError, UnicodeDecodeError):

@@ -1,9 +1,9 @@
 """The record of a model: everything that was written down about it, checked before anything of it is published."""
 import json
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
+from typing import Any
 
 import torch.nn as nn
 
@@ -12,6 +12,8 @@ from ..detection.detector_entrypoints import detector_name
 from ..detection.detector_folders import read_detector_config
 from ..detection.pictures import read_picture
 from ..errors import SFormerError
+from ..evaluation.figures import CLASSIFICATION
+from ..evaluation.schema import COUNT, TEXT, TEXTS, Check, Result, check_values, is_result, mapping, schema_of
 from ..files import state_hash
 from ..layers import is_calibrated
 from ..saving import load_model
@@ -50,30 +52,30 @@ class ModelRecord:
     load_name: str
     architecture: str
     weights_sha256: str
-    input_size: List[int]
+    input_size: list[int]
     num_classes: int
     calibrated: bool = True
-    conversion: Dict[str, Any] = field(default_factory=dict)
-    sfn: Dict[str, Any] = field(default_factory=dict)
-    fit: Dict[str, Any] = field(default_factory=dict)
-    training: Optional[Dict[str, Any]] = None
-    evaluations: Dict[str, Dict[str, Any]] = field(default_factory=dict)
-    curve: List[Dict[str, Any]] = field(default_factory=list)
-    curve_command: Optional[str] = None
-    license: Optional[str] = None
-    base_model: Optional[str] = None
-    dataset_ids: Dict[str, str] = field(default_factory=dict)
-    note: Optional[str] = None
-    detector: Optional[Dict[str, Any]] = None
-    pictures: Dict[str, Dict[str, Any]] = field(default_factory=dict)
+    conversion: dict[str, Any] = field(default_factory=dict)
+    sfn: dict[str, Any] = field(default_factory=dict)
+    fit: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] | None = None
+    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    curve_command: str | None = None
+    license: str | None = None
+    base_model: str | None = None
+    dataset_ids: dict[str, str] = field(default_factory=dict)
+    note: str | None = None
+    detector: dict[str, Any] | None = None
+    pictures: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
-    def changed(self) -> Tuple[str, ...]:
+    def changed(self) -> tuple[str, ...]:
         """Why the weights are not those of the source any more; empty if they are."""
         return tuple(self.conversion.get('changed') or ())
 
 
-def neuron_configs(config: Mapping[str, Any]) -> Tuple[Dict[str, Any], Dict[str, Any]]:
+def neuron_configs(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """How the neurons of a `config.json` fire, and how their thresholds were fitted."""
     sfn = config.get('sfn') if DETECTOR_KEY in config else config.get('model_args', {}).get('sfn')
     return sfn or {}, (config.get('sformer') or {}).get('fit') or {}
@@ -81,114 +83,32 @@ def neuron_configs(config: Mapping[str, Any]) -> Tuple[Dict[str, Any], Dict[str,
 
 # Checks ---------------------------------------------------------------------------------------------------------------
 
-Check = Tuple[str, Callable[[Any], bool]]  # what a value has to be, in words and in code
 
-
-def _number(low: float, high: float, words: str, whole: bool = False) -> Check:
-    kinds = int if whole else (int, float)
-    return words, lambda v: isinstance(v, kinds) and not isinstance(v, bool) and low <= v <= high and v < math.inf
-
-
-def _mapping(values: Check) -> Check:
-    return f'names, each with {values[0]}', lambda v: isinstance(v, dict) and all(map(values[1], v.values()))
-
-
-TEXT: Check = 'text', lambda v: isinstance(v, str)
-TEXTS: Check = 'a list of texts', lambda v: isinstance(v, list) and all(map(TEXT[1], v))
-PERCENT = _number(0, 100, 'a percentage from 0 to 100')
-SHARE = _number(0, 1, 'a share from 0 to 1')
-POSITIVE = _number(0, math.inf, 'a finite number, 0 or more')
-COUNT = _number(0, 2 ** 53, 'a whole number, 0 or more', whole=True)
-LEVELS = _number(1, 2 ** 15, 'a number of levels', whole=True)
-
-
-# What is published of a result; each may be missing, or null where nothing was measured
-RESULT = {
-    **dict.fromkeys(('model', 'architecture', 'dataset', 'split', 'dataset_fingerprint', 'dataset_revision', 'command',
-                     'benchmark', 'interpolation', 'amp', 'device', 'weights_sha256', 'curve_command',
-                     'source_model'), TEXT),
-    **dict.fromkeys(('top1', 'top1_err', 'top5', 'top5_err', 'ece', 'source_top1', 'source_top5', 'source_ece',
-                     'agreement'), PERCENT),
-    **dict.fromkeys(('nll', 'source_nll', 'relative_logit_error', 'param_count', 'seconds', 'source_seconds',
-                     'images_per_second'), POSITIVE),
-    **dict.fromkeys(('num_images', 'num_passed_over', 'skipped_images', 'activity_images', 'img_size', 'batch_size',
-                     'world_size', 'workers'), COUNT),
-    'crop_pct': SHARE, 'activity': SHARE, 'activity_per_site': _mapping(SHARE),
-    'spikes_per_neuron': _mapping(POSITIVE), 'versions': _mapping(TEXT), 'bad_images': TEXTS, 'passed_over': TEXTS,
-}
-POINT = {**RESULT, 'levels': LEVELS}
-
-PRECISION: Dict[str, Check] = dict.fromkeys(('mAP', 'mAP50', 'mAP75'), PERCENT)
-
-
-def _is_precision(value: Any) -> bool:
-    classes = value.get('per_class') or {} if isinstance(value, dict) else None
-    if not isinstance(classes, dict):
-        return False
-    try:
-        for figures in (value, *classes.values()):
-            _check_values(figures, PRECISION)
-    except ValueError:
-        return False
-    return all(map(TEXT[1], classes))
-
-
-COCO: Check = 'percentages of average precision', _is_precision
-DETECTION = {
-    **{key: RESULT[key] for key in (
-        'model', 'architecture', 'dataset', 'split', 'dataset_fingerprint', 'command', 'device', 'weights_sha256',
-        'param_count', 'seconds', 'source_seconds', 'num_images', 'world_size', 'versions', 'source_model')},
-    **dict.fromkeys(('boxes', 'masks', 'source_boxes', 'source_masks'), COCO), 'problems': TEXTS,
-}
-
-
-def _check_values(values: Any, checks: Mapping[str, Check], needed: Tuple[str, ...] = ()) -> None:
-    """Raise ValueError that names the first value which is not what it has to be."""
-    if not isinstance(values, dict):
-        raise ValueError(f'{_short(values)} is no record')
-    for key, (words, fits) in checks.items():
-        value = values.get(key)
-        if (value is not None or key in needed) and not fits(value):
-            raise ValueError(f'{key} is {_short(value)}, not {words}')
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f'{text[:57]}...'
-
-
-def _check_result(result: Dict[str, Any], path: Path) -> None:
+def _check_result(result: Result, path: Path) -> None:
     """Raise SFormerError unless everything that is published of a result can be true."""
+    points = result.get('curve')
     try:
-        if 'boxes' in result:
-            _check_values(result, DETECTION, ('dataset', 'boxes', 'weights_sha256'))
-        else:
-            _check_values(result, RESULT, ('dataset', 'top1', 'weights_sha256'))
-        curve = result.get('curve') or []
-        if not isinstance(curve, list):
-            raise ValueError(f'curve is {_short(curve)}, not a list')
-        for point in curve:
-            _check_values(point, POINT, ('levels', 'top1'))
+        schema_of(result).check(result)
+        for point in points if isinstance(points, list) else ():
+            CLASSIFICATION.check(point, needed=('levels', 'top1'))
         json.dumps(result, allow_nan=False)  # JSON has no NaN, and the Hub takes none
     except ValueError as e:
         raise SFormerError(f'{path} is not as sformer evaluate wrote it: {e}.') from None
 
 
-def _check_config(config: Dict[str, Any], path: Path, num_classes: int) -> None:
+def _check_config(config: dict[str, Any], path: Path, num_classes: int | None) -> None:
     """Raise SFormerError unless everything that is published of a config can be true."""
-    cfg, conversion = config.get('pretrained_cfg', {}), config.get('sformer', {})
-
-    def names(value: Any) -> bool:
-        return TEXTS[1](value) and len(value) == num_classes
-
-    labels: Dict[str, Check] = {
-        'label_names': (f'a list of {num_classes} names', names),
-        'label_descriptions': ('texts', lambda v: TEXTS[1](v) or _mapping(TEXT)[1](v))}
+    cfg = config.get('pretrained_cfg', {})
+    conversion = config.get('sformer', {})
+    texts = mapping(TEXT)
+    labels = {
+        'label_names': Check(f'a list of {num_classes} names', lambda v: TEXTS.fits(v) and len(v) == num_classes),
+        'label_descriptions': Check('texts', lambda v: TEXTS.fits(v) or texts.fits(v))}
     try:
-        _check_values(config, labels)
-        _check_values(cfg, {**labels, 'license': TEXT})
-        _check_values(conversion.get('calibration') or {}, dict(num_images=COUNT))
-        _check_values(neuron_configs(config)[0], dict(levels=LEVELS))
+        check_values(config, labels)
+        check_values(cfg, {**labels, 'license': TEXT})
+        check_values(conversion.get('calibration') or {}, dict(num_images=COUNT))
+        check_values(neuron_configs(config)[0], dict(levels=CLASSIFICATION.figures['levels'].check))
     except ValueError as e:
         raise SFormerError(f'{path} cannot be published: {e}.') from None
 
@@ -196,7 +116,7 @@ def _check_config(config: Dict[str, Any], path: Path, num_classes: int) -> None:
 # What was recorded ----------------------------------------------------------------------------------------------------
 
 
-def recorded_results(folder: Path, weights_sha256: str) -> Tuple[Dict[str, Dict[str, Any]], List[str]]:
+def recorded_results(folder: Path, weights_sha256: str) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Results files in a folder, as `sformer evaluate --results-file` writes them.
 
     Args:
@@ -210,15 +130,15 @@ def recorded_results(folder: Path, weights_sha256: str) -> Tuple[Dict[str, Dict[
     Raises:
         SFormerError: If a result of these weights has a value that no evaluation gives; names file and value.
     """
-    results: Dict[str, Dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     others = []
     for path in sorted(Path(folder).glob('*.json')):
         try:
             found = json.loads(path.read_text(encoding='utf-8'))
         except (OSError, ValueError, RecursionError):
             continue
-        found = [r for r in (found if isinstance(found, list) else [found]) if isinstance(r, dict)
-                 and {'weights_sha256', 'dataset'} <= {*r} and {'top1', 'boxes'} & {*r}]
+        found = [r for r in (found if isinstance(found, list) else [found])
+                 if is_result(r) and {'weights_sha256', 'dataset'} <= {*r}]
         if path.name == CONFIG_NAME or not found:
             continue
         own = next((r for r in found if r['weights_sha256'] == weights_sha256), None)
@@ -244,7 +164,7 @@ def load_recorded(folder: Path) -> nn.Module:
     return detector
 
 
-def _pictures(folder: Path, weights_sha256: str) -> Dict[str, Dict[str, Any]]:
+def _pictures(folder: Path, weights_sha256: str) -> dict[str, dict[str, Any]]:
     found = {path.name: read_picture(path, weights_sha256) for path in sorted(folder.glob('*.png'))}
     return {name: dict(values, folder=str(folder)) for name, values in found.items() if values}
 
@@ -253,12 +173,12 @@ def read_record(
         folder: Path,
         model: nn.Module,
         *,
-        name: Optional[str] = None,
-        repo_id: Optional[str] = None,
-        license: Optional[str] = None,
-        base_model: Optional[str] = None,
-        dataset_ids: Optional[Dict[str, str]] = None,
-) -> Tuple[ModelRecord, List[str]]:
+        name: str | None = None,
+        repo_id: str | None = None,
+        license: str | None = None,
+        base_model: str | None = None,
+        dataset_ids: dict[str, str] | None = None,
+) -> tuple[ModelRecord, list[str]]:
     """Gather what a folder records about the model in it.
 
     Args:

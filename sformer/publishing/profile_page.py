@@ -9,24 +9,31 @@ import torch
 
 from ..conversion.record import library_versions
 from ..errors import SFormerError
-from ..files import write_aside
+from ..files import holds, write_aside
 from ..profiling import Profile
 from .plots import need_pages, plot_activity
 from .profile_plots import plot_energy, plot_levels, plot_maps, plot_trade_off
 
-__all__ = ['OTHER', 'PARTS', 'by_kind', 'by_site', 'kind_of', 'read_curve', 'write_profile']
+__all__ = ['OTHER', 'PARTS', 'REPORT', 'by_kind', 'by_site', 'is_report', 'kind_of', 'read_curve', 'write_profile']
 
 # parts of the account, and what a reader finds them called
 PARTS = dict(operations='products', comparisons='firing', weights='weights', activations='spikes', routing='routing',
              floating='floating')
 OTHER = dict(total='total', low='data - 50 %', high='data + 50 %')
 TABLES = ('operations', 'sites', 'floating')
+REPORT = ('profile.json', 'index.html', *(f'{name}.csv' for name in TABLES), 'activity.png', 'levels.png', 'energy.png',
+          'accuracy.png', 'maps.png')
 
 
 def kind_of(name: str) -> str:
     """`blocks.3.mlp.fc2.neuron` -> `mlp.fc2`."""
     parts = [part for part in name.split('.') if not part.isdigit() and part not in ('blocks', 'neuron', 'products')]
     return '.'.join(parts)
+
+
+def is_report(path: Path) -> bool:
+    """Whether a file lies beside the JSON of a profile, as part of its report."""
+    return holds('operations', 'sites', 'energy')(path.with_name(REPORT[0]))
 
 
 def _grouped(items: Sequence[Any]) -> Dict[str, List[Any]]:

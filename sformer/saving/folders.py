@@ -1,7 +1,6 @@
 """SFormers as folders: safetensors weights and a timm config that records the conversion."""
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any, Dict, Optional, Tuple, Union
 
@@ -16,7 +15,7 @@ from ..conversion import record_of
 from ..conversion.record import Conversion
 from ..conversion.sources import create_source, label_names_of
 from ..errors import SFormerError, UncalibratedError, first_line
-from ..files import file_hash, write_aside
+from ..files import file_hash, may_write, write_aside
 from ..layers import SPIKING_LAYERS, SpikingLayer, is_calibrated, named_neurons, ordinary_tensors, uncalibrated
 from ..models import SFormerMixin
 from ..neurons import NEURON_TYPES, GradedCoding, ScaleAndFire, SharedScaleAndFire
@@ -137,13 +136,7 @@ def _check_rebuild(directory: Path, state: Dict[str, torch.Tensor]) -> None:
 
 def check_vacant(directory: Path, overwrite: bool = False) -> None:
     """Raise SFormerError if a model can't be saved to `directory` because of what is there."""
-    if directory.exists() and not directory.is_dir():
-        raise SFormerError(f'{directory} is a file, not a folder.')
-    existing = next(d for d in (directory, *directory.absolute().parents) if d.exists())
-    if not os.access(existing, os.W_OK):
-        raise SFormerError(f'{directory} cannot be written: {existing} is read-only for you.')
-    if not overwrite and any((directory / name).exists() for name in (WEIGHTS_NAME, CONFIG_NAME)):
-        raise SFormerError(f'{directory} holds a model already; --overwrite (overwrite=True) replaces it.')
+    may_write(directory, 'model', files=(WEIGHTS_NAME, CONFIG_NAME), overwrite=overwrite)
 
 
 def open_model(name: str) -> nn.Module:

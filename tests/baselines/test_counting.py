@@ -12,7 +12,8 @@ from sformer.profiling import energy, profile_model
 
 def test_spikes_and_operations_of_a_layer_are_those_of_a_loop():
     steps, model, x = 5, nn.Sequential(nn.Linear(4, 3)).eval(), torch.randn(10, 4, generator=rng())
-    spiking_(model, SFNConfig(steps, fire='uniform', activation_fire='uniform', token_scale=False))
+    spiking_(model, SFNConfig(steps, fire='uniform', activation_fire='uniform', token_scale=False,
+                               neuron='separate_branches'))
     calibrate_(model, [x])
     one_step = profile_model(model, [x])
     network = MultiStep(model, steps, lambda old: IntegrateAndFire(old, steps))

@@ -18,7 +18,8 @@ from sformer.baselines import (
 from sformer.layers import shared_copy
 from sformer.neurons import ScaleAndFire, integrate_and_fire, multi_threshold
 
-UNIFORM = dict(fire='uniform', attention_fire='uniform', activation_fire='uniform', token_scale=False)
+UNIFORM = dict(fire='uniform', attention_fire='uniform', activation_fire='uniform', token_scale=False,
+               neuron='separate_branches')
 
 
 def one_step(threshold=(1., 1.), levels=1, center=None):

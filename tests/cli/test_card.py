@@ -69,5 +69,5 @@ def test_edited_card(run, saved, tmp_path, monkeypatch):
     card = Path('model_cards/out.md')
     card.write_text(card.read_text() + 'mine')
     code, out, err = run('card', 'out')
-    assert code == 1 and out == '' and 'out.md was edited' in err and card.read_text().endswith('mine')
+    assert code == 1 and out == '' and 'out.md is there and holds no card' in err and card.read_text().endswith('mine')
     assert run('card', 'out', '--overwrite')[0] == 0 and 'mine' not in card.read_text()[-5:]

@@ -41,7 +41,7 @@ def test_files_of_others_are_kept(run_here, saved, tmp_path, name):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_bytes((saved / 'config.json').read_bytes())
     result = run_here('demo', '-o', tmp_path)
-    assert_mistake(result, r"is none of the demo's|not the demo's", 1)
+    assert_mistake(result, r"holds no (picture|model) of the demo's", 1)
     assert (tmp_path / name).read_bytes() == (saved / 'config.json').read_bytes()
     assert len([p for p in tmp_path.rglob('*') if p.is_file()]) == 1
 

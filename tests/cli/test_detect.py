@@ -82,8 +82,10 @@ def test_compare(pair, run_inside):
     assert code == 0 and [result['model'] for result in results] == ['boxes', 'masks']
     assert out.startswith('3 images of shapes (val)\n') and 'results in r.json' in out
     rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.startswith(('boxes', 'masks'))}
-    figures = [results[1][kind][name] for kind in ('boxes', 'masks') for name in ('mAP', 'mAP50', 'mAP75')]
-    figures += [results[1][f'source_{kind}']['mAP'] for kind in ('boxes', 'masks')]
+    figures = []
+    for kind in ('boxes', 'masks'):
+        figures += [results[1][kind][name] for name in ('mAP', 'mAP50', 'mAP75')]
+        figures.append(results[1][f'source_{kind}']['mAP'])
     assert rows['masks'] == [f'{figure:.2f}' for figure in figures] and len(rows['boxes']) == 4
     assert max(figures) > 0
     code, out, _ = run_inside('compare', 'boxes', 'masks', '--data', 'shapes', '--no-source', '--format', 'csv')
@@ -169,8 +171,8 @@ def test_show_replaces_no_image_of_others(pair, run_inside):
     for name, options, message in (
             ('img.png', (), 'img.png is the image itself'), ('img.png', ('--overwrite',), 'is the image itself'),
             ('./shapes/../img.png', (), 'is the image itself'), ('link.png', ('--overwrite',), 'is the image itself'),
-            ('other.png', (), 'other.png is there and is no PNG that detect show wrote; --overwrite replaces it'),
-            ('other.jpg', (), 'other.jpg is there and is no PNG'), ('folder.png', (), 'folder.png is a folder')):
+            ('other.png', (), 'other.png is there and holds no PNG that detect show wrote; --overwrite'),
+            ('other.jpg', (), 'other.jpg is there and holds no PNG'), ('folder.png', (), 'folder.png is a folder')):
         code, _, err = run_inside('detect', 'show', 'boxes', 'img.png', '-o', name, *options)
         assert code == 1 and message in err and err.count('\n') == 1, name
     assert {path.name: path.read_bytes() for path in pair.iterdir() if path.is_file()} == before
@@ -228,7 +230,7 @@ def test_a_subset_by_its_seed(pair, run_inside, monkeypatch):
         assert code == 0 and (result['num_images'], result['seed']) == (1, seed)
     assert len(seen) == 6 and len({*seen}) > 1  # not always the first one
     code, _, err = run_inside('evaluate', 'boxes', '--data', 'shapes', '--num-images', '500')
-    assert code == 1 and '500 images asked for, but shapes/val.json has only 3' in err
+    assert code == 1 and "500 images asked for, but 'shapes/val.json' has only 3" in err
 
 
 def test_options_that_say_nothing_to_a_detector(pair, run_inside):

@@ -44,7 +44,7 @@ def test_export_and_evaluate(run_inside, tmp_path):
     assert code == 0 and 'm.onnx' in out, err
     for bad, message in (
             (('export', 'out', 'graphs/m.onnx'), 'there already'), (('export', 'out', 'm.txt'), 'ends in .onnx'),
-            (('export', 'out', 'out/config.json/m.onnx'), 'no folder that you may write'),
+            (('export', 'out', 'out/config.json/m.onnx'), 'is a file, not a folder'),
             (('export', 'nothing', 'm.onnx'), "no model 'nothing'"), (('evaluate', 'no.onnx', *args[2:]), 'no graph'),
             ((*args, '--engine', 'tensorrt'), 'openvino, onnxruntime'), ((*args, '--amp'), 'leave out --amp'),
             ((*args, '--channels-last'), 'leave out --channels-last'),
@@ -53,8 +53,7 @@ def test_export_and_evaluate(run_inside, tmp_path):
             (('export', 'out', 'n.onnx', '--calibration', 'nowhere/'), 'nowhere'),
             (('export', 'out', 'n.onnx', '--calibration', 'digits', '--image-column', 'x'), "no columns, so 'x'"),
             (('benchmark', 'out', '--against', 'source:fp8'), 'source:fp32'),
-            (('benchmark', 'out', '--results-file', 'out/config.json'), 'holds no timings'),
-            (('benchmark', 'out', '--results-file', 'no/b.json'), 'no folder')):
+            (('benchmark', 'out', '--results-file', 'out/config.json'), 'holds no timings')):
         code, out, err = run_inside(*bad)
         assert code != 0 and message in err and err.count('\n') == 1 and 'Traceback' not in err, (bad, err)
     assert not (tmp_path / 'n.onnx').exists()
@@ -98,7 +97,7 @@ def test_export_to_places_that_can_not_be(run_inside, folder, tmp_path, monkeypa
     assert_refused(run_inside('export', folder, 'm.onnx', '--split', 'test'), 'images to round weights for')
     assert_refused(run_inside('export', folder, 'm.onnx', '--max-error', 'nan'), "'--max-error'", 2)
     monkeypatch.setattr('os.access', lambda path, mode: False)
-    assert_refused(run_inside('export', folder, 'm.onnx'), 'no folder that you may write to')
+    assert_refused(run_inside('export', folder, 'm.onnx'), 'is read-only for you')
 
 
 def test_timings_to_places_that_can_not_be(run_inside, folder, tmp_path, monkeypatch):
@@ -116,7 +115,8 @@ def test_absurd_sizes(run_inside, folder):
         assert_refused(run_inside(args[0], folder, *args[1:]), f"Invalid value for '{args[1]}'", 2)
 
 
-def test_benchmark(run_inside, folder, tmp_path):
+def test_benchmark(run_inside, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr('torch.compile', lambda network: network)  # which takes half a minute
     code, out, err = run_inside('benchmark', folder, '--execution', 'simulate', 'integer', '--against', 'source:fp32',
                                 '--batch-size', '1', '--pairs', '1', '--results-file', 'b.json')
     assert code == 0 and 'batch 1' in out, err

@@ -41,7 +41,7 @@ def test_reports_of_others_are_kept(run_inside, model, tmp_path):
     (tmp_path / 'report').mkdir()
     (tmp_path / 'report' / 'sites.csv').write_text('mine')
     code, _, err = run_inside('profile', 'out', '--num-images', '1', '-o', 'report')
-    assert code == 1 and 'report/sites.csv is there and of no profile' in err and err.count('\n') == 1
+    assert code == 1 and 'report/sites.csv is there and holds no profile' in err and err.count('\n') == 1
     assert [(p.name, p.read_text()) for p in (tmp_path / 'report').iterdir()] == [('sites.csv', 'mine')]
 
 

@@ -89,8 +89,8 @@ def test_progress_bars(monkeypatch, write_parquet):
 @pytest.mark.parametrize('args, kwargs, message', [
     (['dead-leaves', 'train'], {}, "'dead-leaves' has no splits, so not 'train' either"),
     (['dead-leaves'], dict(needs_labels=True), "'dead-leaves' images have no labels: name a labelled data set"),
-    (['dead-leaves'], dict(num_images=0), "0 images of 'dead-leaves' asked for: at least 1 is needed"),
-    (['dead-leaves'], dict(seed=-1), 'seed -1 is negative: seeds are 0 or more'),
+    (['dead-leaves'], dict(num_images=0), 'num_images must be an integer of at least 1, got 0.'),
+    (['dead-leaves'], dict(seed=-1), f'seed must be an integer from 0 to {2 ** 63 - 1}, got -1.'),
     (['digits', 'val'], {}, "'digits' has no split 'val', but: train, test"),
     (['digits'], dict(num_images=2000), "2000 images asked for, but 'digits' (split 'train') has only 1257"),
     (['digits'], dict(label_column='y'), "'digits' has no columns, so 'y' cannot be one of them"),

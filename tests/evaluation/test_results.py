@@ -46,7 +46,7 @@ def test_results_files_that_can_not_be(tmp_path):
     assert check_results_file(tmp_path / 'r') == 'json' and check_results_file(tmp_path / 'r.txt', 'csv') == 'csv'
     with pytest.raises(SFormerError, match="json or csv, not as 'xml'"):
         check_results_file(tmp_path / 'r.xml')
-    with pytest.raises(OSError):
+    with pytest.raises(SFormerError, match='is a folder'):
         check_results_file(tmp_path)
     for text in ('a,b\n1,2\n', 'model,top1\nx,1,2\n', 'model,top1\nx\n', '\x00\xff', 'model,top1,top1\n'):
         (tmp_path / 'foreign.csv').write_bytes(text.encode('latin-1'))

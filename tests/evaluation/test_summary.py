@@ -6,8 +6,9 @@ import pytest
 import timm
 import torch
 
+from sformer.evaluation.figures import CLASSIFICATION
 from sformer.evaluation.labels import Benchmark
-from sformer.evaluation.metrics import ChunkScore
+from sformer.evaluation.metrics import Scored
 from sformer.evaluation.networks import Subject
 from sformer.evaluation.summary import result_of
 from sformer.files import state_hash
@@ -23,8 +24,8 @@ def test_what_was_measured(coarse, result):
 
 
 def test_speed_after_a_resumption_on_other_processes():
-    score = ChunkScore()
-    score.add(torch.eye(10), torch.arange(10)[:, None])
+    score = CLASSIFICATION.score()
+    score.add(Scored(torch.eye(10), torch.arange(10)[:, None]))
     record = dict(count=10, skipped=0, bad=[], networks=[score.record()], seconds=[8.], decode=4., preprocess=2.)
     config = dict(input_size=(1, 8, 8), crop_pct=1., interpolation='bilinear')
     subject = Subject(torch.nn.Identity(), 0, None, Benchmark(None), False, 0, config)

@@ -49,8 +49,10 @@ def attention(layer='plain', config=SFNConfig(), mask='free'):
     return spiking(source, x, config, forward_fn=lambda net, x: net(x, **MASKS[mask])), source, x
 
 
-@layers
-@pytest.mark.parametrize('mask', MASKS)
+@pytest.mark.parametrize('layer, mask', [
+    *((layer, mask) for layer in LAYERS for mask in ('free', 'bool')),
+    *((layer, mask) for layer in ('plain', 'grouped queries', 'eva', 'differential') for mask in MASKS
+      if mask not in ('free', 'bool'))])
 def test_attention_comes_close_to_its_source(layer, mask):
     model, source, x = attention(layer, SFNConfig(levels=127), mask)
     with torch.no_grad():

@@ -31,8 +31,7 @@ def attention(levels=32, v_dim=8, config=None, seed=0, keys=6):
 
 # every family
 
-@pytest.mark.parametrize('levels', [4, 32])
-@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('family, levels', [('vit', 4), *((family, 32) for family in FAMILIES)])
 def test_what_enters_a_product_is_an_integer_times_a_step(family, levels):
     model = spiking(build(family), pixels(), SFNConfig(levels=levels))
     watch, count = watch_products(model, pixels(3, seed=5))

@@ -100,8 +100,9 @@ def test_many_levels_come_close_to_the_source(family):
     source, x = build(family), pixels()
     with torch.no_grad():
         reference = source(x)
-        errors = [relative_error(spiking(source, x, SFNConfig(levels))(x), reference) for levels in (8, 127)]
-    assert errors[1] < 0.03 and errors[1] < errors[0] / 3, errors
+        errors = [relative_error(spiking(source, x, SFNConfig(levels))(x), reference)
+                  for levels in ((8, 127) if family in ('vit', 'eva02') else (127,))]
+    assert errors[-1] < 0.03 and (len(errors) == 1 or errors[1] < errors[0] / 3), errors
 
 
 # what is refused
@@ -194,7 +195,7 @@ def test_source_of_is_the_inverse(structure):
 @structures
 def test_source_view_shares_parameters_and_computes_the_source(structure):
     source, x = source_and_pixels(structure)
-    model = spiking(source, x, SFNConfig(levels=4))
+    model = spiking_(copy.deepcopy(source), SFNConfig(levels=4))
     with torch.no_grad():
         out = model(x)
         view = source_view(model)
@@ -234,8 +235,9 @@ def test_the_model_spikes_on_in_another_thread_while_its_view_is_used():
     assert not wrong
 
 
-@pytest.mark.parametrize('way', ['copy', 'deepcopy', 'pickle', 'torch.save'])
-@pytest.mark.parametrize('family', ['vit', 'eva02', 'gated attention', 'differential', 'glu mlp'])
+@pytest.mark.parametrize('family, way', [
+    *(('vit', way) for way in ('copy', 'deepcopy', 'pickle', 'torch.save')),
+    ('eva02', 'pickle'), ('gated attention', 'torch.save'), ('differential', 'deepcopy'), ('glu mlp', 'pickle')])
 def test_copies_of_a_spiking_model(family, way):
     model, x = spiking(build(family), pixels(), SFNConfig(levels=8)), pixels(2)
     if way == 'torch.save':

@@ -117,7 +117,7 @@ def test_it_is_saved(name, tmp_path):
     with torch.no_grad():
         assert torch.equal(loaded(x), model(x))
     del NEURON_TYPES[name]
-    with pytest.raises(SFormerError, match=rf"neuron must be one of scale_and_fire, \w+, got '{name}': sformer.neurons."
+    with pytest.raises(SFormerError, match=rf"neuron must be one of [\w, ]+, got '{name}': sformer.neurons."
                                            r'register_neuron registers') as caught:
         load_model(tmp_path / 'a')
     assert '\n' not in str(caught.value)

@@ -98,11 +98,11 @@ def test_error_matrix_is_computed_once_per_fire_function():
 
 # estimators, one branch
 
-@pytest.mark.parametrize('initial_potential, dead_zone', [(0.5, 0.), (0., 0.), (0.5, 1.)])
-@pytest.mark.parametrize('name, levels', [
-    ('uniform', 1), ('uniform', 4), ('uniform', 32), ('uniform', 127), ('quadratic', 8), ('quadratic', 32),
-    ('power2', 6),
-])
+@pytest.mark.parametrize('name, levels, initial_potential, dead_zone', [
+    *((name, levels, 0.5, 0.) for name, levels in (
+        ('uniform', 1), ('uniform', 4), ('uniform', 32), ('uniform', 127), ('quadratic', 8), ('quadratic', 32),
+        ('power2', 6))),
+    *((name, levels, *zone) for name, levels in (('uniform', 4), ('quadratic', 32)) for zone in ((0., 0.), (0.5, 1.)))])
 @pytest.mark.parametrize('distribution', DISTRIBUTIONS)
 def test_mse_is_close_to_brute_force(distribution, name, levels, initial_potential, dead_zone):
     x = samples(distribution, 25_000)
