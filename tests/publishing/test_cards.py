@@ -252,3 +252,12 @@ def test_pictures_of_others_are_kept(record, tmp_path):
     with pytest.raises(SFormerError, match=r'accuracy\.png .* --overwrite'):
         write_card(record, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == [picture.name] and picture.read_bytes() == b'mine'
+
+
+def test_a_result_that_does_not_say_of_how_many_images(record):
+    """It ended in a traceback of a format."""
+    counted = next(iter(record.evaluations.values()))['num_images']
+    assert f'{counted:,} images' in str(render_card(record))
+    record.evaluations = {name: dict(result, num_images=None) for name, result in record.evaluations.items()}
+    card = str(render_card(record))
+    assert 'None' not in card
