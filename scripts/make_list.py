@@ -7,13 +7,14 @@ Networks are built on the meta device, which takes no memory.
 import json
 
 from sformer.cli.list_models import KNOWN
-from sformer.detection import detector_names
 from sformer.files import write_aside
 from sformer.saving.entrypoints import entries
+from sformer.tasks import tasks
 
 
 def main() -> None:
-    known = dict(models=list(entries()), detectors=detector_names())
+    others = [dict(heading=task.heading, names=task.names()) for task in tasks() if task.names()]
+    known = dict(models=list(entries()), others=others)
     lists = [f'"{key}": [\n' + ',\n'.join(map(json.dumps, values)) + '\n]' for key, values in known.items()]
     with write_aside(KNOWN.parent) as aside:
         (aside / KNOWN.name).write_text('{\n' + ',\n'.join(lists) + '\n}\n', encoding='utf-8')

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from .models import SFormer
     from .neurons import FitConfig, SFNConfig
     from .profiling import neurobench_view
-    from .saving import load_model, save_model
+    from .tasks import load_model, save_model
 else:
-    _WINGS = ('neurons', 'layers', 'models', 'conversion', 'execution', 'saving', 'evaluation', 'profiling')
+    _WINGS = ('neurons', 'layers', 'models', 'conversion', 'execution', 'saving', 'evaluation', 'profiling', 'tasks')
 
     def __getattr__(name: str) -> Any:
         for wing in _WINGS if name in __all__ else ():

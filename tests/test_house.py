@@ -31,6 +31,7 @@ ORDER = (
     ('execution', 'saving'),
     ('evaluation', 'profiling'),
     ('baselines', 'detection'),
+    ('tasks',),
     ('publishing',),
     ('cli',),
     ('__init__', '__main__'),
@@ -133,15 +134,16 @@ def test_no_module_is_loose():
 
 
 def commands() -> dict[str, set[str]]:
-    """Files of the commands, and what each imports from which wing, as `wing.verb`."""
-    found = {}
-    for module, path in MODULES.items():
-        if part_of(module) == 'cli' and path.stem != '__init__':
-            nodes = [node for node in ast.walk(ast.parse(path.read_text(encoding='utf-8')))
-                     if isinstance(node, ast.ImportFrom)]
-            found[path.stem] = {f'{(node.module or "").split(".")[0]}.{alias.name}'
-                                for node in nodes for alias in node.names}
-    return found
+    """Files of the commands, and what each, or the tasks that it asks, imports from which wing, as `wing.verb`."""
+    def imported(path: Path) -> set[str]:
+        nodes = [node for node in ast.walk(ast.parse(path.read_text(encoding='utf-8')))
+                 if isinstance(node, ast.ImportFrom)]
+        return {f'{(node.module or "").split(".")[0]}.{alias.name}' for node in nodes for alias in node.names}
+
+    of_tasks = {name for module, path in MODULES.items() if part_of(module) == 'tasks' for name in imported(path)}
+    found = {path.stem: imported(path) for module, path in MODULES.items()
+             if part_of(module) == 'cli' and path.stem != '__init__'}
+    return {stem: names | of_tasks if 'tasks.task_of' in names else names for stem, names in found.items()}
 
 
 def test_no_file_name_has_two_meanings():
@@ -269,6 +271,53 @@ def test_layers_say_what_they_multiply():
 def test_types_that_are_asked_for_are_seen():
     assert 'SpikingPatchEmbed' in layer_types('sformer.models.sformer')
     assert layer_types('sformer.layers.spiking') >= {'AttentionProduct', 'SpikingLayer', 'Multiplying'}
+
+
+ASKS = re.compile(r'detect|classif|segment|boxes', re.IGNORECASE)  # what tells one task from others
+OF_TASKS = {'tasks', 'detection'}  # and `sformer detect`, commands of one task
+
+
+def conditions(tree: ast.AST) -> Iterator[ast.expr]:
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.If, ast.IfExp, ast.While, ast.Assert)):
+            yield node.test
+        elif isinstance(node, ast.comprehension):
+            yield from node.ifs
+        elif isinstance(node, ast.Match):
+            yield node.subject
+        elif isinstance(node, (ast.BoolOp, ast.Compare)):
+            yield node
+
+
+def asking(tree: ast.AST) -> set[int]:
+    """Lines with a condition on which task something is of: by a name, a key, or a word in it."""
+    def words(node: ast.AST) -> Iterator[str]:
+        for part in ast.walk(node):
+            yield getattr(part, 'id', '') or getattr(part, 'attr', '')
+            if isinstance(part, ast.Constant) and isinstance(part.value, str) and ' ' not in part.value:
+                yield part.value
+    return {node.lineno for node in conditions(tree) if any(map(ASKS.search, words(node)))}
+
+
+def test_who_asks_is_noticed():
+    for text in ('x = 1 if is_detector(name) else 2', "rows = [r for r in found if 'boxes' in r]",
+                 "if record.task == 'classification':\n    pass", 'y = isinstance(m, Segmenter) and m',
+                 'match detector:\n    case None:\n        pass'):
+        assert asking(ast.parse(text)) == {1}, text
+    assert not asking(ast.parse("print('no detector') if task.options else detect(x)"))
+
+
+def test_nobody_asks_which_task_it_is():
+    """But tasks: everybody else asks the task. A third one is a file in `tasks`."""
+    found = [f'{module}:{line}' for module, path in MODULES.items()
+             if part_of(module) not in OF_TASKS and module != 'sformer.cli.detect'
+             for line in asking(ast.parse(path.read_text(encoding='utf-8')))]
+    found += [f'{path.name}: {tag}' for path in PACKAGE.rglob('templates/*')
+              for tag in re.findall(r'\{[{%].*?\bif\b.*?[}%]\}', path.read_text(encoding='utf-8')) if ASKS.search(tag)]
+    assert not found
+    importing = {module for module, path in MODULES.items() for name, _, _ in imports(module, path)
+                 if name.startswith('sformer.detection') and part_of(module) not in OF_TASKS}
+    assert importing <= {'sformer.__init__', 'sformer.cli.detect', 'sformer.publishing.model_record'}
 
 
 def test_files_are_short():

@@ -30,9 +30,10 @@ def benchmark(
         may_write(results_file, 'timings', holds('results', 'processor'))
     from ..execution import benchmark as measure
     from ..files import write_json
-    from ..saving import open_model
-    given: Dict[str, Any] = dict(executions=execution, against=against, batch_sizes=batch_size)
-    result = measure(open_model(model), pairs=pairs, **{key: value for key, value in given.items() if value})
+    from ..tasks import open_model
+    wanted: Dict[str, Any] = dict(executions=execution, against=against, batch_sizes=batch_size)
+    wanted = {key: value for key, value in wanted.items() if value}
+    result = measure(open_model(model, 'benchmark'), pairs=pairs, **wanted)
     for table in tables(result):
         print_table(**table)
         print()

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from .evaluate import run_evaluation
-from .options import EvaluationOptions, Format, TableFormat, unfolded
+from .options import EvaluationOptions, Format, Given, TableFormat, unfolded
 from .tables import print_csv, print_table
 
 __all__ = ['compare']
@@ -15,10 +15,11 @@ __all__ = ['compare']
 def compare(
         models: Annotated[list[str], typer.Argument(help='Folders of SFormers, hf-hub:ID, or names of timm models')],
         options: EvaluationOptions,
+        given: Given,
         format: TableFormat = Format.table,
 ) -> None:
     """Evaluate several models in one pass over the images, or detectors one after another, and print one table."""
-    results = run_evaluation(models, options)
+    _, results = run_evaluation(models, options, given)
     if not results:
         return
     from ..evaluation.schema import schema_of

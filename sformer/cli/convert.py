@@ -8,12 +8,9 @@ import typer
 
 from ..neurons import FitConfig, SFNConfig, recipe_configs
 from .arguments import check_source, command_line, parse_kwargs, parse_names
-from .detect import refuse_options, run_conversion
-from .options import MAX_BATCH_SIZE, MAX_IMAGES, MAX_SEED, ColumnOptions, CropPct, Dataset, Mean, Std, unfolded
+from .options import MAX_BATCH_SIZE, MAX_IMAGES, MAX_SEED, ColumnOptions, CropPct, Dataset, Given, Mean, Std, unfolded
 
 __all__ = ['convert']
-
-CALIBRATION_BATCH = 32  # images, if not given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +70,7 @@ def convert(
         output: Annotated[Path, typer.Option('--output', '-o', help='Folder for the SFormer')],
         neurons: NeuronOptions,
         columns: ColumnOptions,
+        given: Given,
         checkpoint: Annotated[Optional[Path], typer.Option(
             help='Weights of the source (safetensors); its published ones if not given')] = None,
         model_kwargs: Annotated[Optional[List[str]], typer.Option(help='key=value ... for timm.create_model')] = None,
@@ -82,8 +80,7 @@ def convert(
         split: Annotated[Optional[str], typer.Option(help='Split of the calibration data set')] = None,
         num_images: Annotated[int, typer.Option(min=1, max=MAX_IMAGES, help='Number of calibration images')] = 256,
         seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help='Seed of the choice of calibration images')] = 0,
-        batch_size: Annotated[int, typer.Option(
-            min=1, max=MAX_BATCH_SIZE, help='Images per batch')] = CALIBRATION_BATCH,
+        batch_size: Annotated[int, typer.Option(min=1, max=MAX_BATCH_SIZE, help='Images per batch')] = 32,
         mean: Mean = None,
         std: Std = None,
         crop_pct: CropPct = None,
@@ -94,33 +91,22 @@ def convert(
     """Convert a trained timm model into an SFormer, without training."""
     config, fit = neurons.configs()
     check_source(source)
-    from ..detection import is_detector
-    if is_detector(source):
-        refuse_options(
-            source, checkpoint=bool(checkpoint), model_kwargs=bool(model_kwargs), mean=bool(mean), std=bool(std),
-            label_names=bool(label_names), crop_pct=crop_pct is not None, interpolation=bool(interpolation),
-            allow_pickle=allow_pickle, batch_size=batch_size != CALIBRATION_BATCH,
-            image_column=bool(columns.image_column))
-        run_conversion(source, output, (config, fit), calibration, split, num_images, seed, overwrite)
-        return
-    from ..conversion import convert as convert_model
-    from ..conversion.sources import CAME_ALONG, create_source, label_names_of
-    from ..saving import check_vacant, save_model
+    from ..data import ImageRequest
+    from ..saving import check_vacant
+    from ..tasks import task_of
+    task = task_of(source)
+    task.check_options('convert', source, given)
     check_vacant(output, overwrite)
-    trained = create_source(
-        source, checkpoint, allow_pickle, **parse_kwargs(model_kwargs),
-        preprocessing=dict(mean=mean, std=std, crop_pct=crop_pct, interpolation=interpolation))
-    model: Any = convert_model(
-        trained, calibration, config, fit, split=split, num_images=num_images, batch_size=batch_size, seed=seed,
-        image_column=columns.image_column, label_names=parse_names(label_names), inplace=True,
-        command=command_line())
-    save_model(model, output, overwrite)
+    wanted = ImageRequest(
+        dataset=calibration, split=split, num_images=num_images, seed=seed, image_column=columns.image_column)
+    model: Any = task.convert(
+        source, wanted, config, fit, command_line(), **task.taken('convert', dict(
+            checkpoint=checkpoint, model_kwargs=parse_kwargs(model_kwargs), label_names=parse_names(label_names),
+            mean=mean, std=std, crop_pct=crop_pct, interpolation=interpolation, allow_pickle=allow_pickle,
+            batch_size=batch_size)))
+    task.save(model, output, overwrite)
     used = model.conversion.calibration
-    print(f'{source} -> {model.pretrained_cfg["architecture"]}: N = {config.levels}, calibrated on '
-          f'{used.num_images} {used.name} images, saved to {output}')
-    cfg = model.pretrained_cfg
-    print(f'pixels are normalised by mean {tuple(cfg["mean"])} and std {tuple(cfg["std"])}, '
-          f'{model.conversion.normalisation or CAME_ALONG}')
-    names = label_names_of(model)
-    if names:
-        print(f'classes: {", ".join(names[:5])}{" ..." if len(names) > 5 else ""}')
+    print(f'{source} -> {task.architecture(model)}: N = {config.levels}, calibrated on {used.num_images} {used.name} '
+          f'images, saved to {output}')
+    for line in task.remarks(model):
+        print(line)

@@ -77,7 +77,7 @@ def _run(output: Path) -> None:
     from ..data import open_images
     from ..evaluation import evaluate
     from ..neurons import SFNConfig
-    from ..saving import save_model
+    from ..tasks import save_model
     console = Console()
     start = time.perf_counter()
     source = source_of(timm.create_model('sformer_nano.digits', pretrained=True)).eval()

@@ -34,10 +34,11 @@ def distill(
     from ..conversion import another_source, calibration_batches, network_inside
     from ..conversion.distillation import DistillConfig, distill_, shuffled
     from ..data import ImageRequest
-    from ..saving import check_vacant, open_model, save_model
+    from ..saving import check_vacant
+    from ..tasks import open_model, save_model
     check_vacant(output, overwrite)
-    network: Any = open_model(model)
-    teacher = another_source(network, open_model(source_model)) if source_model else network_inside(network)
+    network: Any = open_model(model, 'distill')
+    teacher = another_source(network, open_model(source_model, 'distill')) if source_model else network_inside(network)
     wanted = ImageRequest(dataset=dataset, split=split, num_images=num_images, seed=seed)
     batches, used, _ = calibration_batches(network, wanted, batch_size, 'Reading')
     recent: List[Any] = []

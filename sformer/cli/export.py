@@ -6,12 +6,10 @@ import typer
 
 from ..errors import SFormerError
 from .arguments import command_line
-from .detect import refuse_options
-from .options import MAX_IMAGES, MAX_IMG_SIZE, MAX_SEED, ColumnOptions, Dataset, unfolded
+from .options import MAX_IMAGES, MAX_IMG_SIZE, MAX_SEED, ColumnOptions, Dataset, Given, unfolded
 
 __all__ = ['export']
 
-ROUNDING_IMAGES = 128  # if not given
 WEIGHT_ERROR = 0.03  # of `to_integer_`; a test holds them together
 
 
@@ -20,14 +18,14 @@ def export(
         model: Annotated[str, typer.Argument(help='Folder of an SFormer, hf-hub:ID, or name of one with weights')],
         output: Annotated[Path, typer.Argument(help='ONNX file to write')],
         columns: ColumnOptions,
+        given: Given,
         max_error: Annotated[float, typer.Option(
             min=0, help='Relative error of int8 weights beyond which a layer stays in floating point')
         ] = WEIGHT_ERROR,
         calibration: Annotated[Optional[str], typer.Option(
             help=f'Round weights such that errors cancel on images of this kind: dead-leaves, {Dataset}')] = None,
         split: Annotated[Optional[str], typer.Option(help='Split of these images')] = None,
-        num_images: Annotated[int, typer.Option(
-            min=1, max=MAX_IMAGES, help='Number of these images')] = ROUNDING_IMAGES,
+        num_images: Annotated[int, typer.Option(min=1, max=MAX_IMAGES, help='Number of these images')] = 128,
         seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help='Seed of the choice of these images')] = 0,
         image_size: Annotated[Optional[Tuple[int, int]], typer.Option(
             min=1, max=MAX_IMG_SIZE, help="Height and width of images of a detector, if not its own")] = None,
@@ -36,24 +34,16 @@ def export(
         overwrite: Annotated[bool, typer.Option('--overwrite', help='Replace a file that is there')] = False,
 ) -> None:
     """Write an SFormer as ONNX with int8 levels and int8 weights, for OpenVINO and ONNX Runtime."""
-    from ..detection import export_detector, is_detector, load_detector
-    from ..execution import export_onnx
     from ..execution.onnx import check_output
-    from ..saving import open_model
+    from ..tasks import task_of
     check_output(output, overwrite)
-    detects = is_detector(model)
-    if detects:
-        refuse_options(
-            model, calibration=bool(calibration), split=bool(split), image_column=bool(columns.image_column),
-            num_images=num_images != ROUNDING_IMAGES, seed=seed != 0)
-        reports = export_detector(load_detector(model), output, image_size, max_error=max_error, portable=portable,
-                                  overwrite=overwrite, command=command_line())
-    elif image_size:
-        raise SFormerError(f'{model} is no detector, and is exported for the size of its own: leave out --image-size.')
-    else:
-        reports = export_onnx(
-            open_model(model), output, calibration, split=split, num_images=num_images, seed=seed, max_error=max_error,
-            portable=portable, image_column=columns.image_column, overwrite=overwrite, command=command_line())
+    task = task_of(model)
+    task.check_options('export', model, given)
+    reports = task.export(
+        model, output, max_error=max_error, portable=portable, overwrite=overwrite, command=command_line(),
+        **task.taken('export', dict(
+            calibration=calibration, split=split, num_images=num_images, seed=seed, image_column=columns.image_column,
+            image_size=image_size)))
     whole = [report for report in reports if report.integer]
     print(f'{model} -> {output}: {output.stat().st_size / 2 ** 20:.1f} MiB, {len(whole)} of {len(reports)} layers in '
           f'integers, largest error of int8 weights {max((r.error for r in whole), default=0):.4f}')

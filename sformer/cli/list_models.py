@@ -15,7 +15,7 @@ KNOWN = Path(__file__).parent / 'models.json'
 
 
 def list_models(format: TableFormat = Format.table) -> None:
-    """List the models that the package registers with timm, with their sources, and its names of detectors."""
+    """List the models that the package registers with timm, with their sources, and names of models of other tasks."""
     known = json.loads(KNOWN.read_text(encoding='utf-8'))
     found: List[Dict[str, Any]] = [
         dict(entry, input_size='x'.join(map(str, entry['input_size']))) for entry in known['models']]
@@ -31,5 +31,5 @@ def list_models(format: TableFormat = Format.table) -> None:
                              entry['input_size'], entry['license']))
         print_table(f'Weights: {weights}', ('model and its source', 'param. [M]', 'input', 'licence'), rows)
         print()
-    print_table('Detectors, for torchvision.models.get_model. Weights: none', ('name',), [
-        (name,) for name in known['detectors']])
+    for other in known['others']:
+        print_table(other['heading'], ('name',), [(name,) for name in other['names']])

@@ -5,14 +5,16 @@ import inspect
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Callable, Dict, List, Optional
+from typing import AbstractSet, Annotated, Any, Callable, Dict, List, Optional
 
 import typer
 
 from ..errors import SFormerError
 from .arguments import AMP_NAMES, parse_dataset_ids
 
-__all__ = ['unfolded', 'ColumnOptions', 'EvaluationOptions', 'RecordOptions', 'Format', 'TableFormat']
+__all__ = ['unfolded', 'ColumnOptions', 'EvaluationOptions', 'Given', 'RecordOptions', 'Format', 'TableFormat']
+
+Given = AbstractSet[str]
 
 Dataset = 'digits, a folder of parquet files, an image folder or a Hugging Face dataset id'
 
@@ -20,12 +22,16 @@ Dataset = 'digits, a folder of parquet files, an image folder or a Hugging Face 
 def unfolded(command: Callable[..., None]) -> Callable[..., None]:
     """Let each field of an argument that is a dataclass be an option of its own.
 
-    So commands share options by sharing the dataclass, whose fields are annotated as arguments of commands are.
+    So commands share options by sharing the dataclass, whose fields are annotated as arguments of commands are. An
+    argument `given` is none: it holds the names of the options that are given.
     """
     parameters: List[inspect.Parameter] = []
     groups: Dict[str, Any] = {}
+    counts_given = False
     for parameter in inspect.signature(command).parameters.values():
-        if dataclasses.is_dataclass(parameter.annotation):
+        if parameter.name == 'given':
+            counts_given = True
+        elif dataclasses.is_dataclass(parameter.annotation):
             groups[parameter.name] = parameter.annotation
             parameters += [
                 inspect.Parameter(
@@ -37,9 +43,10 @@ def unfolded(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(**values: Any) -> None:
+        given = {parameter.name for parameter in parameters if values[parameter.name] not in (parameter.default, [])}
         folded = {name: group(**{f.name: values.pop(f.name) for f in dataclasses.fields(group)})
                   for name, group in groups.items()}
-        command(**values, **folded)
+        command(**values, **folded, **({'given': given} if counts_given else {}))
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return run
 

@@ -7,29 +7,27 @@ from typing import Annotated, Any, Dict, List, Optional
 import typer
 
 from .arguments import command_line
-from .detect import detector_batches, refuse_options
-from .options import MAX_BATCH_SIZE, MAX_IMAGES, MAX_SEED, ColumnOptions, Dataset, unfolded
+from .options import MAX_BATCH_SIZE, MAX_IMAGES, MAX_SEED, ColumnOptions, Dataset, Given, unfolded
 from .tables import print_table
 
 __all__ = ['profile']
 
-COUNTED_BATCH = 8  # images, if not given
-EXECUTED = 1  # of them, if not given
 
 
 @unfolded
 def profile(
         model: Annotated[str, typer.Argument(help='Folder of an SFormer, hf-hub:ID, or name of one with weights')],
         columns: ColumnOptions,
+        given: Given,
         dataset: Annotated[str, typer.Option(help=f'Images: dead-leaves (generated), {Dataset}')] = 'dead-leaves',
         split: Annotated[Optional[str], typer.Option(help='Split of the data set')] = None,
         num_images: Annotated[int, typer.Option(min=1, max=MAX_IMAGES, help='Number of images')] = 64,
-        batch_size: Annotated[int, typer.Option(min=1, max=MAX_BATCH_SIZE, help='Images per batch')] = COUNTED_BATCH,
+        batch_size: Annotated[int, typer.Option(min=1, max=MAX_BATCH_SIZE, help='Images per batch')] = 8,
         seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help='Seed of the choice of images')] = 0,
         what_is_spiking: Annotated[bool, typer.Option(
             '--what-is-spiking', help='List every product and what enters it, and every function on currents')] = False,
         execute: Annotated[int, typer.Option(
-            min=0, max=MAX_BATCH_SIZE, help='Images of the first batch to run through bit planes')] = EXECUTED,
+            min=0, max=MAX_BATCH_SIZE, help='Images of the first batch to run through bit planes')] = 1,
         constants: Annotated[Optional[Path], typer.Option(
             help='JSON file with energies by name, in the place of the defaults')] = None,
         constant: Annotated[Optional[List[str]], typer.Option(help='One of them, name=value; may be repeated')] = None,
@@ -45,36 +43,27 @@ def profile(
         from ..publishing.profile_page import REPORT, is_report
         need_pages()
         may_write(output, 'profile', is_report, files=REPORT)
-    from ..conversion import calibration_batches
     from ..data import ImageRequest
-    from ..detection import is_detector
-    from ..profiling import compare_codings, energy, pixels_of, profile_model, read_constants, spike_maps
+    from ..profiling import energy, profile_model, read_constants
     from ..publishing.profile_page import read_curve, write_profile
-    from ..saving import open_model
+    from ..tasks import task_of
     energies, points = read_constants(constants, constant or ()), read_curve(curve) if curve else []
-    network: Any
-    batches: Any
-    detector = is_detector(model)
-    if detector:
-        refuse_options(model, batch_size=batch_size != COUNTED_BATCH, execute=execute not in (0, EXECUTED),
-                       image_column=bool(columns.image_column))
-        network, batches, images = detector_batches(model, dataset, split, num_images, seed)
-    else:
-        network = open_model(model)
-        wanted = ImageRequest(
-            dataset=dataset, split=split, num_images=num_images, seed=seed, image_column=columns.image_column)
-        batches, images, _ = calibration_batches(network, wanted, batch_size, 'Counting')
-    batches = iter(batches)
+    task = task_of(model)
+    task.check_options('profile', model, given)
+    network: Any = task.open(model)
+    wanted = ImageRequest(
+        dataset=dataset, split=split, num_images=num_images, seed=seed, image_column=columns.image_column)
+    found, images = task.batches(network, wanted, **task.taken('profile', dict(batch_size=batch_size)))
+    batches = iter(found)
     first = next(batches)  # there is one: a source without images is refused
     counted = profile_model(network, itertools.chain([first], batches))
     figures = energy(*counted[:3], energies)
-    executed = compare_codings(network, first[:execute]) if execute and not detector else None
+    executed = task.executed(network, first[:execute]) if execute else None
     result = report(counted, figures, energies, model=model, images=dict(images, num_images=counted.images),
                     executed=executed, executed_line=executed_line(executed), command=command_line())
     print_profile(result, counted, what_is_spiking)
     if output:
-        image, maps = (None, None) if detector else (pixels_of(network, first[0]), spike_maps(network, first[0]))
-        names = write_profile(output, result, counted, image, maps, points)
+        names = write_profile(output, result, counted, *task.maps(network, first[0]), points)
         print(f'written to {output}: {", ".join(names)}')
 
 

@@ -41,12 +41,12 @@ class BenchOptions:
                     raise SFormerError(f'{self.results_file} has results of {owner}, which would be lost. Name another '
                                        f'file, or remove it.')
 
-    def open(self, model: str) -> Tuple[Any, Any, Dict[str, Any]]:
+    def open(self, model: str, verb: str) -> Tuple[Any, Any, Dict[str, Any]]:
         """What measures, the SFormer that is varied, and what a record says of images."""
         from ..conversion.search import Bench
         from ..data import ImageRequest
-        from ..saving import open_model
-        network: Any = open_model(model)
+        from ..tasks import open_model
+        network: Any = open_model(model, verb)
         wanted = ImageRequest(
             dataset=self.dataset, split=self.split, num_images=self.num_images + self.num_calibration, seed=self.seed)
         bench, used = Bench.open(network, wanted, self.num_calibration, self.batch_size)
@@ -117,7 +117,7 @@ def sweep(
         SFNConfig(silence=silence)
     bench.check_results_file(model)
     from ..conversion.search import SWEPT_LEVELS, sweep
-    bench_, network, used = bench.open(model)
+    bench_, network, used = bench.open(model, 'sweep')
     base = network.sfn_config if silence is None else dataclasses.replace(network.sfn_config, silence=silence)
     points = list(sweep(bench_, base, levels or SWEPT_LEVELS))
     print_table(f'{model}: {used["num_images"]} images of {used["name"]}, beside the source',
@@ -147,7 +147,7 @@ def search(
     if storage:
         may_write(storage, 'journal of a search', is_search_journal)
         storage.parent.mkdir(parents=True, exist_ok=True)
-    bench_, network, used = bench.open(model)
+    bench_, network, used = bench.open(model, 'search')
     points = search(bench_, network.sfn_config, budget, storage, spikes, bench.seed)
     front, best = pareto_front(points, spikes), recommended(points, max_error, spikes)
     closed = [point for point in points if point.origin == 'closed form']

@@ -41,7 +41,7 @@ def convert(
         *,
         recipe: str | None = None,
         split: str | None = None,
-        num_images: int = 256,
+        num_images: int | None = 256,
         batch_size: int = 32,
         seed: int = 0,
         image_column: str | None = None,
@@ -64,7 +64,7 @@ def convert(
         recipe: Name of both (`RECIPES`): `default`, `fast`, `accurate`, `paper`, `few`, `quiet`; fields that are given
             change it.
         split: Split of the calibration data set.
-        num_images: Number of calibration images drawn from a named origin of images.
+        num_images: Number of calibration images drawn from a named origin of images; all if None.
         batch_size: Images per batch that are read from a named origin of images; thresholds do not depend on it.
         seed: Seed of the choice or the generation of calibration images.
         image_column: Column of the images of a data set, where it is not found.

@@ -1,4 +1,5 @@
 """Conversion of a whole detector: backbone, pyramid, proposals and heads."""
+import copy
 import dataclasses
 import itertools
 import random
@@ -20,6 +21,7 @@ from .coco import CocoData
 
 __all__ = ['convert_detector', 'image_batches', 'spiking_detector_']
 
+NUM_IMAGES = 64  # if nobody says how many
 OBSERVED_BATCH = 8  # images of one size, so that none is padded to another's
 
 
@@ -42,13 +44,14 @@ def convert_detector(
         config: SFNConfig = SFNConfig(),
         fit: FitConfig = FitConfig(),
         *,
-        num_images: int = 64,
+        num_images: Optional[int] = NUM_IMAGES,
         seed: int = 0,
         name: Optional[str] = None,
         split: Optional[str] = None,
+        inplace: bool = False,
         command: Optional[str] = None,
 ) -> nn.Module:
-    """Convert a trained detector into a calibrated single-timestep SFormer, in place and without training.
+    """Convert a trained detector into a calibrated single-timestep SFormer, without training.
 
     Args:
         detector: As of `create_detector`, trained; an SFormer stands for what its weights are without neurons, unless
@@ -56,10 +59,11 @@ def convert_detector(
         calibration: Images, whose annotations are not read, or `dead-leaves` for generated ones.
         config: How neurons fire.
         fit: How their thresholds are fitted.
-        num_images: Number of calibration images.
+        num_images: Number of calibration images; all of a data set if None.
         seed: Seed of their choice or generation.
         name: Name of the data set, for the record.
         split: Split of it, for the record.
+        inplace: Convert the given detector itself instead of a copy; where that fails it is what it was.
         command: Command line to record.
 
     Returns:
@@ -67,22 +71,25 @@ def convert_detector(
 
     Raises:
         SFormerError: If the weights of the detector or the images are not usable, or neurons have a price of activity.
-        UnsupportedLayerError: If a layer has no spiking counterpart; the detector is unchanged then.
+        UnsupportedLayerError: If a layer has no spiking counterpart.
     """
     if config.silence:
         raise SFormerError('a detector has no price of activity (silence) yet: it needs gradients of one output.')
     kept = kept_record(detector)
-    model: Any = revert_(ordinary_(detector))
+    model: Any = revert_(ordinary_(detector if inplace else copy.deepcopy(detector)))
     check_weights(model, 'the detector')
     batches = image_batches(model, calibration, num_images, seed)
     fit = fit.settled(isinstance(calibration, str))
-    spiking_detector_(model.eval(), config)
-    model.conversion = kept or Conversion(source=model.config.backbone)
+    modes = {module: module.training for module in model.modules()}
     try:
+        spiking_detector_(model.eval(), config)
+        model.conversion = kept or Conversion(source=model.config.backbone)
         with enough_memory(f'the source is observed on {OBSERVED_BATCH} images at a time.'):
             calibrate_(model, progress(batches, 'Calibrating', len(batches)), fit)
     except BaseException:
-        revert_(model)
+        vars(revert_(model)).pop('sfn', None)
+        for module, training in modes.items():
+            module.training = training
         raise
     record = CalibrationRecord(
         name or 'dead-leaves', split, seed, getattr(calibration, 'fingerprint', None),
@@ -94,7 +101,7 @@ def convert_detector(
 def image_batches(
         detector: nn.Module,
         images: Union[CocoData, str] = 'dead-leaves',
-        num_images: int = 64,
+        num_images: Optional[int] = NUM_IMAGES,
         seed: int = 0,
 ) -> List[List[torch.Tensor]]:
     """Images as detectors read them, in batches of one size; arguments as of `convert_detector`."""
@@ -114,5 +121,5 @@ def _drawn(data: CocoData, wanted: ImageRequest) -> Iterator[torch.Tensor]:
 
 
 def _generated(detector: Any, wanted: ImageRequest) -> Iterator[torch.Tensor]:
-    for image in dead_leaves(wanted.num_images or 0, (3, *detector.config.image_size), wanted.seed):
+    for image in dead_leaves(wanted.num_images or NUM_IMAGES, (3, *detector.config.image_size), wanted.seed):
         yield torch.from_numpy(image).permute(2, 0, 1).float() / 255

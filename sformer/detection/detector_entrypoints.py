@@ -60,7 +60,7 @@ def _register(backbone: str, masks: bool) -> str:
     ) -> nn.Module:
         if weights is not None:
             raise SFormerError(f'no weights are published as those of {builder.__name__}: '
-                               f'sformer.detection.load_detector(\'hf-hub:org/name\') loads a detector with its own.')
+                               f'sformer.load_model(\'hf-hub:org/name\') loads a detector with its own.')
         built = build_detector(DetectorConfig(backbone, categories or COCO_CATEGORIES, masks, **config))
         return spiking_detector_(built, sfn if isinstance(sfn, SFNConfig) else SFNConfig(**(sfn or {})))
 

@@ -6,24 +6,24 @@ from typing import Any, Dict, Optional, Tuple, Union
 
 import timm
 import torch.nn as nn
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from ..conversion import record_of
 from ..conversion.record import Conversion
 from ..errors import SFormerError, UncalibratedError, first_line
-from ..files import file_hash, read_safetensors, write_aside
+from ..files import read_safetensors
 from ..layers import is_calibrated, named_neurons, ordinary_tensors, uncalibrated
 from ..neurons import SFNConfig
-from ..saving import check_vacant
-from ..saving.folders import check_saveable
+from ..saving import weights_of, write_model
 from ..saving.hub import locate
-from ..saving.model_config import CONFIG_NAME, DETECTOR_KEY, WEIGHTS_NAME, check_firing_config, check_weights_file
+from ..saving.model_config import CONFIG_NAME, WEIGHTS_NAME, check_firing_config, check_weights_file
 from .detector_conversion import spiking_detector_
 from .detector_entrypoints import create_named, detector_name, is_detector_name
 from .detectors import DetectorConfig, build_detector
 
-__all__ = ['is_detector', 'load_detector', 'read_detector_config', 'save_detector']
+__all__ = ['DETECTOR_KEY', 'load_detector', 'read_detector_config', 'save_detector']
+
+DETECTOR_KEY = 'detector'  # what a config of a detector has, and no other
+
 
 def save_detector(detector: nn.Module, directory: Union[str, Path], overwrite: bool = False) -> Path:
     """Save a detector as `model.safetensors` and `config.json`: what it is built of, how its neurons fire if it has
@@ -34,41 +34,19 @@ def save_detector(detector: nn.Module, directory: Union[str, Path], overwrite: b
         SFormerError: If the folder holds a model, cannot be written, or weights are NaN or infinite.
     """
     model: Any = detector
-    directory = Path(directory)
     spiking = any(True for _ in named_neurons(detector))
     if spiking and not is_calibrated(detector):
         raise UncalibratedError(f'{uncalibrated(detector)}; convert it with convert_detector() before saving.')
-    check_vacant(directory, overwrite)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in detector.state_dict().items()}
-    check_saveable(state)
-    config: Dict[str, Any] = {
-        'architecture': detector_name(model.config, spiking), DETECTOR_KEY: dataclasses.asdict(model.config)}
-    try:
-        with write_aside(directory) as aside:
-            save_file(state, aside / WEIGHTS_NAME, metadata={'format': 'pt'})
-            config['weights_sha256'] = file_hash(aside / WEIGHTS_NAME)
-            if spiking:
-                record = dataclasses.replace(record_of(detector), weights_sha256=config['weights_sha256'])
-                config.update(sfn=dataclasses.asdict(model.sfn), sformer=record.to_dict())
-            (aside / CONFIG_NAME).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
-    except (OSError, SafetensorError) as e:
-        raise SFormerError(f'{directory} cannot be written: {first_line(e)}. What was there is unchanged.') from e
-    return directory
 
-
-def is_detector(name: Union[str, Path]) -> bool:
-    """Whether a model is a detector rather than a classifier, by its folder or name as of `load_detector`.
-
-    Raises:
-        SFormerError: If it is on the Hub, and its config cannot be had.
-    """
-    if is_detector_name(str(name)):
-        return True
-    folder = locate(str(name), weights=False, read=lambda _: {})
-    try:
-        return DETECTOR_KEY in json.loads((folder / CONFIG_NAME).read_text(encoding='utf-8'))
-    except (OSError, ValueError, TypeError):
-        return False
+    def write_config(aside: Path, weights_sha256: str) -> None:
+        config: Dict[str, Any] = {
+            'architecture': detector_name(model.config, spiking), DETECTOR_KEY: dataclasses.asdict(model.config),
+            'weights_sha256': weights_sha256}
+        if spiking:
+            record = dataclasses.replace(record_of(detector), weights_sha256=weights_sha256)
+            config.update(sfn=dataclasses.asdict(model.sfn), sformer=record.to_dict())
+        (aside / CONFIG_NAME).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+    return write_model(weights_of(detector), Path(directory), write_config, overwrite)
 
 
 def read_detector_config(folder: Path) -> Dict[str, Any]:
@@ -77,10 +55,13 @@ def read_detector_config(folder: Path) -> Dict[str, Any]:
     Raises:
         SFormerError: If there is none of a detector, or it is not as `save_detector` wrote it.
     """
-    if not is_detector(folder):
-        raise SFormerError(f'{folder} holds no detector: there is no {CONFIG_NAME} of one.')
     file = folder / CONFIG_NAME
-    data = json.loads(file.read_text(encoding='utf-8'))
+    try:
+        data = json.loads(file.read_text(encoding='utf-8'))
+    except (OSError, ValueError, RecursionError):
+        data = None
+    if not isinstance(data, dict) or DETECTOR_KEY not in data:
+        raise SFormerError(f'{folder} holds no detector: there is no {CONFIG_NAME} of one.')
     config, sfn, _ = _parsed(data, file)
     if sfn:
         check_firing_config(data['sfn'], file)

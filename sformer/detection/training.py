@@ -22,7 +22,7 @@ from ..errors import SFormerError, check_flag, check_integer, check_number
 from ..files import state_hash, write_aside
 from .coco import CocoData
 
-__all__ = ['TrainingConfig', 'remove_state', 'train']
+__all__ = ['TrainingConfig', 'remove_state', 'train_']
 
 _logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class TrainingConfig:
         check_flag(self, 'amp')
 
 
-def train(
+def train_(
         detector: nn.Module,
         data: CocoData,
         config: TrainingConfig,

@@ -95,8 +95,8 @@ def load_onnx(path: Union[str, Path], engine: Optional[str] = None) -> EngineNet
         about = json.loads(recorded) if recorded else None
     except Exception as e:  # protobuf's own, of which each version has others
         raise SFormerError(f'{path} is damaged, or no ONNX file ({first_line(e)}).') from None
-    if isinstance(about, dict) and 'detector' in about:
-        raise SFormerError(f'{path} is the graph of a detector, which reads one image: run it with onnxruntime.')
+    if isinstance(about, dict) and 'graph_sha256' in about and not RECORDED <= {*about}:
+        raise SFormerError(f'{path} is the graph of no classifier, with inputs of its own: run it with onnxruntime.')
     if not isinstance(about, dict) or not RECORDED <= {*about}:
         raise SFormerError(f'{path} was not written by `sformer export`.')
     if about['graph_sha256'] != graph_hash(model):

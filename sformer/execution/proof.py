@@ -106,9 +106,11 @@ def _quantised(x: Interval, step: np.ndarray, zero: np.ndarray) -> Interval:
 
 def _gathered(x: Interval, index: Interval) -> Interval:
     """Of a row per channel those that are read, if it is known which; of anything else, all together."""
-    read, same = index[0].astype(np.int64), np.array_equal(*index)
+    if not np.array_equal(*index):
+        return _either(x)
+    read = index[0].astype(np.int64)
     channels = len(x[0]) if np.ndim(x[0]) == 1 else 0
-    return (x[0][read], x[1][read]) if same and read.ndim == 1 and read.max() < channels else _either(x)
+    return (x[0][read], x[1][read]) if read.ndim == 1 and read.max() < channels else _either(x)
 
 
 def _monotone(function: Callable[[Any], Any]) -> Callable[..., Interval]:

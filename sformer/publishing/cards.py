@@ -11,7 +11,6 @@ from ..errors import SFormerError
 from ..evaluation.schema import Result, schema_of
 from ..files import may_write, write_aside
 from ..saving.model_config import WEIGHTS_NAME
-from .detector_figures import category_rows, detector_kind, detector_rows, task_of
 from .model_record import ModelRecord
 from .plots import is_own_plot, need_pages, render_plots
 
@@ -82,13 +81,10 @@ def _calibration(record: ModelRecord) -> str:
 def _recipe(record: ModelRecord) -> list[tuple[str, Any]]:
     c = record.conversion
     rows: list[tuple[str, Any]] = [('architecture', f'`{record.architecture}`')]
-    if record.detector:
-        rows += detector_rows(record.detector)
-    else:
-        rows += [('input', ' x '.join(map(str, record.input_size))), ('classes', record.num_classes)]
-        rows += [('source', f'`{c["source"]}`')] if c.get('source') else []
+    rows += record.of_task.recipe(record)
     if record.base_model:
-        rows.append(('backbone weights' if record.detector else 'source weights', hub_link(record.base_model)))
+        of = 'source' if record.of_task.source_is_base else 'backbone'
+        rows.append((f'{of} weights', hub_link(record.base_model)))
     if record.license:
         rows.append(('licence of the source weights', record.license))
     if c.get('source_sha256'):
@@ -134,9 +130,7 @@ def _training(record: ModelRecord) -> list[tuple[str, Any]]:
 
 def _result(record: ModelRecord, result: Result) -> dict[str, Any]:
     schema = schema_of(result)
-    rows = schema.card_rows(result)
-    if record.detector:
-        rows += category_rows(result)
+    rows = schema.card_rows(result) + record.of_task.card_rows(result)
     title = _with_split(_dataset_title(record, result), result.get('split'))
     settings = schema.settings(result)
     if record.changed and schema.has_source(result) and not result.get('source_model'):
@@ -173,24 +167,20 @@ def _eval_results(record: ModelRecord) -> list[Any]:
     entries = []
     task, task_name = _task(record)
     for result in _comparable(record):
-        common = dict(
-            task_type=task, task_name=task_name,
+        common: dict[str, Any] = dict(
+            task_type=task, task_name=task_name, metric_type=record.of_task.metric,
             dataset_type=_dataset_id(record, result) or Path(result['dataset']).name,
             dataset_name=_dataset_title(record, result), dataset_split=result.get('split'),
             dataset_revision=result.get('dataset_revision'))
         count = f' on {result["num_images"]:,} images' if result.get('num_images') else ''
-        entries += [EvalResult(metric_type=_metric(record), metric_name=f'{name}{count}', metric_value=value, **common)
+        entries += [EvalResult(metric_name=f'{name}{count}', metric_value=value, **common)
                     for name, value in schema_of(result).listed(result)]
     return entries
 
 
 def _task(record: ModelRecord) -> tuple[str, str]:
     """Identifier and name of the task on the Hub."""
-    return task_of(record.detector) if record.detector else ('image-classification', 'Image Classification')
-
-
-def _metric(record: ModelRecord) -> str:
-    return 'mean_average_precision' if record.detector else 'accuracy'
+    return record.of_task.hub_task(record.built)
 
 
 def _metadata(record: ModelRecord) -> Any:
@@ -202,7 +192,7 @@ def _metadata(record: ModelRecord) -> Any:
     results = _eval_results(record)
     known = record.license is None or record.license in LICENSES
     task, _ = _task(record)
-    library = 'sformer' if record.detector else 'timm'  # what loads it
+    library = record.of_task.library
     if not known and not record.base_model:
         raise SFormerError(f'licence {record.license!r} is none of the identifiers that the Hub knows; '
                            f'name the model that has it (--base-model), for a link to its terms.')
@@ -218,10 +208,10 @@ def _metadata(record: ModelRecord) -> Any:
         license_link=None if known else f'https://huggingface.co/{record.base_model}',
         base_model=record.base_model or None,
         # what the Hub calls models whose weights or activations were mapped to fewer levels
-        base_model_relation=('finetune' if record.changed or record.detector else 'quantized')
+        base_model_relation=('quantized' if record.of_task.source_is_base and not record.changed else 'finetune')
         if record.base_model else None,
         datasets=datasets or None,
-        metrics=[_metric(record)] if results else None,
+        metrics=[record.of_task.metric] if results else None,
         tags=[*dict.fromkeys((library, 'sformer', task, 'spiking-neural-network', 'vision-transformer', 'safetensors',
                               'arxiv:2510.23383'))],
         model_name=record.name if results else None, eval_results=results or None)
@@ -245,11 +235,10 @@ def render_card(record: ModelRecord, plots: dict[str, str] | None = None) -> Any
     used = record.conversion.get('source')
     source = hub_link(record.base_model) if record.base_model else f'a `{used}`' if used else \
         'a network that was not recorded'
-    if record.detector:
-        source = f'{detector_kind(record.detector)} on {source}'
     metadata = _metadata(record)
     card = ModelCard.from_template(
-        metadata, template_path=str(TEMPLATE), m=record, source=source, trained=_trained(record),
+        metadata, template_path=str(TEMPLATE), m=record, task=record.of_task, usage=record.of_task.usage(record),
+        source=record.of_task.source_in_words(record.built, source), trained=_trained(record),
         recipe=_cells(_recipe(record)), training=_cells(_training(record)),
         results=[_result(record, r) for r in record.evaluations.values()], curve=_curve(record),
         calibration=_calibration(record), plots=list((plots or {}).items()))

@@ -7,17 +7,14 @@ from typing import Any
 
 import torch.nn as nn
 
-from ..detection import DetectorConfig, is_detector, load_detector
-from ..detection.detector_entrypoints import detector_name
-from ..detection.detector_folders import read_detector_config
 from ..detection.pictures import read_picture
 from ..errors import SFormerError
 from ..evaluation.figures import CLASSIFICATION
 from ..evaluation.schema import COUNT, TEXT, TEXTS, Check, Result, check_values, is_result, mapping, schema_of
 from ..files import state_hash
 from ..layers import is_calibrated
-from ..saving import load_model
-from ..saving.model_config import CONFIG_NAME, DETECTOR_KEY, conversion_of, read_config
+from ..saving.model_config import CONFIG_NAME, conversion_of
+from ..tasks import Task, load_model, task_named, task_of
 
 __all__ = ['ModelRecord', 'load_recorded', 'read_record', 'recorded_results', 'neuron_configs']
 
@@ -28,7 +25,7 @@ class ModelRecord:
 
     Args:
         name: Name of the model.
-        load_name: What `timm.create_model` loads it by, a detector `sformer.detection.load_detector`.
+        load_name: What `sformer.load_model` loads it by.
         architecture: Entrypoint.
         weights_sha256: `sformer.files.state_hash` of the weights that everything here belongs to.
         input_size: (C, H, W).
@@ -45,8 +42,9 @@ class ModelRecord:
         base_model: Hub id of the source weights.
         dataset_ids: Hub id by the name that a data set has in results.
         note: What else has to be known about how it was measured.
-        detector: What a detector is built of, fields of `sformer.detection.DetectorConfig`; None for classifiers.
-        pictures: What `sformer detect show` says of the PNGs that it drew of these weights, by file name.
+        task: Name of its task.
+        built: What else it is built of, of its task; of a detector, fields of `sformer.detection.DetectorConfig`.
+        pictures: What PNGs that were drawn of these weights say of themselves, by file name.
     """
     name: str
     load_name: str
@@ -66,7 +64,8 @@ class ModelRecord:
     base_model: str | None = None
     dataset_ids: dict[str, str] = field(default_factory=dict)
     note: str | None = None
-    detector: dict[str, Any] | None = None
+    task: str = 'classification'
+    built: dict[str, Any] = field(default_factory=dict)
     pictures: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -74,10 +73,15 @@ class ModelRecord:
         """Why the weights are not those of the source any more; empty if they are."""
         return tuple(self.conversion.get('changed') or ())
 
+    @property
+    def of_task(self) -> Task:
+        """Whom to ask what is of its task."""
+        return task_named(self.task)
+
 
 def neuron_configs(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """How the neurons of a `config.json` fire, and how their thresholds were fitted."""
-    sfn = config.get('sfn') if DETECTOR_KEY in config else config.get('model_args', {}).get('sfn')
+    sfn = config.get('sfn') or config.get('model_args', {}).get('sfn')
     return sfn or {}, (config.get('sformer') or {}).get('fit') or {}
 
 
@@ -151,17 +155,14 @@ def recorded_results(folder: Path, weights_sha256: str) -> tuple[dict[str, dict[
 
 
 def load_recorded(folder: Path) -> nn.Module:
-    """The SFormer in a folder, a classifier or a detector.
+    """The SFormer in a folder, of whatever task.
 
     Raises:
-        SFormerError: If there is none that is whole, or it is a detector that was not converted.
+        SFormerError: If there is none that is whole, or it was not converted.
     """
-    if not is_detector(folder):
-        return load_model(folder)
-    detector: Any = load_detector(folder)
-    if not hasattr(detector, 'conversion'):
-        raise SFormerError(f'{folder} holds a detector without neurons: sformer convert makes an SFormer of it.')
-    return detector
+    model = load_model(folder)
+    task_of(model).check_converted(model, folder)
+    return model
 
 
 def _pictures(folder: Path, weights_sha256: str) -> dict[str, dict[str, Any]]:
@@ -197,11 +198,10 @@ def read_record(
         SFormerError: If the config or a result has a value that can't be true; one line that names file and value.
     """
     folder = Path(folder)
-    config = read_detector_config(folder) if is_detector(folder) else read_config(folder)
-    detector = config.get(DETECTOR_KEY)
-    num_classes = len(detector['categories']) if detector else \
-        config.get('num_classes', getattr(model, 'num_classes', None))
-    _check_config(config, folder / CONFIG_NAME, num_classes)
+    task = task_of(folder)
+    described = task.describe(folder, model)
+    config = described.config
+    _check_config(config, folder / CONFIG_NAME, described.num_classes)
     cfg = config.get('pretrained_cfg', {})
     converted = conversion_of(config)
     conversion = {} if converted is None else converted.to_dict()
@@ -215,10 +215,9 @@ def read_record(
     return ModelRecord(
         name=name or (repo_id or '').rpartition('/')[2] or folder.resolve().name,
         load_name=f'hf-hub:{repo_id}' if repo_id else f'local-dir:{folder}',
-        architecture=detector_name(DetectorConfig(**detector)) if detector else config['architecture'],
-        weights_sha256=weights_sha256,
-        input_size=[3, *detector['image_size']] if detector else list(cfg.get('input_size', (3, 224, 224))),
-        num_classes=num_classes, detector=detector, pictures=_pictures(folder, weights_sha256) if detector else {},
+        architecture=described.architecture, weights_sha256=weights_sha256, input_size=[*described.input_size],
+        num_classes=described.num_classes, task=task.name, built=described.built,
+        pictures=_pictures(folder, weights_sha256),
         calibrated=is_calibrated(model), conversion=conversion, sfn=sfn, fit=fit, evaluations=results,
         curve=curves[0]['curve'] if curves else [], curve_command=curves[0].get('curve_command') if curves else None,
         license=license or (cfg.get('license') if published else None), base_model=base_model,

@@ -8,7 +8,6 @@ from PIL import Image
 
 from ..errors import needed_packages
 from ..files import png_bytes, png_values
-from .detector_figures import picture_title
 from .model_record import ModelRecord
 
 __all__ = ['plot_accuracy', 'plot_activity', 'need_pages', 'new_figure', 'png', 'render_plots', 'is_own_plot']
@@ -74,7 +73,7 @@ def plot_activity(activity: Dict[str, float], levels: Optional[int] = None) -> b
 
 
 def render_plots(record: ModelRecord) -> Dict[str, Tuple[str, bytes]]:
-    """Plots of what a record has numbers for, and pictures of what a detector finds.
+    """Plots of what a record has numbers for, and pictures of what a model finds.
 
     Returns:
         File name -> title and PNG.
@@ -88,7 +87,9 @@ def render_plots(record: ModelRecord) -> Dict[str, Tuple[str, bytes]]:
         top1 = {r['levels']: r['top1'] for r in record.curve}
         plots['accuracy.png'] = 'Accuracy against N', plot_accuracy(top1, record.curve[0]['source_top1'])
     for file, picture in record.pictures.items():
-        plots[file] = picture_title(picture), (Path(picture['folder']) / file).read_bytes()
+        # what would end the text of a link is left out
+        title = re.sub(r'[\[\]\s]+', ' ', record.of_task.picture_title(picture))
+        plots[file] = title, (Path(picture['folder']) / file).read_bytes()
     return plots
 
 

@@ -2,7 +2,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Dict, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Optional, Tuple, Union
 
 import timm
 import torch
@@ -22,32 +22,12 @@ from ..neurons import NEURON_TYPES, GradedCoding, ScaleAndFire, SharedScaleAndFi
 from .hub import locate, redact
 from .model_config import CONFIG_NAME, WEIGHTS_NAME, conversion_of, read_config
 
-__all__ = ['save_model', 'load_model', 'open_model', 'check_vacant']
+__all__ = ['save_classifier', 'load_classifier', 'open_classifier', 'check_vacant', 'weights_of', 'write_model']
 
 
-def save_model(model: nn.Module, directory: Union[str, Path], overwrite: bool = False) -> Path:
-    """Save an SFormer as `model.safetensors` and a timm `config.json` with one more root key, `sformer`.
-
-    Both files are written aside and renamed: until they are complete the old model is the one that is there.
-
-    Args:
-        model: Calibrated SFormer.
-        directory: Folder to write to.
-        overwrite: Replace a model that is there already.
-
-    Returns:
-        The folder.
-
-    Raises:
-        UncalibratedError: If the thresholds were never fitted.
-        SFormerError: If the folder holds a model, can't be written to, the model can't be rebuilt from a config, or it
-            has NaN or infinity in it.
-    """
-    directory = Path(directory)
-    state = {k: v.detach() for k, v in model.state_dict().items()}
-    for name, tensor in state.items():
-        if tensor.is_meta:
-            raise SFormerError(f'{name} has no values: it is on the meta device, or offloaded.')
+def save_classifier(model: nn.Module, directory: Union[str, Path], overwrite: bool = False) -> Path:
+    """What `sformer.save_model` does with an SFormer of timm, whose `config.json` has one more root key, `sformer`."""
+    state = weights_of(model)
     if not is_calibrated(model):
         raise UncalibratedError(f'{uncalibrated(model)}; convert it with sformer.convert() before saving.')
     if not isinstance(model, SFormerMixin):
@@ -59,16 +39,52 @@ def save_model(model: nn.Module, directory: Union[str, Path], overwrite: bool = 
             raise SFormerError(f'{name} is an {type(layer).__name__}, which no config can rebuild: save the model that '
                                f'it was made of.')
     _check_neurons(model)
+
+    def write_config(aside: Path, weights_sha256: str) -> None:
+        _save_config(model, aside / CONFIG_NAME, dataclasses.replace(record_of(model), weights_sha256=weights_sha256))
+        _check_rebuild(aside, state)
+    return write_model(state, Path(directory), write_config, overwrite)
+
+
+def weights_of(model: nn.Module) -> Dict[str, torch.Tensor]:
+    """State of a model that can be saved.
+
+    Raises:
+        SFormerError: If it has no values, or NaN or infinite ones.
+    """
+    state = {k: v.detach() for k, v in model.state_dict().items()}
+    for name, tensor in state.items():
+        if tensor.is_meta:
+            raise SFormerError(f'{name} has no values: it is on the meta device, or offloaded.')
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise SFormerError(f'{name} has NaN or infinite values, so it is not saved.')
+    return state
+
+
+def write_model(
+        state: Dict[str, torch.Tensor],
+        directory: Path,
+        write_config: Callable[[Path, str], None],
+        overwrite: bool = False,
+) -> Path:
+    """Write the folder of a model of whatever task, aside and renamed: until it is complete the old one is there.
+
+    Args:
+        state: Its weights, as of `weights_of`.
+        directory: Folder to write to.
+        write_config: Writes its config to a folder; it is told the SHA-256 of the weights' file.
+        overwrite: Replace a model that is there already.
+
+    Raises:
+        SFormerError: If the folder holds a model or can't be written to, or two names share a tensor.
+    """
     _check_untied(state)
     check_vacant(directory, overwrite)
-    check_saveable(state)
-    state = {k: v.cpu().contiguous() for k, v in state.items()}
     try:
         with write_aside(directory) as aside:
-            save_file(state, aside / WEIGHTS_NAME, metadata={'format': 'pt'})
-            record = dataclasses.replace(record_of(model), weights_sha256=file_hash(aside / WEIGHTS_NAME))
-            _save_config(model, aside / CONFIG_NAME, record)
-            _check_rebuild(aside, state)
+            save_file({k: v.cpu().contiguous() for k, v in state.items()}, aside / WEIGHTS_NAME,
+                      metadata={'format': 'pt'})
+            write_config(aside, file_hash(aside / WEIGHTS_NAME))
     except (OSError, SafetensorError) as e:
         raise SFormerError(f'{directory} cannot be written: {first_line(e)}. What was there is unchanged.') from e
     return directory
@@ -87,13 +103,6 @@ def _check_neurons(model: SFormerMixin) -> None:
         if neuron.config != model.sfn_config:
             raise SFormerError(f'{name} fires by another config than the first neuron of the model, so no config can '
                                f'rebuild it.')
-
-
-def check_saveable(state: Dict[str, torch.Tensor]) -> None:
-    """Raise SFormerError if a state dict has NaN or infinity in it; names the tensor."""
-    for name, tensor in state.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise SFormerError(f'{name} has NaN or infinite values, so it is not saved.')
 
 
 def _check_untied(state: Dict[str, torch.Tensor]) -> None:
@@ -139,35 +148,22 @@ def check_vacant(directory: Path, overwrite: bool = False) -> None:
     may_write(directory, 'model', files=(WEIGHTS_NAME, CONFIG_NAME), overwrite=overwrite)
 
 
-def open_model(name: str) -> nn.Module:
+def open_classifier(name: str) -> nn.Module:
     """Model by the folder of an SFormer, `local-dir:` or `hf-hub:` name, or name of a timm model with weights.
 
     Raises:
         SFormerError: If there is no such model or its weights can't be loaded.
     """
     if name.startswith(('hf-hub:', 'local-dir:')) or Path(name).is_dir():
-        return load_model(name)
+        return load_classifier(name)
     if '/' in name or '\\' in name:
         raise SFormerError(f'{name} is no folder. A model on the Hub is hf-hub:{name}.')
     return create_source(name).network
 
 
 @ordinary_tensors()
-def load_model(path: Union[str, Path], revision: Optional[str] = None, **kwargs) -> nn.Module:
-    """Load a saved SFormer; the same as `timm.create_model(..., pretrained=True)`, with its record.
-
-    Args:
-        path: Folder written by `save_model`, or `hf-hub:org/name`, or `hf-hub:org/name@revision`.
-        revision: Branch, tag or commit of a model on the Hub.
-        **kwargs: Passed to `timm.create_model`.
-
-    Returns:
-        The model in eval mode; `model.conversion` is the record of its conversion.
-
-    Raises:
-        SFormerError: If the model is not there or incomplete, its weights are damaged or not those that the config
-            records, or the config tries to direct the loader.
-    """
+def load_classifier(path: Union[str, Path], revision: Optional[str] = None, **kwargs) -> nn.Module:
+    """What `sformer.load_model` does with an SFormer of timm: `timm.create_model`, and the record of its conversion."""
     name = str(path)
     folder = locate(name, revision, kwargs.get('cache_dir'), weights=False)
     if name.startswith('hf-hub:'):

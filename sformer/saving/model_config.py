@@ -21,13 +21,12 @@ from ..files import file_hash, read_safetensors, restore
 from ..neurons import SFNConfig
 
 __all__ = [
-    'WEIGHTS_NAME', 'CONFIG_NAME', 'DETECTOR_KEY', 'read_config', 'check_firing_config', 'check_weights_file',
-    'conversion_of', 'factory_arguments',
+    'WEIGHTS_NAME', 'CONFIG_NAME', 'read_config', 'check_firing_config', 'check_weights_file', 'conversion_of',
+    'factory_arguments',
 ]
 
 WEIGHTS_NAME = 'model.safetensors'
 CONFIG_NAME = 'config.json'
-DETECTOR_KEY = 'detector'  # what a config of a detector has, and no config of timm
 
 LATER_FIELDS = {'silence', 'neuron'}  # of SFNConfig: models that were saved before have them as by default
 
@@ -42,18 +41,13 @@ def read_config(folder: Path) -> Dict[str, Any]:
     """Read and check the `config.json` of an SFormer.
 
     Raises:
-        SFormerError: If there is none, it is none of timm's, of no SFormer or of a detector, or tries to direct the
-            loader.
+        SFormerError: If there is none, it is none of timm's or of no SFormer, or tries to direct the loader.
     """
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise SFormerError(f'{folder} holds no SFormer: there is no {CONFIG_NAME}.')
     try:
         config = json.loads(path.read_text(encoding='utf-8'))
-        if DETECTOR_KEY in config:
-            raise SFormerError(
-                f'{folder} holds a detector, which sformer convert, evaluate, compare, profile, detect show, card and '
-                f'publish take.')
         architecture = config['architecture']
         for key in ('model_args', 'pretrained_cfg', 'sformer'):
             if not isinstance(config.get(key, {}), dict):
@@ -117,8 +111,8 @@ def check_weights_file(folder: Path, config: Dict[str, Any]) -> None:
     A save that was killed between its two files is finished here.
     """
     path = folder / WEIGHTS_NAME
-    of = config if DETECTOR_KEY in config else config.get('sformer', {})  # a detector need not be converted
-    expected = of.get('weights_sha256')
+    # beside the record of a conversion, where a network need not be converted
+    expected = config.get('weights_sha256') or config.get('sformer', {}).get('weights_sha256')
     if expected is not None and ((path.is_file() and file_hash(path) == expected) or restore(path, expected)):
         return
     if not path.is_file():

@@ -155,7 +155,7 @@ def test_export(pair, run_inside):
     code, out, _ = run_inside('export', 'boxes', 'b.onnx', '--image-size', '64', '64')
     assert code == 0 and re.match(r'boxes -> b.onnx: \d\.\d MiB, (\d+) of \1 layers in integers', out)
     code, _, err = run_inside('evaluate', 'b.onnx', '--data', 'shapes')
-    assert code == 1 and err.startswith('sformer: error: b.onnx is the graph of a detector, which reads one image: run')
+    assert code == 1 and err.startswith('sformer: error: b.onnx is the graph of no classifier, with inputs of its own')
     code, _, err = run_inside('export', 'sformer_nano.digits', 'd.onnx', '--image-size', '64', '64')
     assert code == 1 and 'leave out --image-size' in err
 
@@ -271,7 +271,8 @@ def test_mistakes(files, run):
                    "no split 'test'")
     assert_mistake(run(*train, '--backbone', 'test_vit9', '--data', shapes, '-o', files / 'x'), 'timm has no model')
     assert_mistake(run('evaluate', det, '--data', shapes, '--crop-pct', '0.5'), 'is a detector: leave out --crop-pct')
-    assert_mistake(run('compare', det, 'sformer_nano.digits', '--data', shapes), 'sformer_nano.digits is not: nothing')
+    assert_mistake(run('compare', det, 'sformer_nano.digits', '--data', shapes),
+                   'is a detector, sformer_nano.digits is a classifier: nothing')
     assert_mistake(run('convert', det, '-o', files / 'x', '--crop-pct', '0.9'), 'is a detector: leave out --crop-pct')
     name = 'sformer_fasterrcnn_vit_tiny_patch16_224'
     assert_mistake(run('evaluate', name, '--data', shapes), 'is uncalibrated')
@@ -283,7 +284,9 @@ def test_mistakes(files, run):
     assert_mistake(run('detect', 'show', det, shapes / 'val' / '0.png', '-o', files / 'o.txt'), 'neither a PNG nor')
     assert_mistake(run('export', det, files / 'o.onnx'), 'has no neurons: convert it first')
     assert_mistake(run('export', det, files / 'o.onnx', '--calibration', shapes), 'leave out --calibration')
-    for args in (('sweep', det), ('distill', det, '--dataset', shapes, '-o', files / 'x')):
-        assert_mistake(run(*args), 'holds a detector, which sformer convert, evaluate, compare, profile')
+    for args in (('sweep', det), ('distill', det, '--dataset', shapes, '-o', files / 'x'), ('benchmark', det)):
+        assert_mistake(run(*args), f'det is a detector, which sformer {args[0]} does not take')
+    assert_mistake(run('detect', 'show', 'sformer_nano.digits', shapes / 'val' / '0.png', '-o', files / 'o.png'),
+                   'sformer_nano.digits is a classifier, which sformer detect show does not take')
     assert_mistake(run('convert', det, '--silence', '0.01', '-o', files / 'x'), 'no price of activity')
     assert not (files / 'x').exists() and not (files / 'o.onnx').exists() and not (files / 'o.png').exists()

@@ -124,7 +124,7 @@ def test_ctrl_c_keeps_what_was_counted(run_here, saved, tmp_path, monkeypatch):
 
     def interrupt(*args):
         raise KeyboardInterrupt
-    monkeypatch.setattr('sformer.saving.folders.load_model', interrupt)
+    monkeypatch.setattr('sformer.saving.folders.load_classifier', interrupt)
     for options in ([], ['--results-file', tmp_path / 'other.json']):
         result = run_here(*args, *options)
         assert result.code == 130 and result.err.rstrip().endswith('error: interrupted.')

@@ -10,8 +10,8 @@ import timm
 import torchvision
 
 from sformer.cli.list_models import KNOWN
-from sformer.detection import detector_names
 from sformer.saving.entrypoints import entries
+from sformer.tasks import tasks
 
 
 def test_list(run_here, monkeypatch):
@@ -47,4 +47,5 @@ def test_what_is_listed_is_registered(counts, monkeypatch):
     if not counts:
         monkeypatch.setattr(timm, 'create_model', lambda name: SimpleNamespace(parameters=lambda: ()))
         known['models'] = [dict(entry, param_count=0) for entry in known['models']]
-    assert known == dict(models=[*entries()], detectors=detector_names())
+    others = [dict(heading=task.heading, names=task.names()) for task in tasks() if task.names()]
+    assert known == dict(models=[*entries()], others=others)

@@ -106,7 +106,7 @@ def test_names_that_the_terminal_cannot_show(model, tmp_path, monkeypatch, capsy
 def test_output_that_is_read_in_part(args, capsys, monkeypatch, tmp_path):
     """As by `sformer list | head`: no complaint, and none when the interpreter flushes."""
     monkeypatch.setattr(list_models, 'KNOWN', tmp_path / 'many.json')
-    (tmp_path / 'many.json').write_text(json.dumps(dict(models=[dict(input_size=(1, 8, 8))] * 999, detectors=[])))
+    (tmp_path / 'many.json').write_text(json.dumps(dict(models=[dict(input_size=(1, 8, 8))] * 999, others=[])))
     read, write = os.pipe()
     os.close(read)
     with open(write, 'w') as stdout:

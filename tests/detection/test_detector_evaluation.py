@@ -19,7 +19,7 @@ from sformer.detection import (
     evaluate_detector,
     open_coco,
     save_detector,
-    train,
+    train_,
 )
 from sformer.detection.drawing import picture, token_activity
 from sformer.errors import SFormerError
@@ -236,7 +236,7 @@ def test_images_as_narrow_as_a_line(sformer_detector, tmp_path, size):
     resized = sformer_detector.transform([found.image(99)])[0].image_sizes[0]
     assert min(resized) >= 1 and max(resized) <= 96
     assert picture(sformer_detector, found.image(99), 0.).shape == (3, height, 3 * width)
-    history = train(small_detector(masks=True), found, TrainingConfig(epochs=1), tmp_path / 'state')
+    history = train_(small_detector(masks=True), found, TrainingConfig(epochs=1), tmp_path / 'state')
     assert all(map(math.isfinite, history[0].values()))
 
 

@@ -8,6 +8,7 @@ from detection_tools import small_detector, write_coco
 
 from sformer import SFNConfig, SFormerError, load_onnx, to_integer_
 from sformer.detection import convert_detector, export_detector, open_coco, pyramid
+from sformer.execution.proof import saturating
 
 onnx = pytest.importorskip('onnx')
 pytest.importorskip('onnxscript')
@@ -83,11 +84,12 @@ def test_weights_are_bytes_and_the_file_says_what_it_is_of(segmenting):
     products = [node for node in graph.graph.node if node.op_type in ('MatMul', 'Conv', 'ConvTranspose')]
     quantised = [node for node in graph.graph.node if node.op_type == 'QuantizeLinear']
     assert len(quantised) >= len(products) / 2
+    assert not saturating(graph)
 
 
 def test_mistakes(segmenting, data, tmp_path):
     model, path = segmenting
-    with pytest.raises(SFormerError, match='the graph of a detector'):
+    with pytest.raises(SFormerError, match='the graph of no classifier'):
         load_onnx(path)
     with pytest.raises(SFormerError, match='is there already'):
         export_detector(model, path)

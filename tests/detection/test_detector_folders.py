@@ -8,18 +8,19 @@ import torch
 import torchvision
 from detection_tools import CATEGORIES, small_config
 
+import sformer
 from sformer import SFormerError, UncalibratedError, is_calibrated
 from sformer.detection import (
     COCO_CATEGORIES,
     build_detector,
     detect,
     evaluate_detector,
-    is_detector,
     load_detector,
     save_detector,
 )
 from sformer.detection.detector_entrypoints import BACKBONES
 from sformer.layers import named_neurons
+from sformer.tasks import task_of
 
 REPO = 'my-org/shapes'
 NAME = 'sformer_maskrcnn_vit_tiny_patch16_224'
@@ -68,7 +69,7 @@ def test_what_a_name_builds(name):
 
 
 def test_a_named_detector_is_uncalibrated(data, tmp_path):
-    assert is_detector(NAME) and not is_detector('vit_tiny_patch16_224')
+    assert task_of(NAME).noun == 'detector' and task_of('vit_tiny_patch16_224').noun == 'classifier'
     detector = torchvision.models.get_model(NAME, sfn=dict(levels=8), **SMALL)
     assert detector.sfn.levels == 8 and not is_calibrated(detector)
     with pytest.raises(UncalibratedError):
@@ -83,7 +84,7 @@ def test_a_named_detector_is_uncalibrated(data, tmp_path):
 def test_a_folder_of_that_name_comes_first(saved, tmp_path, monkeypatch):
     (tmp_path / NAME).symlink_to(saved)
     monkeypatch.chdir(tmp_path)
-    assert is_calibrated(load_detector(NAME)) and is_detector(NAME)
+    assert is_calibrated(load_detector(NAME)) and task_of(NAME).noun == 'detector'
 
 
 # the Hub --------------------------------------------------------------------------------------------------------------
@@ -93,7 +94,7 @@ def test_from_the_hub(hub, saved, sformer_detector, data):
     commit = upload(hub, saved)
     for name, revision in ((f'hf-hub:{REPO}', None), (f'hf-hub:{REPO}@{commit}', None), (f'hf-hub:{REPO}', commit),
                            (f'local-dir:{saved}', None)):
-        assert is_detector(name)
+        assert task_of(name).noun == 'detector'
         loaded = load_detector(name, revision)
         assert same_state(loaded, sformer_detector) and not loaded.training
         assert loaded.conversion.calibration.name == 'shapes'
@@ -161,7 +162,7 @@ def test_a_config_without_neurons_of_its_own(hub, saved):
 
 def test_what_is_not_there(hub, saved, tmp_path):
     hub.put(REPO, {'README.md': b'mine'})
-    for load in (load_detector, is_detector):
+    for load in (load_detector, task_of, sformer.load_model):
         with pytest.raises(SFormerError, match=f'{REPO} on the Hub holds no SFormer: there is no config.json'):
             load(f'hf-hub:{REPO}')
         with pytest.raises(SFormerError, match='there is no such repository'):
@@ -170,7 +171,7 @@ def test_what_is_not_there(hub, saved, tmp_path):
         load_detector(saved, 'main')
     with pytest.raises(SFormerError, match='holds no detector'):
         load_detector(tmp_path)
-    assert not is_detector(tmp_path / 'none')
+    assert task_of(tmp_path / 'none').noun == 'classifier'
 
 
 def test_timm_says_that_it_has_none(hub, saved):

@@ -8,7 +8,7 @@ from detection_tools import small_detector, write_annotations, write_coco
 from PIL import Image, ImageOps
 from torchvision.models.detection.roi_heads import RoIHeads
 
-from sformer.detection import TrainingConfig, open_coco, train, training
+from sformer.detection import TrainingConfig, open_coco, train_, training
 from sformer.errors import SFormerError
 
 CONFIG = TrainingConfig(epochs=2, batch_size=2)
@@ -24,7 +24,7 @@ def few(tmp_path_factory):
 @pytest.fixture(scope='module')
 def trained(few, tmp_path_factory):
     detector = small_detector(masks=True)
-    return detector, train(detector, few, CONFIG, tmp_path_factory.mktemp('trained'))
+    return detector, train_(detector, few, CONFIG, tmp_path_factory.mktemp('trained'))
 
 
 def test_pyramid_and_heads_learn_on_a_frozen_backbone(trained):
@@ -47,9 +47,9 @@ def test_a_run_that_was_killed_goes_on(trained, few, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(training, '_save', killed)
         with pytest.raises(KeyboardInterrupt):
-            train(small_detector(masks=True), few, CONFIG, tmp_path)
+            train_(small_detector(masks=True), few, CONFIG, tmp_path)
     detector = small_detector(masks=True)
-    history = train(detector, few, CONFIG, tmp_path)
+    history = train_(detector, few, CONFIG, tmp_path)
     assert history == trained[1][1:]
     assert all(torch.equal(a, b) for a, b in zip(
         detector.state_dict().values(), trained[0].state_dict().values(), strict=True))
@@ -59,11 +59,11 @@ def test_a_run_that_was_killed_goes_on(trained, few, tmp_path, monkeypatch):
 
 def test_state_of_another_training_is_refused(few, tmp_path):
     config = dataclasses.replace(CONFIG, epochs=1)
-    train(small_detector(), few, config, tmp_path)
-    assert train(small_detector(), few, config, tmp_path) == []  # which has come to its end
+    train_(small_detector(), few, config, tmp_path)
+    assert train_(small_detector(), few, config, tmp_path) == []  # which has come to its end
     for detector, how in ((small_detector(seed=0), config), (small_detector(), dataclasses.replace(config, seed=1))):
         with pytest.raises(SFormerError, match='with other data or options'):
-            train(detector, few, how, tmp_path)
+            train_(detector, few, how, tmp_path)
 
 
 def test_maps_are_of_the_images_that_are_there(tmp_path):
@@ -74,7 +74,7 @@ def test_maps_are_of_the_images_that_are_there(tmp_path):
         return open_coco(tmp_path, split)
 
     def losses(data, state):
-        found = train(small_detector(), data, CONFIG, tmp_path / state)
+        found = train_(small_detector(), data, CONFIG, tmp_path / state)
         (tmp_path / state / training.STATE_NAME).unlink()
         return found
     for split in ('train', 'other'):
@@ -88,11 +88,11 @@ def test_maps_are_of_the_images_that_are_there(tmp_path):
 def test_state_of_a_training_on_other_images_is_refused(tmp_path):
     write_coco(tmp_path, num=2)
     config = dataclasses.replace(CONFIG, epochs=1)
-    train(small_detector(), open_coco(tmp_path, 'train'), config, tmp_path)
+    train_(small_detector(), open_coco(tmp_path, 'train'), config, tmp_path)
     image = Image.open(tmp_path / 'train' / '0.png')
     ImageOps.invert(image).save(tmp_path / 'train' / '0.png')
     with pytest.raises(SFormerError, match='with other data or options'):
-        train(small_detector(), open_coco(tmp_path, 'train'), config, tmp_path)
+        train_(small_detector(), open_coco(tmp_path, 'train'), config, tmp_path)
 
 
 @pytest.mark.parametrize('change', [
@@ -102,7 +102,7 @@ def test_nothing_is_learnt_from_nothing(tmp_path, change):
     change(data)
     write_annotations(tmp_path, data)
     with pytest.raises(SFormerError, match='train.json has no annotation of a single object'):
-        train(small_detector(), open_coco(tmp_path, 'train'), CONFIG, tmp_path / 'state')
+        train_(small_detector(), open_coco(tmp_path, 'train'), CONFIG, tmp_path / 'state')
     assert not (tmp_path / 'state').exists()
 
 
@@ -113,14 +113,14 @@ def test_boxes_that_vanish_are_no_matter_of_the_learning_rate(tmp_path, box):
     write_annotations(tmp_path, data)
     with pytest.raises(SFormerError, match='annotation 1 has a box of no size within its image'):
         open_coco(tmp_path, 'train')
-    history = train(small_detector(), open_coco(tmp_path, 'train', skip_bad=True), CONFIG, tmp_path / 'state')
+    history = train_(small_detector(), open_coco(tmp_path, 'train', skip_bad=True), CONFIG, tmp_path / 'state')
     assert all(loss == loss for losses in history for loss in losses.values())
 
 
 def test_last_blocks_learn_if_asked(few, tmp_path):
     detector = small_detector()
     before = copy.deepcopy(detector.backbone.vit.state_dict())
-    train(detector, few, TrainingConfig(epochs=1, trained_blocks=1), tmp_path)
+    train_(detector, few, TrainingConfig(epochs=1, trained_blocks=1), tmp_path)
     changed = {name.split('.')[1] for name, value in detector.backbone.vit.state_dict().items()
                if not torch.equal(value, before[name]) and name.startswith('blocks')}
     assert changed == {str(len(detector.backbone.vit.blocks) - 1)}
@@ -134,7 +134,7 @@ def test_mixed_precision(few, tmp_path, trained, trained_blocks, monkeypatch):
         p.dtype for p in proposals) or match(self, proposals, targets))
     config = dataclasses.replace(CONFIG, amp=True, trained_blocks=trained_blocks)
     detector = small_detector(masks=True)
-    history = train(detector, few, config, tmp_path)
+    history = train_(detector, few, config, tmp_path)
     assert all(p.dtype == torch.float32 for p in detector.parameters()) and {*seen} == {torch.float32}
     assert not any('forward' in vars(module) for module in detector.modules())
     for expected, losses in zip(trained[1], history, strict=True):
@@ -163,5 +163,5 @@ def test_a_loss_that_explodes_is_an_error(few, tmp_path):
     detector = small_detector()
     detector.roi_heads.box_predictor.cls_score.bias.data.fill_(float('nan'))
     with pytest.raises(SFormerError, match=r'the loss became nan in epoch 1: .*--lr'):
-        train(detector, few, CONFIG, tmp_path)
+        train_(detector, few, CONFIG, tmp_path)
     assert not (tmp_path / training.STATE_NAME).exists()

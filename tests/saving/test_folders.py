@@ -21,7 +21,7 @@ from timm.models.vision_transformer import VisionTransformer
 import sformer
 from sformer import SFNConfig, SFormer, SFormerError, UncalibratedError, convert, is_calibrated, load_model, save_model
 from sformer.files import file_hash
-from sformer.saving import open_model
+from sformer.tasks import open_model
 
 FILES = {'model.safetensors', 'config.json'}
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from sformer import SFormerError, is_calibrated, load_model
 from sformer.files import file_hash
 from sformer.publishing.publish import publish
-from sformer.saving import open_model
+from sformer.tasks import open_model
 
 # loading --------------------------------------------------------------------------------------------------------------
 

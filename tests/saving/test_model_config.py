@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from sformer import SFNConfig, SFormerError, convert, load_model, save_model
 from sformer.files import file_hash, state_hash
-from sformer.saving import open_model
+from sformer.tasks import open_model
 
 SFN = dataclasses.asdict(SFNConfig())  # how the neurons of `model` fire
 

@@ -98,7 +98,7 @@ def test_metadata(record):
         ('image-segmentation', 'mean_average_precision', f'{kind} {name} [%] on 2 images', value)
         for kind, first in (('masks', 20.), ('boxes', 10.))
         for name, value in (('mAP', first), ('mAP50', first + .25), ('mAP75', first + .5))}
-    record.detector['masks'] = False
+    record.built['masks'] = False
     assert render_card(record).data.pipeline_tag == 'object-detection'
     record.base_model, record.license = 'timm/vit_small_patch14_dinov2.lvd142m', 'apache-2.0'
     card = render_card(record)
@@ -115,14 +115,14 @@ def test_eval_results_of_the_hub(record):
 
 def test_many_categories_are_not_listed(record):
     names = [f'thing {i}' for i in range(80)]
-    record.detector['categories'] = dict(enumerate(names, start=1))
+    record.built['categories'] = dict(enumerate(names, start=1))
     record.evaluations['eval.json']['boxes']['per_class'] = {name: dict(mAP=1.) for name in names}
     card = str(render_card(record))
     assert '| detects | 80 categories |' in card and 'thing 1' not in card and '| boxes, mAP [%] |' in card
 
 
 def test_markdown_is_not_broken_by_what_is_recorded(record):
-    record.detector['categories'] = {1: 'a|b\nc'}
+    record.built['categories'] = {1: 'a|b\nc'}
     assert r'| detects | a\|b c |' in str(render_card(record))
     picture = dict(record.pictures['show.png'], image='a]b\n[c.png')
     card = str(render_card(record, {f'Detections: {picture["image"]}': 'plots/my show.png'}))

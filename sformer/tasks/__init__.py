@@ -1,0 +1,17 @@
+"""Tasks, and the one door through which models of all of them are opened, loaded and saved.
+
+A task is a file in this folder that registers it.
+"""
+import importlib as _importlib
+import pkgutil as _pkgutil
+
+from .door import load_model, one_task, open_model, register_task, save_model, task_named, task_of, tasks
+from .task import OPTIONS, Description, EvaluationRequest, Task
+
+for _found in _pkgutil.iter_modules(__path__):
+    _importlib.import_module(f'{__name__}.{_found.name}')
+
+__all__ = [
+    'OPTIONS', 'Description', 'EvaluationRequest', 'Task', 'load_model', 'one_task', 'open_model', 'register_task',
+    'save_model', 'task_named', 'task_of', 'tasks',
+]

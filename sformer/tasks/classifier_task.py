@@ -1,0 +1,194 @@
+"""Classification, by timm's models: the task of what no other claims."""
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.nn as nn
+
+from ..conversion import another_source, calibration_batches, convert, warn_of_changes
+from ..conversion.sources import CAME_ALONG, create_source, label_names_of
+from ..data import ImageRequest
+from ..errors import SFormerError
+from ..evaluation import EvaluationConfig, check_replaceable, evaluate_all
+from ..evaluation.figures import CLASSIFICATION
+from ..evaluation.labels import DATASETS
+from ..evaluation.schema import SOURCE, Result
+from ..execution import export_onnx, load_onnx
+from ..execution.integer import IntegerReport
+from ..models import SFormerMixin
+from ..neurons import FitConfig, SFNConfig
+from ..profiling import compare_codings, pixels_of, spike_maps
+from ..saving import load_classifier, open_classifier, save_classifier
+from ..saving.model_config import read_config
+from .door import register_task
+from .task import OPTIONS, Description, EvaluationRequest, Task
+
+__all__ = ['Classification']
+
+CLASSIFIER_USAGE = '''import sformer
+import timm
+from PIL import Image
+
+model = timm.create_model({name!r}, pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+image = Image.new('{mode}', {size})  # put yours here
+logits = model(transform(image).unsqueeze(0))  # (1, {classes})'''
+
+
+class Classification(Task):
+    """Images to logits: SFormers, other timm models, and graphs that were exported of them."""
+    name, key = 'classification', ''
+    noun, title = 'classifier', 'vision transformer'
+    library, metric, source_is_base = 'timm', 'accuracy', True
+    verbs = ('benchmark', 'distill', 'search', 'sweep')
+    options = {**OPTIONS, 'export': tuple(option for option in OPTIONS['export'] if option != 'image_size')}
+
+    def owns(self, model: nn.Module) -> bool:
+        return isinstance(model, SFormerMixin)
+
+    def architecture(self, model: Any) -> str:
+        return model.pretrained_cfg['architecture']
+
+    def load(
+            self,
+            path: str | Path,
+            revision: str | None = None,
+            cache_dir: str | Path | None = None,
+            **kwargs: Any,
+    ) -> nn.Module:
+        return load_classifier(path, revision, cache_dir=cache_dir, **kwargs)
+
+    def open(self, name: str) -> nn.Module:
+        return open_classifier(name)
+
+    def save(self, model: nn.Module, directory: str | Path, overwrite: bool = False) -> Path:
+        return save_classifier(model, directory, overwrite)
+
+    def convert(
+            self,
+            source: str,
+            images: ImageRequest,
+            config: SFNConfig,
+            fit: FitConfig,
+            command: str,
+            **options: Any,
+    ) -> nn.Module:
+        trained = create_source(
+            source, options['checkpoint'], options['allow_pickle'], **options['model_kwargs'],
+            preprocessing={key: options[key] for key in ('mean', 'std', 'crop_pct', 'interpolation')})
+        return convert(
+            trained, images.dataset, config, fit, split=images.split, num_images=images.num_images,
+            batch_size=options['batch_size'], seed=images.seed, image_column=images.image_column,
+            label_names=options['label_names'], inplace=True, command=command)
+
+    def remarks(self, model: Any) -> list[str]:
+        cfg, names = model.pretrained_cfg, label_names_of(model)
+        lines = [f'pixels are normalised by mean {tuple(cfg["mean"])} and std {tuple(cfg["std"])}, '
+                 f'{model.conversion.normalisation or CAME_ALONG}']
+        return [*lines, f'classes: {", ".join(names[:5])}{" ..." if len(names) > 5 else ""}'] if names else lines
+
+    def evaluate(self, names: Sequence[str], request: EvaluationRequest) -> list[Result]:
+        engine = request.options['engine']
+        config = EvaluationConfig(**_settings(request), device=request.group.device)
+        _check_engine(names, request.options)
+        models = [load_onnx(name, engine) if name.endswith('.onnx') else self.open(name) for name in names]
+        if request.results_file and request.results_format == 'json' and not request.resume:
+            check_replaceable(request.results_file, models, config.dataset)
+        sources: list[Any] = [request.source] * len(models)
+        if request.source_model:
+            source = self.open(request.source_model)
+            sources = [another_source(model, source) for model in models]
+        elif request.source:
+            for name, model in zip(names, models, strict=True):
+                warn_of_changes(name, model)
+        return evaluate_all(models, config, sources=sources, group=request.group, journal=request.new_journal())
+
+    def export(self, name: str, output: Path, **how: Any) -> list[IntegerReport]:
+        return export_onnx(self.open(name), output, **how)
+
+    def batches(self, model: Any, images: ImageRequest, **options: Any) -> tuple[Iterable[Any], dict[str, Any]]:
+        return calibration_batches(model, images, options['batch_size'], 'Counting')[:2]
+
+    def executed(self, model: nn.Module, images: Any) -> dict[str, Any] | None:
+        return compare_codings(model, images)
+
+    def maps(self, model: nn.Module, image: Any) -> tuple[Any, Any]:
+        return pixels_of(model, image), spike_maps(model, image)
+
+    def summary(self, result: Result) -> list[str]:
+        lines = [f'{result["model"]} on {result["num_images"]} images of {result["dataset"]}'
+                 + (f' ({result["split"]})' if result['split'] else ''),
+                 f'  {CLASSIFICATION.said(result)}']
+        if 'source_top1' in result:
+            lines += [f'  source: {CLASSIFICATION.said(result, SOURCE)}',
+                      f'  drop {result["source_top1"] - result["top1"]:+.2f} points   '
+                      f'{CLASSIFICATION.compared(result)}']
+        if result.get('activity') is not None:
+            spikes = ', '.join(f'{n:.3f} {coding}' for coding, n in (result.get('spikes_per_neuron') or {}).items())
+            lines.append(f'  activity {result["activity"]:.3f}' + (f'   spikes per neuron {spikes}' if spikes else ''))
+        for key, what in (('skipped_images', 'without a label'), ('bad_images', 'unreadable')):
+            number = len(result[key]) if key == 'bad_images' else result[key]
+            lines += [f'  left out: {number} images {what}'] if number else []
+        lines += [f'    {name}' for name in result['bad_images']]
+        if result['num_passed_over']:
+            names = ', '.join(result['passed_over'][:3]) + (' ...' if result['num_passed_over'] > 3 else '')
+            lines.append(
+                f'  passed over: {result["num_passed_over"]} files or folders that are no labelled images ({names})')
+        loading = result['decode_seconds'] + result['preprocess_seconds']
+        computing = result['seconds'] + result.get('source_seconds', 0.)
+        return lines + [
+            f'  {result["seconds"]:.1f} s, {result["images_per_second"]:.1f} images/s'
+            + (f' on {result["world_size"]} processes' if result['world_size'] > 1 else ''),
+            f'  decoding and preprocessing {100 * loading / (loading + computing):.1f} % of the work '
+            f'({result["decode_seconds"]:.1f} s + {result["preprocess_seconds"]:.1f} s), '
+            f'waited for {result["wait_seconds"]:.1f} s of {result["wall_seconds"]:.1f} s']
+
+    def describe(self, folder: Path, model: Any) -> Description:
+        config = read_config(folder)
+        return Description(
+            config=config, architecture=config['architecture'],
+            input_size=config.get('pretrained_cfg', {}).get('input_size', (3, 224, 224)),
+            num_classes=config.get('num_classes', model.num_classes))
+
+    def hub_task(self, built: Mapping[str, Any]) -> tuple[str, str]:
+        return 'image-classification', 'Image Classification'
+
+    def source_in_words(self, built: Mapping[str, Any], source: str) -> str:
+        return source
+
+    def recipe(self, record: Any) -> list[tuple[str, Any]]:
+        source = record.conversion.get('source')
+        return [('input', ' x '.join(map(str, record.input_size))), ('classes', record.num_classes),
+                *([('source', f'`{source}`')] if source else [])]
+
+    def usage(self, record: Any) -> str:
+        channels, height, width = record.input_size
+        return CLASSIFIER_USAGE.format(
+            name=record.load_name, mode='L' if channels == 1 else 'RGB', size=(width, height),
+            classes=record.num_classes)
+
+
+def _check_engine(names: Sequence[str], options: Mapping[str, Any]) -> None:
+    """Raise SFormerError for options that would be recorded and change nothing."""
+    exported = [name for name in names if name.endswith('.onnx')]
+    if options['engine'] and not exported:
+        raise SFormerError('--engine is for models that `sformer export` wrote, which end in .onnx.')
+    for option in ('amp', 'torchcompile', 'channels_last'):
+        if exported and options[option]:
+            raise SFormerError(f'{exported[0]} computes as it was exported: leave out --{option.replace("_", "-")}.')
+
+
+def _settings(request: EvaluationRequest) -> dict[str, Any]:
+    """Fields of an evaluation's config, with what a well-known name of a data set stands for, unless there is a folder
+    of this name."""
+    images, options = request.images, request.options
+    config = {name: value for name, value in options.items() if name not in ('amp', 'amp_dtype', 'engine')}
+    config.update(
+        split=images.split, num_images=images.num_images, seed=images.seed, by_position=request.by_position,
+        max_bad=request.max_bad, timeout=request.group.timeout, amp=options['amp_dtype'] if options['amp'] else None)
+    known = {} if Path(images.dataset).is_dir() else DATASETS.get(images.dataset, {})
+    config.update({name: value for name, value in known.items() if config.get(name) is None})
+    return dict(config, dataset=known.get('dataset', images.dataset), streaming=bool(config['streaming']))
+
+
+register_task(Classification())
