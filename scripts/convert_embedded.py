@@ -43,9 +43,13 @@ def main(
     recipe = training['recipe']
     name, dataset = ENTRIES[recipe['name']], DATASETS[recipe['data']]
     cfg = timm.get_pretrained_cfg(name)
-    network = sformer.source_of(timm.create_model(name, pretrained=True)) if again else \
-        create_source(recipe['model'], Path(source), **recipe['model_args']).network
-    set_data_config_(network, mean=cfg.mean, std=cfg.std, crop_pct=cfg.crop_pct, interpolation=cfg.interpolation)
+    trained = dict(mean=cfg.mean, std=cfg.std, crop_pct=cfg.crop_pct, interpolation=cfg.interpolation)
+    if again:
+        network = sformer.source_of(timm.create_model(name, pretrained=True))
+        set_data_config_(network, **trained)
+    else:
+        network = create_source(
+            recipe['model'], Path(source), preprocessing=trained, **recipe['model_args']).network
     if recipe['bf16']:  # float16 has three more bits than the weights were trained to have
         with torch.no_grad():
             for parameter in network.parameters():

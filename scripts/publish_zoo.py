@@ -23,7 +23,7 @@ import torch
 import typer
 
 import sformer
-from sformer.conversion.sources import create_source, set_data_config_
+from sformer.conversion.sources import create_source
 from sformer.errors import SFormerError
 from sformer.evaluation.launch import Group
 from sformer.files import state_hash, write_json
@@ -93,8 +93,8 @@ def convert(entry: Entry, folder: Path) -> None:
             return
     except SFormerError:
         pass  # not there, or not whole
-    source = create_source(entry.source, entry.checkpoint, **entry.model_kwargs)
-    set_data_config_(source.network, **entry.data_config)
+    source = create_source(
+        entry.source, entry.checkpoint, preprocessing=dict(entry.data_config), **entry.model_kwargs)
     with all_cores():
         model = sformer.convert(
             source, entry.calibration, entry.config, split=entry.split, num_images=entry.num_images, inplace=True,

@@ -21,7 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import typer
 from safetensors.torch import save_file
-from timm.data import resolve_input_data_config
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_input_data_config
 
 from sformer.conversion.sources import create_source
 from sformer.data import open_images
@@ -140,7 +140,8 @@ def relative_error(expected: torch.Tensor, actual: torch.Tensor) -> float:
 
 def load_source(checkpoint: Path) -> nn.Module:
     """The source network with the weights that this script wrote."""
-    return create_source(MODEL, checkpoint, **MODEL_ARGS).network
+    trained = dict(mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
+    return create_source(MODEL, checkpoint, preprocessing=trained, **MODEL_ARGS).network
 
 
 def main(

@@ -330,7 +330,8 @@ def main(
 
     correct = trainer.count_correct(test)
     averaged = trainer.ema.module.state_dict()
-    weights = save({k: v.float().cpu().contiguous() for k, v in averaged.items()}, {'format': 'pt'})
+    said = {'format': 'pt', 'mean': json.dumps(recipe.mean), 'std': json.dumps(recipe.std)}  # for whoever converts them
+    weights = save({k: v.float().cpu().contiguous() for k, v in averaged.items()}, said)
     record = {
         'recipe': {'name': name, **asdict(recipe)},
         'seed': seed,

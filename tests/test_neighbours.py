@@ -1,5 +1,6 @@
 """Libraries that people train and serve with: an SFormer goes through them, with equal logits and its thresholds."""
 import copy
+import json
 
 import pytest
 import timm
@@ -106,3 +107,14 @@ def test_pipeline_of_transformers(tmp_path):
     for label, digit in enumerate(digits):
         image = Image.fromarray((digit * 255 / 16).astype('uint8')).convert('RGB')
         assert classify(image, top_k=1)[0]['label'] in (str(label), f'LABEL_{label}')
+    names = ['null', 'eins', 'zwei', 'drei', 'vier', 'fünf', 'sechs', 'sieben', 'acht', 'neun']
+    model.pretrained_cfg['label_names'] = names
+    folder = sformer.save_model(model, tmp_path / 'named')
+    config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+    assert config['label_names'] == names and config['id2label'] == {str(i): name for i, name in enumerate(names)}
+    assert config['label2id']['fünf'] == 5 and 'label_names' not in config['pretrained_cfg']
+    classify = transformers.pipeline('image-classification', model=str(folder))
+    image = Image.fromarray((digits[3] * 255 / 16).astype('uint8')).convert('RGB')
+    assert classify(image, top_k=1)[0]['label'] == 'drei'
+    for load in (sformer.load_model, lambda path: timm.create_model(f'local-dir:{path}', pretrained=True)):
+        assert load(folder).pretrained_cfg['label_names'] == names

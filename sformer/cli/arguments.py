@@ -11,12 +11,12 @@ from ..errors import SFormerError
 from .failure import fail
 
 __all__ = [
-    'spread', 'expand_home', 'parse_kwargs', 'parse_dataset_ids', 'command_line', 'check_source',
+    'spread', 'expand_home', 'parse_kwargs', 'parse_names', 'parse_dataset_ids', 'command_line', 'check_source',
 ]
 
 
 # options that take several values up to the next option, as in timm's own scripts
-MULTI_VALUE = ('--model-kwargs', '--mean', '--std')
+MULTI_VALUE = ('--model-kwargs', '--mean', '--std', '--label-names')
 MULTI_VALUE_OF = {  # of one command only
     'benchmark': ('--execution', '--against', '--batch-size'), 'sweep': ('--levels',)}
 AMP_NAMES = ('bfloat16', 'bf16', 'float16', 'fp16', 'half')
@@ -86,6 +86,20 @@ def parse_kwargs(pairs: Optional[List[str]]) -> Dict[str, Any]:
         except (ValueError, SyntaxError):
             kwargs[key] = value
     return kwargs
+
+
+def parse_names(values: Optional[List[str]]) -> Optional[List[str]]:
+    """Names as they are typed or, if the only one is that of a file, its lines.
+
+    Raises:
+        SFormerError: If the file is no text.
+    """
+    if not values or len(values) > 1 or not Path(values[0]).is_file():
+        return values
+    try:
+        return Path(values[0]).read_text(encoding='utf-8-sig').splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise SFormerError(f'{values[0]} is no text file of names, one per line: {e}.') from e
 
 
 def parse_dataset_ids(pairs: Optional[List[str]]) -> Dict[str, str]:

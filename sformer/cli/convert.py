@@ -7,7 +7,7 @@ from typing import Annotated, Any, List, Optional, Tuple
 import typer
 
 from ..neurons import FitConfig, SFNConfig, recipe_configs
-from .arguments import check_source, command_line, parse_kwargs
+from .arguments import check_source, command_line, parse_kwargs, parse_names
 from .options import MAX_BATCH_SIZE, MAX_IMAGES, MAX_SEED, ColumnOptions, CropPct, Dataset, Given, Mean, Std, unfolded
 
 __all__ = ['convert']
@@ -74,6 +74,8 @@ def convert(
         checkpoint: Annotated[Optional[Path], typer.Option(
             help='Weights of the source (safetensors); its published ones if not given')] = None,
         model_kwargs: Annotated[Optional[List[str]], typer.Option(help='key=value ... for timm.create_model')] = None,
+        label_names: Annotated[Optional[List[str]], typer.Option(
+            help='Names of the classes, or a text file of them, one per line')] = None,
         calibration: Annotated[str, typer.Option(help=f'dead-leaves (generated images), {Dataset}')] = 'dead-leaves',
         split: Annotated[Optional[str], typer.Option(help='Split of the calibration data set')] = None,
         num_images: Annotated[int, typer.Option(min=1, max=MAX_IMAGES, help='Number of calibration images')] = 256,
@@ -99,9 +101,12 @@ def convert(
         dataset=calibration, split=split, num_images=num_images, seed=seed, image_column=columns.image_column)
     model: Any = task.convert(
         source, wanted, config, fit, command_line(), **task.taken('convert', dict(
-            checkpoint=checkpoint, model_kwargs=parse_kwargs(model_kwargs), mean=mean, std=std, crop_pct=crop_pct,
-            interpolation=interpolation, allow_pickle=allow_pickle, batch_size=batch_size)))
+            checkpoint=checkpoint, model_kwargs=parse_kwargs(model_kwargs), label_names=parse_names(label_names),
+            mean=mean, std=std, crop_pct=crop_pct, interpolation=interpolation, allow_pickle=allow_pickle,
+            batch_size=batch_size)))
     task.save(model, output, overwrite)
     used = model.conversion.calibration
     print(f'{source} -> {task.architecture(model)}: N = {config.levels}, calibrated on {used.num_images} {used.name} '
           f'images, saved to {output}')
+    for line in task.remarks(model):
+        print(line)

@@ -40,7 +40,7 @@ def distill(
     network: Any = open_model(model, 'distill')
     teacher = another_source(network, open_model(source_model, 'distill')) if source_model else network_inside(network)
     wanted = ImageRequest(dataset=dataset, split=split, num_images=num_images, seed=seed)
-    batches, used = calibration_batches(network, wanted, batch_size, 'Reading')
+    batches, used, _ = calibration_batches(network, wanted, batch_size, 'Reading')
     recent: List[Any] = []
 
     def report(step: int, error: float, spikes: float) -> None:

@@ -68,8 +68,9 @@ def run_evaluation(
             results = task.evaluate(names, EvaluationRequest(
                 images=ImageRequest(
                     dataset=options.dataset, split=options.split, num_images=options.num_images, seed=options.seed),
-                group=group, source=options.source, source_model=options.source_model, max_bad=options.max_bad,
-                results_file=file, results_format=format, resume=options.resume, new_journal=new_journal,
+                group=group, source=options.source, source_model=options.source_model,
+                by_position=options.by_position, max_bad=options.max_bad, results_file=file, results_format=format,
+                resume=options.resume, new_journal=new_journal,
                 options=task.taken('evaluate', special)))
             if options.source_model:
                 results = [dict(result, source_model=options.source_model) for result in results]

@@ -96,6 +96,8 @@ class EvaluationOptions(ColumnOptions):
     streaming: Annotated[Optional[bool], typer.Option(help='Read shards as they are needed, no copy on disk')] = None
     benchmark: Annotated[Optional[str], typer.Option(
         help='imagenet-1k, imagenet-real, imagenet-v2, imagenet-a or imagenet-r')] = None
+    by_position: Annotated[bool, typer.Option(
+        '--by-position', help='Take label i for class i of the model, whatever names they have')] = False
     img_size: Annotated[Optional[int], typer.Option(
         min=1, max=MAX_IMG_SIZE, help="Input size, if not the model's own")] = None
     crop_pct: CropPct = None

@@ -1,5 +1,6 @@
 """`sformer sweep` and `sformer search`: SFormers of one source with other neurons, beside it."""
 import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Dict, List, Optional, Sequence, Tuple
@@ -10,7 +11,7 @@ from ..errors import SFormerError
 from ..neurons import SFNConfig
 from .arguments import command_line
 from .options import MAX_BATCH_SIZE, MAX_IMAGES, MAX_SEED, Dataset, unfolded
-from .tables import print_table
+from .tables import append_csv, print_table
 
 __all__ = ['search', 'sweep']
 
@@ -24,12 +25,21 @@ class BenchOptions:
     num_calibration: Annotated[int, typer.Option(min=1, max=MAX_IMAGES, help='Other images to calibrate with')] = 128
     batch_size: Annotated[int, typer.Option(min=1, max=MAX_BATCH_SIZE, help='Images per batch that is read')] = 32
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help='Seed of the choice of images')] = 0
-    results_file: Annotated[Optional[Path], typer.Option(help='JSON file for the results')] = None
+    results_file: Annotated[Optional[Path], typer.Option(
+        help='JSON file for the results, or CSV file for the points')] = None
 
-    def __post_init__(self) -> None:
+    def check_results_file(self, model: str) -> None:
+        """Raise SFormerError if results cannot be written, or would take the place of others."""
         if self.results_file:
-            from ..files import holds, may_write
-            may_write(self.results_file, 'points of a sweep or search', holds('points', 'forward_passes'))
+            from ..files import may_write
+            if self.results_file.suffix.lower() not in ('', '.json', '.csv'):
+                raise SFormerError(f'{self.results_file}: points are written to a file that ends in .json or .csv.')
+            found = may_write(self.results_file, 'points of a sweep or search', are_points)
+            if found.exists() and found.suffix.lower() != '.csv' and found.stat().st_size:
+                owner = json.loads(found.read_text(encoding='utf-8')).get('model', model)
+                if owner != model:
+                    raise SFormerError(f'{self.results_file} has results of {owner}, which would be lost. Name another '
+                                       f'file, or remove it.')
 
     def open(self, model: str, verb: str) -> Tuple[Any, Any, Dict[str, Any]]:
         """What measures, the SFormer that is varied, and what a record says of images."""
@@ -43,15 +53,38 @@ class BenchOptions:
         return bench, network, used
 
     def write(self, model: str, used: Dict[str, Any], bench: Any, points: Sequence[Any], **more: Any) -> None:
-        """Write results as JSON, if they are wanted."""
+        """Write results, if they are wanted: all as JSON, or a row per point as CSV."""
         from ..conversion.record import library_versions
         from ..files import write_json
-        if self.results_file:
+        if not self.results_file:
+            return
+        found = [dataclasses.asdict(point) for point in points]
+        if self.results_file.suffix.lower() == '.csv':
+            append_csv(self.results_file, POINT_COLUMNS, [
+                dict(point.pop('config'), model=model, dataset=used['name'], split=used['split'],
+                     num_images=used['num_images'], **point) for point in found])
+        else:
             write_json(self.results_file, dict(
-                model=model, images=used, fit=dataclasses.asdict(bench.fit),
-                points=[dataclasses.asdict(point) for point in points], seconds=bench.seconds,
+                model=model, images=used, fit=dataclasses.asdict(bench.fit), points=found, seconds=bench.seconds,
                 forward_passes=bench.forward_passes, **more, command=command_line(), versions=library_versions()))
-            print(f'written to {self.results_file}')
+        print(f'written to {self.results_file}')
+
+
+# of a CSV file of points
+POINT_COLUMNS = (
+    'model', 'dataset', 'split', 'num_images', 'origin', *(field.name for field in dataclasses.fields(SFNConfig)),
+    'error', 'agreement', 'activity', 'unary', 'binary')
+
+
+def are_points(path: Path) -> bool:
+    """Whether a file is one of points, or empty."""
+    from ..files import holds
+    if path.suffix.lower() != '.csv':
+        return holds('points', 'forward_passes')(path)
+    try:
+        return path.read_text(encoding='utf-8').partition('\n')[0] in ('', ','.join(POINT_COLUMNS))
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 POINT_HEADS = ('N', 'silence', 'lambda', 'agreement [%]', 'relative error', 'activity', 'unary', 'binary')
@@ -82,6 +115,7 @@ def sweep(
         SFNConfig(levels=count)
     if silence is not None:
         SFNConfig(silence=silence)
+    bench.check_results_file(model)
     from ..conversion.search import SWEPT_LEVELS, sweep
     bench_, network, used = bench.open(model, 'sweep')
     base = network.sfn_config if silence is None else dataclasses.replace(network.sfn_config, silence=silence)
@@ -106,6 +140,7 @@ def search(
     """Search for neurons that fire little and stay close to the source (an extra: pip install '.[search]')."""
     if spikes not in ('activity', 'unary', 'binary'):
         raise SFormerError(f'--spikes is activity, unary or binary, not {spikes!r}.')
+    bench.check_results_file(model)
     from ..conversion.search import is_search_journal, need_optuna, pareto_front, recommended, search
     from ..files import may_write
     need_optuna()

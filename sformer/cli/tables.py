@@ -1,9 +1,11 @@
 """Tables for people, which fit into 80 columns, and for programs."""
 import csv
+import io
 import sys
+from pathlib import Path
 from typing import Any, Dict, Iterable, Sequence
 
-__all__ = ['print_table', 'print_csv']
+__all__ = ['append_csv', 'print_table', 'print_csv']
 
 MIN_WIDTH = 60  # a terminal narrower than that wraps lines by itself
 
@@ -36,3 +38,15 @@ def print_csv(columns: Sequence[str], rows: Iterable[Dict[str, Any]]) -> None:
     writer = csv.DictWriter(sys.stdout, columns, restval='', extrasaction='ignore', lineterminator='\n')
     writer.writeheader()
     writer.writerows(rows)
+
+
+def append_csv(path: Path, columns: Sequence[str], rows: Iterable[Dict[str, Any]]) -> None:
+    """Write rows to a CSV file, below those that are there."""
+    from ..files import write_file
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval='', lineterminator='\n')
+    old = path.read_bytes() if path.exists() else b''
+    if not old:
+        writer.writeheader()
+    writer.writerows(rows)
+    write_file(path, old + text.getvalue().encode())

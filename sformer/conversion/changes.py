@@ -18,6 +18,7 @@ from ..errors import SFormerError
 from ..files import state_hash
 from ..layers import named_neurons, without_neurons
 from .record import ADAPTED, BALANCED, COMPENSATED, DISTILLED, FINE_TUNED, REASONS, Conversion
+from .sources import label_names_of
 
 __all__ = [
     'another_source', 'changed', 'in_words', 'kept_record', 'network_inside', 'record_of', 'recorded_as', 'source_of',
@@ -154,6 +155,9 @@ def another_source(model: Any, source: Any) -> nn.Module:
         mine, other = of(model), of(network)
         if mine != other:
             raise SFormerError(f'the source to compare the model with has other {what}: {other}, not {mine}.')
+    mine, other = label_names_of(model), label_names_of(network)
+    if mine and other and mine != other:
+        raise SFormerError('the source to compare the model with has other names of classes, or in another order.')
     recorded = getattr(getattr(model, 'conversion', None), 'source_sha256', None)
     if recorded not in (None, state_hash(network.state_dict())):
         _logger.warning('the source that the model is compared with has other weights than the network that it was '

@@ -2,33 +2,37 @@
 import copy
 import dataclasses
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
-from timm.data import resolve_input_data_config
+from timm.data import infer_imagenet_subset, resolve_input_data_config
 
 from ..data import GENERATED, ImageRequest, open_request, requested
 from ..data.batches import progress
 from ..errors import SFormerError, enough_memory
-from ..layers import named_neurons, revert_
-from ..models import spiking_model_
+from ..layers import check_weights_are_parameters, named_neurons, ordinary_, ordinary_tensors, revert_
+from ..models import spiking_model_, state_input_size_
 from ..models.zoo import CUSTOM, ENTRYPOINTS, architecture_of
 from ..neurons import FitConfig, SFNConfig, recipe_configs
 from .calibration import calibrate_
 from .changes import kept_record
 from .record import CalibrationRecord, Conversion
-from .sources import Source, check_weights, create_source
+from .sources import LOCATIONS, Source, check_weights, create_source, label_names_of, set_label_names_
 
 __all__ = ['Images', 'all_tokens', 'calibration_batches', 'convert']
 
 _logger = logging.getLogger(__name__)
 
+# of a config of timm: what it says of its weights
+OF_WEIGHTS = ('tag', 'license', 'description', 'origin_url', 'paper_name', 'paper_ids', 'notes')
+
 Images = str | Path | Iterable[torch.Tensor]
 
 
+@ordinary_tensors()
 def convert(
         source: str | nn.Module | Source,
         calibration: Images = 'dead-leaves',
@@ -41,6 +45,7 @@ def convert(
         batch_size: int = 32,
         seed: int = 0,
         image_column: str | None = None,
+        label_names: Sequence[str] | None = None,
         inplace: bool = False,
         command: str | None = None,
         **source_kwargs: Any,
@@ -63,6 +68,8 @@ def convert(
         batch_size: Images per batch that are read from a named origin of images; thresholds do not depend on it.
         seed: Seed of the choice or the generation of calibration images.
         image_column: Column of the images of a data set, where it is not found.
+        label_names: Names of the classes, for the config; those that it has if None or, for weights of one's own that
+            have none, those of the calibration data where these have as many.
         inplace: Convert the given model itself instead of a copy; where that fails it is the source network.
         command: Command line to record.
         **source_kwargs: Passed to `timm.create_model` where `source` is a name.
@@ -88,18 +95,24 @@ def convert(
         raise TypeError(f'{", ".join(source_kwargs)}: only for a source that is given by name.')
     if not isinstance(source, Source):
         source = Source(source)
-    model: Any = source.network if inplace else copy.deepcopy(source.network)
+    check_weights_are_parameters(source.network)
+    model: Any = ordinary_(source.network if inplace else copy.deepcopy(source.network))
     kept = kept_record(model)
     if any(True for _ in named_neurons(model)):
         model = revert_(model)  # converting again starts from the network that is inside
     check_weights(model)
-    record = kept or _record_of_source(model, source.weights)
+    record = kept or _record_of_source(source, model)
+    record = dataclasses.replace(record, normalisation=source.normalisation or record.normalisation)
     training = model.training
     before = {k: model.__dict__.get(k) for k in ('pretrained_cfg', 'default_cfg', '_model_args')}
     try:
-        _name_architecture(model)
+        _name_architecture(model, bool(record.source_weights))
         model = spiking_model_(model, config).eval()
-        batches, images = calibration_batches(model, wanted, batch_size)
+        batches, images, class_names = calibration_batches(model, wanted, batch_size)
+        if label_names is None and not record.source_weights and are_names_of(model, class_names):
+            label_names = class_names
+        if label_names is not None:
+            set_label_names_(model, label_names)
         model.conversion = dataclasses.replace(record, global_pool=getattr(model, 'global_pool', None))
         with enough_memory('the source is observed on 16 images at a time, whatever the batch size. Choose a smaller '
                            'input (img_size) or a device with more memory.'):
@@ -112,12 +125,12 @@ def convert(
         raise
 
 
-def _record_of_source(model: nn.Module, weights: str | None) -> Conversion:
-    """What a record says of a source network."""
+def _record_of_source(source: Source, model: nn.Module) -> Conversion:
+    """What a record says of a source network. A tag is of published weights, and timm's config has one for all."""
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     return Conversion(
-        source=cfg.get('architecture') or type(model).__name__, source_tag=cfg.get('tag') or None if weights else None,
-        source_weights=weights)
+        source=cfg.get('architecture') or type(model).__name__, source_weights=source.weights,
+        source_tag=cfg.get('tag') or None if source.weights else None)
 
 
 def all_tokens(network: Any, batch: torch.Tensor) -> torch.Tensor:
@@ -127,8 +140,9 @@ def all_tokens(network: Any, batch: torch.Tensor) -> torch.Tensor:
     return tokens
 
 
-def _name_architecture(model: Any) -> None:
-    """Point a model's config at the `sformer_*` entrypoint that rebuilds it; away from the source's weights."""
+def _name_architecture(model: Any, published: bool) -> None:
+    """Point a model's config at the `sformer_*` entrypoint that rebuilds it; away from the source's weights, of which
+    it says something only where they are the published ones."""
     cfg = dict(getattr(model, 'pretrained_cfg', None) or {})
     if not cfg:
         return
@@ -137,13 +151,22 @@ def _name_architecture(model: Any) -> None:
         cfg['architecture'] = architecture_of(source)
     if cfg['architecture'] == CUSTOM and source != CUSTOM:
         model._model_args = dict(getattr(model, '_model_args', {}), source=source)
-    for key in ('hf_hub_id', 'url', 'file', 'state_dict', 'source', 'custom_load'):
+    for key in (*LOCATIONS, *(() if published else OF_WEIGHTS)):
         cfg.pop(key, None)
     in_chans = getattr(model, 'in_chans', 3)
     for key in ('mean', 'std'):  # a network built for other channels than the cfg's has no statistics of its own
         if key in cfg and len(cfg[key]) != in_chans:
             cfg[key] = (sum(cfg[key]) / len(cfg[key]),) * in_chans
     model.pretrained_cfg = model.default_cfg = cfg
+    state_input_size_(model, getattr(model, '_model_args', {}).get('img_size'))
+
+
+def are_names_of(model: nn.Module, class_names: Sequence[str] | None) -> bool:
+    """Whether names of the classes of calibration data may be those of a model: it has as many and says none. Numbers
+    are no names, and a thousand are ImageNet's, which every data set spells in its own way."""
+    if class_names is None or label_names_of(model) or infer_imagenet_subset(model):
+        return False
+    return len({*class_names}) == getattr(model, 'num_classes', 0) and not all(name.isdigit() for name in class_names)
 
 
 def calibration_batches(
@@ -151,8 +174,8 @@ def calibration_batches(
         wanted: ImageRequest | Iterable[torch.Tensor],
         batch_size: int,
         description: str = 'Calibrating',
-) -> tuple[Iterable[torch.Tensor], dict[str, Any]]:
-    """Batches to observe, and what a record says of them.
+) -> tuple[Iterable[torch.Tensor], dict[str, Any], list[str] | None]:
+    """Batches to observe, what a record says of them, and names of their classes.
 
     Args:
         model: Model that reads them.
@@ -162,14 +185,15 @@ def calibration_batches(
     """
     data_config = resolve_input_data_config(model)
     if not isinstance(wanted, ImageRequest):
-        return _checked(wanted, data_config['input_size']), {}
+        return _checked(wanted, data_config['input_size']), {}, None
     images = open_request(wanted, data_config)
     if images.passed_over:
         more = ' ...' if len(images.passed_over) > 3 else ''
         _logger.warning(f'{images.name}: {len(images.passed_over)} files or folders are no images and were passed over '
                         f'({", ".join(images.passed_over[:3])}{more})')
     batches = (batch for batch, _ in progress(images.batches(batch_size), description, images.num_images))
-    return batches, dict(name=images.name, split=images.split, seed=wanted.seed, fingerprint=images.fingerprint)
+    return batches, dict(
+        name=images.name, split=images.split, seed=wanted.seed, fingerprint=images.fingerprint), images.class_names
 
 
 def _checked(batches: Iterable[Any], input_size: tuple[int, int, int]) -> Iterable[torch.Tensor]:

@@ -50,6 +50,7 @@ class DistillConfig:
         check_flag(self, 'amp')
 
 
+@torch.inference_mode(False)
 def distill_(
         model: nn.Module,
         batches: Iterable[torch.Tensor],

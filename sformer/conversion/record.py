@@ -66,6 +66,7 @@ class Conversion:
         zoo_entry: Line of a table of conversions that this one is of, as `scripts/publish_zoo.py` has one.
         state_sha256: State hash of the weights that this record speaks of.
         layout_sha256: Hash of their names, shapes and dtypes.
+        normalisation: Where mean and std of the source's config are from, in words; None if they came with its weights.
     """
     source: str
     source_tag: Optional[str] = None
@@ -83,6 +84,7 @@ class Conversion:
     zoo_entry: Optional[str] = None
     state_sha256: Optional[str] = None
     layout_sha256: Optional[str] = None
+    normalisation: Optional[str] = None
 
     def to_dict(self) -> Dict[str, Any]:
         """The record as JSON data, with its version."""

@@ -15,8 +15,8 @@ import torch.nn as nn
 from ..data import ImageRequest
 from ..errors import SFormerError, needed_packages
 from ..files import state_hash
-from ..layers import named_neurons
-from ..neurons import CODINGS, FitConfig, Neuron, SFNConfig, count_spikes
+from ..layers.watch import watch_levels
+from ..neurons import CODINGS, FitConfig, SFNConfig, count_spikes
 from .changes import network_inside
 from .convert import all_tokens, calibration_batches, convert
 
@@ -94,7 +94,7 @@ class Bench:
             num_calibration: How many of them are to calibrate with.
             batch_size: Images per batch that are read.
         """
-        batches, used = calibration_batches(model, wanted, batch_size, 'Reading')
+        batches, used, _ = calibration_batches(model, wanted, batch_size, 'Reading')
         images = torch.cat([*batches])
         # the data may be sorted
         images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(wanted.seed))]
@@ -116,16 +116,14 @@ class Bench:
         model = convert(self.source, [self.calibration], config, self.fit)
         spikes, neurons = dict.fromkeys(CODINGS, 0), 0
 
-        def count(neuron: Neuron, args: Any) -> None:
+        def count(name: str, levels: torch.Tensor) -> None:
             nonlocal neurons
-            neurons += args[0].numel()
-            for coding, number in count_spikes(neuron.encode(args[0]).levels).items():
+            neurons += levels.numel()
+            for coding, number in count_spikes(levels).items():
                 spikes[coding] += number
 
-        for _, neuron in named_neurons(model):
-            if neuron.counted:
-                neuron.register_forward_pre_hook(count)
-        out = self._outputs(model)
+        with watch_levels(model, count):
+            out = self._outputs(model)
         error = ((out - self.expected).norm() / self.expected.norm()).item()
         agreement = (out.argmax(-1) == self.expected.argmax(-1)).float().mean().item() if out.ndim == 2 else None
         self.forward_passes = before + len(self.images) + len(self.calibration)

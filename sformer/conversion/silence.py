@@ -114,7 +114,7 @@ def set_quiet_(
     generator, power = torch.Generator().manual_seed(0), 0.
     with torch.inference_mode(False), torch.enable_grad():
         for batch in batches:
-            out = outputs(batch)
+            out = outputs(batch.clone() if isinstance(batch, torch.Tensor) and batch.is_inference() else batch)
             if not isinstance(out, torch.Tensor):
                 raise SFormerError(f'a price of activity (silence) needs an output that is one tensor, got a '
                                    f'{type(out).__name__}: let forward_fn return it.')

@@ -1,13 +1,19 @@
 """Source networks: timm models with trained weights, and the preprocessing that they were trained with."""
+import argparse
+import ast
+import contextlib
 import dataclasses
 import difflib
+import json
+import logging
 import warnings
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import timm
 import torch
 import torch.nn as nn
+from safetensors import safe_open
 from timm.models import clean_state_dict
 
 from ..data.preprocessing import check_preprocessing
@@ -16,9 +22,18 @@ from ..files import check_content, is_safetensors, read_safetensors
 from ..layers import named_neurons
 from ..models import set_pixel_range_
 
-__all__ = ['Source', 'check_weights', 'create_source', 'load_source_weights_', 'set_data_config_']
+__all__ = [
+    'CAME_ALONG', 'LOCATIONS', 'Source', 'check_weights', 'checkpoint_config', 'create_source', 'label_names_of',
+    'load_source_weights_', 'set_data_config_', 'set_label_names_',
+]
+
+_logger = logging.getLogger(__name__)
 
 PREPROCESSING = ('mean', 'std', 'crop_pct', 'crop_mode', 'interpolation')
+NAMES = ('label_names', 'classes', 'class_to_idx')  # of classes, in a checkpoint
+CAME_ALONG = 'of the config of its weights'
+# of a config of timm: where it finds weights, and how it reads them
+LOCATIONS = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'custom_load', 'source')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +43,11 @@ class Source:
     Args:
         network: timm model in eval mode.
         weights: Where its published weights are from, a Hub id or a URL; None for weights of the user's own.
+        normalisation: Where the mean and the std of its config are from, in words; None if they came with its weights.
     """
     network: nn.Module
     weights: Optional[str] = None
+    normalisation: Optional[str] = None
 
 
 def create_source(
@@ -38,19 +55,25 @@ def create_source(
         checkpoint: Union[str, Path, None] = None,
         allow_pickle: bool = False,
         filter_fn: Optional[Callable[[Dict[str, Any], nn.Module], Dict[str, Any]]] = None,
+        preprocessing: Optional[Dict[str, Any]] = None,
         **kwargs: Any,
 ) -> Source:
     """Create a timm model with trained weights.
+
+    A checkpoint may say how it was trained (`checkpoint_config`); where it says nothing of mean and std, those that
+    timm has for the architecture are taken, with a warning: they are those of other weights.
 
     Args:
         name: Model name, as for `timm.create_model`.
         checkpoint: Weights to load; the published pretrained ones if None.
         allow_pickle: Load a pickled checkpoint, with torch's `weights_only` unpickler.
         filter_fn: Adapts the state dict of a checkpoint to the model.
+        preprocessing: How it was trained, as of `set_data_config_`: mean, std, crop_pct, crop_mode, interpolation.
         **kwargs: Passed to `timm.create_model`.
 
     Raises:
-        SFormerError: If there is no such model, its arguments are wrong or the weights cannot be had.
+        SFormerError: If there is no such model, its arguments are wrong, the weights cannot be had, or some of its
+            parameters would stay random.
     """
     if not name.startswith(('hf-hub:', 'local-dir:')) and not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
@@ -68,15 +91,137 @@ def create_source(
         raise SFormerError(
             f'the pretrained weights of {name} cannot be loaded ({first_line(e)}). '
             f'Give a checkpoint, or make the Hub reachable.') from e
+    except KeyError as e:
+        if e.args != ('architecture',):
+            raise SFormerError(f'{name} cannot be built with {kwargs}: KeyError: {first_line(e)}') from e
+        raise SFormerError(
+            f'{name} is no model of timm: its config.json names no architecture. Of a model of transformers, take the '
+            f'one that timm has of the same weights.') from e
     except Exception as e:  # timm leaves it to whatever a wrong value breaks first
         raise SFormerError(f'{name} cannot be built with {kwargs}: {type(e).__name__}: {first_line(e)}') from e
+    cfg: Any = model.pretrained_cfg
+    overlay = kwargs.get('pretrained_cfg_overlay') or {}
+    own = checkpoint or kwargs.get('checkpoint_path') or overlay.get('file')
     if checkpoint is not None:
         load_source_weights_(model, checkpoint, allow_pickle, filter_fn)
-        return Source(model.eval())
-    cfg: Any = model.pretrained_cfg
-    own = kwargs.get('checkpoint_path') or cfg.get('file') or cfg.get('state_dict')
-    described = not own and model.num_classes == cfg.get('num_classes')  # else not those that the config describes
-    return Source(model.eval(), (cfg.get('hf_hub_id') or cfg.get('url') or None) if described else None)
+    else:
+        _check_trained(model, name, kwargs)
+    said = checkpoint_config(Path(own), cfg.get('architecture'), allow_pickle) if own else {}
+    names, _ = said.pop('label_names', ((), ''))
+    if names and len(names) == model.num_classes:
+        set_label_names_(model, names)
+    given = {key: overlay[key] for key in ('mean', 'std') if overlay.get(key)}
+    given |= {key: value for key, value in (preprocessing or {}).items() if value is not None}
+    set_data_config_(model, **{**{key: value for key, (value, _) in said.items()}, **given})
+    normalisation = _normalisation(model, own or overlay.get('state_dict') and 'the state dict', given, said)
+    described = checkpoint is None and not (own or cfg.get('file') or cfg.get('state_dict')) \
+        and model.num_classes == cfg.get('num_classes')  # else these are not the weights that the config is of
+    return Source(model.eval(), (cfg.get('hf_hub_id') or cfg.get('url') or None) if described else None, normalisation)
+
+
+def _check_trained(model: Any, name: str, kwargs: Dict[str, Any]) -> None:
+    """Raise SFormerError if timm has left parameters of a pretrained model random, as it does without a word where the
+    number of classes is another one."""
+    classes = model.pretrained_cfg.get('num_classes')
+    if kwargs.get('checkpoint_path') or model.num_classes == classes:
+        return  # all of them were loaded, or timm has refused
+    if model.num_classes:
+        raise SFormerError(
+            f'num_classes={model.num_classes}, but the pretrained weights of {name} are of {classes} classes: its '
+            f'{model.pretrained_cfg.get("classifier")} would be random. Give a checkpoint that has one, or leave '
+            f'num_classes out.')
+    architecture = name.partition('.')[0]
+    if timm.is_model(architecture):
+        published = dict(timm.create_model(architecture, device='meta').named_parameters())
+        new = [parameter for parameter, _ in model.named_parameters() if parameter not in published]
+        if new:
+            more = f' and {len(new) - 1} more' if len(new) > 1 else ''
+            raise SFormerError(f'the pretrained weights of {name} have no {new[0]}{more}, which would be random with '
+                               f'these arguments: {kwargs}.')
+
+
+def checkpoint_config(
+        path: Path,
+        architecture: Optional[str],
+        allow_pickle: bool = False,
+) -> Dict[str, Tuple[Any, str]]:
+    """What a checkpoint says of the preprocessing that its network was trained with, values as of `set_data_config_`,
+    and of the names of its classes (`label_names`), each with where it stands.
+
+    It says so as `mean`, `std` ... or in a `pretrained_cfg`: in the metadata of a safetensors file, in the entries of a
+    pickled checkpoint or in the `args` of timm's training, or in timm's `config.json` of this architecture beside it.
+    Names may be torchvision's, too: a list `classes`, or numbers by name in `class_to_idx`.
+    """
+    places = [('its metadata', _said_beside_weights(path, allow_pickle))]
+    with contextlib.suppress(OSError, ValueError):
+        config = json.loads((path.parent / 'config.json').read_text(encoding='utf-8'))
+        if isinstance(config, dict) and config.get('architecture') == architecture:
+            places.append(('config.json beside it', config))
+    said: Dict[str, Tuple[Any, str]] = {}
+    for where, values in places:
+        nested = values.get('pretrained_cfg')
+        for content in (values, nested if isinstance(nested, dict) else {}):
+            for key in PREPROCESSING:  # timm's training has empty ones for what was not asked for
+                if content.get(key) not in (None, '', [], ()):
+                    said.setdefault(key, (content[key], where))
+            names = next((names for names in map(content.get, NAMES) if names), None)
+            if isinstance(names, (list, tuple, dict)):
+                said.setdefault('label_names', (_in_their_order(names), where))
+    return {key: found for key, found in said.items() if found[0] is not None}
+
+
+def _in_their_order(names: Any) -> Optional[List[str]]:
+    """Names of classes in their order, of a list, of names by number or of numbers by name; None if they are none."""
+    if isinstance(names, dict):
+        if all(isinstance(number, int) for number in names.values()):
+            names = {number: name for name, number in names.items()}
+        names = [names.get(i, names.get(str(i))) for i in range(len(names))]
+    return [*names] if all(isinstance(name, str) and name.strip() for name in names) else None
+
+
+def _said_beside_weights(path: Path, allow_pickle: bool) -> Dict[str, Any]:
+    """What a checkpoint holds beside its weights."""
+    if is_safetensors(path):
+        with safe_open(path, framework='pt') as f:
+            return {key: _value(text) for key, text in (f.metadata() or {}).items()}
+    if not allow_pickle:
+        return {}
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        content = torch.load(path, map_location='cpu', weights_only=True)
+    if not isinstance(content, dict):
+        return {}
+    args = content.get('args')
+    return {**(vars(args) if isinstance(args, argparse.Namespace) else {}),
+            **{key: content[key] for key in (*PREPROCESSING, *NAMES, 'pretrained_cfg') if key in content}}
+
+
+def _value(text: str) -> Any:
+    """What a text of metadata says: as JSON has it, or Python; else the text itself."""
+    for read in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError):
+            return read(text)
+    return text
+
+
+def _normalisation(
+        model: Any,
+        own: Union[str, Path, None],
+        given: Dict[str, Any],
+        said: Dict[str, Tuple[Any, str]],
+) -> Optional[str]:
+    """Where the mean and the std of a network are from, in words, None where its config came with its weights; warns
+    where they are those that timm has for other weights."""
+    cfg = model.pretrained_cfg
+    default = f'timm\'s default for {cfg.get("architecture")}' if own else CAME_ALONG
+    origins = {key: 'given' if key in given else f'of the checkpoint ({said[key][1]})' if key in said else default
+               for key in ('mean', 'std')}
+    if own and default in origins.values():
+        values = ' and '.join(f'{key} {tuple(cfg[key])}' for key in origins if origins[key] == default)
+        _logger.warning(f'{own} does not say which mean and std it was trained with: {values} are taken, {default}. '
+                        f'--mean and --std (preprocessing) say otherwise.')
+    if {*origins.values()} == {CAME_ALONG}:
+        return None
+    return origins['mean'] if len({*origins.values()}) == 1 else f'mean {origins["mean"]}, std {origins["std"]}'
 
 
 def set_data_config_(model: nn.Module, **values: Any) -> None:
@@ -95,6 +240,29 @@ def set_data_config_(model: nn.Module, **values: Any) -> None:
     cfg.update(values)
     if any(True for _ in named_neurons(model)):
         set_pixel_range_(model, cfg['mean'], cfg['std'])
+
+
+def set_label_names_(model: nn.Module, names: Sequence[str]) -> None:
+    """Name the classes of a model, in its config.
+
+    Raises:
+        SFormerError: If there are more or fewer names than classes, or one of them is empty.
+    """
+    count, cfg = getattr(model, 'num_classes', 0), getattr(model, 'pretrained_cfg', None)
+    if isinstance(names, str) or _in_their_order(names) is None:
+        raise SFormerError('names of classes (label_names) are a list of texts, none of them empty.')
+    if len(names) != count:
+        raise SFormerError(f'{len(names)} names of classes (label_names) for a model of {count}.')
+    if cfg is not None:
+        cfg['label_names'] = [*names]
+        cfg.pop('label_descriptions', None)
+
+
+def label_names_of(model: nn.Module) -> Optional[List[str]]:
+    """Names of a model's classes that its config states; None if it has none."""
+    names = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names')
+    names = _in_their_order(names) if isinstance(names, (list, tuple, dict)) else None
+    return names if names and len(names) == getattr(model, 'num_classes', 0) else None
 
 
 def load_source_weights_(
@@ -136,8 +304,9 @@ def load_source_weights_(
     if filter_fn is not None:
         state = filter_fn(state, model)
     expected = model.state_dict()
-    wrong = [f'{k} is missing' for k in expected if k not in state]
-    wrong += [f'{k} is not part of the model' for k in state if k not in expected]
+    missing = [f'{k} is missing' for k in expected if k not in state]
+    foreign = [f'{k} is not part of the model' for k in state if k not in expected]
+    wrong = [*missing[:2], *foreign[:1], *missing[2:], *foreign[1:]]  # a prefix shows in the first of both
     for k, v in expected.items():
         if k in state and not isinstance(state[k], torch.Tensor):
             wrong.append(f'{k} is no tensor')

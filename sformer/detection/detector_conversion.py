@@ -14,7 +14,7 @@ from ..conversion.sources import check_weights
 from ..data import ImageRequest, dead_leaves
 from ..data.batches import progress
 from ..errors import SFormerError, enough_memory
-from ..layers import revert_, spiking_
+from ..layers import ordinary_, ordinary_tensors, revert_, spiking_
 from ..models import set_pixel_range_
 from ..neurons import FitConfig, SFNConfig
 from .coco import CocoData
@@ -37,6 +37,7 @@ def spiking_detector_(detector: nn.Module, sfn: SFNConfig = SFNConfig()) -> nn.M
     return model
 
 
+@ordinary_tensors()
 def convert_detector(
         detector: nn.Module,
         calibration: Union[CocoData, str] = 'dead-leaves',
@@ -75,7 +76,7 @@ def convert_detector(
     if config.silence:
         raise SFormerError('a detector has no price of activity (silence) yet: it needs gradients of one output.')
     kept = kept_record(detector)
-    model: Any = revert_(detector if inplace else copy.deepcopy(detector))
+    model: Any = revert_(ordinary_(detector if inplace else copy.deepcopy(detector)))
     check_weights(model, 'the detector')
     batches = image_batches(model, calibration, num_images, seed)
     fit = fit.settled(isinstance(calibration, str))

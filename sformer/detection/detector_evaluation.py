@@ -9,7 +9,7 @@ import io
 import math
 import sys
 import time
-from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Union
 
 import torch
 import torch.nn as nn
@@ -21,9 +21,10 @@ from ..data.batches import progress
 from ..errors import SFormerError, UncalibratedError
 from ..evaluation import Journal, check_same
 from ..evaluation.figures import DETECTION, precision_figures
+from ..evaluation.labels import match_names
 from ..evaluation.launch import Group
 from ..files import state_hash
-from ..layers import is_calibrated, named_neurons, placed, shared_copy, source_view, uncalibrated
+from ..layers import is_calibrated, named_neurons, placed, shared_copy, source_view, uncalibrated, unwrapped
 from .coco import CocoData
 from .masks import encode, mask_tools
 
@@ -53,6 +54,7 @@ def evaluate_detector(
         source: Union[bool, nn.Module] = True,
         num_images: Optional[int] = None,
         seed: int = 0,
+        by_position: bool = False,
         group: Optional[Group] = None,
         journal: Optional[Journal] = None,
 ) -> Dict[str, Any]:
@@ -64,6 +66,7 @@ def evaluate_detector(
         source: Whether the source is evaluated; or another detector in its place.
         num_images: Size of a random subset of the images; all if None.
         seed: Seed of the subset.
+        by_position: Take categories for the same in the order of their ids, whatever names they have.
         group: Processes of this run; this one alone if None.
         journal: Where to record what was detected, for a run that goes on where this one ended.
 
@@ -73,13 +76,15 @@ def evaluate_detector(
 
     Raises:
         UncalibratedError: If an SFormer has default thresholds.
-        SFormerError: If the categories of the data are not those of the detector, or there are fewer images.
+        SFormerError: If the categories of the data are not those of the detector, by their names, or there are fewer
+            images.
     """
-    model: Any = detector
+    model: Any = unwrapped(detector)
+    source = source if isinstance(source, bool) else unwrapped(source)
     if source is True and group is None:
         warn_of_changes('the detector', model)
     group = group or Group()
-    check_evaluable(model, data)
+    check_evaluable(model, data, by_position)
     every = list(data.images)
     wanted = ImageRequest(dataset=str(data.file), num_images=num_images, seed=seed)
     ids = [every[i] for i in wanted.choose(len(every))]
@@ -91,12 +96,13 @@ def evaluate_detector(
     key: Dict[str, Any] = dict(
         models=[state_hash(model.state_dict())], sources=[*networks], dataset=data.fingerprint, num_images=len(ids),
         seed=seed if len(ids) < len(every) else None, config=repr(dataclasses.asdict(model.config)),
-        device=group.device.type,
+        by_position=by_position, device=group.device.type,
         **{name: library_versions().get(name) for name in ('sformer', 'torch', 'timm')})
     if isinstance(source, nn.Module):
         key['source'] = state_hash(source.state_dict())
     check_same(dict(key, recorded=journal is not None), group)
-    records = _detect_all(networks, data, ids, key, group, journal)
+    categories = {prefix: _categories_of(network, data, by_position) for prefix, network in networks.items()}
+    records = _detect_all(networks, data, ids, categories, key, group, journal)
     figures: Dict[str, Any] = {}
     kinds = ('boxes', 'masks') if model.config.masks else ('boxes',)
     for prefix in networks:
@@ -116,26 +122,29 @@ def check_calibrated(detector: nn.Module) -> None:
         raise UncalibratedError(f'{uncalibrated(detector)}; convert it with convert_detector().')
 
 
-def check_evaluable(detector: nn.Module, data: CocoData) -> None:
+def check_evaluable(detector: nn.Module, data: CocoData, by_position: bool = False) -> None:
     """Raise what `evaluate_detector` raises of a detector that cannot be evaluated on these images."""
-    model: Any = detector
-    check_calibrated(model)
-    here, there = data.categories.items(), model.config.categories.items()
-    if here != there:
-        raise SFormerError(f'{data.file} has other categories ({_some_categories(here - there)}) than the detector '
-                           f'({_some_categories(there - here)}): ids and names have to be the same.')
+    check_calibrated(detector)
+    _categories_of(detector, data, by_position)
 
 
-def _some_categories(categories: Set[Tuple[int, str]]) -> str:
-    """Categories by their ids, up to five of them."""
-    named = [f'{id} {name}' for id, name in sorted(categories)]
-    return ', '.join([*named[:5], *(['...'] if len(named) > 5 else [])]) or 'none'
+def _categories_of(detector: Any, data: CocoData, by_position: bool) -> List[int]:
+    """Ids of categories in the data by the label, from 1, that a detector gives them."""
+    known = [detector.config.categories[id] for id in sorted(detector.config.categories)]
+    ids = sorted(data.categories)
+    names = [data.categories[id] for id in ids]
+    labels = [*range(len(ids))] if by_position else match_names(names, known, str(data.file), 'the detector')
+    if len(ids) != len(known):
+        which = '' if by_position else f': it has no {next(n for i, n in enumerate(known) if i not in labels)!r}'
+        raise SFormerError(f'{data.file} has {len(ids)} categories, the detector finds {len(known)}{which}.')
+    return [id for _, id in sorted(zip(labels, ids, strict=True))]
 
 
 def _detect_all(
         networks: Dict[str, nn.Module],
         data: CocoData,
         ids: List[int],
+        categories: Dict[str, List[int]],
         key: Dict[str, Any],
         group: Group,
         journal: Optional[Journal],
@@ -146,7 +155,6 @@ def _detect_all(
         print(f'resuming after {len(done)} of {len(ids)} images', file=sys.stderr)
     left = sorted(set(range(len(ids))) - {record['chunk'][0] for record in done})
     records = []
-    categories = sorted(data.categories)
     mine = left[group.rank::group.world_size]
     with contextlib.closing(journal) if journal is not None else contextlib.nullcontext():
         for i in progress(mine, 'Evaluating', len(mine)):
@@ -157,7 +165,7 @@ def _detect_all(
                 start = time.perf_counter()
                 found = detect(network, image)
                 record['seconds'][prefix] = time.perf_counter() - start
-                record['found'][prefix] = _as_coco(found, categories)
+                record['found'][prefix] = _as_coco(found, categories[prefix])
             if journal is not None:
                 journal.add(record)
             records.append(record)

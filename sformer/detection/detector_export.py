@@ -17,7 +17,7 @@ from ..execution.graph import to_graph_
 from ..execution.integer import MAX_WEIGHT_ERROR, IntegerReport, to_integer_
 from ..execution.onnx import graph_hash, writable, write_graph
 from ..files import state_hash
-from ..layers import named_neurons
+from ..layers import named_neurons, unwrapped
 
 __all__ = ['export_detector']
 
@@ -59,6 +59,7 @@ def export_detector(
     path = writable(path, overwrite)
     if not any(True for _ in named_neurons(detector)):
         raise SFormerError('the detector has no neurons: convert it first.')
+    detector = unwrapped(detector)
     network: Any = copy.deepcopy(detector).eval().to('cpu', torch.float32)
     size = tuple(image_size or network.config.image_size)
     image = torch.rand(3, *size, generator=torch.Generator().manual_seed(0))

@@ -11,7 +11,7 @@ from ..conversion import record_of
 from ..conversion.record import Conversion
 from ..errors import SFormerError, UncalibratedError, first_line
 from ..files import read_safetensors
-from ..layers import is_calibrated, named_neurons, uncalibrated
+from ..layers import is_calibrated, named_neurons, ordinary_tensors, uncalibrated
 from ..neurons import SFNConfig
 from ..saving import weights_of, write_model
 from ..saving.hub import locate
@@ -31,7 +31,7 @@ def save_detector(detector: nn.Module, directory: Union[str, Path], overwrite: b
 
     Raises:
         UncalibratedError: If it has neurons whose thresholds were never fitted.
-        SFormerError: If the folder holds a model, or cannot be written.
+        SFormerError: If the folder holds a model, cannot be written, or weights are NaN or infinite.
     """
     model: Any = detector
     spiking = any(True for _ in named_neurons(detector))
@@ -83,6 +83,7 @@ def _parsed(data: Dict[str, Any], file: Path) -> Tuple[DetectorConfig, Optional[
         raise SFormerError(f'{file} is not as sformer wrote it: {first_line(e)}.') from e
 
 
+@ordinary_tensors()
 def load_detector(
         path: Union[str, Path],
         revision: Optional[str] = None,

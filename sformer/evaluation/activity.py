@@ -5,8 +5,9 @@ from typing import Dict, Iterator, Optional
 import torch
 import torch.nn as nn
 
-from ..layers import named_neurons, shared_copy
-from ..neurons import Neuron, count_spikes
+from ..layers import shared_copy
+from ..layers.watch import watch_levels
+from ..neurons import count_spikes
 
 __all__ = ['Activity', 'activity']
 
@@ -29,18 +30,8 @@ class Activity:
     @contextlib.contextmanager
     def observe(self, model: nn.Module) -> Iterator[None]:
         """Count the spikes of all forward passes inside of the context, whoever calls the model."""
-        def hook(name: str):
-            def count(neuron: Neuron, args: tuple) -> None:
-                self._add(name, _count(_levels(neuron, args[0])))
-            return count
-
-        handles = [neuron.register_forward_pre_hook(hook(name))
-                   for name, neuron in named_neurons(model) if neuron.counted]
-        try:
+        with watch_levels(model, lambda name, levels: self._add(name, _count(levels))):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def add(self, other: 'Activity') -> None:
         """Add the counts of other images."""
@@ -70,11 +61,6 @@ class Activity:
     def _per_neuron(self, key: str) -> Optional[float]:
         total = sum(site['total'] for site in self.counts.values())
         return sum(site[key] for site in self.counts.values()) / total if total else None
-
-
-def _levels(neuron: Neuron, x: torch.Tensor) -> torch.Tensor:
-    """Signed integer levels that a neuron fires on a current, int8 or int16, the shape of x."""
-    return neuron.encode(x).levels
 
 
 def _count(levels: torch.Tensor) -> Dict[str, int]:

@@ -15,7 +15,16 @@ from .journal import Journal, check_same
 from .labels import resolve_benchmark
 from .launch import Group
 from .loop import Loop
-from .networks import build_networks, check_model, data_config_of, device_of, distinct_configs, identity, prepare_model
+from .networks import (
+    build_networks,
+    check_model,
+    data_config_of,
+    device_of,
+    distinct_configs,
+    identity,
+    network_of,
+    prepare_model,
+)
 from .settings import EvaluationConfig
 from .summary import check_complete, finished_shards, peak_memory, result_of
 
@@ -102,6 +111,8 @@ def _evaluate(
         group: Group,
         journal: Journal | None,
 ) -> list[dict[str, Any]]:
+    models = [network_of(model) for model in models]
+    sources = [source if isinstance(source, bool) else network_of(source) for source in sources]
     for model in models:
         check_model(model)
     identities = [identity(model) for model in models]
@@ -112,7 +123,8 @@ def _evaluate(
     device = device_of(models[0])
     data_configs = [data_config_of(model, config) for model in models]
     images = open_request(config, distinct_configs(data_configs))
-    benchmarks = [resolve_benchmark(config.benchmark, m, config.dataset, images.class_names) for m in models]
+    benchmarks = [resolve_benchmark(config.benchmark, m, config.dataset, images.class_names, config.by_position)
+                  for m in models]
     if (labels := benchmarks[0].labels) is not None:
         images.label_with(labels)
     key = _key(identities, [s if isinstance(s, bool) else identity(s) for s in sources], images, benchmarks[0].name,
@@ -156,8 +168,9 @@ def _key(
     key = dict(
         models=models, sources=sources, dataset=images.fingerprint, split=images.split, benchmark=benchmark,
         num_images=images.num_images, batch_size=config.batch_size, num_shards=images.num_shards,
-        streaming=config.streaming, activity_images=config.activity_images, preprocessing=preprocessing,
-        amp=config.amp, device=device.type, torchcompile=config.torchcompile, figures=[*CLASSIFICATION.score().values],
+        streaming=config.streaming, by_position=config.by_position, activity_images=config.activity_images,
+        preprocessing=preprocessing, amp=config.amp, device=device.type, torchcompile=config.torchcompile,
+        figures=[*CLASSIFICATION.score().values],
         **{name: versions.get(name) for name in ('sformer', 'torch', 'timm')})
     return json.loads(json.dumps(key))  # as it is read again
 

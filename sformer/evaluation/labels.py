@@ -9,6 +9,8 @@
 The lists of classes and the ReaL labels are those that timm ships.
 """
 import re
+import unicodedata
+from collections import Counter
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, Callable, Dict, List, Optional, Sequence
@@ -16,9 +18,12 @@ from typing import Any, Callable, Dict, List, Optional, Sequence
 import torch.nn as nn
 from timm.data import ImageNetInfo, RealLabelsImagenet, infer_imagenet_subset
 
+from ..conversion.sources import label_names_of
 from ..errors import ConfigError, SFormerError
 
-__all__ = ['BENCHMARKS', 'DATASETS', 'Benchmark', 'check_benchmark', 'resolve_benchmark']
+__all__ = [
+    'BENCHMARKS', 'DATASETS', 'Benchmark', 'check_benchmark', 'match_names', 'model_class_names', 'resolve_benchmark',
+]
 
 BENCHMARKS = ('imagenet-1k', 'imagenet-real', 'imagenet-v2', 'imagenet-a', 'imagenet-r')
 
@@ -76,27 +81,69 @@ def check_benchmark(name: Optional[str]) -> None:
         raise ConfigError(f'no benchmark {name!r}, but: {", ".join(BENCHMARKS)}.')
 
 
+def match_names(names: Sequence[str], known: Sequence[str], whose: str, of: str) -> List[int]:
+    """Which of the known names of classes each name is: the same or, one to one, the same but for case, what separates
+    words (blanks, `_`, `-`) and how accents are composed.
+
+    Args:
+        names: Names of a data set.
+        known: Names of a model.
+        whose: Who has `names`, for errors.
+        of: Who has `known`.
+
+    Raises:
+        SFormerError: If a name is none of the known ones, or one of several; names the first.
+    """
+    count, given = Counter(known), {*names}
+    exact = {name: i for i, name in enumerate(known) if count[name] == 1}
+    if ([*map(_plain_name, names)] == [*map(_plain_name, known)]
+            and all(exact.get(name, i) == i for i, name in enumerate(names))):
+        return [*range(len(known))]  # two may have one name, but each is in its place
+    alike: Dict[str, List[int]] = {}
+    for i, name in enumerate(known):
+        if name not in exact or name not in given:
+            alike.setdefault(_plain_name(name), []).append(i)
+    found: Dict[int, str] = {}
+    for name in names:
+        those = [exact[name]] if name in exact else alike.get(_plain_name(name), [])
+        if len(those) != 1 or those[0] in found:
+            some = ', '.join(map(str, known[:5])) + (' ...' if len(known) > 5 else '')
+            raise SFormerError(
+                f'{whose} has a class {name!r}, which is no class of {of} ({some}), or not of it alone. Are classes '
+                f'the same by their position, whatever their names? --by-position (by_position=True) says so.')
+        found[those[0]] = name
+    return [*found]
+
+
+def _plain_name(name: str) -> str:
+    """A name without case, with one blank between words, accents composed."""
+    folded = unicodedata.normalize('NFC', unicodedata.normalize('NFC', str(name)).casefold())
+    return ' '.join(re.split(r'[\s_\-]+', folded)).strip()
+
+
 def resolve_benchmark(
         name: Optional[str],
         model: nn.Module,
         dataset: str,
         class_names: Optional[List[str]],
+        by_position: bool = False,
 ) -> Benchmark:
     """Match the labels of a data set with the classes of a model.
 
-    Names of classes decide where both sides have them; else the numbers of classes have to agree.
+    Names of classes decide where both sides have them, as of `match_names`; else the numbers of classes have to agree.
 
     Args:
         name: One of `BENCHMARKS`; None finds ImageNet-A and -R by their classes.
         model: Classifier.
         dataset: What the user calls the data set, for errors.
         class_names: Class names of the data set by label, None where unknown.
+        by_position: Take label i for class i, whatever their names.
 
     Raises:
         SFormerError: If the label sets do not match.
     """
     num_classes: int = getattr(model, 'num_classes', None) or len(class_names or [])
-    if name is None and class_names is not None and len(class_names) == 200:
+    if name is None and class_names is not None and len(class_names) == 200 and not by_position:
         name = next((b for b in ('imagenet-a', 'imagenet-r') if sorted(class_names) == _synsets(b)), None)
     if name in ('imagenet-a', 'imagenet-r'):
         return _subset(name, model, dataset, class_names)
@@ -111,24 +158,24 @@ def resolve_benchmark(
     if class_names is None:
         return Benchmark(name)
 
-    names = model_class_names(model)
-    if sorted(class_names) == sorted(map(str, range(num_classes))):
-        names = [str(i) for i in range(num_classes)]  # classes named by their numbers, sorted by whatever rule
-    if names and set(class_names) <= set(names) and len(set(class_names)) == len(class_names):
-        index = {n: i for i, n in enumerate(names)}
-        classes = [index[n] for n in class_names]
-        return Benchmark(name, classes if classes != list(range(num_classes)) else None)
     if len(class_names) > num_classes:
         raise SFormerError(
             f'{dataset} has label {len(class_names) - 1}, the model has {num_classes} classes: '
             f'this is not the data set that it was trained for.')
+    if by_position:
+        return Benchmark(name)
+    names = model_class_names(model)
+    if sorted(class_names) == sorted(map(str, range(num_classes))):
+        names = [str(i) for i in range(num_classes)]  # classes named by their numbers, sorted by whatever rule
+    elif names and all(map(_SYNSET.fullmatch, names)) and not all(map(_SYNSET.fullmatch, class_names)):
+        names = _words_of(names, class_names)
+    if names:
+        classes = match_names(class_names, names, dataset, 'the model')
+        return Benchmark(name, classes if classes != list(range(num_classes)) else None)
     if len(class_names) < num_classes:
         raise SFormerError(
             f'{dataset} has {len(class_names)} classes ({", ".join(class_names[:3])} ...), the model has '
             f'{num_classes}, and their names do not tell which is which.')
-    if names and all(map(_SYNSET.fullmatch, names)) and all(map(_SYNSET.fullmatch, class_names)):
-        wrong = next(n for n in class_names if n not in set(names))
-        raise SFormerError(f'{dataset} has a class {wrong} that the model does not know.')
     return Benchmark(name)
 
 
@@ -147,12 +194,31 @@ def _synsets(name: str) -> List[str]:
     return (files('timm.data') / '_info' / f'{name.replace("-", "_")}_synsets.txt').read_text().split()
 
 
+def _words_of(synsets: List[str], class_names: List[str]) -> Optional[List[str]]:
+    """What classes of ImageNet are called where data have names of them: WordNet's words, or the first of these. None
+    if their names are of others: a classifier is taken for one of ImageNet by its number of classes."""
+    info, given = ImageNetInfo(), [*map(_plain_name, class_names)]
+    try:
+        words = [info.label_name_to_description(synset, detailed=False) for synset in synsets]
+    except KeyError:  # of no synset of WordNet's
+        return None
+    spellings = [words, [word.partition(',')[0] for word in words]]
+    best = max(spellings, key=lambda names: len({*map(_plain_name, names)} & {*given}))
+    plain = [*map(_plain_name, best)]
+    common = {*plain} & {*given}
+    if 2 * len(common) < len(given):
+        return None
+    if len(given) == len(plain) and all(a == b for a, b in zip(given, plain, strict=True) if a in common):
+        return class_names  # two are called crane, and some have other names elsewhere, but each is in its place
+    return best
+
+
 def model_class_names(model: nn.Module) -> Optional[List[str]]:
-    """Names of a model's classes: those in its config, or the WordNet ids of ImageNet classifiers; None if unknown."""
-    cfg = getattr(model, 'pretrained_cfg', None) or {}
-    names = cfg.get('label_names')
-    if names is not None and len(names) == model.num_classes:
-        return list(names)
+    """Names of a model's classes: those in its config, a list or a mapping from their numbers, or the WordNet ids of
+    ImageNet classifiers; None if unknown."""
+    names = label_names_of(model)
+    if names:
+        return names
     subset = infer_imagenet_subset(model)
     try:
         return ImageNetInfo(subset).label_names() if subset else None

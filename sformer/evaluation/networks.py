@@ -14,13 +14,13 @@ from timm.data import resolve_input_data_config
 
 from ..errors import SFormerError, UncalibratedError, first_line, working_compiler
 from ..files import state_hash
-from ..layers import is_calibrated, named_neurons, placed, shared_copy, source_view, uncalibrated
+from ..layers import is_calibrated, named_neurons, placed, shared_copy, source_view, uncalibrated, unwrapped
 from .labels import Benchmark
 from .settings import EvaluationConfig
 
 __all__ = [
-    'Network', 'Subject', 'build_networks', 'check_model', 'data_config_of', 'device_of', 'identity', 'prepare_model',
-    'usable_device',
+    'Network', 'Subject', 'build_networks', 'check_model', 'data_config_of', 'device_of', 'identity', 'network_of',
+    'prepare_model', 'usable_device',
 ]
 
 
@@ -77,12 +77,27 @@ class Subject:
 
 def check_model(model: nn.Module) -> None:
     """Raise SFormerError where evaluation would mean nothing: default thresholds, no classes; or could not be done."""
-    if hasattr(model, '_orig_mod'):
-        raise SFormerError('the model is compiled: hand over the one that it was made of, with torchcompile=True.')
     if _is_spiking(model) and not is_calibrated(model):
         raise UncalibratedError(f'{uncalibrated(model)}; its accuracy would mean nothing. Use sformer.convert().')
     if not getattr(model, 'num_classes', 1):
         raise SFormerError('the model has no classes to predict (num_classes=0).')
+
+
+def network_of(model: nn.Module) -> nn.Module:
+    """The network to evaluate, without what runs it on several devices or averages its weights.
+
+    Raises:
+        SFormerError: If it is compiled, or in a wrapper that does not say which preprocessing the network wants.
+    """
+    if hasattr(model, '_orig_mod'):
+        raise SFormerError('the model is compiled: hand over the one that it was made of, with torchcompile=True.')
+    model = unwrapped(model)
+    inside = [(name, part) for name, part in model.named_modules() if getattr(part, 'pretrained_cfg', None)]
+    if inside and not getattr(model, 'pretrained_cfg', None):
+        name, part = inside[0]
+        raise SFormerError(f'a {type(model).__name__} wraps the {type(part).__name__} at {name} and does not say which '
+                           f'preprocessing that wants: hand over what it wraps, or give it a pretrained_cfg.')
+    return model
 
 
 def identity(model: nn.Module) -> Dict[str, Any]:

@@ -30,6 +30,7 @@ class EvaluationConfig(ImageRequest):
         workers: Processes per process that decode images.
         activity_images: Spikes are counted on the first this many images, in whole batches.
         benchmark: One of `sformer.evaluation.labels.BENCHMARKS`; None for the data set's own labels.
+        by_position: Take label i for class i of the model, whatever names they have.
         img_size: Height and width of the input [pixels]; position embeddings are resampled by timm.
         crop_pct: Centre crop, instead of the model's own.
         interpolation: Resize method, instead of the model's own.
@@ -49,6 +50,7 @@ class EvaluationConfig(ImageRequest):
     workers: int = 0
     activity_images: int = 512
     benchmark: str | None = None
+    by_position: bool = False
     img_size: int | None = None
     crop_pct: float | None = None
     interpolation: str | None = None
@@ -69,7 +71,7 @@ class EvaluationConfig(ImageRequest):
         for name in ('interpolation', 'benchmark'):
             if getattr(self, name) is not None:
                 check_text(self, name)
-        for name in ('channels_last', 'torchcompile', 'retry'):
+        for name in ('by_position', 'channels_last', 'torchcompile', 'retry'):
             check_flag(self, name)
         check_number(self, 'timeout', math.ulp(0.), _MAX_TIMEOUT, f'of seconds in (0, {_MAX_TIMEOUT:g}]')
         check(self.amp is None or self.amp in tuple(AMP_DTYPES), f'amp is bfloat16 or float16, not {self.amp!r}.')

@@ -62,6 +62,10 @@ class EngineNetwork(nn.Module):
     def set_extra_state(self, state: str) -> None:
         pass
 
+    def __reduce__(self) -> Any:
+        raise SFormerError('what an engine has compiled cannot be pickled or sent to another process: load the graph '
+                           'there by its path (load_onnx).')
+
     def __deepcopy__(self, memo: Any) -> 'EngineNetwork':
         return type(self)(self.run, self.about, self.engine)  # what is compiled is shared
 

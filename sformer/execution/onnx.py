@@ -21,7 +21,7 @@ from ..conversion.record import library_versions
 from ..data import requested
 from ..errors import SFormerError, needed_packages, quiet
 from ..files import may_write, state_hash, write_file
-from ..layers import named_neurons
+from ..layers import named_neurons, unwrapped
 from ..neurons import ScaleAndFire
 from .graph import to_graph_
 from .integer import MAX_WEIGHT_ERROR, IntegerReport, to_integer_
@@ -53,7 +53,7 @@ def export_onnx(
     classes), or features. What was exported is recorded in the file, with a hash of its graph.
 
     Args:
-        model: Calibrated SFormer; it is not changed.
+        model: Calibrated SFormer, compiled or not; it is not changed.
         path: File to write, aside and then renamed.
         calibration: Images to round weights for, as of `sformer.convert`; to the nearest if None.
         split: Split of the data set that these are from.
@@ -76,11 +76,12 @@ def export_onnx(
     """
     path = writable(path, overwrite)  # before the work
     _check_options(max_error, calibration is None and (split or image_column))
+    model = unwrapped(model)
     network = copy.deepcopy(model).eval().to('cpu', torch.float32)
     batches = images = None
     if calibration is not None:
         wanted = requested(calibration, split=split, num_images=num_images, seed=seed, image_column=image_column)
-        read, images = calibration_batches(network, wanted, BATCH_SIZE, 'Rounding')
+        read, images, _ = calibration_batches(network, wanted, BATCH_SIZE, 'Rounding')
         batches = list(read)
         images = dict(images, num_images=sum(map(len, batches)))
     reports = to_integer_(network, max_error, batches, portable)

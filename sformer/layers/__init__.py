@@ -6,14 +6,18 @@ from .mlp import SpikingGluMlp, SpikingMlp, SpikingSqueezeExcitation, SpikingSwi
 from .multiplying import Multiplying, Product, named_products
 from .products import AttentionProduct
 from .spiking import (
+    check_weights_are_parameters,
     is_calibrated,
     named_neurons,
+    ordinary_,
+    ordinary_tensors,
     placed,
     revert_,
     shared_copy,
     source_view,
     spiking_,
     uncalibrated,
+    unwrapped,
     without_neurons,
 )
 from .table import FLOATING_LAYERS, SPIKING_LAYERS, SpikingLayer, register_floating, register_spiking
@@ -25,6 +29,6 @@ __all__ = [
     'SpikingGluMlp', 'SpikingLayer', 'SpikingLinear', 'SpikingMlp', 'SpikingPatchEmbed', 'SpikingSqueezeExcitation',
     'SpikingSwiGLU', 'WindowedMixin', 'token_grid', 'windowed_',
     'FLOATING_LAYERS', 'SPIKING_LAYERS', 'register_floating', 'register_spiking',
-    'spiking_', 'revert_', 'placed', 'shared_copy', 'source_view', 'without_neurons', 'named_neurons', 'is_calibrated',
-    'uncalibrated',
+    'check_weights_are_parameters', 'is_calibrated', 'named_neurons', 'ordinary_', 'ordinary_tensors', 'placed',
+    'revert_', 'shared_copy', 'source_view', 'spiking_', 'uncalibrated', 'unwrapped', 'without_neurons',
 ]

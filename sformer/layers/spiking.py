@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from timm.utils import ModelEmaV2, ModelEmaV3
+from torch._dynamo import OptimizedModule
+from torch.optim.swa_utils import AveragedModel
 
 from ..errors import UnsupportedLayerError
 from ..neurons import FitConfig, Neuron, SFNConfig
@@ -16,11 +19,52 @@ from .products import AttentionProduct
 from .table import FLOATING_LAYERS, SPIKING_LAYERS, SpikingLayer
 
 __all__ = [
-    'spiking_', 'revert_', 'shared_copy', 'source_view', 'without_neurons', 'named_neurons', 'is_calibrated',
-    'uncalibrated',
+    'check_weights_are_parameters', 'is_calibrated', 'named_neurons', 'ordinary_', 'ordinary_tensors', 'placed',
+    'revert_', 'shared_copy', 'source_view', 'spiking_', 'uncalibrated', 'unwrapped', 'without_neurons',
 ]
 
+# whose forward is that of the network in them
+WRAPPERS = (
+    nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel, OptimizedModule, ModelEmaV2, ModelEmaV3)
 
+
+@contextlib.contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """Leave inference mode, if that is on: what is made in it can never be trained."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def ordinary_(module: nn.Module) -> nn.Module:
+    """Put ordinary tensors in the place of those that were made in inference mode, in place."""
+    clones: dict[int, torch.Tensor] = {}  # what is tied stays tied
+    for child in module.modules():
+        stores: tuple[dict[str, Any], ...] = (child._parameters, child._buffers)
+        for store in stores:
+            for name, tensor in store.items():
+                if tensor is None or not tensor.is_inference():
+                    continue
+                clone = tensor.detach().clone()
+                store[name] = clones.setdefault(id(tensor), nn.Parameter(clone, tensor.requires_grad)
+                                                if store is child._parameters else clone)
+    return module
+
+
+def check_weights_are_parameters(module: nn.Module) -> None:
+    """Raise UnsupportedLayerError if weights are computed before each forward: pruned, or normalised by a hook."""
+    for name, child in module.named_modules():
+        for key, value in vars(child).items():
+            if isinstance(value, torch.Tensor) and any(other.startswith(f'{key}_') for other in child._parameters):
+                where = f'{name}.{key}'.lstrip('.')
+                raise UnsupportedLayerError(
+                    f'{where} is computed anew before each forward, as of a pruned layer. Make it a parameter first '
+                    f'(torch.nn.utils.prune.remove, or remove_weight_norm ...).')
+
+
+@ordinary_tensors()
 def spiking_(
         module: nn.Module,
         config: SFNConfig = SFNConfig(),
@@ -41,9 +85,10 @@ def spiking_(
         The same module.
 
     Raises:
-        UnsupportedLayerError: If a layer has no spiking counterpart or its forward was replaced; names the layers, and
-            the module is unchanged.
+        UnsupportedLayerError: If a layer has no spiking counterpart, its forward was replaced or its weights are
+            computed; names the layers, and the module is unchanged.
     """
+    check_weights_are_parameters(module)
     named = list(_filtered(module, filter_fn))
     _check_counterparts(named)
     # layers without weights build their neurons where the others are
@@ -134,6 +179,15 @@ def revert_(module: nn.Module) -> nn.Module:
     return module
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The network inside of what compiles it, averages its weights or runs it on several devices; or the module itself.
+    """
+    while isinstance(module, WRAPPERS):
+        inner: Any = module._modules.get('_orig_mod', module._modules.get('module'))
+        module = inner
+    return module
+
+
 def shared_copy(module: nn.Module) -> nn.Module:
     """A copy of a module's structure that shares its parameters and buffers."""
     tensors = itertools.chain(module.parameters(), module.buffers())
@@ -149,6 +203,7 @@ def placed(module: nn.Module, device: torch.device) -> nn.Module:
     return module if all(map(there, tensors)) else copy.deepcopy(module).to(device)
 
 
+@ordinary_tensors()
 def without_neurons(model: nn.Module) -> nn.Module:
     """What the weights of a spiking model are without neurons, as a copy: its source, where they have not moved."""
     return revert_(copy.deepcopy(model))

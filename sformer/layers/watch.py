@@ -1,10 +1,15 @@
-"""A watch on the forwards of a network: whose operation is it?"""
-from typing import Any, List, Tuple
+"""Watches on the forwards of a network: whose operation is it, and what does each neuron fire?"""
+import contextlib
+from typing import Any, Callable, Iterator, List, Tuple
 
+import torch
 import torch.nn as nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ['ForwardWatch']
+from ..neurons import Neuron
+from .spiking import named_neurons
+
+__all__ = ['ForwardWatch', 'watch_levels']
 
 
 class ForwardWatch(TorchDispatchMode):
@@ -28,3 +33,44 @@ class ForwardWatch(TorchDispatchMode):
         while self.handles:
             self.handles.pop().remove()
         return super().__exit__(*args)
+
+
+@contextlib.contextmanager
+def watch_levels(model: nn.Module, add: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
+    """Hand on what each neuron fires in the forward passes inside of the context, whoever calls the model: whether its
+    layer asks it for a current or, where products are executed in integers or spike by spike, for spikes.
+
+    Pixels are left out, which always fire, and neurons that are not to be asked (`Neuron.counted`).
+
+    Args:
+        model: Spiking model, in use by nobody else.
+        add: Called with the path of a neuron and the signed levels that it fires, int8 or int16.
+    """
+    watched = [(name, neuron) for name, neuron in named_neurons(model) if neuron.counted]
+    handles = [handle for name, neuron in watched for handle in _watch(name, neuron, add)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for _, neuron in watched:
+            neuron.__dict__.pop('encode', None)
+
+
+def _watch(name: str, neuron: Any, add: Callable[[str, torch.Tensor], None]) -> List[Any]:
+    encode = neuron.encode
+
+    def asked(x: torch.Tensor) -> Any:
+        spikes = encode(x)
+        add(name, spikes.levels)
+        return spikes
+
+    def before(module: Neuron, args: Any) -> None:
+        asked(args[0])
+        neuron.__dict__.pop('encode', None)  # a forward may ask itself
+
+    def after(*args: Any) -> None:
+        neuron.__dict__['encode'] = asked
+
+    after()
+    return [neuron.register_forward_pre_hook(before), neuron.register_forward_hook(after, always_call=True)]

@@ -9,9 +9,10 @@ from .sformer import (
     SFormerMixin,
     set_pixel_range_,
     spiking_model_,
+    state_input_size_,
 )
 
 __all__ = [
     'HEADS', 'SPIKING_MODELS', 'SFormer', 'SFormerBeit', 'SFormerDistilled', 'SFormerEva', 'SFormerMixin',
-    'set_pixel_range_', 'spiking_model_',
+    'set_pixel_range_', 'spiking_model_', 'state_input_size_',
 ]

@@ -28,7 +28,7 @@ from .zoo import CUSTOM, ENTRYPOINTS, SMALL, SOURCES
 
 __all__ = [
     'SFormer', 'SFormerBeit', 'SFormerDistilled', 'SFormerEva', 'SFormerMixin', 'SPIKING_MODELS', 'HEADS',
-    'spiking_model_', 'set_pixel_range_', 'checkpoint_filter_fn',
+    'spiking_model_', 'set_pixel_range_', 'state_input_size_', 'checkpoint_filter_fn',
 ]
 
 HEADS = ('head', 'head_dist')  # what timm's reset_classifier() puts in anew
@@ -178,6 +178,17 @@ def set_pixel_range_(model: nn.Module, mean: Any, std: Any) -> None:
             if mean_.numel() != in_chans or std_.numel() != in_chans:
                 mean_, std_ = mean_.mean().expand(in_chans), std_.mean().expand(in_chans)
             module.proj.neuron.set_range(-mean_ / std_, (1 - mean_) / std_)
+
+
+def state_input_size_(model: Any, size: Union[int, Tuple[int, int], None]) -> None:
+    """Let the config of a model that takes images of any size (`dynamic_img_size`) say the one that it was built for
+    (`img_size`), if that was asked for: images are resized to it, and it is exported for it."""
+    cfg = dict(getattr(model, 'pretrained_cfg', None) or {})
+    if size is None or 'input_size' not in cfg:
+        return
+    cfg['input_size'] = (cfg['input_size'][0], *((size, size) if isinstance(size, int) else size))
+    cfg.pop('test_input_size', None)
+    model.pretrained_cfg = model.default_cfg = cfg
 
 
 def checkpoint_filter_fn(state_dict: State, model: nn.Module, neurons: Optional[State] = None) -> State:

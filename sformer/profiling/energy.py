@@ -41,9 +41,10 @@ def energy(
         memory, comparisons and functions are free. `account`: for `quantised` (int8 weights, activations of
         ceil(log2(2 N + 1)) bits, every product computed), for the same where hardware skips zeros, and for each coding:
         `operations`, `comparisons`, `weights`, `activations`, `routing`, `floating`, `total`, and `low` and `high`, the
-        total where moving data costs half and half as much again. `activity`: that measured. `break_even`: per coding
-        the activity below which it takes 5 % less than `quantised`, at as many spikes per firing neuron, None if at
-        none. `bytes`: what is moved, `weights`, and spikes or activations by coding. `constants`: the table.
+        total where moving data costs half and half as much again. `activity`: that measured, which leaves out pixels,
+        as they always fire. `break_even`: per coding the activity below which it takes 5 % less than `quantised`, at as
+        many spikes per firing neuron, None if at none. `bytes`: what is moved, `weights`, and spikes or activations by
+        coding. `constants`: the table.
     """
     c = constants
     spiking = [operation for operation in operations if operation.kind != 'floating']
@@ -51,8 +52,8 @@ def energy(
     analog = macs - sum(operation.macs for operation in spiking)
     unary = sum(operation.synaptic_operations['unary'] for operation in spiking)
     account = _account(operations, sites, floating, c)
-    neurons = sum(site.neurons for site in sites)
-    activity = sum(site.neurons * site.activity for site in sites) / max(neurons, 1)
+    counted = [site for site in sites if site.counted]
+    activity = sum(s.neurons * s.activity for s in counted) / max(sum(s.neurons for s in counted), 1)
     return dict(
         proxy=dict(source=_mj(macs * c.fp32_mac), sformer=_mj(unary * c.fp32_add + analog * c.fp32_mac)),
         account=account, activity=activity, break_even={
@@ -149,11 +150,16 @@ def _break_even(
         activity: float,
         budget: float,
 ) -> float | None:
-    """Activity below which a coding takes less than a budget [mJ], if all sites spike less often by one factor."""
+    """Activity below which a coding takes less than a budget [mJ], if all sites but pixels spike less often by one
+    factor."""
+    always = {site.name for site in sites if not site.counted}
+
     def total(factor: float) -> float:
         fewer = [dataclasses.replace(o, synaptic_operations={
-            key: n * factor ** len(o.operands) for key, n in o.synaptic_operations.items()}) for o in operations]
-        silent = [dataclasses.replace(s, spikes={key: n * factor for key, n in s.spikes.items()}) for s in sites]
+            key: n * factor ** len({*o.operands} - always) for key, n in o.synaptic_operations.items()})
+            for o in operations]
+        silent = [dataclasses.replace(s, spikes={key: n * factor for key, n in s.spikes.items()})
+                  if s.counted else s for s in sites]
         return _account(fewer, silent, floating, c)[coding]['total']
     if not activity or total(0) >= budget:
         return None

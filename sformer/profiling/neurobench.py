@@ -138,8 +138,8 @@ def neurobench_view(model: nn.Module, coding: str = 'graded') -> Any:
 
     `SynapticOperations` are those of `profile_model` to the unit: effective multiply-accumulates in graded, effective
     accumulates in binary coding, where no weight is 0 (NeuroBench leaves such out). `ActivationSparsity` in graded
-    coding is one minus the activity, over all neurons. `Footprint` counts weights and the state of neurons, as of the
-    model.
+    coding is one minus the share of neurons that fire, pixels among them. `Footprint` counts weights and the state of
+    neurons, as of the model.
 
     Args:
         model: Calibrated SFormer; it is not changed. The view shares its parameters.

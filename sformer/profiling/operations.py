@@ -40,6 +40,7 @@ class Site:
         top: Largest level that it can fire.
         signed: Whether it has a negative branch.
         dead: Share of neurons that were silent on all images; None where their number differs between images.
+        counted: Whether it counts in the activity of the model, which leaves pixels out: they always fire.
         histogram: How often each level was fired, with its sign.
     """
     name: str
@@ -53,6 +54,7 @@ class Site:
     top: int = MAX_LEVEL
     signed: bool = True
     dead: float | None = None
+    counted: bool = True
     histogram: dict[int, int] = field(default_factory=dict)
 
 
@@ -164,6 +166,8 @@ class _ProductWatch(ForwardWatch):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         count = flop_registry.get(func._overloadpacket)
+        if not self.stack:
+            return out  # of whoever calls the network
         name, module = self.stack[-1]
         if not isinstance(module, Neuron):
             self.floating.add(name, func, args, out)
@@ -256,7 +260,7 @@ def _site(counts: _Counts, images: int) -> Site:
     neuron: Any = counts.neuron
     site = Site(
         counts.name, counts.total / images, counts.spikes['graded'] / total, counts.saturated / total,
-        {coding: counts.spikes[coding] / total for coding in CODINGS}, None,
+        {coding: counts.spikes[coding] / total for coding in CODINGS}, None, counted=neuron.counted,
         histogram=dict(sorted(counts.histogram.items())))
     if isinstance(neuron, ScaleAndFire) and counts.tops is not None:
         site.levels, site.signed, site.top = neuron.config.levels, neuron.signed, int(counts.tops.max())

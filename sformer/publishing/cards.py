@@ -136,7 +136,7 @@ def _result(record: ModelRecord, result: Result) -> dict[str, Any]:
     if record.changed and schema.has_source(result) and not result.get('source_model'):
         settings.append('the source is the network of the weights of this model without neurons')
     return dict(
-        title=f'{title}, {result["num_images"]:,} images' if 'num_images' in result else title,
+        title=f'{title}, {result["num_images"]:,} images' if result.get('num_images') else title,
         rows=_cells(rows), sides=schema.has_source(result), command=result.get('command'),
         settings='; '.join(settings), versions=_versions(result.get('versions')))
 
@@ -146,7 +146,7 @@ def _curve(record: ModelRecord) -> dict[str, Any] | None:
         return None
     first = record.curve[0]
     title = _with_split(_dataset_title(record, first), first.get('split')) if 'dataset' in first else ''
-    count = f' ({first["num_images"]:,} images)' if 'num_images' in first else ''
+    count = f' ({first["num_images"]:,} images)' if first.get('num_images') else ''
     return dict(rows=[(r['levels'], f'{r["top1"]:.2f}') for r in record.curve], command=record.curve_command,
                 of=f', evaluated on {title}{count}' if title else '')
 
@@ -157,7 +157,7 @@ def _comparable(record: ModelRecord) -> list[dict[str, Any]]:
     for result in record.evaluations.values():
         key = result['dataset'], result.get('split')
         if result.get('benchmark') != 'imagenet-real' and \
-                (key not in found or found[key].get('num_images', 0) < result.get('num_images', 0)):
+                (key not in found or (found[key].get('num_images') or 0) < (result.get('num_images') or 0)):
             found[key] = result
     return list(found.values())
 
@@ -172,7 +172,7 @@ def _eval_results(record: ModelRecord) -> list[Any]:
             dataset_type=_dataset_id(record, result) or Path(result['dataset']).name,
             dataset_name=_dataset_title(record, result), dataset_split=result.get('split'),
             dataset_revision=result.get('dataset_revision'))
-        count = f' on {result["num_images"]:,} images' if 'num_images' in result else ''
+        count = f' on {result["num_images"]:,} images' if result.get('num_images') else ''
         entries += [EvalResult(metric_name=f'{name}{count}', metric_value=value, **common)
                     for name, value in schema_of(result).listed(result)]
     return entries
@@ -262,7 +262,7 @@ def render_eval_results(record: ModelRecord) -> str | None:
         if dataset and figures:
             name, value = figures[0]
             split = f', split {result["split"]}' if result.get('split') else ''
-            count = f', {result["num_images"]} images' if 'num_images' in result else ''
+            count = f', {result["num_images"]} images' if result.get('num_images') else ''
             entries.append(EvalResultEntry(
                 dataset_id=dataset, task_id='default', value=value, dataset_revision=result.get('dataset_revision'),
                 notes=f'{name[0].lower()}{name[1:]}{split}{count}'))

@@ -52,8 +52,9 @@ def plot_activity(activity: Dict[str, float], levels: Optional[int] = None) -> b
     """
     cells: Dict[str, Dict[str, float]] = {}
     for name, share in activity.items():
-        block = re.match(r'blocks\.(\d+)\.(.*)', name)
-        column, site = (block[1], block[2]) if block else ('head', name)
+        block = re.match(r'(?:.*\.)?blocks\.(\d+)\.(.*)', name)
+        part = name.removeprefix('backbone.').removeprefix('vit.').partition('.')[0]  # of a detector's
+        column, site = (block[1], block[2]) if block else (part, name)
         cells.setdefault(site.replace('.neuron', '').replace('_neuron', ''), {})[column] = share
     columns: List[Any] = list(dict.fromkeys(column for row in cells.values() for column in row))
     figure = new_figure(1.6 + 0.75 * len(columns), 1.2 + 0.42 * len(cells))

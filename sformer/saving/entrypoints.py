@@ -11,7 +11,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrai
 
 from ..data.batches import progress
 from ..layers import named_neurons
-from ..models import HEADS, set_pixel_range_, spiking_model_
+from ..models import HEADS, set_pixel_range_, spiking_model_, state_input_size_
 from ..models.sformer import checkpoint_filter_fn
 from ..models.zoo import CUSTOM, SMALL, SOURCES, ZOO, source_name
 from ..neurons import SFNConfig
@@ -45,6 +45,7 @@ def _create_sformer(variant: str, source: str, pretrained: bool = False, **kwarg
         **args,
     )
     model.conversion = found.conversion
+    state_input_size_(model, kwargs.get('img_size'))
     _reset_head_of_other_features(model)
     if not pretrained or found.fresh or {'mean', 'std'} & found.overlay.keys():
         # a converted checkpoint brings the code of its pixels along; for others the config is known only now

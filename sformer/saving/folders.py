@@ -2,7 +2,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Callable, Dict, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Optional, Tuple, Union
 
 import timm
 import torch
@@ -13,10 +13,10 @@ from timm.models._hub import save_config_for_hf
 
 from ..conversion import record_of
 from ..conversion.record import Conversion
-from ..conversion.sources import create_source
+from ..conversion.sources import create_source, label_names_of
 from ..errors import SFormerError, UncalibratedError, first_line
 from ..files import file_hash, may_write, write_aside
-from ..layers import SPIKING_LAYERS, SpikingLayer, is_calibrated, named_neurons, uncalibrated
+from ..layers import SPIKING_LAYERS, SpikingLayer, is_calibrated, named_neurons, ordinary_tensors, uncalibrated
 from ..models import SFormerMixin
 from ..neurons import NEURON_TYPES, GradedCoding, ScaleAndFire, SharedScaleAndFire
 from .hub import locate, redact
@@ -50,12 +50,14 @@ def weights_of(model: nn.Module) -> Dict[str, torch.Tensor]:
     """State of a model that can be saved.
 
     Raises:
-        SFormerError: If it has no values.
+        SFormerError: If it has no values, or NaN or infinite ones.
     """
     state = {k: v.detach() for k, v in model.state_dict().items()}
     for name, tensor in state.items():
         if tensor.is_meta:
             raise SFormerError(f'{name} has no values: it is on the meta device, or offloaded.')
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise SFormerError(f'{name} has NaN or infinite values, so it is not saved.')
     return state
 
 
@@ -114,12 +116,19 @@ def _check_untied(state: Dict[str, torch.Tensor]) -> None:
 
 
 def _save_config(model: SFormerMixin, path: Path, record: Conversion) -> None:
+    names = label_names_of(model)
+    root: Dict[str, Any] = dict(sformer=record.to_dict())
+    if names:  # where timm, transformers' pipelines and the Hub's widgets look for them
+        root.update(label_names=names, id2label={str(i): name for i, name in enumerate(names)})
+        if len({*names}) == len(names):
+            root.update(label2id={name: i for i, name in enumerate(names)})
     try:
-        save_config_for_hf(model, str(path), model_config=dict(sformer=record.to_dict()))
+        save_config_for_hf(model, str(path), model_config=root)
     except ValueError as e:  # an argument that JSON does not know
         raise SFormerError(f'no config can rebuild this model: {first_line(e)}.') from e
     config = json.loads(path.read_text(encoding='utf-8'))
     config['model_args'].pop('num_classes', None)  # stands at the root; transformers refuses a second one
+    config['pretrained_cfg'].pop('label_names', None)  # likewise
     path.write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
 
 
@@ -152,6 +161,7 @@ def open_classifier(name: str) -> nn.Module:
     return create_source(name).network
 
 
+@ordinary_tensors()
 def load_classifier(path: Union[str, Path], revision: Optional[str] = None, **kwargs) -> nn.Module:
     """What `sformer.load_model` does with an SFormer of timm: `timm.create_model`, and the record of its conversion."""
     name = str(path)

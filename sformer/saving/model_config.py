@@ -14,8 +14,9 @@ import timm
 from timm.models import build_model_with_cfg
 
 from ..conversion.record import Conversion
+from ..conversion.sources import LOCATIONS
 from ..data.preprocessing import check_preprocessing
-from ..errors import SFormerError
+from ..errors import SFormerError, first_line
 from ..files import file_hash, read_safetensors, restore
 from ..neurons import SFNConfig
 
@@ -27,8 +28,6 @@ __all__ = [
 WEIGHTS_NAME = 'model.safetensors'
 CONFIG_NAME = 'config.json'
 
-# where timm finds weights, and how it reads them: a config does not choose, its weights lie beside it
-LOCATIONS = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'custom_load', 'source')
 LATER_FIELDS = {'silence', 'neuron'}  # of SFNConfig: models that were saved before have them as by default
 
 
@@ -54,7 +53,8 @@ def read_config(folder: Path) -> Dict[str, Any]:
             if not isinstance(config.get(key, {}), dict):
                 raise TypeError(f'{key} is {config[key]!r}')
     except (ValueError, KeyError, TypeError, RecursionError) as e:
-        raise SFormerError(f'{path} is not a timm config: {str(e).splitlines()[0].rstrip(".")}.') from e
+        said = 'it names no architecture' if isinstance(e, KeyError) else first_line(e)
+        raise SFormerError(f'{path} is not a timm config: {said}.') from e
     try:
         if config.get('sformer'):
             Conversion.from_dict(config['sformer'])
@@ -63,7 +63,7 @@ def read_config(folder: Path) -> Dict[str, Any]:
     if not isinstance(architecture, str) or not architecture.startswith('sformer') or not timm.is_model(architecture):
         raise SFormerError(f'{path}: architecture {architecture!r} is not an SFormer of this version.')
     cfg, args = config.get('pretrained_cfg', config), config.get('model_args', {})
-    directed = [key for key in LOCATIONS if cfg.get(key)]
+    directed = [key for key in LOCATIONS if cfg.get(key)]  # a config does not choose: its weights lie beside it
     if directed:
         raise SFormerError(f'{path}: pretrained_cfg sets {", ".join(directed)}, but weights are the {WEIGHTS_NAME} '
                            f'beside it. Not loaded.')

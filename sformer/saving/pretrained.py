@@ -292,10 +292,10 @@ def _fit(source: str, hub_id: str, config: SFNConfig, cache_dir: Optional[str]) 
             torch.inference_mode(False):
         torch.set_default_dtype(torch.float32)
         try:
-            # a source without a classifier gets one of no meaning: the neurons before it serve whoever adds their own
-            kwargs = {} if has_classes else dict(num_classes=1)
-            network = create_source(
-                source, cache_dir=cache_dir, pretrained_cfg_overlay=dict(hf_hub_id=hub_id), **kwargs).network
+            network: Any = create_source(
+                source, cache_dir=cache_dir, pretrained_cfg_overlay=dict(hf_hub_id=hub_id)).network
+            if not has_classes:  # one of no meaning: the neurons before it serve whoever adds their own
+                network.reset_classifier(1)
             model = convert(network, config=config, inplace=True, **RECIPE)
         finally:
             torch.set_default_dtype(default)

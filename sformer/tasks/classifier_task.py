@@ -6,7 +6,7 @@ from typing import Any
 import torch.nn as nn
 
 from ..conversion import another_source, calibration_batches, convert, warn_of_changes
-from ..conversion.sources import create_source, set_data_config_
+from ..conversion.sources import CAME_ALONG, create_source, label_names_of
 from ..data import ImageRequest
 from ..errors import SFormerError
 from ..evaluation import EvaluationConfig, check_replaceable, evaluate_all
@@ -73,13 +73,19 @@ class Classification(Task):
             command: str,
             **options: Any,
     ) -> nn.Module:
-        trained = create_source(source, options['checkpoint'], options['allow_pickle'], **options['model_kwargs'])
-        set_data_config_(trained.network, **{
-            key: options[key] for key in ('mean', 'std', 'crop_pct', 'interpolation')})
+        trained = create_source(
+            source, options['checkpoint'], options['allow_pickle'], **options['model_kwargs'],
+            preprocessing={key: options[key] for key in ('mean', 'std', 'crop_pct', 'interpolation')})
         return convert(
             trained, images.dataset, config, fit, split=images.split, num_images=images.num_images,
-            batch_size=options['batch_size'], seed=images.seed, image_column=images.image_column, inplace=True,
-            command=command)
+            batch_size=options['batch_size'], seed=images.seed, image_column=images.image_column,
+            label_names=options['label_names'], inplace=True, command=command)
+
+    def remarks(self, model: Any) -> list[str]:
+        cfg, names = model.pretrained_cfg, label_names_of(model)
+        lines = [f'pixels are normalised by mean {tuple(cfg["mean"])} and std {tuple(cfg["std"])}, '
+                 f'{model.conversion.normalisation or CAME_ALONG}']
+        return [*lines, f'classes: {", ".join(names[:5])}{" ..." if len(names) > 5 else ""}'] if names else lines
 
     def evaluate(self, names: Sequence[str], request: EvaluationRequest) -> list[Result]:
         engine = request.options['engine']
@@ -101,7 +107,7 @@ class Classification(Task):
         return export_onnx(self.open(name), output, **how)
 
     def batches(self, model: Any, images: ImageRequest, **options: Any) -> tuple[Iterable[Any], dict[str, Any]]:
-        return calibration_batches(model, images, options['batch_size'], 'Counting')
+        return calibration_batches(model, images, options['batch_size'], 'Counting')[:2]
 
     def executed(self, model: nn.Module, images: Any) -> dict[str, Any] | None:
         return compare_codings(model, images)
@@ -178,8 +184,8 @@ def _settings(request: EvaluationRequest) -> dict[str, Any]:
     images, options = request.images, request.options
     config = {name: value for name, value in options.items() if name not in ('amp', 'amp_dtype', 'engine')}
     config.update(
-        split=images.split, num_images=images.num_images, seed=images.seed, max_bad=request.max_bad,
-        timeout=request.group.timeout, amp=options['amp_dtype'] if options['amp'] else None)
+        split=images.split, num_images=images.num_images, seed=images.seed, by_position=request.by_position,
+        max_bad=request.max_bad, timeout=request.group.timeout, amp=options['amp_dtype'] if options['amp'] else None)
     known = {} if Path(images.dataset).is_dir() else DATASETS.get(images.dataset, {})
     config.update({name: value for name, value in known.items() if config.get(name) is None})
     return dict(config, dataset=known.get('dataset', images.dataset), streaming=bool(config['streaming']))

@@ -106,11 +106,11 @@ class Detection(Task):
             raise SFormerError(f'{data.file}: {len(data.problems)} images and annotations are not usable, more than '
                                f'--max-bad {request.max_bad}.')
         for detector in detectors:
-            check_evaluable(detector, data)
+            check_evaluable(detector, data, request.by_position)
         source: Any = request.source
         if request.source_model:
             source = self.open(request.source_model)
-            check_evaluable(source, data)
+            check_evaluable(source, data, request.by_position)
             source = network_inside(source)
             if masks and not source.config.masks:
                 raise SFormerError(f'{request.source_model} finds no masks to compare with.')
@@ -119,8 +119,8 @@ class Detection(Task):
                 warn_of_changes(name, detector)
         return [dict(
             model=type(detector).__name__, dataset=dataset, split=split, **evaluate_detector(
-                detector, data, source=source, num_images=images.num_images, seed=images.seed, group=request.group,
-                journal=request.new_journal()))
+                detector, data, source=source, num_images=images.num_images, seed=images.seed,
+                by_position=request.by_position, group=request.group, journal=request.new_journal()))
             for detector in detectors]
 
     def export(self, name: str, output: Path, **how: Any) -> list[IntegerReport]:

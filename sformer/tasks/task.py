@@ -23,8 +23,8 @@ __all__ = ['OPTIONS', 'Description', 'EvaluationRequest', 'Task']
 
 # command -> options that only some tasks take; the others say something to each
 OPTIONS: Mapping[str, tuple[str, ...]] = {
-    'convert': ('checkpoint', 'model_kwargs', 'mean', 'std', 'crop_pct', 'interpolation', 'allow_pickle', 'batch_size',
-                'image_column'),
+    'convert': ('checkpoint', 'model_kwargs', 'label_names', 'mean', 'std', 'crop_pct', 'interpolation', 'allow_pickle',
+                'batch_size', 'image_column'),
     'evaluate': ('batch_size', 'workers', 'image_column', 'label_column', 'streaming', 'benchmark', 'img_size',
                  'crop_pct', 'interpolation', 'amp', 'amp_dtype', 'channels_last', 'torchcompile', 'retry', 'engine'),
     'export': ('calibration', 'split', 'num_images', 'seed', 'image_column', 'image_size'),
@@ -41,6 +41,7 @@ class EvaluationRequest:
         group: Processes of this run.
         source: Whether sources are evaluated alongside.
         source_model: Name of another model to compare with; its own source if None.
+        by_position: Whether classes of the images are those of the models by their position, whatever their names.
         max_bad: How much may be left out that is not usable, before it is an error.
         results_file: Where results will be written to.
         results_format: `json` or `csv`; '' where none are written, and on processes but the main one.
@@ -52,6 +53,7 @@ class EvaluationRequest:
     group: Group
     source: bool
     source_model: str | None
+    by_position: bool
     max_bad: int
     results_file: Path | None
     results_format: str
@@ -218,6 +220,10 @@ class Task(abc.ABC):
         return str(picture['image'])
 
     # what is refused
+
+    def remarks(self, model: nn.Module) -> list[str]:
+        """What else is to be said of a model that was converted."""
+        return []
 
     def taken(self, verb: str, values: Mapping[str, Any]) -> dict[str, Any]:
         """Of the options of a command, those that not every task takes, and this one does."""

@@ -29,8 +29,8 @@ PREPROCESSING = ['--mean', '.5', '--std', '.5', '--crop-pct', '1', '--interpolat
 def test_convert_and_evaluate(convert_digits, run_apart, model, tmp_path):
     result = convert_digits(*PREPROCESSING, run=run_apart)
     assert (result.code, result.err) == (0, '')
-    assert re.fullmatch(rf'{NAME} -> sformer_tiny: N = 63, calibrated on 256 digits images, saved to \S+out\n',
-                        result.out)
+    assert re.fullmatch(rf'{NAME} -> sformer_tiny: N = 63, calibrated on 256 digits images, saved to \S+out\n'
+                        r'pixels are normalised by mean \(0\.5,\) and std \(0\.5,\), given\n', result.out)
     assert {p.name for p in (tmp_path / 'out').iterdir()} == {'model.safetensors', 'config.json'}
     config = json.loads((tmp_path / 'out' / 'config.json').read_text())
     assert config['sformer']['command'].startswith(f'sformer convert {NAME} --checkpoint ')
@@ -47,6 +47,27 @@ def test_convert_and_evaluate(convert_digits, run_apart, model, tmp_path):
     assert f'top-1 {values["top1"]:.2f} %' in result.out
     assert f'source: top-1 {values["source_top1"]:.2f} %' in result.out
     assert values['top1'] == sformer.evaluate(model, 'digits')['top1']
+
+
+def test_names_of_classes(convert_digits, run, tmp_path, files):
+    names = [f'digit {i}' for i in range(9, -1, -1)]
+    (tmp_path / 'names.txt').write_text('\ufeff' + '\n'.join(names) + '\n', encoding='utf-8')
+    result = convert_digits(*PREPROCESSING, '--num-images', 20, '--label-names', tmp_path / 'names.txt')
+    assert result.code == 0 and 'classes: digit 9, digit 8, digit 7, digit 6, digit 5 ...\n' in result.out
+    config = json.loads((tmp_path / 'out' / 'config.json').read_text())
+    assert config['label_names'] == names and config['id2label']['9'] == 'digit 0'
+    folder = class_folders(tmp_path / 'x', ['Digit_3', 'digit-7'])
+    assert run('evaluate', tmp_path / 'out', '--data', folder).code == 0
+    result = run('evaluate', tmp_path / 'out', '--data', class_folders(tmp_path / 'y', ['digit 3', 'seven']))
+    assert result.code == 1 and "y has a class 'seven', which is no class of the model" in result.err
+    assert run('evaluate', tmp_path / 'out', '--data', tmp_path / 'y', '--by-position').code == 0
+    for given in (['a', 'b'], [tmp_path / 'empty.txt']):
+        (tmp_path / 'empty.txt').touch()
+        result = convert_digits('--label-names', *given, '--overwrite')
+        assert result.code == 1 and f'{len(given) if len(given) > 1 else 0} names of classes (label_names) for a ' \
+                                    'model of 10' in result.err
+    result = convert_digits('--label-names', files / 'digits.safetensors', '--overwrite')
+    assert result.code == 1 and 'is no text file of names, one per line' in result.err
 
 
 def test_convert_options_reach_the_neurons(convert_digits, tmp_path):
@@ -193,7 +214,7 @@ def test_progress_bar_on_a_terminal_only(convert_digits, run_apart):
         os.close(main)
     assert result.code == 0 and b'Calibrating' in seen, bytes(seen)
 
-    result = convert_digits('--num-images', 64, '--overwrite', run=run_apart)
+    result = convert_digits(*PREPROCESSING, '--num-images', 64, '--overwrite', run=run_apart)
     assert (result.code, result.err) == (0, '')
     assert not re.search('[\r\x1b\u2500-\u259f]', result.out)
 
@@ -337,7 +358,7 @@ def test_ctrl_c(files, tmp_path):
     log, started = tmp_path / '.log', tmp_path / 'started'
     log.mkdir()
     args = ['convert', NAME, '--checkpoint', str(files / 'digits.safetensors'), '--model-kwargs', *KWARGS,
-            '--num-images', '1000000', '--output', str(tmp_path / 'out')]
+            '--num-images', '1000000', '--output', str(tmp_path / 'out'), *PREPROCESSING]
     process = FORKS.Process(target=command, args=(args, log), kwargs=dict(started=started))
     process.start()
     try:

@@ -1,4 +1,5 @@
 """`sformer sweep`, `search` and `distill`."""
+import csv
 import json
 import sys
 
@@ -19,6 +20,52 @@ def test_sweep(run_inside, model, tmp_path):
     assert few['error'] > many['error'] and few['activity'] < many['activity']
     assert f'{few["error"]:.4f}' in out and result['images']['num_images'] == 16 and result['seconds'] > 0
     assert result['forward_passes'] == 16 + 2 * (16 + 16)
+
+
+def test_points_as_csv(run_inside, model, tmp_path):
+    """JSON was written into a file that ends in .csv."""
+    save_model(model, tmp_path / 'out')
+    for levels in ('4', '20'):
+        code, _, err = run_inside('sweep', 'out', *DIGITS, '--levels', levels, '--results-file', 'sweep.csv')
+        assert code == 0, err
+    with open(tmp_path / 'sweep.csv', newline='') as file:
+        few, many = csv.DictReader(file)
+    assert (few['levels'], many['levels']) == ('4', '20')
+    assert (few['fire'], few['model'], few['dataset']) == ('auto', 'out', 'digits')
+    assert float(few['error']) > float(many['error']) and few['num_images'] == '16' and few['origin'] == 'sweep'
+
+
+@pytest.mark.parametrize('command', ['sweep', 'search'])
+def test_files_of_others_stay(run_inside, model, tmp_path, command):
+    if command == 'search':
+        pytest.importorskip('optuna')
+    save_model(model, tmp_path / 'out')
+    (tmp_path / 'eval.json').write_text('{"model": "out", "top1": 97.0}')
+    (tmp_path / 'eval.csv').write_text('model,top1\nout,97.0\n')
+    (tmp_path / 'other.json').write_text('{"model": "another", "points": [], "forward_passes": 0}')
+    (tmp_path / 'notes').write_text('mine')
+    (tmp_path / 'link.json').symlink_to('eval.json')
+    before = {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
+    for file, message in (
+            ('eval.json', 'is there and holds no points of a sweep or search'), ('link.json', 'is there and holds no'),
+            ('eval.csv', 'is there and holds no'), ('notes', 'is there and holds no'),
+            ('other.json', 'has results of another, which would be lost'),
+            ('out/config.json', 'is there and holds no points'),
+            ('out/model.safetensors', 'ends in .json or .csv'), ('points.txt', 'ends in .json or .csv')):
+        code, _, err = run_inside(command, 'out', *DIGITS, '--results-file', file)
+        assert code == 1 and message in err and err.count('\n') == 1, (file, err)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
+    load_model(tmp_path / 'out')
+
+
+def test_points_replace_those_of_the_same_model(run_inside, model, tmp_path):
+    save_model(model, tmp_path / 'out')
+    (tmp_path / 'real.json').write_text('{"model": "out", "points": [], "forward_passes": 0}')
+    (tmp_path / 'link.json').symlink_to('real.json')
+    code, _, err = run_inside('sweep', 'out', *DIGITS, '--levels', '4', '--results-file', 'link.json')
+    assert code == 0, err
+    assert (tmp_path / 'link.json').is_symlink()
+    assert len(json.loads((tmp_path / 'real.json').read_text())['points']) == 1
 
 
 def test_search(run_inside, model, tmp_path):

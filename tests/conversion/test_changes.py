@@ -263,3 +263,14 @@ def test_records_that_knew_no_hash_of_their_weights(models):
     model = copy.deepcopy(models[()])
     model.conversion = old
     assert changed(model) == ()
+
+
+def test_a_source_with_classes_in_another_order_is_refused(model):
+    """Its logits were compared with those of other classes."""
+    named = copy.deepcopy(model)
+    named.pretrained_cfg = dict(named.pretrained_cfg, label_names=[*'abcdefghij'])
+    other = copy.deepcopy(named)
+    other.pretrained_cfg = dict(named.pretrained_cfg, label_names=[*'bacdefghij'])
+    assert another_source(named, copy.deepcopy(named)) is not None and another_source(model, other) is not None
+    with pytest.raises(SFormerError, match='other names of classes, or in another order'):
+        another_source(named, other)

@@ -8,11 +8,24 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+import torch.nn.utils.prune
 from conftest import NANO
+from layer_tools import build, pixels
 from timm.data import resolve_input_data_config
 
 import sformer
-from sformer import FitConfig, SFNConfig, SFormer, SFormerError, convert, is_calibrated
+from sformer import (
+    FitConfig,
+    SFNConfig,
+    SFormer,
+    SFormerError,
+    UnsupportedLayerError,
+    convert,
+    is_calibrated,
+    load_model,
+    save_model,
+    spiking_,
+)
 from sformer.conversion.record import CalibrationRecord
 from sformer.conversion.sources import create_source, set_data_config_
 from sformer.data import open_images
@@ -404,3 +417,36 @@ def test_cifar(cifar, cifar_test, levels, calibration, drop, error):
     assert len(labels) == 10_000 and source_top1 > 60
     assert source_top1 - top1 <= drop
     assert error is None or relative_error(out, expected) <= error
+
+
+@pytest.mark.parametrize('how', ['copy', 'in place', 'made there', 'silent'])
+def test_what_is_converted_in_inference_mode_can_be_trained(how, tmp_path):
+    """It could not, and nothing said so before the first backward."""
+    source = build(depth=1)
+    with torch.inference_mode():
+        images = pixels(8)
+        if how == 'made there':
+            source = build(depth=1)
+        model = convert(source, [images], SFNConfig(8, silence=0.01 if how == 'silent' else 0.),
+                        inplace=how in ('in place', 'made there'))
+        loaded, inside = load_model(save_model(model, tmp_path / 'saved')), sformer.source_of(model)
+    expected = convert(build(depth=1), [pixels(8)], model.sfn_config)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in expected.state_dict().items())
+    for network in (model, loaded, inside):
+        network.train()(pixels(4)).square().sum().backward()
+        assert all(p.grad is not None for p in network.parameters() if p.requires_grad)
+        torch.optim.SGD(network.parameters(), 0.01).step()
+        assert not any(tensor.is_inference() for tensor in (*network.parameters(), *network.buffers()))
+
+
+@pytest.mark.parametrize('inplace', [False, True])
+def test_weights_that_are_computed_are_named(inplace):
+    """A pruned layer has no weight but what a hook computes, which ended in a traceback of deepcopy."""
+    source = build(depth=1)
+    torch.nn.utils.prune.l1_unstructured(source.blocks[0].mlp.fc1, 'weight', amount=0.3)
+    with pytest.raises(UnsupportedLayerError, match=r'blocks\.0\.mlp\.fc1\.weight is computed anew .*prune\.remove'):
+        convert(source, [pixels(8)], inplace=inplace)
+    with pytest.raises(UnsupportedLayerError, match=r'blocks\.0\.mlp\.fc1\.weight is computed'):
+        spiking_(source)
+    torch.nn.utils.prune.remove(source.blocks[0].mlp.fc1, 'weight')
+    assert (convert(source, [pixels(8)], inplace=inplace).blocks[0].mlp.fc1.weight == 0).float().mean() > 0.29

@@ -10,7 +10,7 @@ from sformer.conversion.record import CalibrationRecord, Conversion
 RECORD = Conversion(
     'vit_tiny_patch16_224', 'augreg_in21k_ft_in1k', 'ab' * 32, 'timm/x@0', 'token', 'few', FitConfig('quantile', 0.99),
     CalibrationRecord('digits', 'train', 3, 'ff', 8, True), dict(torch='2.8'),
-    'sformer convert x', ('compensated', 'distilled'), '10 steps', 'cd' * 32, 'y', 'ef' * 32, '01' * 32)
+    'sformer convert x', ('compensated', 'distilled'), '10 steps', 'cd' * 32, 'y', 'ef' * 32, '01' * 32, 'given')
 
 
 def test_there_and_back():

@@ -1,5 +1,7 @@
 """Networks to convert: what is refused, by name."""
+import argparse
 import copy
+import json
 import os
 import pickle
 
@@ -7,10 +9,14 @@ import pytest
 import timm
 import torch
 from conftest import NANO
+from evaluation_tools import class_folders
 from safetensors.torch import save_file
+from timm.data import resolve_input_data_config
 
-from sformer import SFormerError, UnsupportedLayerError, convert
-from sformer.conversion.sources import load_source_weights_
+from sformer import SFormerError, UnsupportedLayerError, convert, load_model, save_model
+from sformer.conversion.sources import create_source, load_source_weights_
+from sformer.detection import DetectorConfig, create_detector
+from sformer.execution import export_onnx, load_onnx
 from sformer.files import state_hash
 
 NAME = 'vit_tiny_patch16_224'
@@ -158,3 +164,214 @@ def test_overflow_inside_the_source_is_located(own_source, images):
     own_source.blocks[0].mlp.fc1.weight.data *= 1e30
     with pytest.raises(SFormerError, match=r'infinite currents at blocks\.\d\.\S+neuron'):
         convert(own_source, [images])
+
+
+# what weights are of --------------------------------------------------------------------------------------------------
+
+def overlay(source, tmp_path, **values):
+    """The weights of a source as if they were published ones: with a tag, a licence and a number of classes."""
+    save_file(source.state_dict(), tmp_path / 'published.safetensors')
+    return dict(file=str(tmp_path / 'published.safetensors'), num_classes=10, hf_hub_id=None, url=None,
+                custom_load=False, input_size=(1, 8, 8), **values)
+
+
+@pytest.mark.parametrize('classes', [5, 1000])
+def test_classes_that_the_pretrained_weights_have_not(source, tmp_path, classes):
+    """timm leaves the classifier random, and says nothing."""
+    kwargs = dict(NANO, num_classes=classes)
+    with pytest.raises(SFormerError, match=rf'num_classes={classes}, but the pretrained weights of {NAME} are of 10 '
+                                           r'classes: its head would be random'):
+        convert(NAME, 'digits', **kwargs, pretrained_cfg_overlay=overlay(source, tmp_path))
+    features = create_source(NAME, **dict(NANO, num_classes=0), pretrained_cfg_overlay=overlay(source, tmp_path))
+    assert features.weights is None and state_hash(features.network.state_dict()) == state_hash(
+        {key: value for key, value in source.state_dict().items() if not key.startswith('head.')})
+
+
+def test_parameters_that_the_pretrained_weights_have_not(source, tmp_path):
+    """Where there is no classifier timm is not strict with any of them."""
+    kwargs = dict(NANO, num_classes=0, qk_norm=True)
+    with pytest.raises(SFormerError, match=r'have no blocks\.0\.attn\.q_norm\.weight and 7 more, which would be'):
+        create_source(NAME, **kwargs, pretrained_cfg_overlay=overlay(source, tmp_path))
+
+
+def test_a_tag_is_of_published_weights(source, checkpoint, images, tmp_path):
+    """timm's config has tag, licence and papers of its own weights, whoever trained those that are converted."""
+    published = create_source(NAME, **NANO, pretrained_cfg_overlay=dict(
+        overlay(source, tmp_path), hf_hub_id='me/mine', tag='mine', license='mit'))
+    published = type(published)(published.network, 'me/mine')  # as of the Hub
+    own = create_source(NAME, checkpoint, **NANO)
+    for of, tag, license in ((published, 'mine', 'mit'), (own, None, None), (source, None, None)):
+        model = load_model(save_model(convert(of, [images]), tmp_path / 'saved', overwrite=True))
+        config = json.loads((tmp_path / 'saved' / 'config.json').read_text())
+        assert config['sformer']['source_tag'] == tag == model.conversion.source_tag
+        assert config['pretrained_cfg'].get('tag') == tag and config['pretrained_cfg'].get('license') == license
+        assert 'augreg' not in json.dumps(config)
+        again = convert(model, [images])
+        assert (again.conversion.source_tag, again.conversion.source_weights) == (tag, 'me/mine' if tag else None)
+
+
+MEAN, STD = [0.4], [0.3]
+
+
+def said_by(path, source, metadata=None, **content):
+    if path.suffix == '.safetensors':
+        save_file(source.state_dict(), path, metadata=metadata)
+    else:
+        torch.save(dict(state_dict=source.state_dict(), **content), path)
+    return path
+
+
+CHECKPOINTS = {
+    'values': ('a.safetensors', dict(metadata=dict(mean='[0.4]', std='[0.3]', crop_pct='1.0')), 'its metadata'),
+    'config': ('a.safetensors', dict(metadata=dict(pretrained_cfg='{"mean": [0.4], "std": [0.3], "crop_pct": 1.0}')),
+               'its metadata'),
+    'args of timm': ('a.pth', dict(args=argparse.Namespace(
+        mean=MEAN, std=STD, crop_pct=1., lr=0.1, interpolation='', crop_mode=None)), 'its metadata'),
+    'tuples': ('a.safetensors', dict(metadata=dict(mean='(0.4,)', std='(0.3,)', crop_pct='1.0')), 'its metadata'),
+    'entries': ('a.pth', dict(mean=MEAN, std=STD, crop_pct=1.), 'its metadata'),
+}
+
+
+@pytest.mark.parametrize('name', CHECKPOINTS)
+def test_normalisation_of_a_checkpoint(name, source, images, tmp_path, caplog):
+    file, said, where = CHECKPOINTS[name]
+    path = said_by(tmp_path / file, source, **said)
+    model = convert(NAME, [images], checkpoint=path, allow_pickle=True, **NANO)
+    assert ([*model.pretrained_cfg['mean']], [*model.pretrained_cfg['std']]) == (MEAN, STD)
+    assert model.pretrained_cfg['crop_pct'] == 1. and model.conversion.normalisation == f'of the checkpoint ({where})'
+    assert torch.allclose(model.patch_embed.proj.neuron.step, torch.tensor(1 / (255 * 0.3)))
+    given = convert(NAME, [images], checkpoint=path, allow_pickle=True, preprocessing=dict(mean=(0.2,)), **NANO)
+    assert given.pretrained_cfg['mean'] == (0.2,) and [*given.pretrained_cfg['std']] == STD
+    assert given.conversion.normalisation == f'mean given, std of the checkpoint ({where})'
+    assert 'does not say which mean and std' not in caplog.text
+
+
+@pytest.mark.parametrize('architecture, taken', [(NAME, True), ('vit_small_patch16_224', False)])
+def test_normalisation_of_the_config_beside_a_checkpoint(source, checkpoint, architecture, taken, caplog):
+    (checkpoint.parent / 'config.json').write_text(json.dumps(
+        dict(architecture=architecture, pretrained_cfg=dict(mean=MEAN, std=STD))))
+    found = create_source(NAME, checkpoint, **NANO)
+    assert (found.normalisation == 'of the checkpoint (config.json beside it)') == taken
+    assert (found.network.pretrained_cfg['mean'] == MEAN) == taken != bool(caplog.text)
+
+
+def test_normalisation_that_a_checkpoint_does_not_say_is_told_of(source, images, checkpoint, tmp_path, caplog):
+    """Which it is, and where it is from: a drop of 0.00 hides that both networks see other pixels than in training."""
+    model = convert(NAME, [images], checkpoint=checkpoint, **NANO)
+    assert model.conversion.normalisation == f"timm's default for {NAME}"
+    assert f'does not say which mean and std it was trained with: mean (0.5, 0.5, 0.5) and std (0.5, 0.5, 0.5) are ' \
+           f"taken, timm's default for {NAME}. --mean and --std" in caplog.text
+    caplog.clear()
+    given = convert(NAME, [images], checkpoint=checkpoint, preprocessing=dict(mean=(0.4,), std=(0.3,)), **NANO)
+    assert given.conversion.normalisation == 'given' and given.pretrained_cfg['std'] == (0.3,)
+    assert 'does not say' not in caplog.text
+    pickled = said_by(tmp_path / 'args.pth', source, args=argparse.Namespace(mean=None, std=None))
+    create_source(NAME, pickled, True, **NANO)
+    assert caplog.text.count('does not say') == 1
+    saved = load_model(save_model(given, tmp_path / 'saved'))
+    assert saved.conversion.normalisation == 'given'
+    overlaid = create_source(NAME, **NANO, pretrained_cfg_overlay=overlay(source, tmp_path))
+    assert overlaid.normalisation == f"timm's default for {NAME}"  # of a file of one's own, likewise
+    again = convert(create_source(f'local-dir:{tmp_path / "saved"}'), [images])
+    assert again.conversion.normalisation == 'given' and again.pretrained_cfg['mean'] == [0.4]
+    other = convert(create_source(f'local-dir:{tmp_path / "saved"}', preprocessing=dict(std=(0.2,))), [images])
+    assert other.conversion.normalisation == 'mean of the config of its weights, std given'
+    assert create_source('sformer_nano.digits').normalisation is None  # weights and config in the package
+
+
+def test_each_value_is_of_where_it_is_said_first(source, checkpoint, tmp_path):
+    """A checkpoint with mean and std, its crop in the config beside it."""
+    said_by(checkpoint, source, metadata=dict(mean='[0.4]', std='[0.3]'))
+    (checkpoint.parent / 'config.json').write_text(json.dumps(
+        dict(architecture=NAME, pretrained_cfg=dict(mean=[0.9], crop_pct=0.7, interpolation='bilinear'))))
+    cfg = create_source(NAME, checkpoint, **NANO).network.pretrained_cfg
+    assert (cfg['mean'], cfg['std'], cfg['crop_pct'], cfg['interpolation']) == ([0.4], [0.3], 0.7, 'bilinear')
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_folders_of_transformers_are_no_models_of_timm(tmp_path):
+    """It ended in KeyError: 'architecture'."""
+    transformers = pytest.importorskip('transformers')
+    config = transformers.ViTConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+                                    image_size=32)
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / 'hf')
+    with pytest.raises(SFormerError, match='is no model of timm: its config.json names no architecture'):
+        create_source(f'local-dir:{tmp_path / "hf"}')
+    with pytest.raises(SFormerError, match='is not a timm config: it names no architecture'):
+        load_model(tmp_path / 'hf')
+    with pytest.raises(SFormerError, match=r'cls_token is missing.*; classifier\.bias is not part'):
+        create_source(NAME, tmp_path / 'hf' / 'model.safetensors')
+
+
+NAMES = ['zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine']
+NAMED = {
+    'metadata': ('a.safetensors', dict(metadata=dict(label_names=json.dumps(NAMES)))),
+    'config in metadata': ('a.safetensors', dict(metadata=dict(pretrained_cfg=json.dumps(dict(
+        label_names=dict(enumerate(NAMES))))))),
+    'classes of torchvision': ('a.pth', dict(classes=NAMES)),
+    'numbers of torchvision': ('a.pth', dict(class_to_idx={name: i for i, name in enumerate(NAMES)})),
+}
+
+
+@pytest.mark.parametrize('name', NAMED)
+def test_names_of_classes_of_a_checkpoint(name, source, images, tmp_path):
+    file, said = NAMED[name]
+    model = convert(NAME, [images], checkpoint=said_by(tmp_path / file, source, **said), allow_pickle=True, **NANO)
+    assert model.pretrained_cfg['label_names'] == NAMES
+    given = convert(model, [images], label_names=NAMES[::-1])
+    assert (given.pretrained_cfg['label_names'], model.pretrained_cfg['label_names']) == (NAMES[::-1], NAMES)
+
+
+def test_names_of_classes_that_cannot_be(source, images, tmp_path):
+    path = said_by(tmp_path / 'a.safetensors', source, metadata=dict(label_names='["a", "b"]'))
+    assert 'label_names' not in convert(NAME, [images], checkpoint=path, **NANO).pretrained_cfg  # of another number
+    for names, message in ((NAMES[1:], '9 names .* for a model of 10'), ([*NAMES[1:], ' '], 'none of them empty'),
+                           ('abcdefghij', 'a list of texts'), ([*range(10)], 'a list of texts')):
+        with pytest.raises(SFormerError, match=message):
+            convert(source, [images], label_names=names)
+    assert 'label_names' not in source.pretrained_cfg
+
+
+def test_names_of_the_classes_that_were_calibrated_on(source, model, tmp_path):
+    """Of weights of one's own, whose data has as many."""
+    folder, few = (class_folders(tmp_path / name, names) for name, names in (('ten', NAMES), ('few', NAMES[:3])))
+    assert convert(source, folder, num_images=10).pretrained_cfg['label_names'] == sorted(NAMES)
+    again = convert(convert(source, folder, num_images=10, label_names=NAMES), folder, num_images=10)
+    assert again.pretrained_cfg['label_names'] == NAMES
+    for other in (convert(source, few, num_images=3), model):  # digits have numbers
+        assert 'label_names' not in other.pretrained_cfg
+    published = type(create_source('sformer_nano.digits'))(source, 'me/mine')
+    assert 'label_names' not in convert(published, folder, num_images=10).pretrained_cfg
+
+
+def test_normalisation_that_cannot_be(source, tmp_path):
+    path = said_by(tmp_path / 'a.safetensors', source, metadata=dict(mean='[0.4]', std='[0]'))
+    with pytest.raises(SFormerError, match=r'std must lie in'):
+        create_source(NAME, path, **NANO)
+
+
+def test_a_detector_takes_the_normalisation_of_its_backbone(tmp_path):
+    vit = timm.create_model('test_vit2', num_classes=0)
+    said = dict(mean='[0.1, 0.2, 0.3]', std='[0.4, 0.5, 0.6]')
+    save_file(vit.state_dict(), tmp_path / 'b.safetensors', metadata=said)
+    config = DetectorConfig('test_vit2', {1: 'x'}, image_size=(64, 64), channels=8, hidden=16)
+    detector = create_detector(config, tmp_path / 'b.safetensors')
+    assert (detector.config.mean, detector.config.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+
+@pytest.mark.parametrize('size', [16, (16, 24)])
+def test_size_that_was_asked_for(size, tmp_path):
+    """Of a model that takes any, too, timm's config says another one: images of it were calibrated on and exported."""
+    kwargs = dict(img_size=size, dynamic_img_size=True, patch_size=4, embed_dim=32, depth=1, num_heads=2)
+    source = timm.create_model(NAME, **kwargs).eval()
+    seen, expected = [], (size, size) if isinstance(size, int) else size
+    source.patch_embed.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape[-2:])))
+    model = convert(source, num_images=2)
+    assert set(seen) == {expected} and model.pretrained_cfg['input_size'] == (3, *expected)
+    assert tuple(resolve_input_data_config(load_model(save_model(model, tmp_path / 'a')))['input_size'][1:]) == expected
+    named = timm.create_model('sformer_tiny', **kwargs)
+    assert tuple(resolve_input_data_config(named)['input_size'][1:]) == expected
+    for package in ('onnx', 'onnxscript', 'onnxruntime'):
+        pytest.importorskip(package)
+    export_onnx(model, tmp_path / 'model.onnx')
+    assert tuple(load_onnx(tmp_path / 'model.onnx', 'onnxruntime').about['input_size'][1:]) == expected

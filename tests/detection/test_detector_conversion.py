@@ -8,9 +8,12 @@ from detection_tools import small_detector
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from sformer.detection import convert_detector, detect, load_detector, save_detector
+from sformer import FitConfig, SFNConfig, source_of
+from sformer.conversion import changed
+from sformer.detection import convert_detector, detect, evaluate_detector, load_detector, save_detector
 from sformer.detection.drawing import token_activity
 from sformer.errors import SFormerError, UncalibratedError, UnsupportedLayerError
+from sformer.files import state_hash
 from sformer.layers import is_calibrated, source_view, spiking_
 from sformer.profiling import profile_operations
 
@@ -90,6 +93,31 @@ def test_windows_convert_and_load(data, tmp_path):
     loaded.roi_heads.score_thresh = 0.
     assert same(detect(loaded, image), detect(converted, image))
     assert type(loaded.backbone.vit.blocks[1].attn) is type(converted.backbone.vit.blocks[1].attn)
+
+
+def test_why_weights_have_moved(sformer_detector, data, tmp_path, caplog):
+    """Of a detector as of a classifier: kept on disk and by a second conversion, and nobody takes it for the source."""
+    tuned = copy.deepcopy(sformer_detector)
+    with torch.no_grad():
+        tuned.roi_heads.box_predictor.cls_score.bias.add_(0.1)
+    assert changed(sformer_detector) == ()
+    assert state_hash(source_of(sformer_detector).state_dict()) == sformer_detector.conversion.source_sha256
+    loaded = load_detector(save_detector(tuned, tmp_path / 'tuned'))
+    for detector in (tuned, loaded):
+        assert changed(detector) == ('fine-tuned',)
+        with pytest.raises(SFormerError, match='its source is not inside'):
+            source_of(detector)
+    assert loaded.conversion.changed == ('fine-tuned',) and not caplog.text
+    evaluate_detector(loaded, data, num_images=1)
+    assert 'the weights of the detector have moved since it was converted (fine-tuned)' in caplog.text
+    again = convert_detector(loaded, data, SFNConfig(levels=16), num_images=2)
+    assert again.conversion.changed == ('fine-tuned',) and 'its record goes on saying so' in caplog.text
+    assert again.conversion.source_sha256 == sformer_detector.conversion.source_sha256
+    better = convert_detector(small_detector(), data, SFNConfig(levels=4), FitConfig(compensate=True), num_images=2)
+    better = load_detector(save_detector(better, tmp_path / 'better'))
+    assert better.conversion.changed == ('compensated',)
+    with pytest.raises(SFormerError, match='convert the source itself'):
+        convert_detector(better, data, num_images=2)
 
 
 def test_folders(sformer_detector, data, tmp_path):

@@ -112,21 +112,34 @@ def test_processes_that_evaluate_different_detectors(data):
         evaluate_detector(small_detector(masks=True), data, group=Different())
 
 
-def test_categories_have_to_be_the_same(folder):
-    detector = small_detector(categories={3: 'disc', 8: 'star'})
-    with pytest.raises(SFormerError, match=r'other categories \(7 square\) than the detector \(8 star\)'):
-        evaluate_detector(detector, open_coco(folder, 'val'))
+@pytest.mark.parametrize('categories', [{1: 'disc', 2: 'square'}, {1: 'square', 2: 'Disc'}, {7: 'disc', 3: ' square'}])
+def test_categories_are_the_same_by_their_names(folder, categories):
+    """Whatever their ids, and the order of these."""
+    data, first = open_coco(folder, 'val', masks=True), small_detector(masks=True)
+    expected = evaluate_detector(first, data)['boxes']
+    detector = small_detector(masks=True, categories=categories)
+    found = evaluate_detector(detector, data)['boxes']
+    names = [categories[id] for id in sorted(categories)]
+    if names[0] == 'disc':
+        assert found == expected and expected['mAP50'] > 0
+    else:  # its first label is of squares
+        assert found['per_class'] != expected['per_class']
+        by_position = evaluate_detector(detector, data, by_position=True)['boxes']
+        assert by_position == expected
 
 
-def test_categories_that_differ_are_named_with_their_ids(folder):
-    """The same names with other ids were 'other categories (disc, square) than (disc, square)'."""
-    detector = small_detector(categories={0: 'disc', 1: 'square'})
-    message = r'other categories \(3 disc, 7 square\) than the detector \(0 disc, 1 square\): ids and names'
-    with pytest.raises(SFormerError, match=message):
-        evaluate_detector(detector, open_coco(folder, 'val'))
-    many = small_detector(categories={3: 'disc', 7: 'square', **{i: f'thing {i}' for i in range(10, 90)}})
-    with pytest.raises(SFormerError, match=r'\(none\) than the detector \(10 thing 10, .*14 thing 14, \.\.\.\)'):
-        evaluate_detector(many, open_coco(folder, 'val'))
+def test_categories_that_are_not_the_same(folder):
+    data = open_coco(folder, 'val')
+    for categories, message in (
+            ({3: 'disc', 8: 'star'}, r"has a class 'square', which is no class of the detector \(disc, star\)"),
+            ({3: 'disc', 7: 'square', 9: 'star'}, r"has 2 categories, the detector finds 3: it has no 'star'"),
+            ({3: 'disc'}, r"has a class 'square', which is no class")):
+        with pytest.raises(SFormerError, match=message):
+            evaluate_detector(small_detector(categories=categories), data)
+    assert evaluate_detector(small_detector(categories={3: 'disc', 8: 'star'}), data, by_position=True)['boxes'] == \
+        evaluate_detector(small_detector(), data)['boxes']
+    with pytest.raises(SFormerError, match='has 2 categories, the detector finds 1'):
+        evaluate_detector(small_detector(categories={3: 'disc'}), data, by_position=True)
 
 
 def test_a_subset_is_random_by_its_seed(sformer_detector, folder, monkeypatch):

@@ -1,4 +1,5 @@
 """Detectors by name, from folders and from the Hub: the real client against a stand-in on the loopback interface."""
+import copy
 import json
 
 import pytest
@@ -183,3 +184,12 @@ def test_timm_says_that_it_has_none(hub, saved):
 def test_a_source_is_named_without_neurons(tmp_path):
     save_detector(build_detector(small_config()), tmp_path)
     assert json.loads((tmp_path / 'config.json').read_text())['architecture'] == 'fasterrcnn_test_vit_short'
+
+
+def test_weights_that_are_no_numbers_are_not_saved(sformer_detector, tmp_path):
+    detector = copy.deepcopy(sformer_detector)
+    with torch.no_grad():
+        next(detector.roi_heads.parameters()).fill_(float('nan'))
+    with pytest.raises(SFormerError, match=r'roi_heads\.\S+ has NaN or infinite values, so it is not saved'):
+        save_detector(detector, tmp_path / 'x')
+    assert not (tmp_path / 'x').exists()

@@ -1,15 +1,18 @@
 """Benchmarks: which labels count as right."""
 import copy
+import unicodedata
 
 import datasets
 import pytest
 import timm
 import torch
+import torch.nn as nn
 from evaluation_tools import all_images, class_folders, png
-from timm.data import ImageNetInfo, RealLabelsImagenet
+from timm.data import ImageNetInfo, RealLabelsImagenet, resolve_input_data_config
 
 from sformer import SFormerError, evaluate
-from sformer.evaluation.labels import RealLabels, _synsets, resolve_benchmark
+from sformer.data import open_images
+from sformer.evaluation.labels import RealLabels, _synsets, match_names, resolve_benchmark
 
 SYNSETS = ImageNetInfo('imagenet-1k').label_names()
 
@@ -120,3 +123,95 @@ def test_imagenet_sample(test_data):
     assert result['num_images'] == 40 and result['img_size'] == 32 and 6 < result['nll'] < 8
     streamed = evaluate(model, folder, num_images=40, batch_size=16, streaming=True)
     assert streamed['num_images'] == 40 and streamed['dataset_fingerprint'] != result['dataset_fingerprint']
+
+
+# names of classes that are not the same, letter by letter ------------------------------------------------------------
+
+class Knowing(nn.Module):
+    """Knows each class of `class_folders` by the grey of its images, in an order of its own."""
+
+    def __init__(self, names, folders, **cfg):
+        super().__init__()
+        self.num_classes = len(names)
+        levels = {folder: i * 37 / 255 for i, folder in enumerate(folders)}
+        self.levels = nn.Parameter(torch.tensor([levels.get(name, 9.) for name in names]))
+        self.pretrained_cfg = dict(architecture='knowing', input_size=(1, 8, 8), mean=(0.,), std=(1.,), crop_pct=1.,
+                                   interpolation='bilinear', num_classes=len(names), **cfg)
+
+    def forward(self, x):
+        return -(x.mean((1, 2, 3))[:, None] - self.levels).abs()
+
+
+CAFE = 'caf\u00e9'
+SAME = {
+    'in another order': (['zebra', 'dog', 'cat'], ['cat', 'dog', 'zebra']),
+    'another case': (['Zebra', 'dog', 'CAT'], ['cat', 'Dog', 'zebra']),
+    'separators': (['hot dog', 'ice_cream', 'pop-corn'], ['hot_dog', 'ice-cream', 'pop corn']),
+    'accents': ([unicodedata.normalize('NFD', CAFE), 'tea', 'bar'], ['bar', CAFE, 'tea']),
+    'some of them': (['zebra', 'dog', 'cat', 'eel'], ['Cat', 'eel']),
+    'the same but for case, swapped': (['dog', 'Dog', 'cat'], ['Dog', 'dog', 'cat']),
+    'the same but for case, twice': (['Dog', 'dog', 'cat'], ['CAT', 'Dog', 'dog']),
+}
+
+
+@pytest.mark.parametrize('case', SAME)
+def test_names_that_are_alike(case, tmp_path):
+    """By position these were right on none or on a third of the images, without a word."""
+    names, folders = SAME[case]
+    by_plain = {match_names([folder], names, '', '')[0]: folder for folder in folders}
+    model = Knowing([by_plain.get(i, 'none') for i in range(len(names))], folders, label_names=names)
+    assert evaluate(model, class_folders(tmp_path / 'x', folders))['top1'] == 100
+
+
+def test_names_that_are_the_same_exactly_come_first():
+    assert match_names(['Dog', 'doG', 'cat'], ['dog', 'Dog', 'cat'], '', '') == [1, 0, 2]
+    assert match_names(['crane', 'CRANE', 'cat'], ['crane', 'crane', 'cat'], '', '') == [0, 1, 2]  # each in its place
+
+
+NOT_THE_SAME = {
+    'shifted': (['a', 'b', 'c'], ['b', 'c', 'd'], "'d'"),
+    'a plural': (['zebra', 'dog', 'cat'], ['cat', 'dogs', 'zebra'], "'dogs'"),
+    'alike to two': (['Dog', 'dOg', 'cat'], ['DOG', 'cat', 'eel'], "'DOG'"),
+    'two alike to one': (['d\u00f6g', 'cat', 'eel'], ['D\u00f6g', 'do\u0308g', 'cat'], "'D.+g'|'d.+g'"),
+    'none': (['x', 'y', 'z'], ['cat', 'dog', 'eel'], "'cat'"),
+}
+
+
+@pytest.mark.parametrize('case', NOT_THE_SAME)
+def test_names_that_are_not(case, tmp_path):
+    names, folders, named = NOT_THE_SAME[case]
+    model, folder = Knowing(folders, sorted(folders), label_names=names), class_folders(tmp_path / 'x', sorted(folders))
+    with pytest.raises(SFormerError, match=rf'x has a class ({named}), which is no class of the model \({names[0]}, .* '
+                                           r'--by-position \(by_position=True\)'):
+        evaluate(model, folder)
+    order = open_images(folder, data_config=resolve_input_data_config(model)).class_names
+    right = sum(a == b for a, b in zip(folders, order, strict=True))
+    assert evaluate(model, folder, by_position=True)['top1'] == pytest.approx(100 * right / 3, abs=1e-3)
+
+
+def test_names_that_nobody_states(tmp_path):
+    """A model that says no names is trained on folders in the order of their names."""
+    folder = class_folders(tmp_path / 'x', ['a', 'b', 'c'])
+    assert evaluate(Knowing([*'abc'], [*'abc']), folder)['top1'] == 100
+    mapped = Knowing([*'cab'], [*'abc'], label_names={'0': 'c', '1': 'a', '2': 'b'})  # as timm has it, too
+    assert evaluate(mapped, folder)['top1'] == 100
+
+
+def test_imagenet_in_words(classifier):
+    """The Hub's copy names classes by WordNet's words; own classes that happen to be a thousand have no such names."""
+    words = ImageNetInfo('imagenet-1k').label_descriptions()
+    spelt = [{'crane': 'crane2'}.get(word, word) if i > 500 else word for i, word in enumerate(words)]
+    for names in (words, spelt, [f'thing {i}' for i in range(1000)]):
+        assert resolve_benchmark(None, classifier, 'x', names).label_map is None
+    some = [words[i] for i in (7, 500, 999)]
+    assert resolve_benchmark(None, classifier, 'x', some).label_map == [7, 500, 999]
+    first = [words[i].partition(',')[0].upper().replace(' ', '_') for i in (500, 7)]
+    assert resolve_benchmark(None, classifier, 'x', first).label_map == [500, 7]
+    with pytest.raises(SFormerError, match="has a class 'crane'"):  # sorted by name, whose two cranes are anybody's
+        resolve_benchmark(None, classifier, 'x', sorted(words))
+    unknown = Knowing(['n00000001', 'n00000002'], [], label_names=['n00000001', 'n00000002'])
+    assert resolve_benchmark(None, unknown, 'x', ['a', 'b']).label_map is None
+    stated = Knowing(SYNSETS, [], label_names=SYNSETS)  # as a model of the Hub does
+    assert resolve_benchmark(None, stated, 'x', some).label_map == [7, 500, 999]
+    with pytest.raises(SFormerError, match='has a class .n00000000., which is no class'):
+        resolve_benchmark(None, classifier, 'x', ['n00000000', *SYNSETS[1:]])

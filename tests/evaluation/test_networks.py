@@ -9,6 +9,8 @@ from conftest import NANO
 from evaluation_tools import steady
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
+from timm.utils import ModelEmaV3
+from torch.optim.swa_utils import AveragedModel
 
 import sformer
 from sformer import EvaluationConfig, SFormer, SFormerError, convert, evaluate, evaluate_all
@@ -163,3 +165,32 @@ def test_module_that_timm_does_not_know(model, coarse):
     plain = evaluate_all([model, coarse], config)
     but = 'model', 'weights_sha256', 'activity_per_site'
     assert [steady(r, *but) for r in wrapped] == [steady(r, *but) for r in plain]
+
+
+@pytest.mark.parametrize('wrapper', [
+    torch.nn.DataParallel, AveragedModel, ModelEmaV3, lambda m: torch.nn.DataParallel(AveragedModel(m))],
+    ids=['DataParallel', 'AveragedModel', 'ModelEmaV3', 'both'])
+def test_what_runs_or_averages_a_network_is_taken_off(wrapper, coarse):
+    """It has no config of its own, so images were preprocessed by timm's defaults: another crop, another mean."""
+    model = copy.deepcopy(coarse)
+    model.pretrained_cfg = dict(model.pretrained_cfg, crop_pct=0.6, mean=(0.3,))
+    config = EvaluationConfig(dataset='digits', split='test', num_images=100)
+    plain = evaluate_all([model], config)[0]
+    wrapped, = evaluate_all([wrapper(model)], config)
+    assert steady(wrapped) == steady(plain) and plain['crop_pct'] == 0.6 and 'source_top1' in plain
+    source = source_view(model)
+    assert steady(evaluate_all([model], config, sources=[wrapper(source)])[0]) == steady(plain)
+
+
+def test_other_wrappers_are_refused_by_name(model):
+    class Normalising(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.module = inner
+
+        def forward(self, x):
+            return self.module(2 * x - 1)
+    message = 'a Normalising wraps the SFormer at module and does not say which preprocessing'
+    for kwargs in (dict(model=Normalising(model)), dict(model=model, source=Normalising(source_view(model)))):
+        with pytest.raises(SFormerError, match=message.replace('SFormer', '(SFormer|VisionTransformer)')):
+            evaluate(dataset='digits', num_images=8, **kwargs)

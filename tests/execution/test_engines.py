@@ -2,6 +2,7 @@
 import copy
 import importlib
 import json
+import pickle
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,6 +20,7 @@ from sformer.execution import EXECUTIONS, benchmark, engines
 from sformer.execution.engines import openvino_config
 from sformer.execution.graph import to_graph_
 from sformer.execution.onnx import METADATA, to_onnx
+from sformer.layers import is_calibrated
 from sformer.neurons import Neuron
 
 onnx = pytest.importorskip('onnx')
@@ -157,6 +159,24 @@ def test_the_record_says_what_was_exported(graph, model):
     assert about['weights_sha256'] == sformer.files.state_hash(model.state_dict())
     assert tuple(network.pretrained_cfg['mean']) == model.pretrained_cfg['mean']
     assert 'openvino' in repr(network)
+    assert copy.deepcopy(network).run is network.run
+
+
+def test_a_compiled_network_is_exported_as_what_it_was_made_of(tmp_path):
+    model = convert(build(depth=1), [pixels()])
+    hashes = set()
+    for network in (model, torch.compile(model, backend='eager'), nn.DataParallel(model)):
+        export_onnx(network, tmp_path / 'model.onnx', overwrite=True)
+        about = load_onnx(tmp_path / 'model.onnx', 'onnxruntime').about
+        hashes.add((about['graph_sha256'], about['weights_sha256'], tuple(about['input_size'])))
+    assert len(hashes) == 1 and is_calibrated(model)
+
+
+def test_what_is_compiled_is_not_pickled(graph, tmp_path):
+    network = load_onnx(graph, 'onnxruntime')
+    for send in (pickle.dumps, lambda network: torch.save(network, tmp_path / 'network.pt')):
+        with pytest.raises(SFormerError, match=r'cannot be pickled .* by its path \(load_onnx\)'):
+            send(network)
     assert copy.deepcopy(network).run is network.run
 
 

@@ -51,6 +51,20 @@ def test_by_hand():
     assert '1.04 kB of weights' in verdicts(figures)[-1] and '5 kB graded' in verdicts(figures)[-1]
 
 
+def test_pixels_always_fire():
+    """They count neither in the activity nor among what could be silent."""
+    operations, sites, floating = network(0.5)
+    pixels = dataclasses.replace(sites[0], name='p.neuron', activity=1., counted=False)
+    first = dataclasses.replace(operations[0], name='p', operands=('p.neuron',))
+    figures = energy([first, *operations], [pixels, *sites], floating, PLAIN)
+    assert figures['activity'] == 0.5
+    limit, budget = figures['break_even']['unary'], 0.95 * figures['account']['quantised']['total']
+    assert 0 < limit < 0.5
+    fewer = network(limit)
+    account = energy([first, *fewer[0]], [pixels, *fewer[1]], floating, PLAIN)['account']
+    assert account['unary']['total'] == pytest.approx(budget, rel=1e-6)
+
+
 @pytest.mark.parametrize('coding, activity, bits, hop', [
     ('quantised', 0.01, 4, 4), ('quantised', 1, 4, 4),
     ('graded', 1, 4, 4),             # a dense stream

@@ -17,10 +17,13 @@ from sformer import (
     convert,
     named_neurons,
     spiking_,
+    to_integer_,
+    to_spikes_,
 )
+from sformer.evaluation import Activity
 from sformer.layers import AttentionProduct
 from sformer.neurons import CODINGS
-from sformer.profiling import profile_operations
+from sformer.profiling import energy, profile_model, profile_operations
 
 
 def counted(k, coding):
@@ -106,6 +109,33 @@ def test_a_detector_is_counted_per_image():
     assert sum(o.macs for o in operations) == pytest.approx(counter.get_total_flops() / 2 / 2)
     own = profile_operations(model, [dict(images=images)], lambda network, batch: network(batch['images']))
     assert own[2] == 1 and own[0][0].macs == pytest.approx(2 * operations[0].macs)
+
+
+def test_what_is_executed_otherwise_is_refused():
+    model, images = convert(build(), [pixels(8)]), pixels(2)
+    for executed in (to_integer_, to_spikes_):
+        other = copy.deepcopy(model)
+        executed(other)
+        with pytest.raises(SFormerError, match=r'patch_embed\.proj is executed in integers or spike by spike, where'):
+            profile_operations(other, [images])
+
+
+def test_what_the_caller_computes_is_not_the_networks():
+    model, images = convert(build(), [pixels(8)]), pixels(2)
+    alone = profile_model(model, [images])
+    own = profile_model(model, [images], lambda network, x: (network(x * 1.) @ torch.ones(7, 1)).relu())
+    assert own.operations == alone.operations and own.floating == alone.floating
+
+
+def test_activity_leaves_out_pixels():
+    """As that of an evaluation does: they always fire."""
+    model, images = convert(build(), [pixels(8)]), pixels(5)
+    profile = profile_model(model, [images])
+    counts = Activity()
+    with torch.no_grad(), counts.observe(model):
+        model(images)
+    assert energy(*profile[:3])['activity'] == pytest.approx(counts.mean(), abs=1e-6)
+    assert [site.name for site in profile.sites if not site.counted] == ['patch_embed.proj.neuron']
 
 
 def test_sites_are_those_of_an_evaluation():

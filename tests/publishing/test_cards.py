@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard, constants, parse_eval_result_entries
 
 from sformer import SFormerError, save_model
 from sformer.evaluation.figures import CLASSIFICATION
+from sformer.files import state_hash, write_json
 from sformer.publishing.cards import render_card, render_eval_results, write_card
 from sformer.publishing.model_record import ModelRecord, read_record
 from sformer.publishing.plots import render_plots
@@ -128,6 +129,31 @@ def test_weights_that_were_changed_after_conversion(saved, model):
         assert word in card.text and card.data.base_model_relation == relation
 
 
+@pytest.mark.parametrize('reasons, words', [
+    (('compensated',), ' without training, with weights that compensate for its neurons, with the'),
+    (('balanced',), ' without training, with weights that are balanced for its neurons, with the'),
+    (('distilled',), 'source), with weights that were trained to follow that network, with the'),
+    (('compensated', 'distilled'),
+     'source), with weights that compensate for its neurons and were trained to follow that network, with the'),
+    (('compensated', 'fine-tuned'), 'compensate for its neurons and were changed afterwards, with the'),
+    (('adapted',), 'source), with weights that were given other shapes or precision, with the'),
+], ids=str)
+def test_why_weights_have_moved(saved, model, reasons, words):
+    """A card asks the record, and says that a network was compared with itself where that is so."""
+    moved = copy.deepcopy(model)
+    with torch.no_grad():
+        moved.head.weight.mul_(1.1)
+    moved.conversion = replace(moved.conversion, changed=reasons, state_sha256=None)
+    folder = save_model(moved, saved, overwrite=True)
+    result = dict(weights_sha256=state_hash(moved.state_dict()), dataset='digits', top1=99., source_top1=99.5)
+    for source, told in ((None, True), ('vit', False)):
+        write_json(folder / 'eval.json', dict(result, source_model=source))
+        record, _ = read_record(folder, moved, base_model='my-org/source')
+        card = render_card(record)
+        assert words in ' '.join(card.text.split()) and card.data.base_model_relation == 'finetune'
+        assert ('network of the weights of this model without neurons' in card.text) == told
+
+
 def test_everything_measured_is_there(record):
     card = str(render_card(record))
     result = record.evaluations['eval.json']
@@ -226,3 +252,12 @@ def test_pictures_of_others_are_kept(record, tmp_path):
     with pytest.raises(SFormerError, match=r'accuracy\.png .* --overwrite'):
         write_card(record, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == [picture.name] and picture.read_bytes() == b'mine'
+
+
+def test_a_result_that_does_not_say_of_how_many_images(record):
+    """It ended in a traceback of a format."""
+    counted = next(iter(record.evaluations.values()))['num_images']
+    assert f'{counted:,} images' in str(render_card(record))
+    record.evaluations = {name: dict(result, num_images=None) for name, result in record.evaluations.items()}
+    card = str(render_card(record))
+    assert 'None' not in card

@@ -4,7 +4,8 @@ import json
 
 from PIL import Image
 
-from sformer.publishing.plots import is_own_plot, render_plots
+from sformer.publishing import plots as plots_module
+from sformer.publishing.plots import is_own_plot, plot_activity, render_plots
 
 
 def test_plots_carry_their_numbers(record):
@@ -23,3 +24,16 @@ def test_own_plots_are_known(record, tmp_path):
     Image.new('RGB', (8, 8)).save(other)
     text.write_text('sformer')
     assert is_own_plot(own) and not is_own_plot(other) and not is_own_plot(text) and not is_own_plot(tmp_path)
+
+
+def test_what_is_in_no_block_has_a_column_of_its_own(monkeypatch):
+    """The patch embedding stood in a column called head."""
+    figures = []
+    monkeypatch.setattr(plots_module, 'png', lambda figure, values: figures.append(figure) or b'')
+    plot_activity({'patch_embed.proj.neuron': 1., 'blocks.0.attn.qkv.neuron': .5, 'blocks.1.attn.qkv.neuron': .4,
+                   'attn_pool.q.neuron': .3, 'head.neuron': .2})
+    plot_activity({'backbone.vit.patch_embed.proj.neuron': 1., 'backbone.vit.blocks.0.attn.qkv.neuron': .5,
+                   'backbone.pyramid.2.neuron': .4, 'rpn.head.conv.neuron': .3})
+    columns = [[label.get_text() for label in figure.axes[0].get_xticklabels()] for figure in figures]
+    assert columns == [['patch_embed', '0', '1', 'attn_pool', 'head'], ['patch_embed', '0', 'pyramid', 'rpn']]
+    assert figures[0].axes[0].images[0].get_array()[0].tolist() == [1., None, None, None, None]

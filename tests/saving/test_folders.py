@@ -456,3 +456,14 @@ def test_transformers(model, folder, images):
     assert is_calibrated(wrapped)
     with torch.no_grad():
         assert torch.equal(wrapped(images).logits, model(images))
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_weights_that_are_no_numbers_are_not_saved(model, tmp_path, value):
+    """As after a training that diverged: it loaded, and every logit was NaN."""
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        changed.blocks[1].mlp.fc1.bias[3] = value
+    with pytest.raises(SFormerError, match=r'blocks\.1\.mlp\.fc1\.bias has NaN or infinite values, so it is not saved'):
+        save_model(changed, tmp_path / 'x')
+    assert not (tmp_path / 'x').exists()

@@ -180,7 +180,7 @@ def test_only_published_weights_are_called_so(published, offline, tmp_path):
     save_file(published, tmp_path / 'mine.safetensors')
     mine, source = str(tmp_path / 'mine.safetensors'), HUB_ID.partition('/')[2]
     assert create_source(source, cache_dir=tmp_path).weights == HUB_ID
-    for kwargs in (dict(num_classes=10), dict(checkpoint_path=mine), dict(pretrained_cfg_overlay=dict(file=mine))):
+    for kwargs in (dict(num_classes=0), dict(checkpoint_path=mine), dict(pretrained_cfg_overlay=dict(file=mine))):
         assert create_source(source, cache_dir=tmp_path, **kwargs).weights is None, kwargs
 
 
