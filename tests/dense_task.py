@@ -114,7 +114,7 @@ class Dense(Task):
         return export_onnx(self.open(name), output, **how)
 
     def batches(self, model, images, *, batch_size):
-        return calibration_batches(model, images, batch_size)
+        return calibration_batches(model, images, batch_size)[:2]
 
     def summary(self, result):
         return [f'{result["model"]}: {SCHEMA.compared(result)}']

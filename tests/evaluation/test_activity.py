@@ -10,7 +10,7 @@ from sformer.evaluation import Activity
 from sformer.evaluation.activity import _count
 from sformer.layers import named_neurons
 from sformer.neurons import ScaleAndFire
-from sformer.saving import open_model
+from sformer.saving import open_classifier
 
 
 def count_by_hand(model, images):
@@ -132,7 +132,7 @@ def test_activity_is_the_same_in_every_execution(model, images, executed):
 
 def test_activity_of_integers_that_is_evaluated():
     """The digits in the package: 0.609 and 64.6 unary spikes were counted for 0.509 and 32.5."""
-    model = open_model('sformer_nano.digits')
+    model = open_classifier('sformer_nano.digits')
     expected = evaluate(model, 'digits', 'test', num_images=128, source=False)
     to_integer_(model)
     found = evaluate(model, 'digits', 'test', num_images=128, source=False)
