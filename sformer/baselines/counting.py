@@ -1,6 +1,6 @@
 """Spikes and operations of a network of several timesteps, in the terms of `sformer.profiling`."""
 import dataclasses
-from typing import Dict, Iterable
+from collections.abc import Iterable
 
 import torch
 
@@ -32,7 +32,7 @@ def profile_steps(
     Returns:
         The same of all timesteps together; potentials of neurons count once per timestep.
     """
-    spikes: Dict[str, Dict[str, int]] = {}
+    spikes: dict[str, dict[str, int]] = {}
     handles = []
     for name, neuron in named_neurons(network.network):
         if isinstance(neuron, SteppedNeuron):
@@ -67,7 +67,7 @@ def profile_steps(
         [dataclasses.replace(function, elements=function.elements * steps) for function in one_step.floating], images)
 
 
-def _over_time(site: Site, spikes: Dict[str, float], steps: int) -> Site:
+def _over_time(site: Site, spikes: dict[str, float], steps: int) -> Site:
     """A neuron that is looked at once per timestep."""
     potentials = site.neurons * steps
     return dataclasses.replace(

@@ -7,7 +7,8 @@ source's own forward on running means, once per timestep, and only neurons have 
 x(t) = t X(t) - (t - 1) X(t - 1), and gives the mean of what it sent so far.
 """
 import functools
-from typing import Any, Callable, Iterable, List, Optional, Sequence, Tuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -45,7 +46,7 @@ class SteppedNeuron(Neuron):
     multiplier: torch.Tensor
     step: torch.Tensor
     gain: torch.Tensor
-    center: Optional[torch.Tensor]
+    center: torch.Tensor | None
     latest: Sequence[torch.Tensor]
     counted = False  # each call is a timestep
 
@@ -109,7 +110,7 @@ class IntegrateAndFire(SteppedNeuron):
 
     def reset(self) -> None:
         super().reset()
-        self.counts: List[Any] = [0., 0.]  # spikes of each branch
+        self.counts: list[Any] = [0., 0.]  # spikes of each branch
 
     def fired(self, charge: torch.Tensor) -> torch.Tensor:
         spikes = [sign * charge - threshold * count >= threshold / 2
@@ -185,7 +186,7 @@ def integrate_and_fire_network(
         signed: bool = False,
         synchronous: bool = False,
         fit: FitConfig = FitConfig(),
-) -> Tuple[MultiStep, nn.Module]:
+) -> tuple[MultiStep, nn.Module]:
     """A network of integrate-and-fire neurons over T timesteps.
 
     Thresholds are those that the temporal-to-spatial equivalence (arXiv 2510.23383) says: T times those of a network of
@@ -215,7 +216,7 @@ def multi_threshold_network(
         source: nn.Module,
         batches: Iterable[torch.Tensor],
         steps: int,
-) -> Tuple[MultiStep, nn.Module]:
+) -> tuple[MultiStep, nn.Module]:
     """A network of multi-threshold neurons over T timesteps, in the manner of ECMT (arXiv 2502.21193).
 
     From its description: `POWERS` thresholds per branch, each half of the next, of which a timestep fires one; reset by

@@ -2,7 +2,8 @@
 import importlib
 import importlib.util
 import threading
-from typing import Any, Callable, Dict, Optional
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ __all__ = [
 Run = Callable[[Any], Any]  # of an array (B, C, H, W), float32
 
 
-def openvino_config() -> Dict[str, Any]:
+def openvino_config() -> dict[str, Any]:
     """Properties that OpenVINO compiles with: where it may, it computes norms in bfloat16, which moves spikes."""
     return dict(INFERENCE_PRECISION_HINT='f32', INFERENCE_NUM_THREADS=torch.get_num_threads())
 
@@ -82,11 +83,11 @@ def _onnxruntime(graph: bytes) -> Run:
     return lambda images: session.run(None, {name: images})[0]
 
 
-ENGINES: Dict[str, Callable[[Any], Run]] = {'openvino': _openvino, 'onnxruntime': _onnxruntime}
+ENGINES: dict[str, Callable[[Any], Run]] = {'openvino': _openvino, 'onnxruntime': _onnxruntime}
 EXTRAS = {'openvino': 'openvino', 'onnxruntime': 'onnx'}  # of this package
 
 
-def find_engine(engine: Optional[str] = None) -> str:
+def find_engine(engine: str | None = None) -> str:
     """The engine of a name, or the first one that is installed.
 
     Raises:
@@ -106,7 +107,7 @@ def engine_version(name: str) -> str:
     return getattr(importlib.import_module(name), '__version__', 'of unknown version')
 
 
-def compile_graph(graph: Any, engine: Optional[str] = None, unfused: bool = False) -> Run:
+def compile_graph(graph: Any, engine: str | None = None, unfused: bool = False) -> Run:
     """Let an engine compile a serialised ONNX model; OpenVINO takes one of its own, too.
 
     Args:

@@ -1,7 +1,7 @@
 """Graphs that `export_onnx` wrote, run by an engine behind the interface of a timm classifier."""
 import json
 from pathlib import Path
-from typing import Any, Dict, Optional, Union
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ class EngineNetwork(nn.Module):
         Input (B, C, H, W) of the size of the export, normalised; output (B, classes), float32.
     """
 
-    def __init__(self, run: Run, about: Dict[str, Any], engine: str):
+    def __init__(self, run: Run, about: dict[str, Any], engine: str):
         super().__init__()
         self.run, self.about, self.engine = run, about, engine
         self.num_classes = about['num_classes']
@@ -50,7 +50,7 @@ class EngineNetwork(nn.Module):
         raise ValueError(f'the graph was exported for images {tuple(self.about["input_size"])}; export it of a model '
                          f'of that size')
 
-    def describe(self) -> Dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """What results say of it: the engine, and size and `state_hash` of the model that was exported."""
         return dict(engine=f'{self.engine} {engine_version(self.engine)}',
                     param_count=round(self.about['param_count'] / 1e6, 4),
@@ -73,7 +73,7 @@ class EngineNetwork(nn.Module):
         return f'{self.engine}, input_size={tuple(self.about["input_size"])}, num_classes={self.num_classes}'
 
 
-def load_onnx(path: Union[str, Path], engine: Optional[str] = None) -> EngineNetwork:
+def load_onnx(path: str | Path, engine: str | None = None) -> EngineNetwork:
     """Open a graph that `export_onnx` wrote.
 
     Args:
@@ -107,7 +107,7 @@ def load_onnx(path: Union[str, Path], engine: Optional[str] = None) -> EngineNet
     return EngineNetwork(run, about, engine)
 
 
-def check_exact(model: Any, engine: str, where: Union[str, Path]) -> None:
+def check_exact(model: Any, engine: str, where: str | Path) -> None:
     """Raise SFormerError if an engine would sum products of an `onnx.ModelProto` with saturation on this processor."""
     found = saturating(model)
     if found and not sums_exactly(engine):

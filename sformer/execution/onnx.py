@@ -8,8 +8,9 @@ import copy
 import hashlib
 import json
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Union
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -35,18 +36,18 @@ METADATA = 'sformer'  # key of what is recorded in the file
 
 def export_onnx(
         model: nn.Module,
-        path: Union[str, Path],
-        calibration: Optional[Images] = None,
+        path: str | Path,
+        calibration: Images | None = None,
         *,
-        split: Optional[str] = None,
+        split: str | None = None,
         num_images: int = 128,
         seed: int = 0,
-        image_column: Optional[str] = None,
+        image_column: str | None = None,
         max_error: float = MAX_WEIGHT_ERROR,
         portable: bool = True,
         overwrite: bool = False,
-        command: Optional[str] = None,
-) -> List[IntegerReport]:
+        command: str | None = None,
+) -> list[IntegerReport]:
     """Write a calibrated SFormer as ONNX with int8 levels and int8 weights.
 
     The graph takes `images` (batch, C, H, W), normalised, float32, of the model's size, and gives `logits` (batch,
@@ -95,7 +96,7 @@ def export_onnx(
     return reports
 
 
-def writable(path: Union[str, Path], overwrite: bool) -> Path:
+def writable(path: str | Path, overwrite: bool) -> Path:
     """Where a graph will be written: what a link points to.
 
     Raises:
@@ -106,13 +107,13 @@ def writable(path: Union[str, Path], overwrite: bool) -> Path:
     return path
 
 
-def write_graph(exported: Any, about: Dict[str, Any], path: Path) -> None:
+def write_graph(exported: Any, about: dict[str, Any], path: Path) -> None:
     """Write an `onnx.ModelProto` and what is recorded of it, aside and then renamed."""
     exported.metadata_props.add(key=METADATA, value=json.dumps(about, sort_keys=True))
     write_file(path, exported.SerializeToString())
 
 
-def _record_of(model: nn.Module) -> Dict[str, Any]:
+def _record_of(model: nn.Module) -> dict[str, Any]:
     """What a file says of the model that it was made of."""
     return dict(
         pretrained_cfg=_plain(getattr(model, 'pretrained_cfg', None) or {}),
@@ -184,5 +185,5 @@ def graph_hash(model: Any) -> str:
     return hashlib.sha256(model.graph.SerializeToString(deterministic=True)).hexdigest()
 
 
-def _plain(cfg: Dict[str, Any]) -> Dict[str, Any]:
+def _plain(cfg: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in cfg.items() if isinstance(value, (str, int, float, bool, list, tuple))}

@@ -1,5 +1,5 @@
 """Operators of ONNX that torch has no word for, in both of its exporters."""
-from typing import Any, Dict
+from typing import Any
 
 import torch
 
@@ -50,7 +50,7 @@ class _PRelu(torch.autograd.Function):
         return g.op('PRelu', x, slope)
 
 
-TRACED: Dict[str, Any] = {'QuantizeLinear': _Quantize, 'DequantizeLinear': _Dequantize, 'PRelu': _PRelu}
+TRACED: dict[str, Any] = {'QuantizeLinear': _Quantize, 'DequantizeLinear': _Dequantize, 'PRelu': _PRelu}
 
 
 def onnx_operator(

@@ -3,7 +3,8 @@
 How large the bytes of a product can be is followed through the graph by interval arithmetic, from what clips them on;
 how large its weights are stands in the file.
 """
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from .saturation import LARGEST_PAIR, SHIFT
 
 __all__ = ['saturating']
 
-Interval = Tuple[Any, Any]  # per channel or of all, float64
+Interval = tuple[Any, Any]  # per channel or of all, float64
 ANYTHING: Interval = (np.float64(-np.inf), np.float64(np.inf))
 PRODUCTS = ('MatMul', 'Gemm', 'Conv', 'ConvTranspose', 'FusedMatMul')
 MOVED = ('Transpose', 'Reshape', 'Squeeze', 'Unsqueeze', 'Expand', 'Slice', 'Split', 'Identity', 'Flatten', 'Gather',
@@ -33,7 +34,7 @@ class Bytes(NamedTuple):
     weight: bool
 
 
-def saturating(model: Any) -> List[str]:
+def saturating(model: Any) -> list[str]:
     """Names of the products of an `onnx.ModelProto` that an x86 processor without VNNI may sum with saturation."""
     from onnx import numpy_helper
     constants = {init.name: numpy_helper.to_array(init) for init in model.graph.initializer}
@@ -59,10 +60,10 @@ def _sums_exactly(a: Bytes, b: Bytes) -> bool:
 
 def _bytes(
         name: str,
-        made_by: Dict[str, Any],
-        constants: Dict[str, np.ndarray],
-        reach: Dict[str, Interval],
-) -> Optional[Bytes]:
+        made_by: dict[str, Any],
+        constants: dict[str, np.ndarray],
+        reach: dict[str, Interval],
+) -> Bytes | None:
     """What a product reads, if it is bytes: followed to where they are dequantised."""
     node, moved = made_by.get(name), False
     while node is not None and node.op_type in MOVED:
@@ -79,9 +80,9 @@ def _bytes(
     return Bytes(zero.dtype == np.int8, high, np.maximum(np.abs(low - zero), np.abs(high - zero)), False)
 
 
-def _intervals(nodes: Sequence[Any], constants: Dict[str, np.ndarray]) -> Dict[str, Interval]:
+def _intervals(nodes: Sequence[Any], constants: dict[str, np.ndarray]) -> dict[str, Interval]:
     """Between which numbers the values of each tensor lie; graphs have their nodes in the order of computation."""
-    reach: Dict[str, Interval] = {}
+    reach: dict[str, Interval] = {}
     for name, values in constants.items():
         if values.dtype.kind in 'fiub' and values.size:
             numbers = values.astype(np.float64)
@@ -147,7 +148,7 @@ def _either(*intervals: Interval) -> Interval:
     return min(np.min(low) for low, _ in intervals), max(np.max(high) for _, high in intervals)
 
 
-RULES: Dict[str, Callable[..., Interval]] = {
+RULES: dict[str, Callable[..., Interval]] = {
     **dict.fromkeys(MOVED, lambda x, *rest: _either(x)),
     'Gather': _gathered,
     'Concat': _either,

@@ -3,8 +3,9 @@ import copy
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, Sequence
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -69,7 +70,7 @@ def _nncf_int8(model: nn.Module) -> Forward:
     return lambda x: run(x.numpy())
 
 
-EXECUTIONS: Dict[str, Callable[[nn.Module], Forward]] = {
+EXECUTIONS: dict[str, Callable[[nn.Module], Forward]] = {
     'source:fp32': lambda model: _compiled(without_neurons(model)),
     'source:bf16': lambda model: _compiled(without_neurons(model), torch.bfloat16),
     'simulate': lambda model: _compiled(copy.deepcopy(model)),
@@ -85,7 +86,7 @@ EXECUTIONS: Dict[str, Callable[[nn.Module], Forward]] = {
 }
 
 
-def normalised_images(num: int, cfg: Dict[str, Any], seed: int = 0) -> torch.Tensor:
+def normalised_images(num: int, cfg: dict[str, Any], seed: int = 0) -> torch.Tensor:
     """Images (num, C, H, W) of uniform noise, normalised as a preprocessing config says."""
     pixels = torch.rand(num, *cfg['input_size'], generator=torch.Generator().manual_seed(seed))
     mean, std = (torch.tensor(cfg[key]).view(-1, 1, 1) for key in ('mean', 'std'))
@@ -100,7 +101,7 @@ def benchmark(
         batch_sizes: Iterable[int] = (8,),
         pairs: int = 9,
         warmup: int = 2,
-) -> Dict[str, Any]:
+) -> dict[str, Any]:
     """Time executions of an SFormer on this machine's CPU, each in turn, round after round.
 
     Ratios are taken within a round, so a machine that drifts slows down both sides.
@@ -135,7 +136,7 @@ def benchmark(
     cfg, results = resolve_input_data_config(model), []
     for batch_size in batch_sizes:
         images = normalised_images(batch_size, cfg)
-        rounds: List[Dict[str, float]] = []
+        rounds: list[dict[str, float]] = []
         for i in range(warmup + pairs):
             times = {name: _seconds(run, images) for name, run in runs.items()}
             if i >= warmup:
@@ -168,10 +169,10 @@ def _seconds(run: Forward, images: torch.Tensor) -> float:
     return time.perf_counter() - start
 
 
-def _spread(ratios: List[float]) -> Dict[str, float]:
+def _spread(ratios: list[float]) -> dict[str, float]:
     return dict(median=statistics.median(ratios), min=min(ratios), max=max(ratios))
 
 
-def _engine_versions(runs: Dict[str, Forward]) -> Dict[str, str]:
+def _engine_versions(runs: dict[str, Forward]) -> dict[str, str]:
     engines = {name.partition(':')[0] for name in runs} & {'openvino', 'onnxruntime'}
     return {engine: engine_version(engine) for engine in sorted(engines)}

@@ -4,7 +4,7 @@ peft puts a layer of its own in the place of the adapted one, which it keeps as 
 adapter and to the adapted layer. Were that the current, an adapter would compute something else once it is merged into
 the weights. So the neuron fires first, in whatever layer takes a spiking one as its `base_layer`.
 """
-from typing import Any, Dict, Optional, Tuple
+from typing import Any
 
 import torch.nn as nn
 from torch.nn.modules.module import register_module_module_registration_hook
@@ -21,14 +21,14 @@ def _adapted(layer: Any) -> nn.Module:
     return layer
 
 
-def _fire_first(adapter: nn.Module, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Optional[Tuple[Any, ...]]:
+def _fire_first(adapter: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
     neuron = getattr(_adapted(adapter), 'neuron', None)
     if neuron is None or 'fired' in kwargs:  # a source has none; an outer adapter had it fire
         return None
     return (neuron(args[0]), *args[1:]), dict(kwargs, fired=True)
 
 
-def _watch_for_adapters(parent: nn.Module, name: str, layer: Optional[nn.Module]) -> None:
+def _watch_for_adapters(parent: nn.Module, name: str, layer: nn.Module | None) -> None:
     if name == 'base_layer' and isinstance(_adapted(layer), (SpikingLinear, SpikingConv2d)):
         parent.register_forward_pre_hook(_fire_first, with_kwargs=True)
 

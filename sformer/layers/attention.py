@@ -5,7 +5,7 @@ of a spiking layer that call goes to its `AttentionProduct`. Rotary embeddings, 
 """
 import functools
 import operator
-from typing import Any, List, Optional
+from typing import Any
 
 import timm
 import torch
@@ -32,11 +32,11 @@ __all__ = ['SpikingAttentionMixin', 'SpikingAttention']
 class _ToProducts(TorchFunctionMode):
     """While the forward of an attention layer runs, hand its products of activations to the layer's neurons."""
 
-    def __init__(self, layer: 'SpikingAttentionMixin', met: List[str]):
+    def __init__(self, layer: 'SpikingAttentionMixin', met: list[str]):
         super().__init__()
         self.layer = layer
         self.met = met  # names of the products that came by; the caller's own, as dynamo reads no attribute of a mode
-        self.gate: Optional[torch.Tensor] = None
+        self.gate: torch.Tensor | None = None
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.scaled_dot_product_attention:
@@ -99,7 +99,7 @@ class SpikingAttentionMixin(SpikingLayer):
             cls.forward = forward  # type: ignore[method-assign]
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        met: List[str] = []
+        met: list[str] = []
         with _ToProducts(self, met):
             x = super().forward(*args, **kwargs)
         if met != ['attention'] * self.num_products + ['gate'] * (self.gate_neuron is not None):

@@ -1,5 +1,5 @@
 """MLPs and gates: their layers with weights spike, and so do both operands where two activations are multiplied."""
-from typing import Any, Tuple
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -56,7 +56,7 @@ class SpikingGateMixin(SpikingLayer):
         self.value_neuron = new_neuron(shape, config, token=True, device=device)
         _add_fc2_neuron(self, config, config.gated_fire)
 
-    def gate_and_value(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    def gate_and_value(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Currents of the gate, before its activation function, and of the value."""
         raise NotImplementedError
 
@@ -73,7 +73,7 @@ class SpikingGateMixin(SpikingLayer):
 class SpikingGluMlp(SpikingGateMixin, GluMlp):
     """Gated MLP with packed weights."""
 
-    def gate_and_value(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    def gate_and_value(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         first, second = self.fc1(x).chunk(2, dim=self.chunk_dim)
         return (second, first) if self.gate_last else (first, second)
 
@@ -82,7 +82,7 @@ class SpikingGluMlp(SpikingGateMixin, GluMlp):
 class SpikingSwiGLU(SpikingGateMixin, SwiGLU):
     """Gated MLP with separate weights."""
 
-    def gate_and_value(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    def gate_and_value(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.fc1_g(x), self.fc1_x(x)
 
 

@@ -3,7 +3,8 @@
 Whatever else computes an SFormer (integers, bit planes, another library) replaces what is here.
 """
 import math
-from typing import Any, Optional, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +21,10 @@ MAX_SCORES = 2 ** 22  # that attention computes at once at inference: all of ViT
 
 
 def linear(
-        neuron: Optional[Neuron],
+        neuron: Neuron | None,
         x: torch.Tensor,
         weight: torch.Tensor,
-        bias: Optional[torch.Tensor],
+        bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """Product of the spikes on a current (..., C) with weights (D, C), plus a bias (D,): a current (..., D). Without a
     neuron, x is the decode of spikes.
@@ -45,7 +46,7 @@ def multiply(a_neuron: Neuron, a: torch.Tensor, b_neuron: Neuron, b: torch.Tenso
 @register_notrace_function
 def softmax_numerators(
         scores: torch.Tensor,
-        attn_mask: Optional[torch.Tensor] = None,
+        attn_mask: torch.Tensor | None = None,
         is_causal: bool = False,
 ) -> torch.Tensor:
     """Numerators exp(s - max s) of the softmax over the keys, in [0, 1], of scores (B, H, L, S); zero in a row that may
@@ -105,7 +106,7 @@ class AttentionProduct(Multiplying):
             self,
             num_heads: int,
             head_dim: int,
-            v_head_dim: Optional[int] = None,
+            v_head_dim: int | None = None,
             config: SFNConfig = SFNConfig(),
             device=None,
             group_size: int = 1,
@@ -147,10 +148,10 @@ class AttentionProduct(Multiplying):
             query: torch.Tensor,
             key: torch.Tensor,
             value: torch.Tensor,
-            attn_mask: Optional[torch.Tensor] = None,
+            attn_mask: torch.Tensor | None = None,
             dropout_p: float = 0.,
             is_causal: bool = False,
-            scale: Optional[float] = None,
+            scale: float | None = None,
     ) -> torch.Tensor:
         """Arguments are those of `F.scaled_dot_product_attention`."""
         q, k, v = self.q_neuron(query), self.k_neuron(key), self.v_neuron(value)
@@ -163,13 +164,13 @@ class AttentionProduct(Multiplying):
             return self._attend(q, k, v, attn_mask, dropout_p, is_causal)
         blocks = q.split(rows, dim=-2)
         if attn_mask is None or attn_mask.shape[-2] == 1:
-            masks: Sequence[Optional[torch.Tensor]] = [attn_mask] * len(blocks)
+            masks: Sequence[torch.Tensor | None] = [attn_mask] * len(blocks)
         else:
             masks = attn_mask.split(rows, dim=-2)
         pairs = zip(blocks, masks, strict=True)
         return torch.cat([self._attend(block, k, v, mask, dropout_p) for block, mask in pairs], dim=-2)
 
-    def _rows_at_once(self, q: torch.Tensor, k: torch.Tensor, is_causal: bool) -> Optional[int]:
+    def _rows_at_once(self, q: torch.Tensor, k: torch.Tensor, is_causal: bool) -> int | None:
         """Queries in a block; None if all of them are, as they are where a graph is made of what is computed."""
         if (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
                 or isinstance(q, torch.fx.Proxy) or is_causal):
@@ -182,7 +183,7 @@ class AttentionProduct(Multiplying):
             q: torch.Tensor,
             k: torch.Tensor,
             v: torch.Tensor,
-            attn_mask: Optional[torch.Tensor],
+            attn_mask: torch.Tensor | None,
             dropout_p: float,
             is_causal: bool = False,
     ) -> torch.Tensor:

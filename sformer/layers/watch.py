@@ -1,6 +1,7 @@
 """Watches on the forwards of a network: whose operation is it, and what does each neuron fire?"""
 import contextlib
-from typing import Any, Callable, Iterator, List, Tuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -19,8 +20,8 @@ class ForwardWatch(TorchDispatchMode):
     def __init__(self, module: nn.Module):
         super().__init__()
         self.module = module
-        self.stack: List[Tuple[str, nn.Module]] = []
-        self.handles: List[Any] = []
+        self.stack: list[tuple[str, nn.Module]] = []
+        self.handles: list[Any] = []
 
     def __enter__(self):
         for name, child in self.module.named_modules():
@@ -57,7 +58,7 @@ def watch_levels(model: nn.Module, add: Callable[[str, torch.Tensor], None]) -> 
             neuron.__dict__.pop('encode', None)
 
 
-def _watch(name: str, neuron: Any, add: Callable[[str, torch.Tensor], None]) -> List[Any]:
+def _watch(name: str, neuron: Any, add: Callable[[str, torch.Tensor], None]) -> list[Any]:
     encode = neuron.encode
 
     def asked(x: torch.Tensor) -> Any:

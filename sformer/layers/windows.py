@@ -8,7 +8,8 @@ The forward is that of the layer itself, of tokens that were sorted into windows
 """
 import contextlib
 import contextvars
-from typing import Any, Iterator, Tuple
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -23,7 +24,7 @@ from .table import register_spiking
 __all__ = ['WindowedMixin', 'token_grid', 'windowed_']
 
 # Tokens are a sequence, which does not say of which map they are. Not a state of the layers, that other threads share.
-_GRID: contextvars.ContextVar[Tuple[int, int]] = contextvars.ContextVar('grid')
+_GRID: contextvars.ContextVar[tuple[int, int]] = contextvars.ContextVar('grid')
 
 
 @contextlib.contextmanager
@@ -56,7 +57,7 @@ class WindowedMixin(nn.Module):
             kwargs['rope'] = self._split_rope(rope, len(x))
         return self.join(super().forward(self.split(x), **kwargs))
 
-    def _window(self) -> Tuple[int, int]:
+    def _window(self) -> tuple[int, int]:
         height, width = _GRID.get()
         return min(self.window_size, height), min(self.window_size, width)
 

@@ -7,7 +7,8 @@ Paper: `One-Timestep is Enough: Achieving High-performance ANN-to-SNN Conversion
     - https://arxiv.org/abs/2510.23383
 """
 import dataclasses
-from typing import Any, Callable, Dict, Optional, Tuple, Type, Union
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -33,7 +34,7 @@ __all__ = [
 
 HEADS = ('head', 'head_dist')  # what timm's reset_classifier() puts in anew
 
-State = Dict[str, torch.Tensor]
+State = dict[str, torch.Tensor]
 
 
 class SFormerMixin(SpikingLayer):
@@ -51,7 +52,7 @@ class SFormerMixin(SpikingLayer):
     conversion: Any = None
     patch_embed: Any
 
-    def __init__(self, *args, sfn: Union[SFNConfig, Dict[str, Any], None] = None, **kwargs):
+    def __init__(self, *args, sfn: SFNConfig | dict[str, Any] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         spiking_model_(self, sfn)
 
@@ -74,12 +75,12 @@ class SFormerMixin(SpikingLayer):
         return next(neuron.config for _, neuron in named_neurons(self) if hasattr(neuron, 'config'))
 
     @property
-    def _model_args(self) -> Dict[str, Any]:
+    def _model_args(self) -> dict[str, Any]:
         """What timm records of the arguments that build this model, with the neurons that it has."""
         return dict(self.__dict__.get('_model_args', {}), sfn=dataclasses.asdict(self.sfn_config))
 
     @_model_args.setter
-    def _model_args(self, args: Dict[str, Any]) -> None:
+    def _model_args(self, args: dict[str, Any]) -> None:
         self.__dict__['_model_args'] = {key: value for key, value in args.items() if key != 'sfn'}
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
@@ -96,7 +97,7 @@ class SFormerMixin(SpikingLayer):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def reset_classifier(self, num_classes: int, *args, **kwargs) -> None:
-        old: Dict[str, Any] = {name: getattr(self, name, None) for name in HEADS}
+        old: dict[str, Any] = {name: getattr(self, name, None) for name in HEADS}
         pool = self.global_pool
         super().reset_classifier(num_classes, *args, **kwargs)  # type: ignore[misc]
         spiking_(self, self.sfn_config)
@@ -134,7 +135,7 @@ class SFormerBeit(SFormerMixin, beit.Beit):
 
 # timm model class -> spiking model class, and what timm does to a checkpoint of it before it is loaded: reads foreign
 # formats, resizes position embeddings
-SPIKING_MODELS: Dict[Type[nn.Module], Tuple[Type[SFormerMixin], Callable[..., State]]] = {
+SPIKING_MODELS: dict[type[nn.Module], tuple[type[SFormerMixin], Callable[..., State]]] = {
     vision_transformer.VisionTransformer: (SFormer, vision_transformer.checkpoint_filter_fn),
     deit.VisionTransformerDistilled: (SFormerDistilled, vision_transformer.checkpoint_filter_fn),
     eva.Eva: (SFormerEva, eva.checkpoint_filter_fn),
@@ -142,7 +143,7 @@ SPIKING_MODELS: Dict[Type[nn.Module], Tuple[Type[SFormerMixin], Callable[..., St
 }
 
 
-def spiking_model_(model: nn.Module, sfn: Union[SFNConfig, Dict[str, Any], None] = None) -> nn.Module:
+def spiking_model_(model: nn.Module, sfn: SFNConfig | dict[str, Any] | None = None) -> nn.Module:
     """Turn a timm model into an uncalibrated SFormer, in place.
 
     Args:
@@ -180,7 +181,7 @@ def set_pixel_range_(model: nn.Module, mean: Any, std: Any) -> None:
             module.proj.neuron.set_range(-mean_ / std_, (1 - mean_) / std_)
 
 
-def state_input_size_(model: Any, size: Union[int, Tuple[int, int], None]) -> None:
+def state_input_size_(model: Any, size: int | tuple[int, int] | None) -> None:
     """Let the config of a model that takes images of any size (`dynamic_img_size`) say the one that it was built for
     (`img_size`), if that was asked for: images are resized to it, and it is exported for it."""
     cfg = dict(getattr(model, 'pretrained_cfg', None) or {})
@@ -191,7 +192,7 @@ def state_input_size_(model: Any, size: Union[int, Tuple[int, int], None]) -> No
     model.pretrained_cfg = model.default_cfg = cfg
 
 
-def checkpoint_filter_fn(state_dict: State, model: nn.Module, neurons: Optional[State] = None) -> State:
+def checkpoint_filter_fn(state_dict: State, model: nn.Module, neurons: State | None = None) -> State:
     """Check and adapt the state dict of a pretrained SFormer.
 
     timm loads non-strictly where num_classes differs; default thresholds must not slip in for missing ones there.

@@ -5,7 +5,7 @@ No timm, no files: currents are tensors, and everything here works on any of the
 it.
 """
 import importlib
-from typing import TYPE_CHECKING, Any, List
+from typing import TYPE_CHECKING, Any
 
 from .config import (
     DEFAULT_RANGE,
@@ -48,7 +48,7 @@ else:
                 return getattr(found, name)
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
-    def __dir__() -> List[str]:
+    def __dir__() -> list[str]:
         return sorted({*globals(), *__all__})
 
 __all__ = [

@@ -1,6 +1,7 @@
 """What all neurons share: spikes, state that is validated when it is loaded and is not averaged, and whether it is
 calibrated."""
-from typing import Any, Mapping, NamedTuple, Optional, Tuple, Union
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -24,8 +25,8 @@ class Spikes(NamedTuple):
     """
     levels: torch.Tensor
     step: torch.Tensor
-    row: Optional[torch.Tensor] = None
-    center: Optional[torch.Tensor] = None
+    row: torch.Tensor | None = None
+    center: torch.Tensor | None = None
 
     def decode(self) -> torch.Tensor:
         """The current that the spikes stand for, float32: `levels * step * row + center`."""
@@ -88,7 +89,7 @@ class Neuron(Float32Buffers):
         return out
 
     @property
-    def level_range(self) -> Tuple[int, int]:
+    def level_range(self) -> tuple[int, int]:
         """The lowest and the highest level that this neuron can fire: those of int8, if a type knows no less."""
         return -127, 127
 
@@ -100,7 +101,7 @@ class Neuron(Float32Buffers):
         """Set thresholds by what was observed, and mark the neuron as calibrated."""
         raise NotImplementedError
 
-    def moments(self, x: torch.Tensor) -> Optional[torch.Tensor]:
+    def moments(self, x: torch.Tensor) -> torch.Tensor | None:
         """Sums of h^2 and of h o over a batch of currents, of membrane potentials h and outputs o in steps, float64,
         (2,); None if the neuron is not to be corrected by them."""
         return None
@@ -201,7 +202,7 @@ class Neuron(Float32Buffers):
             return f'is not positive: a neuron with that {name} is dead'
         return ''
 
-    def _set(self, **state: Union[float, torch.Tensor]) -> None:
+    def _set(self, **state: float | torch.Tensor) -> None:
         """Set buffers: all of them or, with a ValueError if one is refused, none."""
         values = {name: torch.as_tensor(value, device=getattr(self, name).device) for name, value in state.items()}
         for name, value in values.items():

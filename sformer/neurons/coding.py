@@ -1,6 +1,5 @@
 """How a level is sent as spikes: the one table that activity and profile count by."""
 import functools
-from typing import Dict
 
 import torch
 
@@ -29,7 +28,7 @@ def spikes_in(levels: torch.Tensor, coding: str) -> torch.Tensor:
     return _spikes_per_level(levels.device)[CODINGS.index(coding)][levels.to(torch.int64).abs()]
 
 
-def count_spikes(levels: torch.Tensor) -> Dict[str, int]:
+def count_spikes(levels: torch.Tensor) -> dict[str, int]:
     """Spikes of all levels (int8 or int16, any shape) together in each coding, by a histogram of |k|: nothing is
     rounded."""
     k = levels.abs().flatten()  # |k| of int8 is uint8 as it stands, which bincount takes and reads fastest
@@ -38,7 +37,7 @@ def count_spikes(levels: torch.Tensor) -> Dict[str, int]:
     return dict(zip(CODINGS, sums, strict=True))
 
 
-def count_levels(levels: torch.Tensor) -> Dict[int, int]:
+def count_levels(levels: torch.Tensor) -> dict[int, int]:
     """How often each level is fired: those that are, with their signs, in ascending order. Levels of any integer dtype
     and shape."""
     k = levels.flatten().to(torch.int64)

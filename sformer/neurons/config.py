@@ -1,7 +1,7 @@
 """How neurons fire, and how they are fitted: two frozen configs, each with one owner. They need no torch."""
 import dataclasses
 import math
-from typing import Any, Dict, Optional, Tuple, TypeVar, Union
+from typing import Any, TypeVar
 
 from ..errors import ConfigError, check, check_choice, check_flag, check_integer, check_number
 from .levels import MAX_LEVEL, MAX_WIDE_LEVEL, level_integers, max_levels
@@ -165,8 +165,8 @@ class FitConfig:
     """
     estimator: str = 'mse'
     quantile: float = 0.999
-    floor: Optional[float] = None
-    margin: Optional[float] = None
+    floor: float | None = None
+    margin: float | None = None
     unbiased: bool = True
     compensate: bool = False
 
@@ -209,11 +209,11 @@ class Recipe:
         fit: Fields of `FitConfig` likewise.
     """
     summary: str
-    config: Dict[str, Any] = dataclasses.field(default_factory=dict)
-    fit: Dict[str, Any] = dataclasses.field(default_factory=dict)
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    fit: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-RECIPES: Dict[str, Recipe] = {
+RECIPES: dict[str, Recipe] = {
     'default': Recipe('close to the source, in integers as fast as fewer levels'),
     'fast': Recipe('for int8 engines: one threshold for all tokens, a softmax of bytes',
                    dict(token_scale=False, attention_fire='byte'), dict(estimator='max')),
@@ -235,7 +235,7 @@ def recipe_of(name: str) -> Recipe:
     return RECIPES[name]
 
 
-def recipe_name(config: SFNConfig, fit: FitConfig) -> Optional[str]:
+def recipe_name(config: SFNConfig, fit: FitConfig) -> str | None:
     """Name of the recipe that configs are of, the fit `settled` or not; None if they are of none."""
     for name in RECIPES:
         wanted = FitConfig.recipe(name)
@@ -253,10 +253,10 @@ def as_config(kind: type[Config], value: Config | dict[str, Any] | None) -> Conf
 
 
 def recipe_configs(
-        recipe: Optional[str],
-        config: Union[SFNConfig, Dict[str, Any], None] = None,
-        fit: Union[FitConfig, Dict[str, Any], None] = None,
-) -> Tuple[SFNConfig, FitConfig]:
+        recipe: str | None,
+        config: SFNConfig | dict[str, Any] | None = None,
+        fit: FitConfig | dict[str, Any] | None = None,
+) -> tuple[SFNConfig, FitConfig]:
     """How neurons fire and how they are fitted, by a recipe, whose single fields configs change that are given as such.
 
     Raises:

@@ -1,5 +1,5 @@
 """The scale-and-fire neuron."""
-from typing import Mapping, Optional, Sequence, Tuple
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -59,18 +59,18 @@ class ScaleAndFire(Neuron):
     gain: torch.Tensor
     multiplier: torch.Tensor
     levels: torch.Tensor
-    center: Optional[torch.Tensor]
-    quiet: Optional[torch.Tensor]
+    center: torch.Tensor | None
+    quiet: torch.Tensor | None
 
     def __init__(
             self,
             shape: Sequence[int],
             config: SFNConfig = SFNConfig(),
             signed: bool = True,
-            center_shape: Optional[Sequence[int]] = None,
+            center_shape: Sequence[int] | None = None,
             folds: bool = False,
             token: bool = False,
-            fire_function: Optional[str] = None,
+            fire_function: str | None = None,
             meets_levels: bool = False,
             device=None,
     ):
@@ -117,16 +117,16 @@ class ScaleAndFire(Neuron):
         return self.multiplier * self.levels[-1]
 
     @property
-    def level_range(self) -> Tuple[int, int]:
+    def level_range(self) -> tuple[int, int]:
         highest = self.top_levels.flatten(1).amax(1).tolist()
         return (-int(highest[1]) if self.signed else 0), int(highest[0])
 
     def set_state(
             self,
             step: torch.Tensor,
-            multiplier: Optional[torch.Tensor] = None,
-            levels: Optional[torch.Tensor] = None,
-            center: Optional[torch.Tensor] = None,
+            multiplier: torch.Tensor | None = None,
+            levels: torch.Tensor | None = None,
+            center: torch.Tensor | None = None,
             gain: float = 1.,
             **more: torch.Tensor,
     ) -> None:
@@ -209,7 +209,7 @@ class ScaleAndFire(Neuron):
             return k.mul_(values[0])
         return k.clamp_min(0).mul_(values[0]).add_(k.clamp_max_(0).mul_(values[1]))
 
-    def _fire(self, x: torch.Tensor, threshold: torch.Tensor) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+    def _fire(self, x: torch.Tensor, threshold: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Levels before they are multiplied, and factor per token."""
         config, u, row = self.config, self._divided(self._loud(x), threshold), None
         if self.token:
@@ -220,7 +220,7 @@ class ScaleAndFire(Neuron):
         k = fire(u, self.fire_function, self.levels, config.initial_potential, config.dead_zone, self.top)
         return k if self.signed else k.clamp_(min=0), row
 
-    def statistics(self) -> Optional[CurrentStatistics]:
+    def statistics(self) -> CurrentStatistics | None:
         if not self.signed and self.fire_function != 'density':
             return None  # the strongest key of a row is exactly 1, whatever the image
         center = None if self.center is None else tuple(self.center.shape)
@@ -228,9 +228,9 @@ class ScaleAndFire(Neuron):
 
     def fit(
             self,
-            statistics: Optional[CurrentStatistics],
+            statistics: CurrentStatistics | None,
             config: FitConfig = FitConfig(),
-            octaves: Optional[torch.Tensor] = None,
+            octaves: torch.Tensor | None = None,
     ) -> None:
         """Fit step, multipliers, levels (`density`) and centre to what was observed.
 
@@ -249,7 +249,7 @@ class ScaleAndFire(Neuron):
         center, relative = statistics.center, torch.ones(())
         if self.quiet is not None:
             statistics = statistics.loud(self.quiet)
-        shape: Tuple[int, ...] = tuple(self.step.shape)
+        shape: tuple[int, ...] = tuple(self.step.shape)
         if octaves is not None:
             shape, relative = (*shape[:-1], 1), 2. ** octaves
             statistics = statistics.pooled(octaves, shape)
@@ -282,7 +282,7 @@ class ScaleAndFire(Neuron):
         limit = MAX_MET_LEVEL if self.meets_levels and self.config.levels > FEW_LEVELS else MAX_LEVEL
         return max(1, limit // int(values[-1]))
 
-    def moments(self, x: torch.Tensor) -> Optional[torch.Tensor]:
+    def moments(self, x: torch.Tensor) -> torch.Tensor | None:
         if not self.signed:
             return None  # each row of attention is divided by its own spike sum
         x = x.float()

@@ -3,7 +3,6 @@
 Per neuron one histogram with logarithmic bins is kept, so memory does not depend on the number of images and no range
 has to be known before. Every value counts: rare tokens are what thresholds have to reach.
 """
-from typing import Optional, Tuple
 
 import torch
 
@@ -46,16 +45,16 @@ class CurrentStatistics:
 
     def __init__(
             self,
-            shape: Tuple[int, ...],
+            shape: tuple[int, ...],
             signed: bool,
-            center_shape: Optional[Tuple[int, ...]] = None,
-            quiet: Optional[torch.Tensor] = None,
+            center_shape: tuple[int, ...] | None = None,
+            quiet: torch.Tensor | None = None,
     ):
         self.quiet = None if quiet is None else quiet.to('cpu')
         self.shape = shape
         self.branches = 2 if signed else 1
         self.center_shape = center_shape
-        self.center: Optional[torch.Tensor] = None
+        self.center: torch.Tensor | None = None
         groups = torch.Size(shape).numel()
         # on the CPU, whatever the default device is
         self.counts = torch.zeros(self.branches, groups, NUM_BINS, dtype=torch.int32, device='cpu')
@@ -113,7 +112,7 @@ class CurrentStatistics:
         out.counts = self.counts.masked_fill(silent, 0)
         return out
 
-    def pooled(self, octaves: torch.Tensor, shape: Tuple[int, ...]) -> 'CurrentStatistics':
+    def pooled(self, octaves: torch.Tensor, shape: tuple[int, ...]) -> 'CurrentStatistics':
         """Statistics of the currents divided by powers of two, of groups put together.
 
         Args:
@@ -132,7 +131,7 @@ class CurrentStatistics:
         return out
 
     @staticmethod
-    def _padded(shape: Tuple[int, ...], ndim: int) -> Tuple[int, ...]:
+    def _padded(shape: tuple[int, ...], ndim: int) -> tuple[int, ...]:
         return (1,) * (ndim - len(shape)) + tuple(shape)
 
 

@@ -2,9 +2,10 @@
 import dataclasses
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Sequence
+from typing import Any
 
 from ..errors import SFormerError
 
@@ -55,7 +56,7 @@ class Constants:
                 raise SFormerError(f'constant {name} must be a number of at least 0, got {value!r}.')
 
 
-def constants_table(constants: Constants = Constants()) -> List[Dict[str, Any]]:
+def constants_table(constants: Constants = Constants()) -> list[dict[str, Any]]:
     """Rows of `name`, `value`, `unit`, `meaning` and `source`; the source of a changed value is who changed it."""
     rows = []
     for field in dataclasses.fields(constants):
@@ -71,7 +72,7 @@ def read_constants(path: Path | None = None, pairs: Sequence[str] = ()) -> Const
     Raises:
         SFormerError: If the file cannot be read or is no object, a name is unknown, or a value is no number.
     """
-    changes: Dict[str, Any] = {}
+    changes: dict[str, Any] = {}
     if path is not None:
         try:
             given = json.loads(path.read_text(encoding='utf-8'))

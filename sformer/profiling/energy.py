@@ -5,7 +5,8 @@ Figures are estimates, for comparing networks with one another. No chip was meas
 """
 import dataclasses
 import math
-from typing import Any, Callable, Dict, List, Sequence, Tuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from ..neurons import CODINGS
 from .constants import Constants, constants_table
@@ -27,7 +28,7 @@ def energy(
         sites: Sequence[Site],
         floating: Sequence[Floating] = (),
         constants: Constants = Constants(),
-) -> Dict[str, Any]:
+) -> dict[str, Any]:
     """Energy per image [mJ] of the source, of its bit-matched quantised twin, and of the SFormer by coding.
 
     Args:
@@ -64,7 +65,7 @@ def energy(
         constants=constants_table(c))
 
 
-def traffic(site: Site, coding: str, constants: Constants = Constants()) -> Tuple[float, float]:
+def traffic(site: Site, coding: str, constants: Constants = Constants()) -> tuple[float, float]:
     """Bits per image that a site's spikes take in a buffer, and the energy [pJ] that one hop of them takes.
 
     They are sent as events, each spike with its address, sign and (graded) level or (binary) plane, or as a dense
@@ -86,7 +87,7 @@ def traffic(site: Site, coding: str, constants: Constants = Constants()) -> Tupl
     spikes = site.neurons * site.spikes[coding]
     events = spikes * (c.address_bits + payload), spikes * (c.event_hop + payload * c.dense_hop)
 
-    def cost(way: Tuple[float, float]) -> float:
+    def cost(way: tuple[float, float]) -> float:
         bits, hop = way
         return 2 * bits * c.activation_bit + hop * c.hops
     return min(events, stream, key=cost)
@@ -97,7 +98,7 @@ def _account(
         sites: Sequence[Site],
         floating: Sequence[Floating],
         c: Constants,
-) -> Dict[str, Dict[str, float]]:
+) -> dict[str, dict[str, float]]:
     spiking = [operation for operation in operations if operation.kind != 'floating']
     analog = [operation for operation in operations if operation.kind == 'floating']
     planes = {site.name: site.planes for site in sites}
@@ -175,7 +176,7 @@ def _root(function: Callable[[float], float], low: float, high: float) -> float:
     return (low + high) / 2
 
 
-def verdicts(figures: Dict[str, Any]) -> List[str]:
+def verdicts(figures: dict[str, Any]) -> list[str]:
     """What the figures of `energy` say, in words: who wins, by how much, and from which activity on it would."""
     account, proxy = figures['account'], figures['proxy']
     ratio = proxy['sformer'] / proxy['source']
