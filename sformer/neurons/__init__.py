@@ -5,7 +5,7 @@ No timm, no files: currents are tensors, and everything here works on any of the
 it.
 """
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .config import (
     DEFAULT_RANGE,
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 else:
     _MODULES = ('base', 'coding', 'functional', 'graded', 'registry', 'scale_and_fire', 'shared', 'statistics')
 
-    def __getattr__(name: str) -> Any:
+    def __getattr__(name: str) -> object:
         for module in _MODULES if name in __all__ else ():
             found = importlib.import_module(f'.{module}', __name__)
             if name in found.__all__:

@@ -1,7 +1,7 @@
 """What all neurons share: spikes, state that is validated when it is loaded and is not averaged, and whether it is
 calibrated."""
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn as nn
@@ -9,7 +9,7 @@ import torch.nn as nn
 from .config import FitConfig, SFNConfig
 from .functional import straight_through
 
-__all__ = ['Float32Buffers', 'Neuron', 'Spikes']
+__all__ = ['Float32Buffers', 'Neuron', 'Observed', 'Observer', 'Spikes']
 
 
 class Spikes(NamedTuple):
@@ -34,6 +34,16 @@ class Spikes(NamedTuple):
         if self.row is not None:
             current = current * self.row
         return current if self.center is None else current + self.center
+
+
+class Observer(Protocol):
+    """What looks at the currents that enter a neuron."""
+
+    def update(self, x: torch.Tensor) -> None:
+        """Add a batch of currents (B, ...)."""
+
+
+Observed = Any  # an observer of the type that the `statistics` of a neuron makes, or None: its `fit` alone knows which
 
 
 # What `calibrated` is where it is true: numbers that no float is, so that whatever averages buffers changes them. A
@@ -69,6 +79,7 @@ class Neuron(Float32Buffers):
     step: torch.Tensor  # of types whose step folds into weights, and their centre
     center: torch.Tensor | None
     counted = True  # by activity: its spikes are news, and asking for them changes nothing
+    unbounded = False  # whether no norm bounds its current: that of attention or of an activation function
     takes_octaves = False  # `fit` does, as of queries and keys, whose steps are related
 
     def __init__(self, device=None):
@@ -93,11 +104,11 @@ class Neuron(Float32Buffers):
         """The lowest and the highest level that this neuron can fire: those of int8, if a type knows no less."""
         return -127, 127
 
-    def statistics(self) -> Any:
+    def statistics(self) -> Observer | None:
         """A new observer, whose `update(x)` takes the currents that enter this neuron; None if nothing is fitted."""
         raise NotImplementedError
 
-    def fit(self, statistics: Any, config: FitConfig = FitConfig()) -> None:
+    def fit(self, statistics: Observed, config: FitConfig = FitConfig()) -> None:
         """Set thresholds by what was observed, and mark the neuron as calibrated."""
         raise NotImplementedError
 
@@ -130,7 +141,7 @@ class Neuron(Float32Buffers):
     # Averages of models take buffers along (`AveragedModel(use_buffers=True)`), though thresholds are no weights: an
     # average of 32 with 32 may be 31. What is averaged is a copy, so a copy remembers what it was.
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__(state)
         self.undo_average_()
         self._remember()

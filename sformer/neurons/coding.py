@@ -11,8 +11,10 @@ CODINGS = ('unary', 'binary', 'graded')  # |k| spikes, one per set bit of |k|, o
 @functools.cache
 def _spikes_per_level(device: torch.device) -> torch.Tensor:
     """Spikes of levels 0 ... 2^15 - 1 in each of the codings, int64, (3, 2^15)."""
-    k = range(2 ** 15)
-    return torch.tensor([k, [n.bit_count() for n in k], [n > 0 for n in k]], dtype=torch.int64, device=device)
+    unary = range(2 ** 15)
+    binary = [k.bit_count() for k in unary]
+    graded = [k > 0 for k in unary]
+    return torch.tensor([unary, binary, graded], dtype=torch.int64, device=device)
 
 
 def spikes_in(levels: torch.Tensor, coding: str) -> torch.Tensor:

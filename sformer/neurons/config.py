@@ -8,19 +8,23 @@ from .levels import MAX_LEVEL, MAX_WIDE_LEVEL, level_integers, max_levels
 
 __all__ = [
     'FIRE_FUNCTIONS', 'SOFTMAX_FIRE_FUNCTIONS', 'ESTIMATORS', 'DEFAULT_RANGE', 'NEURON_TYPES', 'SCALE_AND_FIRE',
-    'SEPARATE_BRANCHES', 'RECIPES', 'Recipe', 'SFNConfig', 'FitConfig', 'as_config', 'recipe_configs', 'recipe_name',
-    'recipe_of',
+    'SEPARATE_BRANCHES', 'RECIPES', 'Fields', 'Recipe', 'SFNConfig', 'FitConfig', 'as_config', 'recipe_configs',
+    'recipe_name', 'recipe_of',
 ]
 
 FIRE_FUNCTIONS = ('uniform', 'widening', 'quarter_square', 'quadratic', 'quartic', 'power2', 'density')
 SOFTMAX_FIRE_FUNCTIONS = (*FIRE_FUNCTIONS, 'byte')
 ESTIMATORS = ('mse', 'quantile', 'max')
 # of `FitConfig`, measured on a ViT-S that was trained at scale
-GENERATED_FLOOR, GENERATED_MARGIN, MAX_FLOOR = 0.75, 1.3, 0.5
+GENERATED_FLOOR = 0.75
+GENERATED_MARGIN = 1.3
+MAX_FLOOR = 0.5
 SCALE_AND_FIRE = 'scale_and_fire'
 SEPARATE_BRANCHES = 'separate_branches'  # the same, of which no branch shares its N thresholds with the other
-NEURON_TYPES: dict[str, Any] = {}  # types of neurons by name, as `register_neuron` fills it
+NEURON_TYPES: dict[str, type] = {}  # types of neurons by name, as `register_neuron` fills it
 DEFAULT_RANGE = 4.  # uncalibrated neurons fire over +-4: four standard deviations of a LayerNorm output
+
+Fields = dict[str, Any]  # of a config, by name: it says itself which values it takes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,8 +213,8 @@ class Recipe:
         fit: Fields of `FitConfig` likewise.
     """
     summary: str
-    config: dict[str, Any] = dataclasses.field(default_factory=dict)
-    fit: dict[str, Any] = dataclasses.field(default_factory=dict)
+    config: Fields = dataclasses.field(default_factory=dict)
+    fit: Fields = dataclasses.field(default_factory=dict)
 
 
 RECIPES: dict[str, Recipe] = {
@@ -247,15 +251,15 @@ def recipe_name(config: SFNConfig, fit: FitConfig) -> str | None:
 Config = TypeVar('Config', SFNConfig, FitConfig)
 
 
-def as_config(kind: type[Config], value: Config | dict[str, Any] | None) -> Config:
+def as_config(kind: type[Config], value: Config | Fields | None) -> Config:
     """A config that is given as one, as its fields, or as None for the default one."""
     return value if isinstance(value, kind) else kind(**(value or {}))  # type: ignore[arg-type]
 
 
 def recipe_configs(
         recipe: str | None,
-        config: SFNConfig | dict[str, Any] | None = None,
-        fit: FitConfig | dict[str, Any] | None = None,
+        config: SFNConfig | Fields | None = None,
+        fit: FitConfig | Fields | None = None,
 ) -> tuple[SFNConfig, FitConfig]:
     """How neurons fire and how they are fitted, by a recipe, whose single fields configs change that are given as such.
 

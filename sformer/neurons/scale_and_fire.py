@@ -1,5 +1,6 @@
 """The scale-and-fire neuron."""
 from collections.abc import Mapping, Sequence
+from typing import TypedDict
 
 import torch
 
@@ -10,10 +11,21 @@ from .levels import MAX_LEVEL, MAX_MET_LEVEL, MAX_WIDE_LEVEL
 from .statistics import CurrentStatistics
 from .thresholds import exact_step, fit_density_levels, fit_steps
 
-__all__ = ['ScaleAndFire']
+__all__ = ['ScaleAndFire', 'SiteOptions']
 
 FEW_LEVELS = 11
 TINY = 1e-30  # a token without any current is silent at whatever threshold
+
+
+class SiteOptions(TypedDict, total=False):
+    """What a place says of the neurons that fire there: further arguments of `ScaleAndFire`."""
+    signed: bool
+    center_shape: Sequence[int] | None
+    folds: bool
+    token: bool
+    fire_function: str | None
+    meets_levels: bool
+    device: torch.device | None
 
 
 class ScaleAndFire(Neuron):
@@ -53,7 +65,6 @@ class ScaleAndFire(Neuron):
     Shape:
         Input and output (B, ...), where `shape` broadcasts.
     """
-    unbounded = False  # whether no norm bounds its current: that of attention or of an activation function
     takes_octaves = True
     step: torch.Tensor
     gain: torch.Tensor
@@ -211,7 +222,8 @@ class ScaleAndFire(Neuron):
 
     def _fire(self, x: torch.Tensor, threshold: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Levels before they are multiplied, and factor per token."""
-        config, u, row = self.config, self._divided(self._loud(x), threshold), None
+        config, row = self.config, None
+        u = self._divided(self._loud(x), threshold)
         if self.token:
             # torch's vector_norm is not vectorised
             largest = torch.maximum(u.amax(-1, keepdim=True), -u.amin(-1, keepdim=True)).clamp_min(TINY)
@@ -241,10 +253,12 @@ class ScaleAndFire(Neuron):
         """
         values = self.levels.to('cpu', torch.float32)
         if self.fire_function == 'density':
+            assert statistics is not None
             values = fit_density_levels(statistics, self.config.levels, self.config.initial_potential, self.top)
         if not self.signed:
             self.set_state(torch.full_like(self.step, _reaching(1., values[-1])), levels=values)
             return
+        assert statistics is not None
         boundaries = firing_boundaries(values, self.config.initial_potential, self.config.dead_zone)
         center, relative = statistics.center, torch.ones(())
         if self.quiet is not None:

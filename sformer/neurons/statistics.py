@@ -106,7 +106,9 @@ class CurrentStatistics:
     def loud(self, quiet: torch.Tensor) -> 'CurrentStatistics':
         """Statistics of what is not silent; what is (of a magnitude below `quiet`, `shape`) counts as no current."""
         out = CurrentStatistics(self.shape, self.branches == 2, self.center_shape)
-        out.center, out.peak, out.counted = self.center, self.peak, self.counted
+        out.center = self.center
+        out.peak = self.peak
+        out.counted = self.counted
         edges = bin_edges()
         silent = (edges[:-1] + edges[1:]) / 2 < quiet.to('cpu').flatten()[:, None]
         out.counts = self.counts.masked_fill(silent, 0)
@@ -156,8 +158,9 @@ def silent_center(x: torch.Tensor, quiet: torch.Tensor) -> torch.Tensor:
     centers = torch.cat([x[:, quantiles], x.mean(1, keepdim=True)], 1)
     for _ in range(CENTER_STEPS):
         low, high = torch.searchsorted(x, centers - q), torch.searchsorted(x, centers + q)
-        count, s, ss = (high - low), first.gather(1, high) - first.gather(1, low), \
-            second.gather(1, high) - second.gather(1, low)
+        count = high - low
+        s = first.gather(1, high) - first.gather(1, low)
+        ss = second.gather(1, high) - second.gather(1, low)
         value = count * (q * q - centers * centers) + 2 * centers * s - ss
         best = centers.gather(1, value.argmax(1, keepdim=True))
         centers = torch.where(count > 0, s / count, centers)

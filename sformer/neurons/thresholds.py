@@ -1,5 +1,6 @@
 """From observed currents to steps, branch multipliers and levels."""
 import functools
+import itertools
 import math
 
 import torch
@@ -127,7 +128,9 @@ def fit_steps(
             share = torch.linspace(0, 1, between, dtype=torch.float64)[:, None]
             position = (low[:, None] + share * (high - low)[:, None]).round()  # (P, K, groups)
             index = (position[:, :, None] + shifts[:, None]).round().nan_to_num(0.).clamp(0, NUM_CANDIDATES - 1)
-            cost = sum(errors[b].gather(1, index[:, :, b].flatten(0, 1).long().T).T for b in (0, 1))
+            positive, negative = (
+                errors[b].gather(1, index[:, :, b].flatten(0, 1).long().T).T for b in (0, 1))
+            cost = positive + negative
         else:
             position = high[:, None]
             cost = high - low  # one branch reaches as far as it has to, the other this much further
@@ -187,8 +190,9 @@ def fit_counts(
 def multiplier_pairs(top: int) -> list[tuple[int, int]]:
     """Pairs (m+, m-) of coprime multipliers up to `top`, simplest first: with more levels to spare than 15 per branch,
     only ratios to 1 and 2, which leave no branch further than a factor of 4/3 from what it would like to have."""
-    pairs = [(a, b) for a in range(1, top + 1) for b in range(1, top + 1)
-             if math.gcd(a, b) == 1 and (top <= 15 or min(a, b) <= 2)]
+    multipliers = range(1, top + 1)
+    pairs = [pair for pair in itertools.product(multipliers, multipliers)
+             if math.gcd(*pair) == 1 and (top <= 15 or min(pair) <= 2)]
     return sorted(pairs, key=lambda pair: (max(pair), pair))
 
 
