@@ -8,7 +8,6 @@ x(t) = t X(t) - (t - 1) X(t - 1), and gives the mean of what it sent so far.
 """
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import torch
 import torch.nn as nn
@@ -65,7 +64,7 @@ class SteppedNeuron(Neuron):
     def reset(self) -> None:
         """To before the first timestep: nothing was sent, and membranes are at half a threshold."""
         self.time = 0
-        self.sent: Any = 0.  # levels, in steps
+        self.sent: torch.Tensor | float = 0.  # levels, in steps
         self.latest = ()
 
     def fired(self, charge: torch.Tensor) -> torch.Tensor:
@@ -110,7 +109,7 @@ class IntegrateAndFire(SteppedNeuron):
 
     def reset(self) -> None:
         super().reset()
-        self.counts: list[Any] = [0., 0.]  # spikes of each branch
+        self.counts: list[torch.Tensor | float] = [0., 0.]  # spikes of each branch
 
     def fired(self, charge: torch.Tensor) -> torch.Tensor:
         spikes = [sign * charge - threshold * count >= threshold / 2

@@ -6,7 +6,6 @@ that leaves them (`saturation`), so that every processor sums exactly. A neuron 
 operations, which engines fuse; its levels are those of `encode` but for currents within float rounding of a boundary.
 """
 from collections.abc import Collection
-from typing import Any
 
 import torch
 import torch.nn as nn
@@ -52,7 +51,9 @@ def to_graph_(network: nn.Module, early: bool = True, portable: bool = True) -> 
         neurons, fired = early_neurons(network, floating)
     for name, layer, products in layers:
         new: nn.Module | None = None
-        kinds, product, step = kinds_of(products), products[0], layer._buffers.get('weight_step')
+        kinds = kinds_of(products)
+        product = products[0]
+        step = layer._buffers.get('weight_step')
         if kinds == (LINEAR,):
             new = _Linear(product, step, layer._buffers.get('columns'), neurons.get(name))
         elif kinds == (CONVOLUTION,):
@@ -71,7 +72,9 @@ GRAPH_FORMS = ((LINEAR,), (CONVOLUTION,), (QK, AV), (GATE,))
 def _byte(k: torch.Tensor, dtype: torch.dtype, zero: int = 0, left: int = 0) -> torch.Tensor:
     """Levels, which are whole numbers or are rounded here, as bytes with a zero point, and what these stand for at a
     step of 1, but for a part of the zero point that is left in."""
-    one, point, rest = torch.ones(()), torch.full((), zero, dtype=dtype), torch.full((), zero - left, dtype=dtype)
+    one = torch.ones(())
+    point = torch.full((), zero, dtype=dtype)
+    rest = torch.full((), zero - left, dtype=dtype)
     levels = onnx_operator('QuantizeLinear', k, dtype, k, one, point)
     return onnx_operator('DequantizeLinear', k, torch.float32, levels, one, rest)
 
@@ -124,10 +127,17 @@ class _Levels(nn.Module):
         shares = type(neuron) is SharedScaleAndFire
         if not isinstance(neuron, ScaleAndFire) or not (shares or type(neuron) is ScaleAndFire):  # but in its own way
             raise SFormerError(f'a {type(neuron).__name__} has no form in ONNX: a ScaleAndFire has.')
-        self.config, self.fire_function, self.top = neuron.config, neuron.fire_function, neuron.top
-        self.token, self.reach, self.signed = neuron.token, neuron.reach, neuron.signed
-        self.largest, self.range = int(neuron.levels[-1]), neuron.level_range
-        m, inverse, flip = neuron.multiplier, 1 / neuron.threshold[0], None
+        self.config = neuron.config
+        self.fire_function = neuron.fire_function
+        self.signed = neuron.signed
+        self.token = neuron.token
+        self.reach = neuron.reach
+        self.top = neuron.top
+        self.largest = int(neuron.levels[-1])
+        self.range = neuron.level_range
+        m = neuron.multiplier
+        inverse = 1 / neuron.threshold[0]
+        flip = None
         self.register_buffer('zeros', neuron.top_levels[1] if shares else None)
         self.stands_up = stand_up
         if stand_up and shares:
@@ -176,7 +186,8 @@ class _Levels(nn.Module):
         return k if self.multiplier is None else k * self.multiplier, row
 
     def _fire(self, u: torch.Tensor) -> torch.Tensor:
-        rounds, dead_zone, count = self.config.initial_potential == 0.5, self.config.dead_zone, len(self.values)
+        rounds = self.config.initial_potential == 0.5
+        dead_zone = self.config.dead_zone
         if self.zeros is not None:
             return self._fire_shared(u, self.zeros)
         if self.table is not None:
@@ -188,7 +199,7 @@ class _Levels(nn.Module):
             if self.multiplier is None and self.outward is None and not dead_zone:
                 return u  # rounded as it becomes an int8; softmax numerators are not negative
             k = u.round()
-        elif self.fire_function == 'quadratic' and rounds and not self.signed and self.largest == count ** 2:
+        elif self.fire_function == 'quadratic' and rounds and not self.signed and self.largest == len(self.values) ** 2:
             # a power, which engines fuse with what is before, as they would not two factors that are one
             k = torch.pow((u - 0.25).clamp(min=0).sqrt().round(), 2.)
         else:
@@ -205,7 +216,7 @@ class _Levels(nn.Module):
         return k if self.stands_up else k.round() - zeros
 
 
-def _levels_of(neuron: Any) -> nn.Module:
+def _levels_of(neuron: Neuron) -> '_Levels | _Pixels':
     """Levels of a neuron of any type that has a form in ONNX."""
     return _Pixels(neuron) if isinstance(neuron, GradedCoding) else _Levels(neuron)
 
@@ -215,7 +226,7 @@ class _Decoded(nn.Module):
     step: torch.Tensor
     center: torch.Tensor | None
 
-    def __init__(self, neuron: Any):
+    def __init__(self, neuron: Neuron):
         super().__init__()
         self.levels = _levels_of(neuron)
         self.register_buffer('step', neuron.step)
@@ -290,7 +301,6 @@ class _Linear(nn.Module):
 
 class _Conv2d(nn.Module):
     """A convolution, transposed or not, in integers or, where weights have no step, of what spikes stand for."""
-    neuron: Any
     weight: torch.Tensor
     step: torch.Tensor | None
     bias: torch.Tensor | None
@@ -298,7 +308,9 @@ class _Conv2d(nn.Module):
     def __init__(self, product: Product, step: torch.Tensor | None):
         super().__init__()
         neuron = product.operands[0]  # as it is: levels of padding have no sign to change
-        self.neuron = _Decoded(neuron) if step is None else _levels_of(neuron)
+        levels = _levels_of(neuron)
+        self.range = levels.range
+        self.neuron: nn.Module = _Decoded(neuron) if step is None else levels
         self.compute, self.transposed = product.compute, product.transposed
         self.register_buffer('weight', product.weights.detach())
         self.register_buffer('step', None if step is None else step.flatten())
@@ -307,7 +319,7 @@ class _Conv2d(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.step is None:
             return self.compute(self.neuron(x), self.weight, self.bias)
-        levels = _beside_weights(self.neuron(x)[0], self.neuron.range)
+        levels = _beside_weights(self.neuron(x)[0], self.range)
         if not self.transposed:
             return self.compute(levels, _weights(self.weight, self.step, axis=0), self.bias)
         # ONNX has no axis for the output channels of its weights where they are grouped
@@ -343,7 +355,10 @@ class _Attention(nn.Module):
     def __init__(self, scores: Product, values: Product, fired: Collection[Neuron] = (), portable: bool = True):
         super().__init__()
         (q, k), (attn, v) = scores.operands, values.operands
-        self.q, self.k, self.attn, self.v = (_Levels(neuron) for neuron in (q, k, attn, v))
+        self.q = _Levels(q)
+        self.k = _Levels(k)
+        self.attn = _Levels(attn)
+        self.v = _Levels(v)
         self.fired = [neuron in fired for neuron in (q, k, v)]  # which are levels by then
         self.int8_scores = not portable or levels_fit(scores)
         self.int8_values = self.attn.range[1] <= MAX_BYTE_LEVEL and (not portable or levels_fit(values))

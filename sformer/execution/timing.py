@@ -5,7 +5,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import torch.nn as nn
@@ -23,15 +23,35 @@ from .quantisers import nncf_graph, plain_int8
 
 __all__ = ['EXECUTIONS', 'benchmark']
 
-Forward = Callable[[torch.Tensor], Any]
+Forward = Callable[[torch.Tensor], object]
 
 MAX_SLOWDOWN = 10  # of a dtype over float32, beyond which an execution in it is left out
+
+
+class Timing(TypedDict):
+    """Times of an execution: the median per batch, and the median, smallest and largest speed-up over each other."""
+    execution: str
+    batch_size: int
+    seconds: float
+    speedup: dict[str, dict[str, float]]
+
+
+class BenchmarkResult(TypedDict):
+    """What `benchmark` says."""
+    results: list[Timing]
+    pairs: int
+    skipped: dict[str, str]
+    verdict: str
+    processor: str
+    instruction_set: str
+    threads: int
+    versions: dict[str, str]
 
 
 def _compiled(network: nn.Module, dtype: torch.dtype = torch.float32) -> Forward:
     compiled = torch.compile(network.to(dtype))
 
-    def run(x: torch.Tensor) -> Any:
+    def run(x: torch.Tensor) -> object:
         with working_compiler('measure openvino or onnxruntime against one another'):
             return compiled(x.to(dtype))
     return run
@@ -101,7 +121,7 @@ def benchmark(
         batch_sizes: Iterable[int] = (8,),
         pairs: int = 9,
         warmup: int = 2,
-) -> dict[str, Any]:
+) -> BenchmarkResult:
     """Time executions of an SFormer on this machine's CPU, each in turn, round after round.
 
     Ratios are taken within a round, so a machine that drifts slows down both sides.
@@ -133,7 +153,8 @@ def benchmark(
         raise SFormerError(f'nothing is left to measure: {"; ".join(f"{k}: {v}" for k, v in skipped.items())}.')
     with torch.inference_mode(False), torch.no_grad():
         runs = {name: EXECUTIONS[name](model) for name in names}
-    cfg, results = resolve_input_data_config(model), []
+    cfg = resolve_input_data_config(model)
+    results: list[Timing] = []
     for batch_size in batch_sizes:
         images = normalised_images(batch_size, cfg)
         rounds: list[dict[str, float]] = []
@@ -143,12 +164,14 @@ def benchmark(
                 rounds.append(times)
         for name in names:
             others = [other for other in against if other in runs and other != name]
-            speedups = {other: _spread([times[other] / times[name] for times in rounds]) for other in others}
-            results.append(dict(
+            speedups = {}
+            for other in others:
+                speedups[other] = _spread([times[other] / times[name] for times in rounds])
+            results.append(Timing(
                 execution=name, batch_size=batch_size, seconds=statistics.median(times[name] for times in rounds),
                 speedup=speedups))
     versions = _engine_versions(runs)
-    return dict(
+    return BenchmarkResult(
         results=results, pairs=pairs, skipped=skipped, verdict=' '.join(filter(None, map(int8_verdict, versions))),
         processor=processor(), instruction_set=instruction_set(), threads=torch.get_num_threads(),
         versions=library_versions() | versions)

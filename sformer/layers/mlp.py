@@ -1,5 +1,5 @@
 """MLPs and gates: their layers with weights spike, and so do both operands where two activations are multiplied."""
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.nn as nn
@@ -22,14 +22,11 @@ class SpikingMlp(SpikingLayer, Mlp):
     Shape:
         Input and output (..., C).
     """
-    fc2: Any
-    norm: Any
-
     def add_neurons(self, config: SFNConfig) -> None:
         _add_fc2_neuron(self, config, config.mlp_fire)
 
 
-def _add_fc2_neuron(mlp: Any, config: SFNConfig, fire_function: str) -> None:
+def _add_fc2_neuron(mlp: 'SpikingMlp | SpikingGateMixin', config: SFNConfig, fire_function: str) -> None:
     """Let `fc2` fire by the distribution of what an activation function leaves; a filter may have left it as it is, and
     a norm turns its input into what linear layers read elsewhere."""
     if isinstance(mlp.fc2, SpikingLinear) and isinstance(mlp.norm, nn.Identity):
@@ -44,11 +41,11 @@ class SpikingGateMixin(SpikingLayer):
         Input and output (B, L, C).
     """
     spiking_parts = ('gate_neuron', 'value_neuron')
-    fc2: Any
-    act: Any
-    norm: Any
-    drop1: Any
-    drop2: Any
+    fc2: nn.Linear
+    act: nn.Module
+    norm: nn.Module
+    drop1: nn.Module
+    drop2: nn.Module
 
     def add_neurons(self, config: SFNConfig) -> None:
         shape, device = (self.fc2.in_features,), self.fc2.weight.device
@@ -70,7 +67,7 @@ class SpikingGateMixin(SpikingLayer):
 
 
 @register_spiking(GluMlp)
-class SpikingGluMlp(SpikingGateMixin, GluMlp):
+class SpikingGluMlp(SpikingGateMixin, GluMlp):  # type: ignore[misc]
     """Gated MLP with packed weights."""
 
     def gate_and_value(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,7 +76,7 @@ class SpikingGluMlp(SpikingGateMixin, GluMlp):
 
 
 @register_spiking(SwiGLU)
-class SpikingSwiGLU(SpikingGateMixin, SwiGLU):
+class SpikingSwiGLU(SpikingGateMixin, SwiGLU):  # type: ignore[misc]
     """Gated MLP with separate weights."""
 
     def gate_and_value(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,8 +91,8 @@ class SpikingSqueezeExcitation(SpikingLayer, SqueezeExcitation):
         Input and output (B, C, H, W).
     """
     spiking_parts = ('gate_neuron', 'value_neuron')
-    fc2: Any
-    _scale: Any
+    fc2: nn.Conv2d
+    _scale: Callable[[torch.Tensor], torch.Tensor]
 
     def add_neurons(self, config: SFNConfig) -> None:
         shape, device = (self.fc2.out_channels, 1, 1), self.fc2.weight.device

@@ -4,7 +4,6 @@ Whatever else computes an SFormer (integers, bit planes, another library) replac
 """
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +11,7 @@ from timm.layers.attention import maybe_add_mask, resolve_self_attn_mask
 from timm.models._features_fx import register_notrace_function
 
 from ..neurons import FitConfig, Neuron, SFNConfig, new_neuron
+from ..neurons.base import Observed, fits_octaves
 from ..neurons.thresholds import MIN_STEP
 from .multiplying import AV, QK, Multiplying, Product
 
@@ -124,14 +124,14 @@ class AttentionProduct(Multiplying):
         return [Product(QK, (self.q_neuron, self.k_neuron), scores, _scores_total),
                 Product(AV, (self.attn_neuron, self.v_neuron), torch.matmul, _values_total)]
 
-    def fit_neurons(self, statistics: dict[str, Any], config: FitConfig) -> None:
+    def fit_neurons(self, statistics: dict[str, Observed], config: FitConfig) -> None:
         """Fit the neurons to what was observed at them, by name.
 
         QK^T sums over channels, so the steps of a channel of q and of k have to have one product in all channels of a
         head; what one of them gains, the other gives. Errors of a channel of q count by the power of that channel of k
         and the other way round, so balanced powers are best.
         """
-        if not (self.q_neuron.takes_octaves and self.k_neuron.takes_octaves):
+        if not (fits_octaves(self.q_neuron) and fits_octaves(self.k_neuron)):
             super().fit_neurons(statistics, config)
             return
         q, k = statistics['q_neuron'], statistics['k_neuron']
@@ -154,7 +154,9 @@ class AttentionProduct(Multiplying):
             scale: float | None = None,
     ) -> torch.Tensor:
         """Arguments are those of `F.scaled_dot_product_attention`."""
-        q, k, v = self.q_neuron(query), self.k_neuron(key), self.v_neuron(value)
+        q = self.q_neuron(query)
+        k = self.k_neuron(key)
+        v = self.v_neuron(value)
         q = q * (query.shape[-1] ** -0.5 if scale is None else scale)
         # exact, and in float16 a sum over many keys would overflow before it is divided
         # (the strongest key fires its top level, near 1, so a sum is either that or zero)

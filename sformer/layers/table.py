@@ -13,7 +13,7 @@ from torchvision.ops import feature_pyramid_network as fpn
 from ..neurons import SFNConfig
 from .multiplying import Multiplying
 
-__all__ = ['SpikingLayer', 'SPIKING_LAYERS', 'FLOATING_LAYERS', 'register_spiking', 'register_floating']
+__all__ = ['SpikingLayer', 'SPIKING_LAYERS', 'FLOATING_LAYERS', 'become_', 'register_spiking', 'register_floating']
 
 
 class SpikingLayer(Multiplying):
@@ -31,6 +31,11 @@ class SpikingLayer(Multiplying):
         for name in self.spiking_parts:
             self.__dict__.pop(name, None)
             self._modules.pop(name, None)
+
+
+def become_(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Change the class of a module, in place: of a layer to its spiking counterpart, say, and back."""
+    module.__class__ = kind
 
 
 # Exact types, not subclasses: a subclass may multiply in a forward of its own.

@@ -7,11 +7,12 @@ Paper: `One-Timestep is Enough: Achieving High-performance ANN-to-SNN Conversion
     - https://arxiv.org/abs/2510.23383
 """
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn as nn
+from timm.layers import PatchEmbed
 from timm.models import beit, deit, eva, vision_transformer
 
 from ..errors import SFormerError, UnsupportedLayerError
@@ -24,7 +25,8 @@ from ..layers import (
     register_spiking,
     spiking_,
 )
-from ..neurons import GradedCoding, SFNConfig, as_config
+from ..neurons import FitConfig, GradedCoding, SFNConfig, as_config
+from ..neurons.config import Fields
 from .zoo import CUSTOM, ENTRYPOINTS, SMALL, SOURCES
 
 __all__ = [
@@ -35,6 +37,17 @@ __all__ = [
 HEADS = ('head', 'head_dist')  # what timm's reset_classifier() puts in anew
 
 State = dict[str, torch.Tensor]
+Pixel = Sequence[float] | float | None  # a number per channel, or of all
+
+
+class Record(Protocol):
+    """What a model knows of its `sformer.conversion.Conversion`."""
+
+    @property
+    def fit(self) -> FitConfig: ...
+
+    @property
+    def global_pool(self) -> str | None: ...
 
 
 class SFormerMixin(SpikingLayer):
@@ -49,10 +62,10 @@ class SFormerMixin(SpikingLayer):
         conversion: Record of the conversion (`sformer.conversion.Conversion`), None where there was none.
     """
     spiking_parts = ('conversion',)
-    conversion: Any = None
-    patch_embed: Any
+    conversion: Record | None = None
+    patch_embed: PatchEmbed
 
-    def __init__(self, *args, sfn: SFNConfig | dict[str, Any] | None = None, **kwargs):
+    def __init__(self, *args, sfn: SFNConfig | Fields | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         spiking_model_(self, sfn)
 
@@ -75,12 +88,12 @@ class SFormerMixin(SpikingLayer):
         return next(neuron.config for _, neuron in named_neurons(self) if hasattr(neuron, 'config'))
 
     @property
-    def _model_args(self) -> dict[str, Any]:
+    def _model_args(self) -> dict[str, object]:
         """What timm records of the arguments that build this model, with the neurons that it has."""
         return dict(self.__dict__.get('_model_args', {}), sfn=dataclasses.asdict(self.sfn_config))
 
     @_model_args.setter
-    def _model_args(self, args: dict[str, Any]) -> None:
+    def _model_args(self, args: dict[str, object]) -> None:
         self.__dict__['_model_args'] = {key: value for key, value in args.items() if key != 'sfn'}
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
@@ -97,14 +110,14 @@ class SFormerMixin(SpikingLayer):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def reset_classifier(self, num_classes: int, *args, **kwargs) -> None:
-        old: dict[str, Any] = {name: getattr(self, name, None) for name in HEADS}
+        old = {name: getattr(getattr(self, name, None), 'neuron', None) for name in HEADS}
         pool = self.global_pool
         super().reset_classifier(num_classes, *args, **kwargs)  # type: ignore[misc]
         spiking_(self, self.sfn_config)
-        for name, head in old.items():
-            new: Any = getattr(self, name, None)
-            if hasattr(head, 'neuron') and hasattr(new, 'neuron') and self.global_pool == pool:
-                new.neuron = head.neuron  # thresholds belong to the features that it reads, and these stay
+        for name, neuron in old.items():
+            new = getattr(self, name, None)
+            if new is not None and hasattr(new, 'neuron') and neuron is not None and self.global_pool == pool:
+                new.neuron = neuron  # thresholds belong to the features that it reads, and these stay
 
     def set_input_size(self, *args, **kwargs) -> None:
         coding = self.patch_embed.proj.neuron
@@ -143,7 +156,7 @@ SPIKING_MODELS: dict[type[nn.Module], tuple[type[SFormerMixin], Callable[..., St
 }
 
 
-def spiking_model_(model: nn.Module, sfn: SFNConfig | dict[str, Any] | None = None) -> nn.Module:
+def spiking_model_(model: nn.Module, sfn: SFNConfig | Fields | None = None) -> nn.Module:
     """Turn a timm model into an uncalibrated SFormer, in place.
 
     Args:
@@ -168,7 +181,7 @@ def spiking_model_(model: nn.Module, sfn: SFNConfig | dict[str, Any] | None = No
     return model
 
 
-def set_pixel_range_(model: nn.Module, mean: Any, std: Any) -> None:
+def set_pixel_range_(model: nn.Module, mean: Pixel, std: Pixel) -> None:
     """Fit the graded coding of pixels to a normalisation, so that 8-bit images are coded without loss."""
     for module in model.modules():
         if isinstance(module, SpikingPatchEmbed) and not module.proj.weight.is_meta:
@@ -178,7 +191,9 @@ def set_pixel_range_(model: nn.Module, mean: Any, std: Any) -> None:
                            for v in (mean, std))
             if mean_.numel() != in_chans or std_.numel() != in_chans:
                 mean_, std_ = mean_.mean().expand(in_chans), std_.mean().expand(in_chans)
-            module.proj.neuron.set_range(-mean_ / std_, (1 - mean_) / std_)
+            coding = module.proj.neuron
+            assert isinstance(coding, GradedCoding)
+            coding.set_range(-mean_ / std_, (1 - mean_) / std_)
 
 
 def state_input_size_(model: Any, size: int | tuple[int, int] | None) -> None:

@@ -1,7 +1,7 @@
 """What all neurons share: spikes, state that is validated when it is loaded and is not averaged, and whether it is
 calibrated."""
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import torch
 import torch.nn as nn
@@ -9,7 +9,7 @@ import torch.nn as nn
 from .config import FitConfig, SFNConfig
 from .functional import straight_through
 
-__all__ = ['Float32Buffers', 'Neuron', 'Observed', 'Observer', 'Spikes']
+__all__ = ['Float32Buffers', 'Neuron', 'Observed', 'Observer', 'Spikes', 'fits_octaves']
 
 
 class Spikes(NamedTuple):
@@ -232,6 +232,15 @@ class Neuron(Float32Buffers):
 
     def _state_repr(self) -> str:
         return '' if self.calibrated.is_meta or self.calibrated else ', uncalibrated'
+
+
+class _FitsOctaves(Protocol):
+    def fit(self, statistics: Observed, config: FitConfig, octaves: torch.Tensor) -> None: ...
+
+
+def fits_octaves(neuron: Neuron) -> TypeGuard[_FitsOctaves]:
+    """Whether the `fit` of a neuron takes octaves."""
+    return neuron.takes_octaves
 
 
 def _blurred(state: torch.Tensor, known: torch.Tensor) -> bool:

@@ -1,8 +1,8 @@
 """What does not spike and is no product: functions on currents, counted where torch computes them, by element."""
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from torch._ops import OpOverload
 
 __all__ = ['Floating', 'FUNCTIONS', 'FloatingCount']
 
@@ -45,7 +45,7 @@ class FloatingCount:
     def __init__(self) -> None:
         self.elements: dict[tuple[str, str], int] = {}
 
-    def add(self, name: str, func: Any, args: tuple[Any, ...], out: Any) -> None:
+    def add(self, name: str, func: OpOverload, args: tuple[object, ...], out: object) -> None:
         """Count a call of `func`, an overload of aten, in the forward of the module `name`."""
         function = func._overloadpacket.__name__.rstrip('_')
         if function not in FUNCTIONS:
