@@ -100,9 +100,11 @@ class SFormerMixin(SpikingLayer):
         # Weights of a source network come without neurons, and what was fitted before does not fit them. A head or
         # adapters alone change nothing that a neuron was fitted to.
         known = FLOATING_LAYERS | set(SPIKING_LAYERS.values())
-        names = [f'{prefix}{name}.{key}' if name else f'{prefix}{key}' for name, child in self.named_modules()
-                 if type(child) in known and name.split('.')[0] not in HEADS
-                 for key, _ in child.named_parameters(recurse=False)]
+        names: list[str] = []
+        for name, child in self.named_modules():
+            if type(child) in known and name.split('.')[0] not in HEADS:
+                path = f'{prefix}{name}.' if name else prefix
+                names += [path + key for key, _ in child.named_parameters(recurse=False)]
         if not state_dict.keys().isdisjoint(names):
             for name, neuron in named_neurons(self):
                 if f'{prefix}{name}.step' not in state_dict:
@@ -223,8 +225,10 @@ def checkpoint_filter_fn(state_dict: State, model: nn.Module, neurons: State | N
     modules = dict(named_neurons(model))
     # a classifier that the checkpoint does not have starts anew, and so do its neurons
     new = {f'{head}.neuron' for head in HEADS if f'{head}.weight' not in state_dict}
-    expected = [f'{name}.{key}' for name, neuron in modules.items() if name not in new
-                for key in neuron.saved_buffers()]
+    expected: list[str] = []
+    for name, neuron in modules.items():
+        if name not in new:
+            expected += [f'{name}.{key}' for key in neuron.saved_buffers()]
     missing = [key for key in expected if key not in state_dict]
     if neurons is not None and len(missing) == len(expected):
         state_dict = {**state_dict, **neurons}

@@ -121,9 +121,10 @@ def _account(
     caused = {}
     for coding in CODINGS:
         caused[coding] = sum(operation.synaptic_operations[coding] for operation in spiking)
-    # a multiplier of int8 takes a level of two bytes in two steps
-    multiplied = sum(operation.synaptic_operations['graded'] * math.prod(planes[name] for name in operation.operands)
-                     for operation in spiking)
+    multiplied = 0.
+    for operation in spiking:  # a multiplier of int8 takes a level of two bytes in two steps
+        steps = math.prod(planes[name] for name in operation.operands)
+        multiplied += operation.synaptic_operations['graded'] * steps
     neurons = sum(site.neurons for site in sites)
     # a level is found by halving: one comparison per bit of it; the twin scales and rounds
     comparisons = sum(site.neurons * site.bits for site in sites) * c.comparison
