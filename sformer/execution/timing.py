@@ -21,7 +21,7 @@ from .onnx import export_onnx, to_onnx
 from .processor import instruction_set, int8_verdict, processor, slowdown
 from .quantisers import nncf_graph, plain_int8
 
-__all__ = ['EXECUTIONS', 'benchmark']
+__all__ = ['EXECUTIONS', 'BenchmarkResult', 'benchmark']
 
 Forward = Callable[[torch.Tensor], object]
 

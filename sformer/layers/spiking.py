@@ -40,16 +40,16 @@ def ordinary_tensors() -> Iterator[None]:
 
 def ordinary_(module: nn.Module) -> nn.Module:
     """Put ordinary tensors in the place of those that were made in inference mode, in place."""
-    clones: dict[int, torch.Tensor] = {}  # what is tied stays tied
+    parameters: dict[int, nn.Parameter] = {}  # what is tied stays tied
+    buffers: dict[int, torch.Tensor] = {}
     for child in module.modules():
-        stores: tuple[dict[str, Any], ...] = (child._parameters, child._buffers)
-        for store in stores:
-            for name, tensor in store.items():
-                if tensor is None or not tensor.is_inference():
-                    continue
-                clone = tensor.detach().clone()
-                store[name] = clones.setdefault(id(tensor), nn.Parameter(clone, tensor.requires_grad)
-                                                if store is child._parameters else clone)
+        for name, parameter in child._parameters.items():
+            if parameter is not None and parameter.is_inference():
+                clone = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+                child._parameters[name] = parameters.setdefault(id(parameter), clone)
+        for name, buffer in child._buffers.items():
+            if buffer is not None and buffer.is_inference():
+                child._buffers[name] = buffers.setdefault(id(buffer), buffer.detach().clone())
     return module
 
 
@@ -183,7 +183,8 @@ def unwrapped(module: nn.Module) -> nn.Module:
     """The network inside of what compiles it, averages its weights or runs it on several devices; or the module itself.
     """
     while isinstance(module, WRAPPERS):
-        inner: Any = module._modules.get('_orig_mod', module._modules.get('module'))
+        inner = module._modules.get('_orig_mod', module._modules.get('module'))
+        assert inner is not None
         module = inner
     return module
 

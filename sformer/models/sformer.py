@@ -198,7 +198,7 @@ def set_pixel_range_(model: nn.Module, mean: Pixel, std: Pixel) -> None:
             coding.set_range(-mean_ / std_, (1 - mean_) / std_)
 
 
-def state_input_size_(model: Any, size: int | tuple[int, int] | None) -> None:
+def state_input_size_(model: nn.Module, size: int | tuple[int, int] | None) -> None:
     """Let the config of a model that takes images of any size (`dynamic_img_size`) say the one that it was built for
     (`img_size`), if that was asked for: images are resized to it, and it is exported for it."""
     cfg = dict(getattr(model, 'pretrained_cfg', None) or {})
@@ -206,7 +206,8 @@ def state_input_size_(model: Any, size: int | tuple[int, int] | None) -> None:
         return
     cfg['input_size'] = (cfg['input_size'][0], *((size, size) if isinstance(size, int) else size))
     cfg.pop('test_input_size', None)
-    model.pretrained_cfg = model.default_cfg = cfg
+    for name in ('pretrained_cfg', 'default_cfg'):
+        setattr(model, name, cfg)
 
 
 def checkpoint_filter_fn(state_dict: State, model: nn.Module, neurons: State | None = None) -> State:

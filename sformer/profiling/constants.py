@@ -9,7 +9,7 @@ from typing import TypedDict
 
 from ..errors import SFormerError
 
-__all__ = ['Constants', 'constants_table', 'read_constants']
+__all__ = ['ConstantRow', 'Constants', 'constants_table', 'read_constants']
 
 HOROWITZ = "M. Horowitz, Computing's energy problem (and what we can do about it), ISSCC 2014, 45 nm, 0.9 V"
 YAN = ('Z. Yan, Z. Bai, K. Tang, W.-F. Wong, Reconsidering the energy efficiency of spiking neural networks, '

@@ -13,7 +13,7 @@ from .constants import ConstantRow, Constants, constants_table
 from .floating import FUNCTIONS, Floating
 from .operations import Operation, Site
 
-__all__ = ['MOVEMENT', 'energy', 'traffic', 'verdicts']
+__all__ = ['MOVEMENT', 'EnergyFigures', 'energy', 'traffic', 'verdicts']
 
 STORED_BITS, FLOAT_BITS = 8, 32
 MOVEMENT = ('weights', 'activations', 'routing')  # data that is moved, of which figures are +- 50 %

@@ -12,7 +12,7 @@ from ..layers import named_products, shared_copy
 from ..layers.multiplying import LINEAR
 from ..neurons import Neuron
 
-__all__ = ['compare_codings', 'pixels_of', 'spike_maps']
+__all__ = ['CodingsCompared', 'compare_codings', 'pixels_of', 'spike_maps']
 
 
 class CodingsCompared(TypedDict):
