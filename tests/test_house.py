@@ -91,12 +91,16 @@ def resolve(module: str, path: Path, node: ast.Import | ast.ImportFrom) -> Itera
 
 
 def imports(module: str, path: Path) -> Iterator[tuple[str, bool, int]]:
-    """What a module imports: its name, whether inside of a function, and the line."""
-    def visit(node: ast.AST, inside: bool) -> Iterator[tuple[str, bool, int]]:
+    """What a module imports: its name, whether it waits until a function is called (what is not of this package, also
+    where it is for types alone), and the line."""
+    def visit(node: ast.AST, inside: bool, types_alone: bool = False) -> Iterator[tuple[str, bool, int]]:
         for child in ast.iter_child_nodes(node):
             if isinstance(child, (ast.Import, ast.ImportFrom)):
-                yield from ((name, inside, child.lineno) for name in resolve(module, path, child))
-            yield from visit(child, inside or isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)))
+                for name in resolve(module, path, child):
+                    yield name, inside or (types_alone and name not in MODULES), child.lineno
+            yield from visit(
+                child, inside or isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)),
+                types_alone or (isinstance(child, ast.If) and ast.unparse(child.test) == 'TYPE_CHECKING'))
     yield from visit(ast.parse(path.read_text(encoding='utf-8')), False)
 
 

@@ -1,12 +1,12 @@
 """Spikes and operations of a network of several timesteps, in the terms of `sformer.profiling`."""
 import dataclasses
-from typing import Dict, Iterable
+from collections.abc import Iterable
 
 import torch
 
 from ..layers import named_neurons
 from ..neurons import CODINGS, count_spikes
-from ..profiling import Profile, Site
+from ..profiling import Operation, Profile, Site
 from .stepped import MultiStep, SteppedNeuron
 
 __all__ = ['profile_steps']
@@ -32,7 +32,7 @@ def profile_steps(
     Returns:
         The same of all timesteps together; potentials of neurons count once per timestep.
     """
-    spikes: Dict[str, Dict[str, int]] = {}
+    spikes: dict[str, dict[str, int]] = {}
     handles = []
     for name, neuron in named_neurons(network.network):
         if isinstance(neuron, SteppedNeuron):
@@ -51,23 +51,28 @@ def profile_steps(
     finally:
         for handle in handles:
             handle.remove()
-    per_image = {name: {coding: count / images for coding, count in sums.items()} for name, sums in spikes.items()}
+    per_image: dict[str, dict[str, float]] = {}
+    for name, sums in spikes.items():
+        per_image[name] = {coding: count / images for coding, count in sums.items()}
     neurons = {site.name: site.neurons for site in one_step.sites}
     steps = network.steps
-    counted = [
-        dataclasses.replace(
-            operation, weights=operation.weights * steps,
-            synaptic_operations={coding: sum(per_image[name][coding] * operation.macs / neurons[name]
-                                             for name in operation.operands) for coding in CODINGS})
-        if operation.operands and all(name in per_image for name in operation.operands)
-        else operation for operation in one_step.operations]
+
+    def over_time(operation: Operation) -> Operation:
+        if not operation.operands or not per_image.keys() >= {*operation.operands}:
+            return operation
+        caused = {}
+        for coding in CODINGS:
+            caused[coding] = sum(
+                per_image[name][coding] * operation.macs / neurons[name] for name in operation.operands)
+        return dataclasses.replace(operation, weights=operation.weights * steps, synaptic_operations=caused)
+
     return Profile(
-        counted,
+        [*map(over_time, one_step.operations)],
         [_over_time(site, per_image[site.name], steps) if site.name in per_image else site for site in one_step.sites],
         [dataclasses.replace(function, elements=function.elements * steps) for function in one_step.floating], images)
 
 
-def _over_time(site: Site, spikes: Dict[str, float], steps: int) -> Site:
+def _over_time(site: Site, spikes: dict[str, float], steps: int) -> Site:
     """A neuron that is looked at once per timestep."""
     potentials = site.neurons * steps
     return dataclasses.replace(

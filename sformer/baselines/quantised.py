@@ -1,7 +1,7 @@
 """Quantised networks by a plain method: symmetric and uniform, with the least squared error."""
 import copy
 import math
-from typing import Iterable, Optional
+from collections.abc import Iterable
 
 import torch
 import torch.nn as nn
@@ -30,7 +30,7 @@ class Quantiser(Neuron):
     """
     takes_octaves = True
     step: torch.Tensor
-    center: Optional[torch.Tensor]
+    center: torch.Tensor | None
 
     def __init__(self, neuron: ScaleAndFire, bits: int, fine: bool = False):
         super().__init__(device=neuron.step.device)
@@ -48,16 +48,16 @@ class Quantiser(Neuron):
         k = (h / self.step).round_().clamp_(-self.top if self.signed else 0, self.top)
         return Spikes(k.to(torch.int8 if self.signed else torch.int16), self.step, center=self.center)
 
-    def statistics(self) -> Optional[CurrentStatistics]:
+    def statistics(self) -> CurrentStatistics | None:
         if not self.signed:
             return None
         return CurrentStatistics(self.shape, True, None if self.center is None else tuple(self.center.shape))
 
     def fit(
             self,
-            statistics: Optional[CurrentStatistics],
+            statistics: CurrentStatistics | None,
             config: FitConfig = FitConfig(),
-            octaves: Optional[torch.Tensor] = None,
+            octaves: torch.Tensor | None = None,
     ) -> None:
         """Arguments as of `ScaleAndFire.fit`; the config is not used, the octaves only where steps are fine."""
         if statistics is not None:
@@ -108,7 +108,7 @@ def quantised(
         source: nn.Module,
         batches: Iterable[torch.Tensor],
         activation_bits: int,
-        weight_bits: Optional[int] = None,
+        weight_bits: int | None = None,
         *,
         fine: bool = False,
 ) -> nn.Module:

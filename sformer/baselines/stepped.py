@@ -7,7 +7,7 @@ source's own forward on running means, once per timestep, and only neurons have 
 x(t) = t X(t) - (t - 1) X(t - 1), and gives the mean of what it sent so far.
 """
 import functools
-from typing import Any, Callable, Iterable, List, Optional, Sequence, Tuple
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn as nn
@@ -45,7 +45,7 @@ class SteppedNeuron(Neuron):
     multiplier: torch.Tensor
     step: torch.Tensor
     gain: torch.Tensor
-    center: Optional[torch.Tensor]
+    center: torch.Tensor | None
     latest: Sequence[torch.Tensor]
     counted = False  # each call is a timestep
 
@@ -64,7 +64,7 @@ class SteppedNeuron(Neuron):
     def reset(self) -> None:
         """To before the first timestep: nothing was sent, and membranes are at half a threshold."""
         self.time = 0
-        self.sent: Any = 0.  # levels, in steps
+        self.sent: torch.Tensor | float = 0.  # levels, in steps
         self.latest = ()
 
     def fired(self, charge: torch.Tensor) -> torch.Tensor:
@@ -109,7 +109,7 @@ class IntegrateAndFire(SteppedNeuron):
 
     def reset(self) -> None:
         super().reset()
-        self.counts: List[Any] = [0., 0.]  # spikes of each branch
+        self.counts: list[torch.Tensor | float] = [0., 0.]  # spikes of each branch
 
     def fired(self, charge: torch.Tensor) -> torch.Tensor:
         spikes = [sign * charge - threshold * count >= threshold / 2
@@ -185,7 +185,7 @@ def integrate_and_fire_network(
         signed: bool = False,
         synchronous: bool = False,
         fit: FitConfig = FitConfig(),
-) -> Tuple[MultiStep, nn.Module]:
+) -> tuple[MultiStep, nn.Module]:
     """A network of integrate-and-fire neurons over T timesteps.
 
     Thresholds are those that the temporal-to-spatial equivalence (arXiv 2510.23383) says: T times those of a network of
@@ -215,7 +215,7 @@ def multi_threshold_network(
         source: nn.Module,
         batches: Iterable[torch.Tensor],
         steps: int,
-) -> Tuple[MultiStep, nn.Module]:
+) -> tuple[MultiStep, nn.Module]:
     """A network of multi-threshold neurons over T timesteps, in the manner of ECMT (arXiv 2502.21193).
 
     From its description: `POWERS` thresholds per branch, each half of the next, of which a timestep fires one; reset by

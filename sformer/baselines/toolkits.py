@@ -1,6 +1,6 @@
 """Quantised networks by the libraries that users would take: NNCF on OpenVINO, and torchao."""
 import copy
-from typing import Callable, Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn as nn

@@ -1,12 +1,15 @@
 """`sformer benchmark`."""
 from pathlib import Path
-from typing import Annotated, Any, Dict, List, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Dict, List, Optional
 
 import typer
 
 from .arguments import command_line
 from .options import MAX_BATCH_SIZE, unfolded
 from .tables import print_table
+
+if TYPE_CHECKING:
+    from ..execution.timing import BenchmarkResult
 
 __all__ = ['benchmark']
 
@@ -50,7 +53,7 @@ def benchmark(
         print(f'results in {results_file}')
 
 
-def tables(result: Dict[str, Any]) -> List[Dict[str, Any]]:
+def tables(result: 'BenchmarkResult') -> List[Dict[str, Any]]:
     """A table per batch size."""
     found = []
     for size in dict.fromkeys(row['batch_size'] for row in result['results']):

@@ -2,13 +2,16 @@
 import dataclasses
 import itertools
 from pathlib import Path
-from typing import Annotated, Any, Dict, List, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Dict, List, Optional
 
 import typer
 
 from .arguments import command_line
 from .options import MAX_BATCH_SIZE, MAX_IMAGES, MAX_SEED, ColumnOptions, Dataset, Given, unfolded
 from .tables import print_table
+
+if TYPE_CHECKING:
+    from ..profiling.executed import CodingsCompared
 
 __all__ = ['profile']
 
@@ -78,7 +81,7 @@ def report(counted: Any, figures: Any, energies: Any, **rest: Any) -> Dict[str, 
         floating=[dataclasses.asdict(f) for f in counted.floating], **rest)
 
 
-def executed_line(executed: Optional[Dict[str, Any]]) -> str:
+def executed_line(executed: 'CodingsCompared | None') -> str:
     """What a run through bit planes showed."""
     if executed is None:
         return ''

@@ -4,9 +4,9 @@ Queries, keys and values are often parts of what a linear layer gives. Where not
 may fire in that layer: an engine then writes int8 instead of float32, and moves a quarter of the bytes.
 """
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Collection
-from typing import Any
 
 import torch
 import torch.nn as nn
@@ -27,7 +27,7 @@ def _storage(x: torch.Tensor) -> int:
     return x.untyped_storage().data_ptr()
 
 
-def _storages(tree: Any) -> set[int]:
+def _storages(tree: object) -> set[int]:
     return {_storage(x) for x in tree_leaves(tree) if isinstance(x, torch.Tensor)}
 
 
@@ -39,7 +39,7 @@ class _Readers(TorchDispatchMode):
         self.inside = False
         self.read: set[int] = set()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if not self.inside:
             self.read |= _storages((args, kwargs)) - _storages(out)
@@ -79,7 +79,7 @@ def early_neurons(
         if kinds_of(products) == (LINEAR,) and not products[0].weights.is_floating_point():
             hooks.append(layer.register_forward_hook(functools.partial(gives, name)))
         elif kinds_of(products) == (QK, AV):
-            for neuron in (neuron for product in products for neuron in product.operands):
+            for neuron in itertools.chain.from_iterable(product.operands for product in products):
                 hooks.append(neuron.register_forward_pre_hook(takes))
                 hooks.append(neuron.register_forward_hook(leaves))
     try:

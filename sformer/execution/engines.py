@@ -2,40 +2,44 @@
 import importlib
 import importlib.util
 import threading
-from typing import Any, Callable, Dict, Optional
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from ..errors import SFormerError, first_line, install_hint
 
+if TYPE_CHECKING:
+    from openvino import Model, Node
+
 __all__ = [
     'ENGINES', 'find_engine', 'engine_version', 'compile_graph', 'openvino_config', 'unfuse',
 ]
 
-Run = Callable[[Any], Any]  # of an array (B, C, H, W), float32
+Run = Callable[[np.ndarray], np.ndarray]  # of images (B, C, H, W), float32
 
 
-def openvino_config() -> Dict[str, Any]:
+def openvino_config() -> dict[str, str | int]:
     """Properties that OpenVINO compiles with: where it may, it computes norms in bfloat16, which moves spikes."""
     return dict(INFERENCE_PRECISION_HINT='f32', INFERENCE_NUM_THREADS=torch.get_num_threads())
 
 
-def _openvino(graph: Any) -> Run:
+def _openvino(graph: 'bytes | Model') -> Run:
     import openvino
     core = openvino.Core()
     model = core.read_model(graph) if isinstance(graph, bytes) else graph
     compiled = core.compile_model(model, 'CPU', openvino_config())
     local = threading.local()  # a request serves one thread
 
-    def run(images: Any) -> Any:
+    def run(images: np.ndarray) -> np.ndarray:
         if not hasattr(local, 'request'):
             local.request = compiled.create_infer_request()
         return local.request.infer([images])[0].copy()
     return run
 
 
-def unfuse(graph: bytes) -> Any:
+def unfuse(graph: bytes) -> 'Model':
     """An OpenVINO model of a graph that keeps what follows a product of int8 weights out of its kernel, by a minimum
     with a number that nothing exceeds.
 
@@ -61,12 +65,12 @@ def unfuse(graph: bytes) -> Any:
     return model
 
 
-def _adds_constant(node: Any) -> bool:
+def _adds_constant(node: 'Node') -> bool:
     return node.get_type_name() == 'Add' and any(
         value.get_node().get_type_name() == 'Constant' for value in node.input_values())
 
 
-def _is_int8_constant(node: Any) -> bool:
+def _is_int8_constant(node: 'Node') -> bool:
     """Whether an operand is int8 weights times their steps."""
     while node.get_type_name() in ('Multiply', 'Subtract', 'Convert', 'Transpose'):
         node = node.input_value(0).get_node()
@@ -76,17 +80,18 @@ def _is_int8_constant(node: Any) -> bool:
 def _onnxruntime(graph: bytes) -> Run:
     import onnxruntime
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
     session = onnxruntime.InferenceSession(graph, options, providers=['CPUExecutionProvider'])
     name = session.get_inputs()[0].name
     return lambda images: session.run(None, {name: images})[0]
 
 
-ENGINES: Dict[str, Callable[[Any], Run]] = {'openvino': _openvino, 'onnxruntime': _onnxruntime}
+ENGINES: dict[str, Callable[..., Run]] = {'openvino': _openvino, 'onnxruntime': _onnxruntime}
 EXTRAS = {'openvino': 'openvino', 'onnxruntime': 'onnx'}  # of this package
 
 
-def find_engine(engine: Optional[str] = None) -> str:
+def find_engine(engine: str | None = None) -> str:
     """The engine of a name, or the first one that is installed.
 
     Raises:
@@ -106,7 +111,7 @@ def engine_version(name: str) -> str:
     return getattr(importlib.import_module(name), '__version__', 'of unknown version')
 
 
-def compile_graph(graph: Any, engine: Optional[str] = None, unfused: bool = False) -> Run:
+def compile_graph(graph: 'bytes | Model', engine: str | None = None, unfused: bool = False) -> Run:
     """Let an engine compile a serialised ONNX model; OpenVINO takes one of its own, too.
 
     Args:
@@ -120,7 +125,8 @@ def compile_graph(graph: Any, engine: Optional[str] = None, unfused: bool = Fals
     """
     name = find_engine(engine)
     try:
-        return ENGINES[name](unfuse(graph) if unfused and name == 'openvino' else graph)
+        unfuses = unfused and name == 'openvino' and isinstance(graph, bytes)
+        return ENGINES[name](unfuse(graph) if unfuses else graph)
     except ImportError as e:
         raise SFormerError(f'{name} is installed and does not load ({first_line(e)}): '
                            f'pip install --force-reinstall {name}.') from e

@@ -1,7 +1,7 @@
 """Graphs that `export_onnx` wrote, run by an engine behind the interface of a timm classifier."""
 import json
 from pathlib import Path
-from typing import Any, Dict, Optional, Union
+from typing import TYPE_CHECKING, NoReturn, TypedDict, cast
 
 import numpy as np
 import torch
@@ -13,9 +13,20 @@ from .onnx import METADATA, graph_hash
 from .processor import instruction_set, sums_exactly
 from .proof import saturating
 
-__all__ = ['EngineNetwork', 'load_onnx', 'check_exact']
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
-RECORDED = {'graph_sha256', 'weights_sha256', 'pretrained_cfg', 'input_size', 'num_classes', 'param_count'}
+__all__ = ['EngineNetwork', 'GraphRecord', 'load_onnx', 'check_exact']
+
+
+class GraphRecord(TypedDict):
+    """What is read of what `export_onnx` recorded."""
+    graph_sha256: str
+    weights_sha256: str
+    pretrained_cfg: dict[str, object]
+    input_size: list[int]
+    num_classes: int
+    param_count: int
 
 
 class EngineNetwork(nn.Module):
@@ -30,9 +41,11 @@ class EngineNetwork(nn.Module):
         Input (B, C, H, W) of the size of the export, normalised; output (B, classes), float32.
     """
 
-    def __init__(self, run: Run, about: Dict[str, Any], engine: str):
+    def __init__(self, run: Run, about: GraphRecord, engine: str):
         super().__init__()
-        self.run, self.about, self.engine = run, about, engine
+        self.run = run
+        self.about = about
+        self.engine = engine
         self.num_classes = about['num_classes']
         self.pretrained_cfg = self.default_cfg = dict(about['pretrained_cfg'], input_size=tuple(about['input_size']))
 
@@ -46,11 +59,11 @@ class EngineNetwork(nn.Module):
             raise SFormerError('images have NaN or infinity in them.')
         return torch.from_numpy(self.run(images)).to(x.device)
 
-    def set_input_size(self, img_size: Any) -> None:
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         raise ValueError(f'the graph was exported for images {tuple(self.about["input_size"])}; export it of a model '
                          f'of that size')
 
-    def describe(self) -> Dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """What results say of it: the engine, and size and `state_hash` of the model that was exported."""
         return dict(engine=f'{self.engine} {engine_version(self.engine)}',
                     param_count=round(self.about['param_count'] / 1e6, 4),
@@ -62,18 +75,18 @@ class EngineNetwork(nn.Module):
     def set_extra_state(self, state: str) -> None:
         pass
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> NoReturn:
         raise SFormerError('what an engine has compiled cannot be pickled or sent to another process: load the graph '
                            'there by its path (load_onnx).')
 
-    def __deepcopy__(self, memo: Any) -> 'EngineNetwork':
+    def __deepcopy__(self, memo: dict[int, object]) -> 'EngineNetwork':
         return type(self)(self.run, self.about, self.engine)  # what is compiled is shared
 
     def extra_repr(self) -> str:
         return f'{self.engine}, input_size={tuple(self.about["input_size"])}, num_classes={self.num_classes}'
 
 
-def load_onnx(path: Union[str, Path], engine: Optional[str] = None) -> EngineNetwork:
+def load_onnx(path: str | Path, engine: str | None = None) -> EngineNetwork:
     """Open a graph that `export_onnx` wrote.
 
     Args:
@@ -95,19 +108,20 @@ def load_onnx(path: Union[str, Path], engine: Optional[str] = None) -> EngineNet
         about = json.loads(recorded) if recorded else None
     except Exception as e:  # protobuf's own, of which each version has others
         raise SFormerError(f'{path} is damaged, or no ONNX file ({first_line(e)}).') from None
-    if isinstance(about, dict) and about.get('graph_sha256') and not RECORDED <= {*about}:
+    read = GraphRecord.__annotations__.keys()
+    if isinstance(about, dict) and about.get('graph_sha256') and not read <= about.keys():
         raise SFormerError(f'{path} is the graph of no classifier, with inputs of its own: run it with onnxruntime.')
-    if not isinstance(about, dict) or not RECORDED <= {*about}:
+    if not isinstance(about, dict) or not read <= about.keys():
         raise SFormerError(f'{path} was not written by `sformer export`.')
     if about['graph_sha256'] != graph_hash(model):
         raise SFormerError(f'{path} is not as it was written: its hash differs from its record. Export it again.')
     check_exact(model, engine, path)
     without_vnni = engine == 'openvino' and not sums_exactly(engine)
     run = compile_graph(model.SerializeToString(), engine, unfused=without_vnni)
-    return EngineNetwork(run, about, engine)
+    return EngineNetwork(run, cast(GraphRecord, about), engine)
 
 
-def check_exact(model: Any, engine: str, where: Union[str, Path]) -> None:
+def check_exact(model: 'ModelProto', engine: str, where: str | Path) -> None:
     """Raise SFormerError if an engine would sum products of an `onnx.ModelProto` with saturation on this processor."""
     found = saturating(model)
     if found and not sums_exactly(engine):

@@ -2,11 +2,9 @@
 
 "Levels of step 1 times int8 weights with a step per output channel" is QuantizeLinear, DequantizeLinear and MatMul,
 which engines multiply in int8. Levels that meet weights are unsigned bytes with a zero point, and weights as large as
-that leaves them (`saturation`), so that every processor sums exactly. A neuron is written as few elementwise
-operations, which engines fuse; its levels are those of `encode` but for currents within float rounding of a boundary.
+that leaves them (`saturation`), so that every processor sums exactly.
 """
 from collections.abc import Collection
-from typing import Any
 
 import torch
 import torch.nn as nn
@@ -15,12 +13,12 @@ from ..errors import SFormerError
 from ..layers import Product, named_neurons, named_products
 from ..layers.multiplying import AV, CONVOLUTION, GATE, LINEAR, QK, kinds_of
 from ..layers.products import softmax_numerators
-from ..neurons import MAX_BYTE_LEVEL, GradedCoding, Neuron, ScaleAndFire, SharedScaleAndFire, fire, firing_boundaries
-from ..neurons.scale_and_fire import TINY
+from ..neurons import MAX_BYTE_LEVEL, Neuron, ScaleAndFire
 from .early import early_neurons
+from .fired import DecodedLevels, FiredLevels, beside_levels, beside_weights, fired_levels
 from .integer import folded_bias
 from .operators import onnx_operator
-from .saturation import Range, fits, upright, zero_point
+from .saturation import fits, zero_point
 
 __all__ = ['to_graph_']
 
@@ -37,7 +35,7 @@ def to_graph_(network: nn.Module, early: bool = True, portable: bool = True) -> 
         SFormerError: If a layer or a fire function has no form in ONNX; names it.
     """
     for _, neuron in named_neurons(network):
-        _levels_of(neuron)  # which names what has no form, before the network is run
+        fired_levels(neuron)  # which names what has no form, before the network is run
     layers = list(named_products(network))
     for name, layer, products in layers:
         if kinds_of(products) not in GRAPH_FORMS:
@@ -46,13 +44,16 @@ def to_graph_(network: nn.Module, early: bool = True, portable: bool = True) -> 
     neurons: dict[str, ScaleAndFire] = {}
     fired: set[Neuron] = set()
     if early:
-        attention = [products for _, _, products in layers if kinds_of(products) == (QK, AV)]
-        floating = {neuron for scores, values in attention if portable and not levels_fit(scores)
-                    for neuron in (*scores.operands, *values.operands)}
+        floating: set[Neuron] = set()
+        for _, _, products in layers:
+            if portable and kinds_of(products) == (QK, AV) and not levels_fit(products[0]):
+                floating.update(*(product.operands for product in products))
         neurons, fired = early_neurons(network, floating)
     for name, layer, products in layers:
         new: nn.Module | None = None
-        kinds, product, step = kinds_of(products), products[0], layer._buffers.get('weight_step')
+        kinds = kinds_of(products)
+        product = products[0]
+        step = layer._buffers.get('weight_step')
         if kinds == (LINEAR,):
             new = _Linear(product, step, layer._buffers.get('columns'), neurons.get(name))
         elif kinds == (CONVOLUTION,):
@@ -62,170 +63,16 @@ def to_graph_(network: nn.Module, early: bool = True, portable: bool = True) -> 
         if new is not None:
             network.set_submodule(name, new)
     for name, neuron in list(named_neurons(network)):  # of gates, whose product is elementwise
-        network.set_submodule(name, _Decoded(neuron))
+        network.set_submodule(name, DecodedLevels(neuron))
 
 
 GRAPH_FORMS = ((LINEAR,), (CONVOLUTION,), (QK, AV), (GATE,))
-
-
-def _byte(k: torch.Tensor, dtype: torch.dtype, zero: int = 0, left: int = 0) -> torch.Tensor:
-    """Levels, which are whole numbers or are rounded here, as bytes with a zero point, and what these stand for at a
-    step of 1, but for a part of the zero point that is left in."""
-    one, point, rest = torch.ones(()), torch.full((), zero, dtype=dtype), torch.full((), zero - left, dtype=dtype)
-    levels = onnx_operator('QuantizeLinear', k, dtype, k, one, point)
-    return onnx_operator('DequantizeLinear', k, torch.float32, levels, one, rest)
-
-
-def _beside_weights(k: torch.Tensor, levels: Range, left: int = 0) -> torch.Tensor:
-    """Levels that meet weights, as unsigned bytes; plus `left`."""
-    return _byte(k, torch.uint8, zero_point(levels), left)
-
-
-def _beside_levels(k: torch.Tensor, levels: Range) -> torch.Tensor:
-    """Levels that meet other levels: engines multiply these in int8 if they have no zero point."""
-    return _byte(k, torch.uint8 if levels[0] >= 0 else torch.int8)
 
 
 def _weights(weight: torch.Tensor, step: torch.Tensor, axis: int) -> torch.Tensor:
     """Int8 weights times the step of their output channel."""
     zero = torch.zeros(step.shape, dtype=torch.int8)
     return onnx_operator('DequantizeLinear', weight, torch.float32, weight, step, zero, axis=axis)
-
-
-def _by_branch(x: torch.Tensor, ratio: torch.Tensor | None) -> torch.Tensor:
-    """x, of which what is negative is multiplied by a ratio per channel."""
-    return x if ratio is None else onnx_operator('PRelu', x, x.dtype, x, ratio)
-
-
-class _Levels(nn.Module):
-    """Levels that a scale-and-fire neuron fires, in float32, and the factor per token.
-
-    Args:
-        neuron: The neuron.
-        stand_up: Let levels be `upright`, by the factor `flip` per channel, None if that is 1 everywhere: so do the
-            weights that they meet. Those of branches that share thresholds get a zero point per channel, `zeros`.
-
-    Shape:
-        As of `ScaleAndFire.encode`.
-    """
-    flip: torch.Tensor | None
-    values: torch.Tensor
-    inverse: torch.Tensor
-    center: torch.Tensor | None
-    quiet: torch.Tensor | None
-    multiplier: torch.Tensor | None
-    inward: torch.Tensor | None
-    outward: torch.Tensor | None
-    table: torch.Tensor | None
-    zeros: torch.Tensor | None
-
-    def __init__(self, neuron: Neuron, stand_up: bool = False):
-        super().__init__()
-        shares = type(neuron) is SharedScaleAndFire
-        if not isinstance(neuron, ScaleAndFire) or not (shares or type(neuron) is ScaleAndFire):  # but in its own way
-            raise SFormerError(f'a {type(neuron).__name__} has no form in ONNX: a ScaleAndFire has.')
-        self.config, self.fire_function, self.top = neuron.config, neuron.fire_function, neuron.top
-        self.token, self.reach, self.signed = neuron.token, neuron.reach, neuron.signed
-        self.largest, self.range = int(neuron.levels[-1]), neuron.level_range
-        m, inverse, flip = neuron.multiplier, 1 / neuron.threshold[0], None
-        self.register_buffer('zeros', neuron.top_levels[1] if shares else None)
-        self.stands_up = stand_up
-        if stand_up and shares:
-            self.range = (0, 2 * neuron.config.levels)
-        elif stand_up:
-            flipped, self.range, _ = upright(neuron.top_levels)
-            if flipped.any():
-                flip = torch.where(flipped, -1., 1.)
-                m = torch.where(flipped, m.flip(0), m)
-                inverse = flip / (m[0] * neuron.step / neuron.gain)
-        self.register_buffer('flip', flip)
-        uneven = self.signed and not torch.equal(m[0], m[1])
-        self.register_buffer('values', neuron.levels.to(torch.float32))
-        self.register_buffer('inverse', inverse)
-        self.register_buffer('center', neuron.center)
-        self.register_buffer('quiet', neuron.quiet)
-        self.register_buffer('multiplier', None if (m[0] == 1).all() else m[0])
-        self.register_buffer('inward', m[0] / m[1] if uneven else None)
-        self.register_buffer('outward', m[1] / m[0] if uneven else None)
-        self.register_buffer('table', self._table())
-
-    def _table(self) -> torch.Tensor | None:
-        """Level by twice the potential, where boundaries lie at or halfway between whole levels and no closed form
-        exists."""
-        if self.fire_function not in ('density', 'power2'):
-            return None
-        if self.config.initial_potential not in (0, 0.5):
-            raise SFormerError(
-                f'{self.fire_function} firing with initial_potential={self.config.initial_potential:g} has no form in '
-                f'ONNX: 0 and 0.5 have.')
-        halves = torch.arange(2 * self.largest + 1) / 2
-        index = torch.bucketize(halves, firing_boundaries(self.values, self.config.initial_potential), right=True)
-        return torch.cat([torch.zeros(1), self.values])[index]
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        h = x if self.center is None else x - self.center
-        if self.quiet is not None:
-            h = torch.where(h.abs() < self.quiet, 0., h)
-        u = _by_branch(h * self.inverse, self.inward)
-        row = None
-        if self.token:
-            largest = torch.maximum(u.amax(-1, keepdim=True), -u.amin(-1, keepdim=True)).clamp_min(TINY)
-            row = largest * (self.reach / self.largest)
-            u = u * (1 / row)
-        k = _by_branch(self._fire(u), self.outward)
-        return k if self.multiplier is None else k * self.multiplier, row
-
-    def _fire(self, u: torch.Tensor) -> torch.Tensor:
-        rounds, dead_zone, count = self.config.initial_potential == 0.5, self.config.dead_zone, len(self.values)
-        if self.zeros is not None:
-            return self._fire_shared(u, self.zeros)
-        if self.table is not None:
-            k = self.table[(2 * u.abs()).clamp(max=2 * self.largest).to(torch.int64)]
-            k = torch.where(u < 0, -k, k)
-        elif self.fire_function in ('uniform', 'byte') and rounds:
-            if self.signed:  # also where the largest potential is the top level: a graph says how large levels are
-                u = u.clamp(-self.largest, self.largest)
-            if self.multiplier is None and self.outward is None and not dead_zone:
-                return u  # rounded as it becomes an int8; softmax numerators are not negative
-            k = u.round()
-        elif self.fire_function == 'quadratic' and rounds and not self.signed and self.largest == count ** 2:
-            # a power, which engines fuse with what is before, as they would not two factors that are one
-            k = torch.pow((u - 0.25).clamp(min=0).sqrt().round(), 2.)
-        else:
-            k = fire(u, self.fire_function, self.values, self.config.initial_potential, 0., self.top)
-        if dead_zone:
-            k = torch.where(u.abs() >= dead_zone, k, 0.)
-        return k if self.signed else k.clamp(min=0)
-
-    def _fire_shared(self, u: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
-        """Levels of branches that share their thresholds."""
-        if self.config.initial_potential != 0.5 or self.config.dead_zone:
-            u = fire(u, 'uniform', self.values, self.config.initial_potential, self.config.dead_zone)
-        k = (u + zeros).clamp(0, 2 * self.config.levels)
-        return k if self.stands_up else k.round() - zeros
-
-
-def _levels_of(neuron: Any) -> nn.Module:
-    """Levels of a neuron of any type that has a form in ONNX."""
-    return _Pixels(neuron) if isinstance(neuron, GradedCoding) else _Levels(neuron)
-
-
-class _Decoded(nn.Module):
-    """What the spikes of a neuron stand for."""
-    step: torch.Tensor
-    center: torch.Tensor | None
-
-    def __init__(self, neuron: Any):
-        super().__init__()
-        self.levels = _levels_of(neuron)
-        self.register_buffer('step', neuron.step)
-        self.register_buffer('center', neuron.center)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        k, row = self.levels(x)
-        out = _byte(k, torch.int8) * self.step
-        out = out if row is None else out * row
-        return out if self.center is None else out + self.center
 
 
 class _Linear(nn.Module):
@@ -250,8 +97,8 @@ class _Linear(nn.Module):
     ):
         super().__init__()
         neuron = product.operands[0]
-        self.neuron = _Levels(neuron, stand_up=True)
-        self.fires = None if fires is None else _Levels(fires)
+        self.neuron = FiredLevels(neuron, stand_up=True)
+        self.fires = None if fires is None else FiredLevels(fires)
         self.integer = step is not None
         weight = product.weights if self.integer else product.weights.detach() * neuron.step
         bias, excess = product.bias if self.integer else folded_bias(product), None
@@ -275,13 +122,13 @@ class _Linear(nn.Module):
         k, row = self.neuron(x)
         k = self._read(k)  # before they are int8, or OpenVINO multiplies in float32
         if self.integer:
-            out = _beside_weights(k, self.neuron.range, self.zero) @ _weights(self.weight, self.step, axis=1)
+            out = beside_weights(k, self.neuron.range, self.zero) @ _weights(self.weight, self.step, axis=1)
         else:
-            out = _beside_weights(k, self.neuron.range) @ self.weight
+            out = beside_weights(k, self.neuron.range) @ self.weight
         out = out if self.excess is None else out - self.excess
         out = out if row is None else out * row
         out = out if self.bias is None else out + self.bias
-        return out if self.fires is None else _beside_levels(self.fires(out)[0], self.fires.range)
+        return out if self.fires is None else beside_levels(self.fires(out)[0], self.fires.range)
 
     def _read(self, x: torch.Tensor) -> torch.Tensor:
         """What the columns of the weights read of the channels of the input."""
@@ -290,7 +137,6 @@ class _Linear(nn.Module):
 
 class _Conv2d(nn.Module):
     """A convolution, transposed or not, in integers or, where weights have no step, of what spikes stand for."""
-    neuron: Any
     weight: torch.Tensor
     step: torch.Tensor | None
     bias: torch.Tensor | None
@@ -298,7 +144,9 @@ class _Conv2d(nn.Module):
     def __init__(self, product: Product, step: torch.Tensor | None):
         super().__init__()
         neuron = product.operands[0]  # as it is: levels of padding have no sign to change
-        self.neuron = _Decoded(neuron) if step is None else _levels_of(neuron)
+        levels = fired_levels(neuron)
+        self.range = levels.range
+        self.neuron: nn.Module = DecodedLevels(neuron) if step is None else levels
         self.compute, self.transposed = product.compute, product.transposed
         self.register_buffer('weight', product.weights.detach())
         self.register_buffer('step', None if step is None else step.flatten())
@@ -307,27 +155,12 @@ class _Conv2d(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.step is None:
             return self.compute(self.neuron(x), self.weight, self.bias)
-        levels = _beside_weights(self.neuron(x)[0], self.neuron.range)
+        levels = beside_weights(self.neuron(x)[0], self.range)
         if not self.transposed:
             return self.compute(levels, _weights(self.weight, self.step, axis=0), self.bias)
         # ONNX has no axis for the output channels of its weights where they are grouped
         out = self.compute(levels, self.weight.to(torch.float32)) * self.step.view(-1, 1, 1)
         return out if self.bias is None else out + self.bias.view(-1, 1, 1)
-
-
-class _Pixels(nn.Module):
-    """Levels of pixels, which QuantizeLinear rounds and clips to -128 ... 127."""
-    step: torch.Tensor
-    center: torch.Tensor
-
-    def __init__(self, neuron: GradedCoding):
-        super().__init__()
-        self.range = neuron.level_range
-        self.register_buffer('step', neuron.step)
-        self.register_buffer('center', neuron.center)
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return (x - self.center) / self.step, None
 
 
 class _Attention(nn.Module):
@@ -343,7 +176,10 @@ class _Attention(nn.Module):
     def __init__(self, scores: Product, values: Product, fired: Collection[Neuron] = (), portable: bool = True):
         super().__init__()
         (q, k), (attn, v) = scores.operands, values.operands
-        self.q, self.k, self.attn, self.v = (_Levels(neuron) for neuron in (q, k, attn, v))
+        self.q = FiredLevels(q)
+        self.k = FiredLevels(k)
+        self.attn = FiredLevels(attn)
+        self.v = FiredLevels(v)
         self.fired = [neuron in fired for neuron in (q, k, v)]  # which are levels by then
         self.int8_scores = not portable or levels_fit(scores)
         self.int8_values = self.attn.range[1] <= MAX_BYTE_LEVEL and (not portable or levels_fit(values))
@@ -372,7 +208,7 @@ class _Attention(nn.Module):
             scores = scores * k_row.transpose(-2, -1)
         attn, _ = self.attn(softmax_numerators(scores, attn_mask, is_causal))
         # of wide levels in float32, which OpenVINO does faster than two planes of int8
-        attn = _beside_levels(attn, self.attn.range) if self.int8_values else attn.round()
+        attn = beside_levels(attn, self.attn.range) if self.int8_values else attn.round()
         out = attn @ v
         total = attn.sum(dim=-1, keepdim=True)
         out = out / total.clamp_min(1.) * self.v_step
@@ -381,7 +217,7 @@ class _Attention(nn.Module):
     def _operand(
             self,
             index: int,
-            neuron: _Levels,
+            neuron: FiredLevels,
             x: torch.Tensor,
             int8: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -389,7 +225,7 @@ class _Attention(nn.Module):
         if self.fired[index]:
             return x, None
         levels, row = neuron(x)
-        return _beside_levels(levels, neuron.range) if int8 else levels.round(), row
+        return beside_levels(levels, neuron.range) if int8 else levels.round(), row
 
 
 def levels_fit(product: Product) -> bool:

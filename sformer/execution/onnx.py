@@ -8,8 +8,9 @@ import copy
 import hashlib
 import json
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Union
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn as nn
@@ -26,6 +27,9 @@ from ..neurons import ScaleAndFire
 from .graph import to_graph_
 from .integer import MAX_WEIGHT_ERROR, IntegerReport, to_integer_
 
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
 __all__ = ['export_onnx', 'to_onnx', 'check_output', 'graph_hash', 'write_graph', 'writable', 'METADATA']
 
 OPSET = 20
@@ -35,18 +39,18 @@ METADATA = 'sformer'  # key of what is recorded in the file
 
 def export_onnx(
         model: nn.Module,
-        path: Union[str, Path],
-        calibration: Optional[Images] = None,
+        path: str | Path,
+        calibration: Images | None = None,
         *,
-        split: Optional[str] = None,
+        split: str | None = None,
         num_images: int = 128,
         seed: int = 0,
-        image_column: Optional[str] = None,
+        image_column: str | None = None,
         max_error: float = MAX_WEIGHT_ERROR,
         portable: bool = True,
         overwrite: bool = False,
-        command: Optional[str] = None,
-) -> List[IntegerReport]:
+        command: str | None = None,
+) -> list[IntegerReport]:
     """Write a calibrated SFormer as ONNX with int8 levels and int8 weights.
 
     The graph takes `images` (batch, C, H, W), normalised, float32, of the model's size, and gives `logits` (batch,
@@ -75,7 +79,7 @@ def export_onnx(
         SFormerError: If the file is there, packages are missing, or a fire function or a layer has no form in ONNX.
     """
     path = writable(path, overwrite)  # before the work
-    _check_options(max_error, calibration is None and (split or image_column))
+    _check_options(max_error, calibration is None and bool(split or image_column))
     model = unwrapped(model)
     network = copy.deepcopy(model).eval().to('cpu', torch.float32)
     batches = images = None
@@ -95,7 +99,7 @@ def export_onnx(
     return reports
 
 
-def writable(path: Union[str, Path], overwrite: bool) -> Path:
+def writable(path: str | Path, overwrite: bool) -> Path:
     """Where a graph will be written: what a link points to.
 
     Raises:
@@ -106,13 +110,13 @@ def writable(path: Union[str, Path], overwrite: bool) -> Path:
     return path
 
 
-def write_graph(exported: Any, about: Dict[str, Any], path: Path) -> None:
+def write_graph(exported: 'ModelProto', about: dict[str, object], path: Path) -> None:
     """Write an `onnx.ModelProto` and what is recorded of it, aside and then renamed."""
     exported.metadata_props.add(key=METADATA, value=json.dumps(about, sort_keys=True))
     write_file(path, exported.SerializeToString())
 
 
-def _record_of(model: nn.Module) -> Dict[str, Any]:
+def _record_of(model: nn.Module) -> dict[str, object]:
     """What a file says of the model that it was made of."""
     return dict(
         pretrained_cfg=_plain(getattr(model, 'pretrained_cfg', None) or {}),
@@ -122,7 +126,7 @@ def _record_of(model: nn.Module) -> Dict[str, Any]:
         levels=sorted({neuron.config.levels for _, neuron in named_neurons(model) if isinstance(neuron, ScaleAndFire)}))
 
 
-def to_onnx(network: nn.Module) -> Any:
+def to_onnx(network: nn.Module) -> 'ModelProto':
     """A timm model on the CPU as an `onnx.ModelProto`, with any number of images per batch.
 
     Raises:
@@ -132,9 +136,10 @@ def to_onnx(network: nn.Module) -> Any:
     images = torch.zeros(2, *resolve_input_data_config(network)['input_size'])
     with (warnings.catch_warnings(action='ignore'), quiet('torch.onnx', 'onnxscript', 'onnx_ir'), torch.no_grad(),
           rotary_products()):
-        program: Any = torch.onnx.export(
+        program = torch.onnx.export(
             network, (images,), dynamo=True, opset_version=OPSET, input_names=['images'], output_names=['logits'],
             dynamic_shapes=({0: torch.export.Dim('batch')},), verbose=False)
+    assert program is not None
     model = program.model_proto
     for part in (*model.graph.node, *model.graph.value_info):  # where in this package each node comes from
         part.ClearField('metadata_props')
@@ -157,7 +162,7 @@ def rotary_products() -> Iterator[None]:
         pos_embed_sincos.rot = rot
 
 
-def _check_options(max_error: float, unread: Any) -> None:
+def _check_options(max_error: float, unread: bool) -> None:
     """Raise SFormerError if options mean nothing."""
     if unread:
         raise SFormerError('split and image_column are of images to round weights for: name them (calibration).')
@@ -179,10 +184,10 @@ def check_output(path: Path, overwrite: bool = False) -> Path:
     return may_write(path, 'graph', overwrite=overwrite)
 
 
-def graph_hash(model: Any) -> str:
+def graph_hash(model: 'ModelProto') -> str:
     """SHA-256 of the graph of an `onnx.ModelProto`, weights included, without what is recorded beside it."""
     return hashlib.sha256(model.graph.SerializeToString(deterministic=True)).hexdigest()
 
 
-def _plain(cfg: Dict[str, Any]) -> Dict[str, Any]:
+def _plain(cfg: dict[str, object]) -> dict[str, object]:
     return {key: value for key, value in cfg.items() if isinstance(value, (str, int, float, bool, list, tuple))}

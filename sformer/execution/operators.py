@@ -1,21 +1,33 @@
 """Operators of ONNX that torch has no word for, in both of its exporters."""
-from typing import Any, Dict
+from typing import Protocol
 
 import torch
+from torch.autograd.function import FunctionCtx
 
 __all__ = ['onnx_operator']
+
+
+class _TracedGraph(Protocol):
+    """What torch's older exporter writes to."""
+
+    def op(self, name: str, *inputs: torch.Value, **attributes: int) -> torch.Value: ...
 
 
 class _Quantize(torch.autograd.Function):
     """What torch's older exporter, by a trace with values in it, calls for QuantizeLinear."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, step: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:  # type: ignore
+    def forward(  # type: ignore[override]
+            ctx: FunctionCtx,
+            x: torch.Tensor,
+            step: torch.Tensor,
+            zero: torch.Tensor,
+    ) -> torch.Tensor:
         info = torch.iinfo(zero.dtype)
         return ((x / step).round() + zero).clamp(info.min, info.max).to(zero.dtype)
 
     @staticmethod
-    def symbolic(g: Any, x: Any, step: Any, zero: Any) -> Any:
+    def symbolic(g: _TracedGraph, x: torch.Value, step: torch.Value, zero: torch.Value) -> torch.Value:
         return g.op('QuantizeLinear', x, step, zero)
 
 
@@ -23,8 +35,8 @@ class _Dequantize(torch.autograd.Function):
     """The same for DequantizeLinear."""
 
     @staticmethod
-    def forward(  # type: ignore
-            ctx: Any,
+    def forward(  # type: ignore[override]
+            ctx: FunctionCtx,
             x: torch.Tensor,
             step: torch.Tensor,
             zero: torch.Tensor,
@@ -34,7 +46,13 @@ class _Dequantize(torch.autograd.Function):
         return (x.to(step.dtype) - zero.view(shape)) * step.view(shape)
 
     @staticmethod
-    def symbolic(g: Any, x: Any, step: Any, zero: Any, axis: int = 0) -> Any:
+    def symbolic(
+            g: _TracedGraph,
+            x: torch.Value,
+            step: torch.Value,
+            zero: torch.Value,
+            axis: int = 0,
+    ) -> torch.Value:
         return g.op('DequantizeLinear', x, step, zero, axis_i=axis)
 
 
@@ -42,15 +60,16 @@ class _PRelu(torch.autograd.Function):
     """The same for PRelu."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:  # type: ignore
+    def forward(ctx: FunctionCtx, x: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         return torch.where(x < 0, x * slope, x)
 
     @staticmethod
-    def symbolic(g: Any, x: Any, slope: Any) -> Any:
+    def symbolic(g: _TracedGraph, x: torch.Value, slope: torch.Value) -> torch.Value:
         return g.op('PRelu', x, slope)
 
 
-TRACED: Dict[str, Any] = {'QuantizeLinear': _Quantize, 'DequantizeLinear': _Dequantize, 'PRelu': _PRelu}
+TRACED: dict[str, type[torch.autograd.Function]] = {
+    'QuantizeLinear': _Quantize, 'DequantizeLinear': _Dequantize, 'PRelu': _PRelu}
 
 
 def onnx_operator(
@@ -59,7 +78,7 @@ def onnx_operator(
         dtype: torch.dtype,
         *inputs: torch.Tensor,
         **attributes: int,
-) -> Any:
+) -> torch.Tensor:
     """Result of an operator of ONNX.
 
     Args:

@@ -4,8 +4,8 @@ import os
 import platform
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ def instruction_set() -> str:
     return f'{known}; limited by {limits}' if limits else known
 
 
-def _best_seconds(run: Callable[[], Any]) -> float:
+def _best_seconds(run: Callable[[], object]) -> float:
     """Least time of a few calls, the first of which does not count."""
     seconds = []
     for _ in range(ROUNDS + 1):
@@ -52,7 +52,7 @@ def _best_seconds(run: Callable[[], Any]) -> float:
     return min(seconds[1:])
 
 
-def _product_graph(weight: np.ndarray, levels: Any = None) -> bytes:
+def _product_graph(weight: np.ndarray, levels: type[np.integer] | None = None) -> bytes:
     """A graph that multiplies `images` (1, rows, columns) by weights (columns, outputs): float32, or bytes of a type
     and int8 weights; in the latter case by one another, too."""
     from onnx import TensorProto, helper, numpy_helper

@@ -3,16 +3,21 @@
 How large the bytes of a product can be is followed through the graph by interval arithmetic, from what clips them on;
 how large its weights are stands in the file.
 """
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+import itertools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from .saturation import LARGEST_PAIR, SHIFT
 
+if TYPE_CHECKING:
+    from onnx import ModelProto, NodeProto
+
 __all__ = ['saturating']
 
-Interval = Tuple[Any, Any]  # per channel or of all, float64
-ANYTHING: Interval = (np.float64(-np.inf), np.float64(np.inf))
+Interval = tuple[np.ndarray, np.ndarray]  # per channel or of all, float64
+ANYTHING: Interval = (np.array(-np.inf), np.array(np.inf))
 PRODUCTS = ('MatMul', 'Gemm', 'Conv', 'ConvTranspose', 'FusedMatMul')
 MOVED = ('Transpose', 'Reshape', 'Squeeze', 'Unsqueeze', 'Expand', 'Slice', 'Split', 'Identity', 'Flatten', 'Gather',
          'Cast')
@@ -33,12 +38,13 @@ class Bytes(NamedTuple):
     weight: bool
 
 
-def saturating(model: Any) -> List[str]:
+def saturating(model: 'ModelProto') -> list[str]:
     """Names of the products of an `onnx.ModelProto` that an x86 processor without VNNI may sum with saturation."""
     from onnx import numpy_helper
     constants = {init.name: numpy_helper.to_array(init) for init in model.graph.initializer}
-    made_by = {name: node for node in model.graph.node for name in node.output}
+    made_by = {}
     for node in model.graph.node:
+        made_by.update(dict.fromkeys(node.output, node))
         if node.op_type == 'Constant' and node.attribute[0].name == 'value':
             constants[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
     reach = _intervals(model.graph.node, constants)
@@ -59,10 +65,10 @@ def _sums_exactly(a: Bytes, b: Bytes) -> bool:
 
 def _bytes(
         name: str,
-        made_by: Dict[str, Any],
-        constants: Dict[str, np.ndarray],
-        reach: Dict[str, Interval],
-) -> Optional[Bytes]:
+        made_by: dict[str, 'NodeProto'],
+        constants: dict[str, np.ndarray],
+        reach: dict[str, Interval],
+) -> Bytes | None:
     """What a product reads, if it is bytes: followed to where they are dequantised."""
     node, moved = made_by.get(name), False
     while node is not None and node.op_type in MOVED:
@@ -79,9 +85,9 @@ def _bytes(
     return Bytes(zero.dtype == np.int8, high, np.maximum(np.abs(low - zero), np.abs(high - zero)), False)
 
 
-def _intervals(nodes: Sequence[Any], constants: Dict[str, np.ndarray]) -> Dict[str, Interval]:
+def _intervals(nodes: 'Sequence[NodeProto]', constants: dict[str, np.ndarray]) -> dict[str, Interval]:
     """Between which numbers the values of each tensor lie; graphs have their nodes in the order of computation."""
-    reach: Dict[str, Interval] = {}
+    reach: dict[str, Interval] = {}
     for name, values in constants.items():
         if values.dtype.kind in 'fiub' and values.size:
             numbers = values.astype(np.float64)
@@ -113,13 +119,13 @@ def _gathered(x: Interval, index: Interval) -> Interval:
     return (x[0][read], x[1][read]) if read.ndim == 1 and read.max() < channels else _either(x)
 
 
-def _monotone(function: Callable[[Any], Any]) -> Callable[..., Interval]:
+def _monotone(function: Callable[[np.ndarray], np.ndarray]) -> Callable[..., Interval]:
     return lambda x: (function(x[0]), function(x[1]))
 
 
 def _products(a: Interval, b: Interval) -> Interval:
     with np.errstate(invalid='ignore'):
-        found = [np.nan_to_num(x * y, nan=0., posinf=np.inf, neginf=-np.inf) for x in a for y in b]
+        found = [np.nan_to_num(x * y, nan=0., posinf=np.inf, neginf=-np.inf) for x, y in itertools.product(a, b)]
     return np.minimum.reduce(np.broadcast_arrays(*found)), np.maximum.reduce(np.broadcast_arrays(*found))
 
 
@@ -147,7 +153,7 @@ def _either(*intervals: Interval) -> Interval:
     return min(np.min(low) for low, _ in intervals), max(np.max(high) for _, high in intervals)
 
 
-RULES: Dict[str, Callable[..., Interval]] = {
+RULES: dict[str, Callable[..., Interval]] = {
     **dict.fromkeys(MOVED, lambda x, *rest: _either(x)),
     'Gather': _gathered,
     'Concat': _either,

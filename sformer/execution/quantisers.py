@@ -3,13 +3,17 @@ SFormer are compared with."""
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn as nn
 
 from ..errors import needed_packages, quiet
 from .onnx import to_onnx
+
+if TYPE_CHECKING:
+    from openvino import Model
 
 __all__ = ['nncf_graph', 'plain_int8']
 
@@ -31,7 +35,7 @@ def plain_int8(network: nn.Module, images: torch.Tensor) -> bytes:
         def __init__(self) -> None:
             self.batches = iter([{'images': image[None].numpy()} for image in images])
 
-        def get_next(self) -> Any:
+        def get_next(self) -> dict[str, np.ndarray] | None:
             return next(self.batches, None)
 
     with tempfile.TemporaryDirectory() as folder:
@@ -45,7 +49,7 @@ def plain_int8(network: nn.Module, images: torch.Tensor) -> bytes:
         return Path(quantised).read_bytes()
 
 
-def nncf_graph(network: nn.Module, batches: Iterable[torch.Tensor]) -> Any:
+def nncf_graph(network: nn.Module, batches: Iterable[torch.Tensor]) -> 'Model':
     """W8A8 by NNCF's post-training quantisation, as its documentation says for transformers.
 
     Args:

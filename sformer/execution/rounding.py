@@ -1,6 +1,5 @@
 """Weights as int8: outliers split over columns, and errors of rounding fed back to what is rounded later."""
 import dataclasses
-from typing import Optional, Union
 
 import torch
 
@@ -26,14 +25,14 @@ class IntegerWeights:
     """
     weight: torch.Tensor
     step: torch.Tensor
-    columns: Optional[torch.Tensor]
+    columns: torch.Tensor | None
     error: float
 
 
 def integer_weights(
         weight: torch.Tensor,
-        moments: Optional[torch.Tensor] = None,
-        limit: Union[int, torch.Tensor] = MAX_WEIGHT,
+        moments: torch.Tensor | None = None,
+        limit: int | torch.Tensor = MAX_WEIGHT,
 ) -> IntegerWeights:
     """Round weights (D, C), with the steps of their input folded in, to int8 with a step per output channel.
 
@@ -65,9 +64,9 @@ def integer_weights(
 
 def rounded(
         weight: torch.Tensor,
-        parts: Optional[torch.Tensor] = None,
-        moments: Optional[torch.Tensor] = None,
-        limit: Union[int, torch.Tensor] = MAX_WEIGHT,
+        parts: torch.Tensor | None = None,
+        moments: torch.Tensor | None = None,
+        limit: int | torch.Tensor = MAX_WEIGHT,
 ) -> IntegerWeights:
     """Int8 weights in which column c is the sum of `parts[c]` columns, or itself; arguments as above."""
     whole_limit = torch.as_tensor(limit, device=weight.device) * (1 if parts is None else parts)
@@ -107,7 +106,7 @@ def _fed_back(scaled: torch.Tensor, limit: torch.Tensor, moments: torch.Tensor) 
     return whole
 
 
-def _relative_error(difference: torch.Tensor, weight: torch.Tensor, moments: Optional[torch.Tensor]) -> float:
+def _relative_error(difference: torch.Tensor, weight: torch.Tensor, moments: torch.Tensor | None) -> float:
     if moments is None:
         lost, all_of_it = difference.square().sum(), weight.square().sum()
     else:

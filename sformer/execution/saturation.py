@@ -4,7 +4,7 @@ x86 without VNNI (AMD before Zen 4, Intel before Cascade Lake and Ice Lake) mult
 two products of an unsigned and a signed byte in 16 bits, which saturate. An engine that is given signed bytes adds 128
 to those of one operand first. So a sum is exact everywhere if no two products leave 16 bits.
 """
-from typing import NamedTuple, Tuple
+from typing import NamedTuple
 
 import torch
 
@@ -14,7 +14,7 @@ LARGEST_PAIR = 2 ** 15 - 1
 MAX_WEIGHT = 127
 SHIFT = 128  # what an engine adds to signed bytes
 
-Range = Tuple[int, int]  # the lowest and the highest level
+Range = tuple[int, int]  # the lowest and the highest level
 
 
 def zero_point(levels: Range) -> int:

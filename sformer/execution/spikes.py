@@ -7,7 +7,6 @@ in float64. It shows and counts; it is slow.
 """
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 import torch.nn as nn
@@ -16,6 +15,7 @@ from ..errors import SFormerError, UncalibratedError
 from ..layers import AttentionProduct, Product, SpikingLayer, is_calibrated, named_products, uncalibrated
 from ..layers.multiplying import AV, CONVOLUTION, GATE, LINEAR, QK, kinds_of
 from ..layers.products import softmax_numerators
+from ..layers.table import become_
 from ..neurons import Neuron, ScaleAndFire
 from .integer import IntegerConv2d, IntegerLinear
 
@@ -62,7 +62,7 @@ def spike_planes(levels: torch.Tensor) -> torch.Tensor:
 
 def _summed(levels: torch.Tensor, coding: str, product: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """Sum of a product over what a coding sends, float64."""
-    total: Any = 0
+    total: torch.Tensor | int = 0
     for weight, spikes in spike_trains(levels, coding):
         total = total + weight * product(spikes)
     return total if isinstance(total, torch.Tensor) else product(torch.zeros_like(levels, dtype=torch.float64))
@@ -75,10 +75,14 @@ def _fixed_point(values: torch.Tensor) -> torch.Tensor:
     return (values / unit).round() * unit
 
 
-class SpikeLayer(SpikingLayer):
+class SpikeForm(nn.Module):
+    """A module that multiplies spikes as a coding sends them."""
+    coding: str
+
+
+class SpikeLayer(SpikeForm, SpikingLayer):
     """A layer whose products are of spikes in a coding, for inference."""
     executed = True
-    coding: str
 
     def remove_neurons(self) -> None:
         raise SFormerError('products of this network are executed spike by spike: keep a copy of the model that '
@@ -134,11 +138,10 @@ class SpikeIntegerConv2d(SpikeSums, IntegerConv2d):
     pass
 
 
-class SpikeAttention(AttentionProduct):
+class SpikeAttention(SpikeForm, AttentionProduct):
     """QK^T and AV of spikes with spikes, exact. The centre of keys is left out, to which the softmax is blind; steps of
     the softmax numerators cancel with those of their sum."""
     executed = True
-    coding: str
     multiplies = AttentionProduct.multiplies
 
     def forward(
@@ -151,7 +154,9 @@ class SpikeAttention(AttentionProduct):
             is_causal: bool = False,
             scale: float | None = None,
     ) -> torch.Tensor:
-        q, k, v = self.q_neuron.encode(query), self.k_neuron.encode(key), self.v_neuron.encode(value)
+        q = self.q_neuron.encode(query)
+        k = self.k_neuron.encode(key)
+        v = self.v_neuron.encode(value)
         if q.center is not None:
             raise SFormerError(f'queries of a {type(self.q_neuron).__name__} have a centre, which spikes do not carry.')
         steps = q.step.to(torch.float64) * k.step  # one per head: what a channel of q gains, that of k gives
@@ -168,15 +173,13 @@ class SpikeAttention(AttentionProduct):
             out = out + v.center * total.clamp(max=1)
         return out.to(value.dtype)
 
-    def _meet(self, a: torch.Tensor, b: torch.Tensor, relative: Any = 1.) -> torch.Tensor:
+    def _meet(self, a: torch.Tensor, b: torch.Tensor, relative: torch.Tensor | float = 1.) -> torch.Tensor:
         """`(a relative) @ b`, planes of one with planes of the other."""
         return _summed(a, self.coding, lambda plane: _summed(b, self.coding, lambda other: (plane * relative) @ other))
 
 
-class SpikeGate(ScaleAndFire):
+class SpikeGate(SpikeForm, ScaleAndFire):
     """Neuron of a gate or of its value, whose spikes meet those of the other one by one."""
-    coding: str
-
     def multiply(self, x: torch.Tensor, other: Neuron, y: torch.Tensor) -> torch.Tensor:
         a, b = self.encode(x), other.encode(y)
         out = _summed(a.levels, self.coding, lambda plane: _summed(b.levels, self.coding, lambda more: plane * more))
@@ -186,7 +189,7 @@ class SpikeGate(ScaleAndFire):
 
 
 # what becomes of a layer of these products, with weights in floating point and with int8 ones
-Forms = dict[tuple[str, ...], type[nn.Module]]
+Forms = dict[tuple[str, ...], type[SpikeForm]]
 SPIKE_FORMS: Forms = {
     (LINEAR,): SpikeProduct, (CONVOLUTION,): SpikeProduct, (QK, AV): SpikeAttention, (GATE,): SpikeGate}
 SPIKE_INTEGER_FORMS: Forms = {(LINEAR,): SpikeIntegerLinear, (CONVOLUTION,): SpikeIntegerConv2d}
@@ -216,17 +219,18 @@ def to_spikes_(model: nn.Module, coding: str = 'binary') -> nn.Module:
         raise SFormerError(f'coding must be one of {", ".join(SPIKE_CODINGS)}, got {coding!r}.')
     if not is_calibrated(model):
         raise UncalibratedError(f'{uncalibrated(model)}; fit it with sformer.convert() or calibrate_() first.')
-    part: Any
     for name, layer, products, form in list(_changes(model)):
         if form is SpikeProduct:
             layer = SpikeProduct(products[0]).train(layer.training)
             model.set_submodule(name, layer)
         for part in products[0].operands if form is SpikeGate else (layer,):
-            part.__class__, part.coding = form, coding
+            become_(part, form)
+            assert isinstance(part, SpikeForm)
+            part.coding = coding
     return model
 
 
-def _changes(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[Product], type[nn.Module]]]:
+def _changes(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[Product], type[SpikeForm]]]:
     """Modules that multiply, with names and products, and what becomes of them."""
     for name, layer, products in named_products(model):
         if name.endswith('.base_layer'):

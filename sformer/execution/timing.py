@@ -3,8 +3,9 @@ import copy
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, Sequence
+from typing import Any, TypedDict
 
 import torch
 import torch.nn as nn
@@ -20,17 +21,37 @@ from .onnx import export_onnx, to_onnx
 from .processor import instruction_set, int8_verdict, processor, slowdown
 from .quantisers import nncf_graph, plain_int8
 
-__all__ = ['EXECUTIONS', 'benchmark']
+__all__ = ['EXECUTIONS', 'BenchmarkResult', 'benchmark']
 
-Forward = Callable[[torch.Tensor], Any]
+Forward = Callable[[torch.Tensor], object]
 
 MAX_SLOWDOWN = 10  # of a dtype over float32, beyond which an execution in it is left out
+
+
+class Timing(TypedDict):
+    """Times of an execution: the median per batch, and the median, smallest and largest speed-up over each other."""
+    execution: str
+    batch_size: int
+    seconds: float
+    speedup: dict[str, dict[str, float]]
+
+
+class BenchmarkResult(TypedDict):
+    """What `benchmark` says."""
+    results: list[Timing]
+    pairs: int
+    skipped: dict[str, str]
+    verdict: str
+    processor: str
+    instruction_set: str
+    threads: int
+    versions: dict[str, str]
 
 
 def _compiled(network: nn.Module, dtype: torch.dtype = torch.float32) -> Forward:
     compiled = torch.compile(network.to(dtype))
 
-    def run(x: torch.Tensor) -> Any:
+    def run(x: torch.Tensor) -> object:
         with working_compiler('measure openvino or onnxruntime against one another'):
             return compiled(x.to(dtype))
     return run
@@ -69,7 +90,7 @@ def _nncf_int8(model: nn.Module) -> Forward:
     return lambda x: run(x.numpy())
 
 
-EXECUTIONS: Dict[str, Callable[[nn.Module], Forward]] = {
+EXECUTIONS: dict[str, Callable[[nn.Module], Forward]] = {
     'source:fp32': lambda model: _compiled(without_neurons(model)),
     'source:bf16': lambda model: _compiled(without_neurons(model), torch.bfloat16),
     'simulate': lambda model: _compiled(copy.deepcopy(model)),
@@ -85,7 +106,7 @@ EXECUTIONS: Dict[str, Callable[[nn.Module], Forward]] = {
 }
 
 
-def normalised_images(num: int, cfg: Dict[str, Any], seed: int = 0) -> torch.Tensor:
+def normalised_images(num: int, cfg: dict[str, Any], seed: int = 0) -> torch.Tensor:
     """Images (num, C, H, W) of uniform noise, normalised as a preprocessing config says."""
     pixels = torch.rand(num, *cfg['input_size'], generator=torch.Generator().manual_seed(seed))
     mean, std = (torch.tensor(cfg[key]).view(-1, 1, 1) for key in ('mean', 'std'))
@@ -100,7 +121,7 @@ def benchmark(
         batch_sizes: Iterable[int] = (8,),
         pairs: int = 9,
         warmup: int = 2,
-) -> Dict[str, Any]:
+) -> BenchmarkResult:
     """Time executions of an SFormer on this machine's CPU, each in turn, round after round.
 
     Ratios are taken within a round, so a machine that drifts slows down both sides.
@@ -132,22 +153,25 @@ def benchmark(
         raise SFormerError(f'nothing is left to measure: {"; ".join(f"{k}: {v}" for k, v in skipped.items())}.')
     with torch.inference_mode(False), torch.no_grad():
         runs = {name: EXECUTIONS[name](model) for name in names}
-    cfg, results = resolve_input_data_config(model), []
+    cfg = resolve_input_data_config(model)
+    results: list[Timing] = []
     for batch_size in batch_sizes:
         images = normalised_images(batch_size, cfg)
-        rounds: List[Dict[str, float]] = []
+        rounds: list[dict[str, float]] = []
         for i in range(warmup + pairs):
             times = {name: _seconds(run, images) for name, run in runs.items()}
             if i >= warmup:
                 rounds.append(times)
         for name in names:
             others = [other for other in against if other in runs and other != name]
-            speedups = {other: _spread([times[other] / times[name] for times in rounds]) for other in others}
-            results.append(dict(
+            speedups = {}
+            for other in others:
+                speedups[other] = _spread([times[other] / times[name] for times in rounds])
+            results.append(Timing(
                 execution=name, batch_size=batch_size, seconds=statistics.median(times[name] for times in rounds),
                 speedup=speedups))
     versions = _engine_versions(runs)
-    return dict(
+    return BenchmarkResult(
         results=results, pairs=pairs, skipped=skipped, verdict=' '.join(filter(None, map(int8_verdict, versions))),
         processor=processor(), instruction_set=instruction_set(), threads=torch.get_num_threads(),
         versions=library_versions() | versions)
@@ -168,10 +192,10 @@ def _seconds(run: Forward, images: torch.Tensor) -> float:
     return time.perf_counter() - start
 
 
-def _spread(ratios: List[float]) -> Dict[str, float]:
+def _spread(ratios: list[float]) -> dict[str, float]:
     return dict(median=statistics.median(ratios), min=min(ratios), max=max(ratios))
 
 
-def _engine_versions(runs: Dict[str, Forward]) -> Dict[str, str]:
+def _engine_versions(runs: dict[str, Forward]) -> dict[str, str]:
     engines = {name.partition(':')[0] for name in runs} & {'openvino', 'onnxruntime'}
     return {engine: engine_version(engine) for engine in sorted(engines)}

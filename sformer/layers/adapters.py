@@ -4,31 +4,32 @@ peft puts a layer of its own in the place of the adapted one, which it keeps as 
 adapter and to the adapted layer. Were that the current, an adapter would compute something else once it is merged into
 the weights. So the neuron fires first, in whatever layer takes a spiking one as its `base_layer`.
 """
-from typing import Any, Dict, Optional, Tuple
 
 import torch.nn as nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from .linear import SpikingConv2d, SpikingLinear
 
-__all__: list = []
+__all__: list[str] = []
 
 
-def _adapted(layer: Any) -> nn.Module:
+Arguments = tuple[tuple[object, ...], dict[str, object]]  # those of a call, by place and by name
+
+
+def _adapted(layer: nn.Module | None) -> nn.Module | None:
     """The layer below any number of adapters."""
-    while hasattr(layer, 'base_layer'):
-        layer = layer.base_layer
-    return layer
+    base = getattr(layer, 'base_layer', None)
+    return layer if base is None else _adapted(base)
 
 
-def _fire_first(adapter: nn.Module, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Optional[Tuple[Any, ...]]:
+def _fire_first(adapter: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> Arguments | None:
     neuron = getattr(_adapted(adapter), 'neuron', None)
     if neuron is None or 'fired' in kwargs:  # a source has none; an outer adapter had it fire
         return None
     return (neuron(args[0]), *args[1:]), dict(kwargs, fired=True)
 
 
-def _watch_for_adapters(parent: nn.Module, name: str, layer: Optional[nn.Module]) -> None:
+def _watch_for_adapters(parent: nn.Module, name: str, layer: nn.Module | None) -> None:
     if name == 'base_layer' and isinstance(_adapted(layer), (SpikingLinear, SpikingConv2d)):
         parent.register_forward_pre_hook(_fire_first, with_kwargs=True)
 

@@ -5,7 +5,7 @@ of a spiking layer that call goes to its `AttentionProduct`. Rotary embeddings, 
 """
 import functools
 import operator
-from typing import Any, List, Optional
+from typing import cast
 
 import timm
 import torch
@@ -17,7 +17,7 @@ from timm.models import vision_transformer as vit
 from torch.overrides import TorchFunctionMode
 
 from ..errors import UnsupportedLayerError
-from ..neurons import SFNConfig, new_neuron
+from ..neurons import Neuron, SFNConfig, new_neuron
 from . import products
 from .linear import SpikingLinear
 from .multiplying import GATE, Multiplying, Product
@@ -26,17 +26,17 @@ from .table import SpikingLayer, register_spiking
 
 __all__ = ['SpikingAttentionMixin', 'SpikingAttention']
 
-# mypy is told to ignore below that `fused_attn` is final in timm: the property answers before it
+# mypy is told to ignore below that `fused_attn` is a constant in timm: the property answers before it
 
 
 class _ToProducts(TorchFunctionMode):
     """While the forward of an attention layer runs, hand its products of activations to the layer's neurons."""
 
-    def __init__(self, layer: 'SpikingAttentionMixin', met: List[str]):
+    def __init__(self, layer: 'SpikingAttentionMixin', met: list[str]):
         super().__init__()
         self.layer = layer
         self.met = met  # names of the products that came by; the caller's own, as dynamo reads no attribute of a mode
-        self.gate: Optional[torch.Tensor] = None
+        self.gate: torch.Tensor | None = None
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.scaled_dot_product_attention:
@@ -44,13 +44,15 @@ class _ToProducts(TorchFunctionMode):
             call = self.met.count('attention')
             if call <= self.layer.num_products:  # one too many is refused when the forward is over
                 return self.layer.products[call - 1](*args, **(kwargs or {}))
-        if self.layer.gate_neuron is not None:
+        gate_neuron, value_neuron = self.layer.gate_neuron, self.layer.value_neuron
+        if gate_neuron is not None and value_neuron is not None:
             if func is torch.Tensor.sigmoid:
                 self.gate = func(*args, **(kwargs or {}))
                 return self.gate
-            if func in (torch.Tensor.mul, operator.mul) and args[1] is self.gate:  # the latter in a strict export
+            multiplied = func in (torch.Tensor.mul, operator.mul)  # the latter in a strict export
+            if multiplied and self.gate is not None and args[1] is self.gate:
                 self.met.append('gate')
-                return products.multiply(self.layer.value_neuron, args[0], self.layer.gate_neuron, args[1])
+                return products.multiply(value_neuron, args[0], gate_neuron, args[1])
         return func(*args, **(kwargs or {}))
 
 
@@ -63,14 +65,14 @@ class SpikingAttentionMixin(SpikingLayer):
     spiking_parts = ('products', 'gate_neuron', 'value_neuron')
     num_products = 1  # calls of the layer's forward
     num_heads: int
-    proj: Any
-    gate_neuron: Any
-    value_neuron: Any
+    proj: nn.Linear
+    gate_neuron: Neuron | None
+    value_neuron: Neuron | None
 
     # Before the layer's own attributes, which stay for the source: the fused path is the one that makes the call, and
     # with separate biases `qkv` is called as a layer instead of having its weights read.
-    fused_attn: Any = property(lambda self: True)
-    qkv_bias_separate: Any = property(lambda self: True)
+    fused_attn = cast(bool, property(lambda self: True))
+    qkv_bias_separate = cast(bool, property(lambda self: True))
 
     def add_neurons(self, config: SFNConfig) -> None:
         for name in ('proj', 'attn_out_proj', 'mlp_out_proj'):  # no norm is in front of these
@@ -88,18 +90,18 @@ class SpikingAttentionMixin(SpikingLayer):
         for name in ('gate_neuron', 'value_neuron'):
             setattr(self, name, new_neuron((self.proj.in_features,), config, device=device) if gated else None)
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, **kwargs: object) -> None:
         """Give the forward the signature of the source's, by which symbolic tracing makes its proxies."""
         super().__init_subclass__(**kwargs)
-        source: Any = next((base for base in cls.__mro__ if not issubclass(base, Multiplying)), None)
+        source = next(base for base in cls.__mro__ if issubclass(base, nn.Module) and not issubclass(base, Multiplying))
         if source is not nn.Module:  # a mixin has no source yet
             @functools.wraps(source.forward)
-            def forward(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+            def forward(self: SpikingAttentionMixin, *args: object, **kwargs: object) -> torch.Tensor:
                 return SpikingAttentionMixin.forward(self, *args, **kwargs)
             cls.forward = forward  # type: ignore[method-assign]
 
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        met: List[str] = []
+    def forward(self, *args: object, **kwargs: object) -> torch.Tensor:
+        met: list[str] = []
         with _ToProducts(self, met):
             x = super().forward(*args, **kwargs)
         if met != ['attention'] * self.num_products + ['gate'] * (self.gate_neuron is not None):
@@ -109,7 +111,7 @@ class SpikingAttentionMixin(SpikingLayer):
         return x
 
     def multiplies(self) -> list[Product]:
-        if self.gate_neuron is None:
+        if self.gate_neuron is None or self.value_neuron is None:
             return []
         return [Product(GATE, (self.gate_neuron, self.value_neuron), torch.mul)]
 

@@ -1,7 +1,6 @@
 """Layers with weights: their input is spikes, their output a current."""
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn as nn
@@ -47,10 +46,11 @@ class SpikingLinear(SpikingLayer, nn.Linear):
         self.add_neurons(config)
 
     def add_neurons(self, config: SFNConfig, fire_function: str | None = None) -> None:
-        own, fires = config.neuron != SCALE_AND_FIRE, fire_function or config.signed_fire
-        self.neuron = (new_neuron if own or not SharedScaleAndFire.suits(config, fires) else SharedScaleAndFire)(
-            (self.in_features,), config, folds=True, token=True, fire_function=fire_function,
-            device=self.weight.device)
+        fires = fire_function or config.signed_fire
+        shares = config.neuron == SCALE_AND_FIRE and SharedScaleAndFire.suits(config, fires)
+        make: Callable[..., Neuron] = SharedScaleAndFire if shares else new_neuron
+        self.neuron = make((self.in_features,), config, folds=True, token=True, fire_function=fire_function,
+                           device=self.weight.device)
 
     def forward(self, x: torch.Tensor, fired: bool = False) -> torch.Tensor:
         return products.linear(None if fired else self.neuron, x, self.weight, self.bias)
@@ -79,19 +79,19 @@ class SpikingConvMixin(SpikingLayer):
     neuron: Neuron | None
     in_channels: int
     groups: int
-    padding: Any
+    padding: str | tuple[int, ...]
     padding_mode: str
     weight: torch.Tensor
     bias: torch.Tensor | None
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: object, **kwargs: object):
         super().__init__(*args, **kwargs)
         self.neuron = None  # as in the layers of this class that peft adds to one that fires
 
     def add_neurons(self, config: SFNConfig) -> None:
         self.neuron = new_neuron((self.in_channels, 1, 1), config, device=self.weight.device)
 
-    def forward(self, x: torch.Tensor, *args: Any, fired: bool = False, **kwargs: Any) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, *args: object, fired: bool = False, **kwargs: object) -> torch.Tensor:
         torch._assert(x.shape[-3] == self.in_channels, 'currents have another number of channels than the weights')
         return super().forward(x if self.neuron is None or fired else self.neuron(x), *args, **kwargs)
 
@@ -142,9 +142,11 @@ def _padded_conv2d(
         *,
         around: list[int],
         mode: str,
-        **geometry: Any,
+        stride: tuple[int, ...],
+        dilation: tuple[int, ...],
+        groups: int,
 ) -> torch.Tensor:
-    return F.conv2d(F.pad(x, around, mode=mode), weight, bias, **geometry)
+    return F.conv2d(F.pad(x, around, mode=mode), weight, bias, stride, dilation=dilation, groups=groups)
 
 
 @register_spiking(nn.ConvTranspose2d)
@@ -152,6 +154,7 @@ class SpikingConvTranspose2d(SpikingConvMixin, nn.ConvTranspose2d):  # type: ign
     """Transposed convolution on spikes; made by `spiking_` of an `nn.ConvTranspose2d`."""
 
     def convolution(self) -> functools.partial[torch.Tensor]:
+        assert isinstance(self.padding, tuple)
         return functools.partial(
             F.conv_transpose2d, stride=self.stride, padding=self.padding, output_padding=self.output_padding,
             groups=self.groups, dilation=self.dilation)
@@ -160,7 +163,7 @@ class SpikingConvTranspose2d(SpikingConvMixin, nn.ConvTranspose2d):  # type: ign
 @register_spiking(PatchEmbed)
 class SpikingPatchEmbed(SpikingLayer, PatchEmbed):
     """Patch embedding whose convolution reads 8-bit pixels as graded spikes."""
-    proj: Any
+    proj: SpikingConv2d
 
     def add_neurons(self, config: SFNConfig) -> None:
         if not isinstance(getattr(self.proj, 'neuron', None), GradedCoding):

@@ -1,5 +1,5 @@
 """MLPs and gates: their layers with weights spike, and so do both operands where two activations are multiplied."""
-from typing import Any, Tuple
+from collections.abc import Callable
 
 import torch
 import torch.nn as nn
@@ -22,14 +22,11 @@ class SpikingMlp(SpikingLayer, Mlp):
     Shape:
         Input and output (..., C).
     """
-    fc2: Any
-    norm: Any
-
     def add_neurons(self, config: SFNConfig) -> None:
         _add_fc2_neuron(self, config, config.mlp_fire)
 
 
-def _add_fc2_neuron(mlp: Any, config: SFNConfig, fire_function: str) -> None:
+def _add_fc2_neuron(mlp: 'SpikingMlp | SpikingGateMixin', config: SFNConfig, fire_function: str) -> None:
     """Let `fc2` fire by the distribution of what an activation function leaves; a filter may have left it as it is, and
     a norm turns its input into what linear layers read elsewhere."""
     if isinstance(mlp.fc2, SpikingLinear) and isinstance(mlp.norm, nn.Identity):
@@ -44,11 +41,11 @@ class SpikingGateMixin(SpikingLayer):
         Input and output (B, L, C).
     """
     spiking_parts = ('gate_neuron', 'value_neuron')
-    fc2: Any
-    act: Any
-    norm: Any
-    drop1: Any
-    drop2: Any
+    fc2: nn.Linear
+    act: nn.Module
+    norm: nn.Module
+    drop1: nn.Module
+    drop2: nn.Module
 
     def add_neurons(self, config: SFNConfig) -> None:
         shape, device = (self.fc2.in_features,), self.fc2.weight.device
@@ -56,7 +53,7 @@ class SpikingGateMixin(SpikingLayer):
         self.value_neuron = new_neuron(shape, config, token=True, device=device)
         _add_fc2_neuron(self, config, config.gated_fire)
 
-    def gate_and_value(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    def gate_and_value(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Currents of the gate, before its activation function, and of the value."""
         raise NotImplementedError
 
@@ -70,19 +67,19 @@ class SpikingGateMixin(SpikingLayer):
 
 
 @register_spiking(GluMlp)
-class SpikingGluMlp(SpikingGateMixin, GluMlp):
+class SpikingGluMlp(SpikingGateMixin, GluMlp):  # type: ignore[misc]
     """Gated MLP with packed weights."""
 
-    def gate_and_value(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    def gate_and_value(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         first, second = self.fc1(x).chunk(2, dim=self.chunk_dim)
         return (second, first) if self.gate_last else (first, second)
 
 
 @register_spiking(SwiGLU)
-class SpikingSwiGLU(SpikingGateMixin, SwiGLU):
+class SpikingSwiGLU(SpikingGateMixin, SwiGLU):  # type: ignore[misc]
     """Gated MLP with separate weights."""
 
-    def gate_and_value(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    def gate_and_value(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.fc1_g(x), self.fc1_x(x)
 
 
@@ -94,8 +91,8 @@ class SpikingSqueezeExcitation(SpikingLayer, SqueezeExcitation):
         Input and output (B, C, H, W).
     """
     spiking_parts = ('gate_neuron', 'value_neuron')
-    fc2: Any
-    _scale: Any
+    fc2: nn.Conv2d
+    _scale: Callable[[torch.Tensor], torch.Tensor]
 
     def add_neurons(self, config: SFNConfig) -> None:
         shape, device = (self.fc2.out_channels, 1, 1), self.fc2.weight.device

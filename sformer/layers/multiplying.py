@@ -6,13 +6,13 @@ an execution that has no form for its products refuses it by name.
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 import torch.nn as nn
 
 from ..errors import UnsupportedLayerError
 from ..neurons import FitConfig, Neuron
+from ..neurons.base import Observed
 
 __all__ = ['AV', 'CONVOLUTION', 'GATE', 'LINEAR', 'QK', 'Multiplying', 'Product', 'kinds_of', 'named_products']
 
@@ -89,7 +89,7 @@ class Multiplying(nn.Module):
     max_scores: float = math.inf  # results that it computes at once, if it computes them in blocks
     executed = False  # in integers or spike by spike: by what its neurons encode, whose forward it does not call
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         if 'forward' in vars(cls) and 'multiplies' not in vars(cls):
             cls.multiplies = Multiplying.multiplies  # type: ignore[method-assign]
@@ -98,10 +98,12 @@ class Multiplying(nn.Module):
         """Products that the forward of this module itself computes."""
         return []
 
-    def fit_neurons(self, statistics: dict[str, Any], config: FitConfig) -> None:
+    def fit_neurons(self, statistics: dict[str, Observed], config: FitConfig) -> None:
         """Fit the neurons to what was observed at them, by their names in this module."""
         for name, seen in statistics.items():
-            self.get_submodule(name).fit(seen, config)  # type: ignore[operator]
+            neuron = self.get_submodule(name)
+            assert isinstance(neuron, Neuron)
+            neuron.fit(seen, config)
 
 
 def kinds_of(products: list[Product]) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 Whatever else computes an SFormer (integers, bit planes, another library) replaces what is here.
 """
 import math
-from typing import Any, Optional, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from timm.layers.attention import maybe_add_mask, resolve_self_attn_mask
 from timm.models._features_fx import register_notrace_function
 
 from ..neurons import FitConfig, Neuron, SFNConfig, new_neuron
+from ..neurons.base import Observed, fits_octaves
 from ..neurons.thresholds import MIN_STEP
 from .multiplying import AV, QK, Multiplying, Product
 
@@ -20,10 +21,10 @@ MAX_SCORES = 2 ** 22  # that attention computes at once at inference: all of ViT
 
 
 def linear(
-        neuron: Optional[Neuron],
+        neuron: Neuron | None,
         x: torch.Tensor,
         weight: torch.Tensor,
-        bias: Optional[torch.Tensor],
+        bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """Product of the spikes on a current (..., C) with weights (D, C), plus a bias (D,): a current (..., D). Without a
     neuron, x is the decode of spikes.
@@ -45,7 +46,7 @@ def multiply(a_neuron: Neuron, a: torch.Tensor, b_neuron: Neuron, b: torch.Tenso
 @register_notrace_function
 def softmax_numerators(
         scores: torch.Tensor,
-        attn_mask: Optional[torch.Tensor] = None,
+        attn_mask: torch.Tensor | None = None,
         is_causal: bool = False,
 ) -> torch.Tensor:
     """Numerators exp(s - max s) of the softmax over the keys, in [0, 1], of scores (B, H, L, S); zero in a row that may
@@ -105,7 +106,7 @@ class AttentionProduct(Multiplying):
             self,
             num_heads: int,
             head_dim: int,
-            v_head_dim: Optional[int] = None,
+            v_head_dim: int | None = None,
             config: SFNConfig = SFNConfig(),
             device=None,
             group_size: int = 1,
@@ -123,14 +124,14 @@ class AttentionProduct(Multiplying):
         return [Product(QK, (self.q_neuron, self.k_neuron), scores, _scores_total),
                 Product(AV, (self.attn_neuron, self.v_neuron), torch.matmul, _values_total)]
 
-    def fit_neurons(self, statistics: dict[str, Any], config: FitConfig) -> None:
+    def fit_neurons(self, statistics: dict[str, Observed], config: FitConfig) -> None:
         """Fit the neurons to what was observed at them, by name.
 
         QK^T sums over channels, so the steps of a channel of q and of k have to have one product in all channels of a
         head; what one of them gains, the other gives. Errors of a channel of q count by the power of that channel of k
         and the other way round, so balanced powers are best.
         """
-        if not (self.q_neuron.takes_octaves and self.k_neuron.takes_octaves):
+        if not (fits_octaves(self.q_neuron) and fits_octaves(self.k_neuron)):
             super().fit_neurons(statistics, config)
             return
         q, k = statistics['q_neuron'], statistics['k_neuron']
@@ -147,13 +148,15 @@ class AttentionProduct(Multiplying):
             query: torch.Tensor,
             key: torch.Tensor,
             value: torch.Tensor,
-            attn_mask: Optional[torch.Tensor] = None,
+            attn_mask: torch.Tensor | None = None,
             dropout_p: float = 0.,
             is_causal: bool = False,
-            scale: Optional[float] = None,
+            scale: float | None = None,
     ) -> torch.Tensor:
         """Arguments are those of `F.scaled_dot_product_attention`."""
-        q, k, v = self.q_neuron(query), self.k_neuron(key), self.v_neuron(value)
+        q = self.q_neuron(query)
+        k = self.k_neuron(key)
+        v = self.v_neuron(value)
         q = q * (query.shape[-1] ** -0.5 if scale is None else scale)
         # exact, and in float16 a sum over many keys would overflow before it is divided
         # (the strongest key fires its top level, near 1, so a sum is either that or zero)
@@ -163,13 +166,13 @@ class AttentionProduct(Multiplying):
             return self._attend(q, k, v, attn_mask, dropout_p, is_causal)
         blocks = q.split(rows, dim=-2)
         if attn_mask is None or attn_mask.shape[-2] == 1:
-            masks: Sequence[Optional[torch.Tensor]] = [attn_mask] * len(blocks)
+            masks: Sequence[torch.Tensor | None] = [attn_mask] * len(blocks)
         else:
             masks = attn_mask.split(rows, dim=-2)
         pairs = zip(blocks, masks, strict=True)
         return torch.cat([self._attend(block, k, v, mask, dropout_p) for block, mask in pairs], dim=-2)
 
-    def _rows_at_once(self, q: torch.Tensor, k: torch.Tensor, is_causal: bool) -> Optional[int]:
+    def _rows_at_once(self, q: torch.Tensor, k: torch.Tensor, is_causal: bool) -> int | None:
         """Queries in a block; None if all of them are, as they are where a graph is made of what is computed."""
         if (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
                 or isinstance(q, torch.fx.Proxy) or is_causal):
@@ -182,7 +185,7 @@ class AttentionProduct(Multiplying):
             q: torch.Tensor,
             k: torch.Tensor,
             v: torch.Tensor,
-            attn_mask: Optional[torch.Tensor],
+            attn_mask: torch.Tensor | None,
             dropout_p: float,
             is_causal: bool = False,
     ) -> torch.Tensor:

@@ -3,7 +3,6 @@ import contextlib
 import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import torch
 import torch.nn as nn
@@ -13,10 +12,11 @@ from torch.optim.swa_utils import AveragedModel
 
 from ..errors import UnsupportedLayerError
 from ..neurons import FitConfig, Neuron, SFNConfig
+from ..neurons.base import Observed
 from .linear import SpikingPatchEmbed
 from .multiplying import Multiplying
 from .products import AttentionProduct
-from .table import FLOATING_LAYERS, SPIKING_LAYERS, SpikingLayer
+from .table import FLOATING_LAYERS, SPIKING_LAYERS, SpikingLayer, become_
 
 __all__ = [
     'check_weights_are_parameters', 'is_calibrated', 'named_neurons', 'ordinary_', 'ordinary_tensors', 'placed',
@@ -40,16 +40,16 @@ def ordinary_tensors() -> Iterator[None]:
 
 def ordinary_(module: nn.Module) -> nn.Module:
     """Put ordinary tensors in the place of those that were made in inference mode, in place."""
-    clones: dict[int, torch.Tensor] = {}  # what is tied stays tied
+    parameters: dict[int, nn.Parameter] = {}  # what is tied stays tied
+    buffers: dict[int, torch.Tensor] = {}
     for child in module.modules():
-        stores: tuple[dict[str, Any], ...] = (child._parameters, child._buffers)
-        for store in stores:
-            for name, tensor in store.items():
-                if tensor is None or not tensor.is_inference():
-                    continue
-                clone = tensor.detach().clone()
-                store[name] = clones.setdefault(id(tensor), nn.Parameter(clone, tensor.requires_grad)
-                                                if store is child._parameters else clone)
+        for name, parameter in child._parameters.items():
+            if parameter is not None and parameter.is_inference():
+                clone = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+                child._parameters[name] = parameters.setdefault(id(parameter), clone)
+        for name, buffer in child._buffers.items():
+            if buffer is not None and buffer.is_inference():
+                child._buffers[name] = buffers.setdefault(id(buffer), buffer.detach().clone())
     return module
 
 
@@ -94,13 +94,13 @@ def spiking_(
     # layers without weights build their neurons where the others are
     device = next((p.device for p in module.parameters()), None)
     with contextlib.nullcontext() if device is None else torch.device(device):
-        child: Any
         for _, child in reversed(named):  # children first, a parent may replace their neurons
             spiking = SPIKING_LAYERS.get(type(child))
             if spiking is not None:
                 child.__dict__.pop('forward', None)
-                child.__class__ = spiking
+                become_(child, spiking)
             if spiking is not None or isinstance(child, SpikingPatchEmbed):  # whose convolution timm may put in anew
+                assert isinstance(child, SpikingLayer)
                 child.add_neurons(config)
                 for name in child.spiking_parts:
                     part = getattr(child, name)
@@ -170,11 +170,11 @@ def has_tensors(module: nn.Module) -> bool:
 
 def revert_(module: nn.Module) -> nn.Module:
     """Turn a spiking module, or one that was left half converted, back into its source, in place."""
-    back: dict[Any, Any] = {spiking: source for source, spiking in SPIKING_LAYERS.items()}
+    back = {spiking: source for source, spiking in SPIKING_LAYERS.items()}
     for child in list(module.modules()):
         if isinstance(child, SpikingLayer):
             child.remove_neurons()
-            child.__class__ = back[type(child)]
+            become_(child, back[type(child)])
     module.__dict__.pop('conversion', None)  # a record of neurons that are gone
     return module
 
@@ -183,7 +183,8 @@ def unwrapped(module: nn.Module) -> nn.Module:
     """The network inside of what compiles it, averages its weights or runs it on several devices; or the module itself.
     """
     while isinstance(module, WRAPPERS):
-        inner: Any = module._modules.get('_orig_mod', module._modules.get('module'))
+        inner = module._modules.get('_orig_mod', module._modules.get('module'))
+        assert inner is not None
         module = inner
     return module
 
@@ -225,17 +226,17 @@ def named_neurons(module: nn.Module) -> Iterator[tuple[str, Neuron]]:
             yield name, child
 
 
-def fit_neurons(module: nn.Module, statistics: Mapping[str, Any], config: FitConfig) -> None:
+def fit_neurons(module: nn.Module, statistics: Mapping[str, Observed], config: FitConfig) -> None:
     """Fit the neurons of a spiking module to what was observed at each, by name; those of a layer together."""
     for name, child in module.named_modules():
         prefix = f'{name}.' if name else ''
-        seen = {part: statistics[prefix + part] for part, neuron in child.named_children()
-                if isinstance(neuron, Neuron) and prefix + part in statistics}
+        neurons = {part: neuron for part, neuron in child.named_children()
+                   if isinstance(neuron, Neuron) and prefix + part in statistics}
         if isinstance(child, Multiplying):
-            child.fit_neurons(seen, config)
+            child.fit_neurons({part: statistics[prefix + part] for part in neurons}, config)
         else:
-            for part, found in seen.items():
-                child.get_submodule(part).fit(found, config)
+            for part, neuron in neurons.items():
+                neuron.fit(statistics[prefix + part], config)
 
 
 def is_calibrated(module: nn.Module) -> bool:

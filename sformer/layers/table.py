@@ -1,5 +1,6 @@
 """The table from a layer to its spiking counterpart. A layer that is in neither part of it does not convert."""
-from typing import Callable, Dict, Set, Tuple, Type, TypeVar
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch.nn as nn
 from timm import layers as tl
@@ -12,7 +13,7 @@ from torchvision.ops import feature_pyramid_network as fpn
 from ..neurons import SFNConfig
 from .multiplying import Multiplying
 
-__all__ = ['SpikingLayer', 'SPIKING_LAYERS', 'FLOATING_LAYERS', 'register_spiking', 'register_floating']
+__all__ = ['SpikingLayer', 'SPIKING_LAYERS', 'FLOATING_LAYERS', 'become_', 'register_spiking', 'register_floating']
 
 
 class SpikingLayer(Multiplying):
@@ -21,7 +22,7 @@ class SpikingLayer(Multiplying):
     `spiking_` changes the class of a layer to that of its counterpart and calls `add_neurons`; `revert_` calls
     `remove_neurons` and changes the class back. `multiplies` says what those neurons are operands of.
     """
-    spiking_parts: Tuple[str, ...] = ()  # attributes that the source does not have
+    spiking_parts: tuple[str, ...] = ()  # attributes that the source does not have
 
     def add_neurons(self, config: SFNConfig) -> None:
         """Add the neurons of this layer, with default thresholds, on the device of its parameters."""
@@ -32,14 +33,19 @@ class SpikingLayer(Multiplying):
             self._modules.pop(name, None)
 
 
+def become_(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Change the class of a module, in place: of a layer to its spiking counterpart, say, and back."""
+    module.__class__ = kind
+
+
 # Exact types, not subclasses: a subclass may multiply in a forward of its own.
-SPIKING_LAYERS: Dict[Type[nn.Module], Type[nn.Module]] = {}
+SPIKING_LAYERS: dict[type[nn.Module], type[nn.Module]] = {}
 
 # Layers that stay as they are: they act on currents once per image (norms, activation functions, residual sums,
 # LayerScale, rotary embedding, dropout, pooling and resampling) or only call their children. Batch norm in eval mode is
 # a factor and an offset per output channel of the convolution before it, as the steps of int8 weights are: it stays
 # where it is, under the names that its parameters have.
-FLOATING_LAYERS: Set[Type[nn.Module]] = {
+FLOATING_LAYERS: set[type[nn.Module]] = {
     nn.Identity, nn.Dropout, nn.Dropout2d, nn.Sequential, nn.ModuleList, nn.Flatten,
     nn.LayerNorm, tl.LayerNorm, tl.RmsNorm, tl.SimpleNorm, tl.LayerNormFp32, tl.RmsNormFp32, tl.SimpleNormFp32,
     tl.LayerNorm2d, tl.LayerNorm2dFp32, nn.GroupNorm, nn.BatchNorm2d, nn.SyncBatchNorm, ops.FrozenBatchNorm2d,
@@ -53,10 +59,10 @@ FLOATING_LAYERS: Set[Type[nn.Module]] = {
     ops.RoIAlign, ops.MultiScaleRoIAlign, anchor_utils.AnchorGenerator, transform.GeneralizedRCNNTransform,
 }
 
-Layer = TypeVar('Layer', bound=Type[nn.Module])
+Layer = TypeVar('Layer', bound=type[nn.Module])
 
 
-def register_spiking(source: Type[nn.Module]) -> Callable[[Layer], Layer]:
+def register_spiking(source: type[nn.Module]) -> Callable[[Layer], Layer]:
     """Register the decorated class, a `SpikingLayer` and a subclass of `source`, as its spiking counterpart."""
     def register(spiking: Layer) -> Layer:
         SPIKING_LAYERS[source] = spiking
@@ -64,6 +70,6 @@ def register_spiking(source: Type[nn.Module]) -> Callable[[Layer], Layer]:
     return register
 
 
-def register_floating(*layers: Type[nn.Module]) -> None:
+def register_floating(*layers: type[nn.Module]) -> None:
     """Register layers that act on currents, or only call their children, and stay as they are."""
     FLOATING_LAYERS.update(layers)

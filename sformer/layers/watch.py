@@ -1,12 +1,13 @@
 """Watches on the forwards of a network: whose operation is it, and what does each neuron fire?"""
 import contextlib
-from typing import Any, Callable, Iterator, List, Tuple
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn as nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
 
-from ..neurons import Neuron
+from ..neurons import Neuron, Spikes
 from .spiking import named_neurons
 
 __all__ = ['ForwardWatch', 'watch_levels']
@@ -19,8 +20,8 @@ class ForwardWatch(TorchDispatchMode):
     def __init__(self, module: nn.Module):
         super().__init__()
         self.module = module
-        self.stack: List[Tuple[str, nn.Module]] = []
-        self.handles: List[Any] = []
+        self.stack: list[tuple[str, nn.Module]] = []
+        self.handles: list[RemovableHandle] = []
 
     def __enter__(self):
         for name, child in self.module.named_modules():
@@ -57,19 +58,19 @@ def watch_levels(model: nn.Module, add: Callable[[str, torch.Tensor], None]) -> 
             neuron.__dict__.pop('encode', None)
 
 
-def _watch(name: str, neuron: Any, add: Callable[[str, torch.Tensor], None]) -> List[Any]:
+def _watch(name: str, neuron: Neuron, add: Callable[[str, torch.Tensor], None]) -> list[RemovableHandle]:
     encode = neuron.encode
 
-    def asked(x: torch.Tensor) -> Any:
+    def asked(x: torch.Tensor) -> Spikes:
         spikes = encode(x)
         add(name, spikes.levels)
         return spikes
 
-    def before(module: Neuron, args: Any) -> None:
+    def before(module: Neuron, args: tuple[torch.Tensor]) -> None:
         asked(args[0])
         neuron.__dict__.pop('encode', None)  # a forward may ask itself
 
-    def after(*args: Any) -> None:
+    def after(*args: object) -> None:
         neuron.__dict__['encode'] = asked
 
     after()

@@ -8,7 +8,7 @@ The forward is that of the layer itself, of tokens that were sorted into windows
 """
 import contextlib
 import contextvars
-from typing import Any, Iterator, Tuple
+from collections.abc import Iterator
 
 import torch
 import torch.nn as nn
@@ -18,12 +18,12 @@ from timm.models import eva
 
 from ..errors import SFormerError
 from .attention import SpikingAttentionMixin
-from .table import register_spiking
+from .table import become_, register_spiking
 
 __all__ = ['WindowedMixin', 'token_grid', 'windowed_']
 
 # Tokens are a sequence, which does not say of which map they are. Not a state of the layers, that other threads share.
-_GRID: contextvars.ContextVar[Tuple[int, int]] = contextvars.ContextVar('grid')
+_GRID: contextvars.ContextVar[tuple[int, int]] = contextvars.ContextVar('grid')
 
 
 @contextlib.contextmanager
@@ -50,13 +50,13 @@ class WindowedMixin(nn.Module):
     window_size: int
     num_prefix_tokens: int
 
-    def forward(self, x: torch.Tensor, rope: Any = None, **kwargs: Any) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rope: torch.Tensor | None = None, **kwargs: object) -> torch.Tensor:
         torch._assert(kwargs.get('attn_mask') is None, 'a mask of the whole map says nothing of windows')
         if rope is not None:
             kwargs['rope'] = self._split_rope(rope, len(x))
         return self.join(super().forward(self.split(x), **kwargs))
 
-    def _window(self) -> Tuple[int, int]:
+    def _window(self) -> tuple[int, int]:
         height, width = _GRID.get()
         return min(self.window_size, height), min(self.window_size, width)
 
@@ -129,7 +129,8 @@ def windowed_(attention: nn.Module, window_size: int, num_prefix_tokens: int) ->
     if type(attention) not in WINDOWED:
         kind, *names = (f'{kind.__module__}.{kind.__name__}' for kind in (type(attention), *WINDOWED))
         raise SFormerError(f'{kind} has no windows: {", ".join(names)} have. Leave out window_size (--window-size).')
-    layer: Any = attention
-    layer.__class__ = WINDOWED[type(attention)]
-    layer.window_size, layer.num_prefix_tokens = window_size, num_prefix_tokens
+    become_(attention, WINDOWED[type(attention)])
+    assert isinstance(attention, WindowedMixin)
+    attention.window_size = window_size
+    attention.num_prefix_tokens = num_prefix_tokens
     return attention

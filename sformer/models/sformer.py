@@ -7,10 +7,12 @@ Paper: `One-Timestep is Enough: Achieving High-performance ANN-to-SNN Conversion
     - https://arxiv.org/abs/2510.23383
 """
 import dataclasses
-from typing import Any, Callable, Dict, Optional, Tuple, Type, Union
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn as nn
+from timm.layers import PatchEmbed
 from timm.models import beit, deit, eva, vision_transformer
 
 from ..errors import SFormerError, UnsupportedLayerError
@@ -23,7 +25,8 @@ from ..layers import (
     register_spiking,
     spiking_,
 )
-from ..neurons import GradedCoding, SFNConfig, as_config
+from ..neurons import FitConfig, GradedCoding, SFNConfig, as_config
+from ..neurons.config import Fields
 from .zoo import CUSTOM, ENTRYPOINTS, SMALL, SOURCES
 
 __all__ = [
@@ -33,7 +36,18 @@ __all__ = [
 
 HEADS = ('head', 'head_dist')  # what timm's reset_classifier() puts in anew
 
-State = Dict[str, torch.Tensor]
+State = dict[str, torch.Tensor]
+Pixel = Sequence[float] | float | None  # a number per channel, or of all
+
+
+class Record(Protocol):
+    """What a model knows of its `sformer.conversion.Conversion`."""
+
+    @property
+    def fit(self) -> FitConfig: ...
+
+    @property
+    def global_pool(self) -> str | None: ...
 
 
 class SFormerMixin(SpikingLayer):
@@ -48,10 +62,10 @@ class SFormerMixin(SpikingLayer):
         conversion: Record of the conversion (`sformer.conversion.Conversion`), None where there was none.
     """
     spiking_parts = ('conversion',)
-    conversion: Any = None
-    patch_embed: Any
+    conversion: Record | None = None
+    patch_embed: PatchEmbed
 
-    def __init__(self, *args, sfn: Union[SFNConfig, Dict[str, Any], None] = None, **kwargs):
+    def __init__(self, *args, sfn: SFNConfig | Fields | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         spiking_model_(self, sfn)
 
@@ -74,21 +88,23 @@ class SFormerMixin(SpikingLayer):
         return next(neuron.config for _, neuron in named_neurons(self) if hasattr(neuron, 'config'))
 
     @property
-    def _model_args(self) -> Dict[str, Any]:
+    def _model_args(self) -> dict[str, object]:
         """What timm records of the arguments that build this model, with the neurons that it has."""
         return dict(self.__dict__.get('_model_args', {}), sfn=dataclasses.asdict(self.sfn_config))
 
     @_model_args.setter
-    def _model_args(self, args: Dict[str, Any]) -> None:
+    def _model_args(self, args: dict[str, object]) -> None:
         self.__dict__['_model_args'] = {key: value for key, value in args.items() if key != 'sfn'}
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         # Weights of a source network come without neurons, and what was fitted before does not fit them. A head or
         # adapters alone change nothing that a neuron was fitted to.
         known = FLOATING_LAYERS | set(SPIKING_LAYERS.values())
-        names = [f'{prefix}{name}.{key}' if name else f'{prefix}{key}' for name, child in self.named_modules()
-                 if type(child) in known and name.split('.')[0] not in HEADS
-                 for key, _ in child.named_parameters(recurse=False)]
+        names: list[str] = []
+        for name, child in self.named_modules():
+            if type(child) in known and name.split('.')[0] not in HEADS:
+                path = f'{prefix}{name}.' if name else prefix
+                names += [path + key for key, _ in child.named_parameters(recurse=False)]
         if not state_dict.keys().isdisjoint(names):
             for name, neuron in named_neurons(self):
                 if f'{prefix}{name}.step' not in state_dict:
@@ -96,14 +112,14 @@ class SFormerMixin(SpikingLayer):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def reset_classifier(self, num_classes: int, *args, **kwargs) -> None:
-        old: Dict[str, Any] = {name: getattr(self, name, None) for name in HEADS}
+        old = {name: getattr(getattr(self, name, None), 'neuron', None) for name in HEADS}
         pool = self.global_pool
         super().reset_classifier(num_classes, *args, **kwargs)  # type: ignore[misc]
         spiking_(self, self.sfn_config)
-        for name, head in old.items():
-            new: Any = getattr(self, name, None)
-            if hasattr(head, 'neuron') and hasattr(new, 'neuron') and self.global_pool == pool:
-                new.neuron = head.neuron  # thresholds belong to the features that it reads, and these stay
+        for name, neuron in old.items():
+            new = getattr(self, name, None)
+            if new is not None and hasattr(new, 'neuron') and neuron is not None and self.global_pool == pool:
+                new.neuron = neuron  # thresholds belong to the features that it reads, and these stay
 
     def set_input_size(self, *args, **kwargs) -> None:
         coding = self.patch_embed.proj.neuron
@@ -134,7 +150,7 @@ class SFormerBeit(SFormerMixin, beit.Beit):
 
 # timm model class -> spiking model class, and what timm does to a checkpoint of it before it is loaded: reads foreign
 # formats, resizes position embeddings
-SPIKING_MODELS: Dict[Type[nn.Module], Tuple[Type[SFormerMixin], Callable[..., State]]] = {
+SPIKING_MODELS: dict[type[nn.Module], tuple[type[SFormerMixin], Callable[..., State]]] = {
     vision_transformer.VisionTransformer: (SFormer, vision_transformer.checkpoint_filter_fn),
     deit.VisionTransformerDistilled: (SFormerDistilled, vision_transformer.checkpoint_filter_fn),
     eva.Eva: (SFormerEva, eva.checkpoint_filter_fn),
@@ -142,7 +158,7 @@ SPIKING_MODELS: Dict[Type[nn.Module], Tuple[Type[SFormerMixin], Callable[..., St
 }
 
 
-def spiking_model_(model: nn.Module, sfn: Union[SFNConfig, Dict[str, Any], None] = None) -> nn.Module:
+def spiking_model_(model: nn.Module, sfn: SFNConfig | Fields | None = None) -> nn.Module:
     """Turn a timm model into an uncalibrated SFormer, in place.
 
     Args:
@@ -167,7 +183,7 @@ def spiking_model_(model: nn.Module, sfn: Union[SFNConfig, Dict[str, Any], None]
     return model
 
 
-def set_pixel_range_(model: nn.Module, mean: Any, std: Any) -> None:
+def set_pixel_range_(model: nn.Module, mean: Pixel, std: Pixel) -> None:
     """Fit the graded coding of pixels to a normalisation, so that 8-bit images are coded without loss."""
     for module in model.modules():
         if isinstance(module, SpikingPatchEmbed) and not module.proj.weight.is_meta:
@@ -177,10 +193,12 @@ def set_pixel_range_(model: nn.Module, mean: Any, std: Any) -> None:
                            for v in (mean, std))
             if mean_.numel() != in_chans or std_.numel() != in_chans:
                 mean_, std_ = mean_.mean().expand(in_chans), std_.mean().expand(in_chans)
-            module.proj.neuron.set_range(-mean_ / std_, (1 - mean_) / std_)
+            coding = module.proj.neuron
+            assert isinstance(coding, GradedCoding)
+            coding.set_range(-mean_ / std_, (1 - mean_) / std_)
 
 
-def state_input_size_(model: Any, size: Union[int, Tuple[int, int], None]) -> None:
+def state_input_size_(model: nn.Module, size: int | tuple[int, int] | None) -> None:
     """Let the config of a model that takes images of any size (`dynamic_img_size`) say the one that it was built for
     (`img_size`), if that was asked for: images are resized to it, and it is exported for it."""
     cfg = dict(getattr(model, 'pretrained_cfg', None) or {})
@@ -188,10 +206,11 @@ def state_input_size_(model: Any, size: Union[int, Tuple[int, int], None]) -> No
         return
     cfg['input_size'] = (cfg['input_size'][0], *((size, size) if isinstance(size, int) else size))
     cfg.pop('test_input_size', None)
-    model.pretrained_cfg = model.default_cfg = cfg
+    for name in ('pretrained_cfg', 'default_cfg'):
+        setattr(model, name, cfg)
 
 
-def checkpoint_filter_fn(state_dict: State, model: nn.Module, neurons: Optional[State] = None) -> State:
+def checkpoint_filter_fn(state_dict: State, model: nn.Module, neurons: State | None = None) -> State:
     """Check and adapt the state dict of a pretrained SFormer.
 
     timm loads non-strictly where num_classes differs; default thresholds must not slip in for missing ones there.
@@ -207,8 +226,10 @@ def checkpoint_filter_fn(state_dict: State, model: nn.Module, neurons: Optional[
     modules = dict(named_neurons(model))
     # a classifier that the checkpoint does not have starts anew, and so do its neurons
     new = {f'{head}.neuron' for head in HEADS if f'{head}.weight' not in state_dict}
-    expected = [f'{name}.{key}' for name, neuron in modules.items() if name not in new
-                for key in neuron.saved_buffers()]
+    expected: list[str] = []
+    for name, neuron in modules.items():
+        if name not in new:
+            expected += [f'{name}.{key}' for key in neuron.saved_buffers()]
     missing = [key for key in expected if key not in state_dict]
     if neurons is not None and len(missing) == len(expected):
         state_dict = {**state_dict, **neurons}

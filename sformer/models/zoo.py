@@ -1,11 +1,9 @@
 """The zoo as a table: entrypoints, the timm models whose architecture they have, and pinned tags of their weights."""
-from typing import Any, Dict, Tuple
-
 __all__ = ['ZOO', 'SMALL', 'CUSTOM', 'SOURCES', 'ENTRYPOINTS', 'architecture_of', 'source_name']
 
 # entrypoint -> (timm model whose architecture it has, tags of its published weights, the first is the default).
 # Tags are pinned here: timm's own defaults change, and with them what a result means.
-ZOO: Dict[str, Tuple[str, str]] = {
+ZOO: dict[str, tuple[str, str]] = {
     'sformer_tiny': ('vit_tiny_patch16_224', 'augreg_in21k_ft_in1k'),
     'sformer_tiny_384': ('vit_tiny_patch16_384', 'augreg_in21k_ft_in1k'),
     'sformer_small': ('vit_small_patch16_224', 'augreg_in21k_ft_in1k augreg_in1k'),
@@ -38,7 +36,7 @@ ZOO: Dict[str, Tuple[str, str]] = {
 }
 
 # entrypoint -> (timm model, its arguments): small networks, for tests and for the weights in the package
-SMALL: Dict[str, Tuple[str, Dict[str, Any]]] = {
+SMALL: dict[str, tuple[str, dict[str, int]]] = {
     'sformer_nano': ('vit_tiny_patch16_224', dict(patch_size=2, embed_dim=64, depth=4, num_heads=4)),
     'sformer_micro': ('vit_tiny_patch16_224', dict(patch_size=4, depth=6)),
     'sformer_eva02_micro': ('eva02_tiny_patch14_224', dict(patch_size=4, depth=6)),

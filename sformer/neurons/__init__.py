@@ -5,7 +5,7 @@ No timm, no files: currents are tensors, and everything here works on any of the
 it.
 """
 import importlib
-from typing import TYPE_CHECKING, Any, List
+from typing import TYPE_CHECKING
 
 from .config import (
     DEFAULT_RANGE,
@@ -41,14 +41,14 @@ if TYPE_CHECKING:
 else:
     _MODULES = ('base', 'coding', 'functional', 'graded', 'registry', 'scale_and_fire', 'shared', 'statistics')
 
-    def __getattr__(name: str) -> Any:
+    def __getattr__(name: str) -> object:
         for module in _MODULES if name in __all__ else ():
             found = importlib.import_module(f'.{module}', __name__)
             if name in found.__all__:
                 return getattr(found, name)
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
-    def __dir__() -> List[str]:
+    def __dir__() -> list[str]:
         return sorted({*globals(), *__all__})
 
 __all__ = [

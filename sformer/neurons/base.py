@@ -1,6 +1,7 @@
 """What all neurons share: spikes, state that is validated when it is loaded and is not averaged, and whether it is
 calibrated."""
-from typing import Any, Mapping, NamedTuple, Optional, Tuple, Union
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import torch
 import torch.nn as nn
@@ -8,7 +9,7 @@ import torch.nn as nn
 from .config import FitConfig, SFNConfig
 from .functional import straight_through
 
-__all__ = ['Float32Buffers', 'Neuron', 'Spikes']
+__all__ = ['Float32Buffers', 'Neuron', 'Observed', 'Observer', 'Spikes', 'fits_octaves']
 
 
 class Spikes(NamedTuple):
@@ -24,8 +25,8 @@ class Spikes(NamedTuple):
     """
     levels: torch.Tensor
     step: torch.Tensor
-    row: Optional[torch.Tensor] = None
-    center: Optional[torch.Tensor] = None
+    row: torch.Tensor | None = None
+    center: torch.Tensor | None = None
 
     def decode(self) -> torch.Tensor:
         """The current that the spikes stand for, float32: `levels * step * row + center`."""
@@ -33,6 +34,16 @@ class Spikes(NamedTuple):
         if self.row is not None:
             current = current * self.row
         return current if self.center is None else current + self.center
+
+
+class Observer(Protocol):
+    """What looks at the currents that enter a neuron."""
+
+    def update(self, x: torch.Tensor) -> None:
+        """Add a batch of currents (B, ...)."""
+
+
+Observed = Any  # an observer of the type that the `statistics` of a neuron makes, or None: its `fit` alone knows which
 
 
 # What `calibrated` is where it is true: numbers that no float is, so that whatever averages buffers changes them. A
@@ -68,6 +79,7 @@ class Neuron(Float32Buffers):
     step: torch.Tensor  # of types whose step folds into weights, and their centre
     center: torch.Tensor | None
     counted = True  # by activity: its spikes are news, and asking for them changes nothing
+    unbounded = False  # whether no norm bounds its current: that of attention or of an activation function
     takes_octaves = False  # `fit` does, as of queries and keys, whose steps are related
 
     def __init__(self, device=None):
@@ -88,19 +100,19 @@ class Neuron(Float32Buffers):
         return out
 
     @property
-    def level_range(self) -> Tuple[int, int]:
+    def level_range(self) -> tuple[int, int]:
         """The lowest and the highest level that this neuron can fire: those of int8, if a type knows no less."""
         return -127, 127
 
-    def statistics(self) -> Any:
+    def statistics(self) -> Observer | None:
         """A new observer, whose `update(x)` takes the currents that enter this neuron; None if nothing is fitted."""
         raise NotImplementedError
 
-    def fit(self, statistics: Any, config: FitConfig = FitConfig()) -> None:
+    def fit(self, statistics: Observed, config: FitConfig = FitConfig()) -> None:
         """Set thresholds by what was observed, and mark the neuron as calibrated."""
         raise NotImplementedError
 
-    def moments(self, x: torch.Tensor) -> Optional[torch.Tensor]:
+    def moments(self, x: torch.Tensor) -> torch.Tensor | None:
         """Sums of h^2 and of h o over a batch of currents, of membrane potentials h and outputs o in steps, float64,
         (2,); None if the neuron is not to be corrected by them."""
         return None
@@ -129,7 +141,7 @@ class Neuron(Float32Buffers):
     # Averages of models take buffers along (`AveragedModel(use_buffers=True)`), though thresholds are no weights: an
     # average of 32 with 32 may be 31. What is averaged is a copy, so a copy remembers what it was.
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__(state)
         self.undo_average_()
         self._remember()
@@ -201,7 +213,7 @@ class Neuron(Float32Buffers):
             return f'is not positive: a neuron with that {name} is dead'
         return ''
 
-    def _set(self, **state: Union[float, torch.Tensor]) -> None:
+    def _set(self, **state: float | torch.Tensor) -> None:
         """Set buffers: all of them or, with a ValueError if one is refused, none."""
         values = {name: torch.as_tensor(value, device=getattr(self, name).device) for name, value in state.items()}
         for name, value in values.items():
@@ -220,6 +232,15 @@ class Neuron(Float32Buffers):
 
     def _state_repr(self) -> str:
         return '' if self.calibrated.is_meta or self.calibrated else ', uncalibrated'
+
+
+class _FitsOctaves(Protocol):
+    def fit(self, statistics: Observed, config: FitConfig, octaves: torch.Tensor) -> None: ...
+
+
+def fits_octaves(neuron: Neuron) -> TypeGuard[_FitsOctaves]:
+    """Whether the `fit` of a neuron takes octaves."""
+    return neuron.takes_octaves
 
 
 def _blurred(state: torch.Tensor, known: torch.Tensor) -> bool:

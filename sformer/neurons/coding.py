@@ -1,6 +1,5 @@
 """How a level is sent as spikes: the one table that activity and profile count by."""
 import functools
-from typing import Dict
 
 import torch
 
@@ -12,8 +11,10 @@ CODINGS = ('unary', 'binary', 'graded')  # |k| spikes, one per set bit of |k|, o
 @functools.cache
 def _spikes_per_level(device: torch.device) -> torch.Tensor:
     """Spikes of levels 0 ... 2^15 - 1 in each of the codings, int64, (3, 2^15)."""
-    k = range(2 ** 15)
-    return torch.tensor([k, [n.bit_count() for n in k], [n > 0 for n in k]], dtype=torch.int64, device=device)
+    unary = range(2 ** 15)
+    binary = [k.bit_count() for k in unary]
+    graded = [k > 0 for k in unary]
+    return torch.tensor([unary, binary, graded], dtype=torch.int64, device=device)
 
 
 def spikes_in(levels: torch.Tensor, coding: str) -> torch.Tensor:
@@ -29,7 +30,7 @@ def spikes_in(levels: torch.Tensor, coding: str) -> torch.Tensor:
     return _spikes_per_level(levels.device)[CODINGS.index(coding)][levels.to(torch.int64).abs()]
 
 
-def count_spikes(levels: torch.Tensor) -> Dict[str, int]:
+def count_spikes(levels: torch.Tensor) -> dict[str, int]:
     """Spikes of all levels (int8 or int16, any shape) together in each coding, by a histogram of |k|: nothing is
     rounded."""
     k = levels.abs().flatten()  # |k| of int8 is uint8 as it stands, which bincount takes and reads fastest
@@ -38,7 +39,7 @@ def count_spikes(levels: torch.Tensor) -> Dict[str, int]:
     return dict(zip(CODINGS, sums, strict=True))
 
 
-def count_levels(levels: torch.Tensor) -> Dict[int, int]:
+def count_levels(levels: torch.Tensor) -> dict[int, int]:
     """How often each level is fired: those that are, with their signs, in ascending order. Levels of any integer dtype
     and shape."""
     k = levels.flatten().to(torch.int64)

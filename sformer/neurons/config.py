@@ -1,26 +1,30 @@
 """How neurons fire, and how they are fitted: two frozen configs, each with one owner. They need no torch."""
 import dataclasses
 import math
-from typing import Any, Dict, Optional, Tuple, TypeVar, Union
+from typing import Any, TypeVar
 
 from ..errors import ConfigError, check, check_choice, check_flag, check_integer, check_number
 from .levels import MAX_LEVEL, MAX_WIDE_LEVEL, level_integers, max_levels
 
 __all__ = [
     'FIRE_FUNCTIONS', 'SOFTMAX_FIRE_FUNCTIONS', 'ESTIMATORS', 'DEFAULT_RANGE', 'NEURON_TYPES', 'SCALE_AND_FIRE',
-    'SEPARATE_BRANCHES', 'RECIPES', 'Recipe', 'SFNConfig', 'FitConfig', 'as_config', 'recipe_configs', 'recipe_name',
-    'recipe_of',
+    'SEPARATE_BRANCHES', 'RECIPES', 'Fields', 'Recipe', 'SFNConfig', 'FitConfig', 'as_config', 'recipe_configs',
+    'recipe_name', 'recipe_of',
 ]
 
 FIRE_FUNCTIONS = ('uniform', 'widening', 'quarter_square', 'quadratic', 'quartic', 'power2', 'density')
 SOFTMAX_FIRE_FUNCTIONS = (*FIRE_FUNCTIONS, 'byte')
 ESTIMATORS = ('mse', 'quantile', 'max')
 # of `FitConfig`, measured on a ViT-S that was trained at scale
-GENERATED_FLOOR, GENERATED_MARGIN, MAX_FLOOR = 0.75, 1.3, 0.5
+GENERATED_FLOOR = 0.75
+GENERATED_MARGIN = 1.3
+MAX_FLOOR = 0.5
 SCALE_AND_FIRE = 'scale_and_fire'
 SEPARATE_BRANCHES = 'separate_branches'  # the same, of which no branch shares its N thresholds with the other
-NEURON_TYPES: dict[str, Any] = {}  # types of neurons by name, as `register_neuron` fills it
+NEURON_TYPES: dict[str, type] = {}  # types of neurons by name, as `register_neuron` fills it
 DEFAULT_RANGE = 4.  # uncalibrated neurons fire over +-4: four standard deviations of a LayerNorm output
+
+Fields = dict[str, Any]  # of a config, by name: it says itself which values it takes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,8 +169,8 @@ class FitConfig:
     """
     estimator: str = 'mse'
     quantile: float = 0.999
-    floor: Optional[float] = None
-    margin: Optional[float] = None
+    floor: float | None = None
+    margin: float | None = None
     unbiased: bool = True
     compensate: bool = False
 
@@ -209,11 +213,11 @@ class Recipe:
         fit: Fields of `FitConfig` likewise.
     """
     summary: str
-    config: Dict[str, Any] = dataclasses.field(default_factory=dict)
-    fit: Dict[str, Any] = dataclasses.field(default_factory=dict)
+    config: Fields = dataclasses.field(default_factory=dict)
+    fit: Fields = dataclasses.field(default_factory=dict)
 
 
-RECIPES: Dict[str, Recipe] = {
+RECIPES: dict[str, Recipe] = {
     'default': Recipe('close to the source, in integers as fast as fewer levels'),
     'fast': Recipe('for int8 engines: one threshold for all tokens, a softmax of bytes',
                    dict(token_scale=False, attention_fire='byte'), dict(estimator='max')),
@@ -235,7 +239,7 @@ def recipe_of(name: str) -> Recipe:
     return RECIPES[name]
 
 
-def recipe_name(config: SFNConfig, fit: FitConfig) -> Optional[str]:
+def recipe_name(config: SFNConfig, fit: FitConfig) -> str | None:
     """Name of the recipe that configs are of, the fit `settled` or not; None if they are of none."""
     for name in RECIPES:
         wanted = FitConfig.recipe(name)
@@ -247,16 +251,16 @@ def recipe_name(config: SFNConfig, fit: FitConfig) -> Optional[str]:
 Config = TypeVar('Config', SFNConfig, FitConfig)
 
 
-def as_config(kind: type[Config], value: Config | dict[str, Any] | None) -> Config:
+def as_config(kind: type[Config], value: Config | Fields | None) -> Config:
     """A config that is given as one, as its fields, or as None for the default one."""
     return value if isinstance(value, kind) else kind(**(value or {}))  # type: ignore[arg-type]
 
 
 def recipe_configs(
-        recipe: Optional[str],
-        config: Union[SFNConfig, Dict[str, Any], None] = None,
-        fit: Union[FitConfig, Dict[str, Any], None] = None,
-) -> Tuple[SFNConfig, FitConfig]:
+        recipe: str | None,
+        config: SFNConfig | Fields | None = None,
+        fit: FitConfig | Fields | None = None,
+) -> tuple[SFNConfig, FitConfig]:
     """How neurons fire and how they are fitted, by a recipe, whose single fields configs change that are given as such.
 
     Raises:

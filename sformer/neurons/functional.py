@@ -5,7 +5,6 @@ Scale-and-Fire Neurons` - https://arxiv.org/abs/2510.23383
 """
 import functools
 import statistics
-from typing import Union
 
 import torch
 
@@ -23,8 +22,8 @@ _BELOW_HALF = 0.49999997
 
 def integrate_and_fire(
         x: torch.Tensor,
-        threshold: Union[float, torch.Tensor],
-        initial_potential: Union[float, torch.Tensor] = 0.,
+        threshold: float | torch.Tensor,
+        initial_potential: float | torch.Tensor = 0.,
 ) -> torch.Tensor:
     """Integrate-and-fire over T timesteps with reset by subtraction.
 
@@ -50,9 +49,9 @@ def integrate_and_fire(
 
 def multi_threshold(
         x: torch.Tensor,
-        threshold: Union[float, torch.Tensor],
+        threshold: float | torch.Tensor,
         levels: int,
-        initial_potential: Union[float, torch.Tensor] = 0.,
+        initial_potential: float | torch.Tensor = 0.,
 ) -> torch.Tensor:
     """Multi-threshold neuron, one timestep: `o = threshold * clip(floor((v + x) / threshold), 0, levels)`.
 

@@ -1,7 +1,6 @@
 """Graded-spike coding of pixels."""
 import contextlib
 import logging
-from typing import Tuple
 
 import torch
 
@@ -57,7 +56,7 @@ class GradedCoding(Neuron):
         self.mark_calibrated()
 
     @property
-    def level_range(self) -> Tuple[int, int]:
+    def level_range(self) -> tuple[int, int]:
         return -128, 127
 
     def encode(self, x: torch.Tensor) -> Spikes:
@@ -93,7 +92,7 @@ class GradedCoding(Neuron):
                 _logger.warning(f'images have {seen}, and are clipped. If that is how the source was trained, set mean '
                                 f'and std accordingly (sformer convert --mean --std) and convert it again.')
 
-    def _range(self) -> Tuple[torch.Tensor, torch.Tensor]:
+    def _range(self) -> tuple[torch.Tensor, torch.Tensor]:
         """What the lowest and the highest level stand for, (C,)."""
         step = self.step.flatten()
         low = self.center.flatten() - 128 * step

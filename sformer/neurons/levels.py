@@ -1,5 +1,4 @@
 """The integers that neurons fire, as plain numbers: configs are checked against them before torch is loaded."""
-from typing import List
 
 __all__ = [
     'MAX_LEVEL', 'MAX_MET_LEVEL', 'MAX_BYTE_LEVEL', 'MAX_WIDE_LEVEL', 'EXPONENTS', 'QUARTERS', 'level_integers',
@@ -22,7 +21,7 @@ def max_levels(fire_function: str) -> int:
     return {'power2': 7, 'quarter_square': 20, 'widening': 18}.get(fire_function, MAX_LEVEL)
 
 
-def level_integers(fire_function: str, levels: int, top: int = MAX_LEVEL) -> List[int]:
+def level_integers(fire_function: str, levels: int, top: int = MAX_LEVEL) -> list[int]:
     """Level values y_1 < ... < y_N of a closed-form fire function.
 
     Args:

@@ -1,11 +1,11 @@
 """Types of neurons by name: those of this package, and those of one's own."""
 from collections.abc import Sequence
-from typing import Any
+from typing import Unpack
 
 from ..errors import check
 from .base import Neuron
 from .config import NEURON_TYPES, SCALE_AND_FIRE, SEPARATE_BRANCHES, SFNConfig
-from .scale_and_fire import ScaleAndFire
+from .scale_and_fire import ScaleAndFire, SiteOptions
 
 __all__ = ['new_neuron', 'register_neuron']
 
@@ -37,9 +37,9 @@ def register_neuron(name: str, kind: type[Neuron]) -> type[Neuron]:
     return kind
 
 
-def new_neuron(shape: Sequence[int], config: SFNConfig, **site: Any) -> Any:
+def new_neuron(shape: Sequence[int], config: SFNConfig, **site: Unpack[SiteOptions]) -> Neuron:
     """A neuron of the type that a config names, uncalibrated; further arguments as of `ScaleAndFire`."""
-    neuron = NEURON_TYPES[config.neuron](shape, config, **site)
+    neuron: Neuron = NEURON_TYPES[config.neuron](shape, config, **site)
     neuron.config = config
     return neuron
 

@@ -1,5 +1,6 @@
 """The scale-and-fire neuron."""
-from typing import Mapping, Optional, Sequence, Tuple
+from collections.abc import Mapping, Sequence
+from typing import TypedDict
 
 import torch
 
@@ -10,10 +11,21 @@ from .levels import MAX_LEVEL, MAX_MET_LEVEL, MAX_WIDE_LEVEL
 from .statistics import CurrentStatistics
 from .thresholds import exact_step, fit_density_levels, fit_steps
 
-__all__ = ['ScaleAndFire']
+__all__ = ['ScaleAndFire', 'SiteOptions']
 
 FEW_LEVELS = 11
 TINY = 1e-30  # a token without any current is silent at whatever threshold
+
+
+class SiteOptions(TypedDict, total=False):
+    """What a place says of the neurons that fire there: further arguments of `ScaleAndFire`."""
+    signed: bool
+    center_shape: Sequence[int] | None
+    folds: bool
+    token: bool
+    fire_function: str | None
+    meets_levels: bool
+    device: torch.device | None
 
 
 class ScaleAndFire(Neuron):
@@ -53,24 +65,23 @@ class ScaleAndFire(Neuron):
     Shape:
         Input and output (B, ...), where `shape` broadcasts.
     """
-    unbounded = False  # whether no norm bounds its current: that of attention or of an activation function
     takes_octaves = True
     step: torch.Tensor
     gain: torch.Tensor
     multiplier: torch.Tensor
     levels: torch.Tensor
-    center: Optional[torch.Tensor]
-    quiet: Optional[torch.Tensor]
+    center: torch.Tensor | None
+    quiet: torch.Tensor | None
 
     def __init__(
             self,
             shape: Sequence[int],
             config: SFNConfig = SFNConfig(),
             signed: bool = True,
-            center_shape: Optional[Sequence[int]] = None,
+            center_shape: Sequence[int] | None = None,
             folds: bool = False,
             token: bool = False,
-            fire_function: Optional[str] = None,
+            fire_function: str | None = None,
             meets_levels: bool = False,
             device=None,
     ):
@@ -117,16 +128,16 @@ class ScaleAndFire(Neuron):
         return self.multiplier * self.levels[-1]
 
     @property
-    def level_range(self) -> Tuple[int, int]:
+    def level_range(self) -> tuple[int, int]:
         highest = self.top_levels.flatten(1).amax(1).tolist()
         return (-int(highest[1]) if self.signed else 0), int(highest[0])
 
     def set_state(
             self,
             step: torch.Tensor,
-            multiplier: Optional[torch.Tensor] = None,
-            levels: Optional[torch.Tensor] = None,
-            center: Optional[torch.Tensor] = None,
+            multiplier: torch.Tensor | None = None,
+            levels: torch.Tensor | None = None,
+            center: torch.Tensor | None = None,
             gain: float = 1.,
             **more: torch.Tensor,
     ) -> None:
@@ -209,9 +220,10 @@ class ScaleAndFire(Neuron):
             return k.mul_(values[0])
         return k.clamp_min(0).mul_(values[0]).add_(k.clamp_max_(0).mul_(values[1]))
 
-    def _fire(self, x: torch.Tensor, threshold: torch.Tensor) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+    def _fire(self, x: torch.Tensor, threshold: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Levels before they are multiplied, and factor per token."""
-        config, u, row = self.config, self._divided(self._loud(x), threshold), None
+        config, row = self.config, None
+        u = self._divided(self._loud(x), threshold)
         if self.token:
             # torch's vector_norm is not vectorised
             largest = torch.maximum(u.amax(-1, keepdim=True), -u.amin(-1, keepdim=True)).clamp_min(TINY)
@@ -220,7 +232,7 @@ class ScaleAndFire(Neuron):
         k = fire(u, self.fire_function, self.levels, config.initial_potential, config.dead_zone, self.top)
         return k if self.signed else k.clamp_(min=0), row
 
-    def statistics(self) -> Optional[CurrentStatistics]:
+    def statistics(self) -> CurrentStatistics | None:
         if not self.signed and self.fire_function != 'density':
             return None  # the strongest key of a row is exactly 1, whatever the image
         center = None if self.center is None else tuple(self.center.shape)
@@ -228,9 +240,9 @@ class ScaleAndFire(Neuron):
 
     def fit(
             self,
-            statistics: Optional[CurrentStatistics],
+            statistics: CurrentStatistics | None,
             config: FitConfig = FitConfig(),
-            octaves: Optional[torch.Tensor] = None,
+            octaves: torch.Tensor | None = None,
     ) -> None:
         """Fit step, multipliers, levels (`density`) and centre to what was observed.
 
@@ -241,15 +253,17 @@ class ScaleAndFire(Neuron):
         """
         values = self.levels.to('cpu', torch.float32)
         if self.fire_function == 'density':
+            assert statistics is not None
             values = fit_density_levels(statistics, self.config.levels, self.config.initial_potential, self.top)
         if not self.signed:
             self.set_state(torch.full_like(self.step, _reaching(1., values[-1])), levels=values)
             return
+        assert statistics is not None
         boundaries = firing_boundaries(values, self.config.initial_potential, self.config.dead_zone)
         center, relative = statistics.center, torch.ones(())
         if self.quiet is not None:
             statistics = statistics.loud(self.quiet)
-        shape: Tuple[int, ...] = tuple(self.step.shape)
+        shape: tuple[int, ...] = tuple(self.step.shape)
         if octaves is not None:
             shape, relative = (*shape[:-1], 1), 2. ** octaves
             statistics = statistics.pooled(octaves, shape)
@@ -282,7 +296,7 @@ class ScaleAndFire(Neuron):
         limit = MAX_MET_LEVEL if self.meets_levels and self.config.levels > FEW_LEVELS else MAX_LEVEL
         return max(1, limit // int(values[-1]))
 
-    def moments(self, x: torch.Tensor) -> Optional[torch.Tensor]:
+    def moments(self, x: torch.Tensor) -> torch.Tensor | None:
         if not self.signed:
             return None  # each row of attention is divided by its own spike sum
         x = x.float()

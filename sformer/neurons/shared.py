@@ -1,13 +1,13 @@
 """A scale-and-fire neuron whose two branches share their thresholds."""
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Unpack
 
 import torch
 
 from .config import FitConfig, SFNConfig
 from .functional import level_values
 from .levels import MAX_MET_LEVEL
-from .scale_and_fire import FEW_LEVELS, ScaleAndFire
+from .scale_and_fire import FEW_LEVELS, ScaleAndFire, SiteOptions
 from .statistics import CurrentStatistics
 from .thresholds import exact_step, fit_counts
 
@@ -32,7 +32,7 @@ class SharedScaleAndFire(ScaleAndFire):
     """
     counts: torch.Tensor
 
-    def __init__(self, shape: Sequence[int], config: SFNConfig = SFNConfig(), **kwargs: Any):
+    def __init__(self, shape: Sequence[int], config: SFNConfig = SFNConfig(), **kwargs: Unpack[SiteOptions]):
         super().__init__(shape, config, **kwargs)
         self.register_buffer('counts', torch.full_like(self.multiplier, config.levels))
         self.step.copy_(exact_step(self.step * (self.levels[-1] / config.levels)))  # of which either branch has N

@@ -3,7 +3,6 @@
 Per neuron one histogram with logarithmic bins is kept, so memory does not depend on the number of images and no range
 has to be known before. Every value counts: rare tokens are what thresholds have to reach.
 """
-from typing import Optional, Tuple
 
 import torch
 
@@ -46,16 +45,16 @@ class CurrentStatistics:
 
     def __init__(
             self,
-            shape: Tuple[int, ...],
+            shape: tuple[int, ...],
             signed: bool,
-            center_shape: Optional[Tuple[int, ...]] = None,
-            quiet: Optional[torch.Tensor] = None,
+            center_shape: tuple[int, ...] | None = None,
+            quiet: torch.Tensor | None = None,
     ):
         self.quiet = None if quiet is None else quiet.to('cpu')
         self.shape = shape
         self.branches = 2 if signed else 1
         self.center_shape = center_shape
-        self.center: Optional[torch.Tensor] = None
+        self.center: torch.Tensor | None = None
         groups = torch.Size(shape).numel()
         # on the CPU, whatever the default device is
         self.counts = torch.zeros(self.branches, groups, NUM_BINS, dtype=torch.int32, device='cpu')
@@ -107,13 +106,15 @@ class CurrentStatistics:
     def loud(self, quiet: torch.Tensor) -> 'CurrentStatistics':
         """Statistics of what is not silent; what is (of a magnitude below `quiet`, `shape`) counts as no current."""
         out = CurrentStatistics(self.shape, self.branches == 2, self.center_shape)
-        out.center, out.peak, out.counted = self.center, self.peak, self.counted
+        out.center = self.center
+        out.peak = self.peak
+        out.counted = self.counted
         edges = bin_edges()
         silent = (edges[:-1] + edges[1:]) / 2 < quiet.to('cpu').flatten()[:, None]
         out.counts = self.counts.masked_fill(silent, 0)
         return out
 
-    def pooled(self, octaves: torch.Tensor, shape: Tuple[int, ...]) -> 'CurrentStatistics':
+    def pooled(self, octaves: torch.Tensor, shape: tuple[int, ...]) -> 'CurrentStatistics':
         """Statistics of the currents divided by powers of two, of groups put together.
 
         Args:
@@ -132,7 +133,7 @@ class CurrentStatistics:
         return out
 
     @staticmethod
-    def _padded(shape: Tuple[int, ...], ndim: int) -> Tuple[int, ...]:
+    def _padded(shape: tuple[int, ...], ndim: int) -> tuple[int, ...]:
         return (1,) * (ndim - len(shape)) + tuple(shape)
 
 
@@ -157,8 +158,9 @@ def silent_center(x: torch.Tensor, quiet: torch.Tensor) -> torch.Tensor:
     centers = torch.cat([x[:, quantiles], x.mean(1, keepdim=True)], 1)
     for _ in range(CENTER_STEPS):
         low, high = torch.searchsorted(x, centers - q), torch.searchsorted(x, centers + q)
-        count, s, ss = (high - low), first.gather(1, high) - first.gather(1, low), \
-            second.gather(1, high) - second.gather(1, low)
+        count = high - low
+        s = first.gather(1, high) - first.gather(1, low)
+        ss = second.gather(1, high) - second.gather(1, low)
         value = count * (q * q - centers * centers) + 2 * centers * s - ss
         best = centers.gather(1, value.argmax(1, keepdim=True))
         centers = torch.where(count > 0, s / count, centers)

@@ -1,7 +1,7 @@
 """From observed currents to steps, branch multipliers and levels."""
 import functools
+import itertools
 import math
-from typing import List, Optional, Tuple
 
 import torch
 
@@ -47,7 +47,7 @@ def candidate_tops() -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=8)
-def _error_matrix(values: Tuple[float, ...], boundaries: Tuple[float, ...]) -> torch.Tensor:
+def _error_matrix(values: tuple[float, ...], boundaries: tuple[float, ...]) -> torch.Tensor:
     """Mean squared error per bin and candidate, (NUM_BINS, NUM_CANDIDATES)."""
     edges = bin_edges()[:, None]
     y = torch.tensor(values, dtype=torch.float64)
@@ -93,8 +93,8 @@ def fit_steps(
         values: torch.Tensor,
         boundaries: torch.Tensor,
         config: FitConfig = FitConfig(),
-        most: Optional[int] = None,
-) -> Tuple[torch.Tensor, torch.Tensor]:
+        most: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """One step per group, and the multipliers of its two branches, whose thresholds are step times multiplier.
 
     `mse` takes the step and the pair of multipliers with the least squared error. `quantile` and `max` say how far each
@@ -128,7 +128,9 @@ def fit_steps(
             share = torch.linspace(0, 1, between, dtype=torch.float64)[:, None]
             position = (low[:, None] + share * (high - low)[:, None]).round()  # (P, K, groups)
             index = (position[:, :, None] + shifts[:, None]).round().nan_to_num(0.).clamp(0, NUM_CANDIDATES - 1)
-            cost = sum(errors[b].gather(1, index[:, :, b].flatten(0, 1).long().T).T for b in (0, 1))
+            positive, negative = (
+                errors[b].gather(1, index[:, :, b].flatten(0, 1).long().T).T for b in (0, 1))
+            cost = positive + negative
         else:
             position = high[:, None]
             cost = high - low  # one branch reaches as far as it has to, the other this much further
@@ -185,11 +187,12 @@ def fit_counts(
 
 
 @functools.lru_cache
-def multiplier_pairs(top: int) -> List[Tuple[int, int]]:
+def multiplier_pairs(top: int) -> list[tuple[int, int]]:
     """Pairs (m+, m-) of coprime multipliers up to `top`, simplest first: with more levels to spare than 15 per branch,
     only ratios to 1 and 2, which leave no branch further than a factor of 4/3 from what it would like to have."""
-    pairs = [(a, b) for a in range(1, top + 1) for b in range(1, top + 1)
-             if math.gcd(a, b) == 1 and (top <= 15 or min(a, b) <= 2)]
+    multipliers = range(1, top + 1)
+    pairs = [pair for pair in itertools.product(multipliers, multipliers)
+             if math.gcd(*pair) == 1 and (top <= 15 or min(pair) <= 2)]
     return sorted(pairs, key=lambda pair: (max(pair), pair))
 
 

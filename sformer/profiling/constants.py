@@ -2,13 +2,14 @@
 import dataclasses
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Sequence
+from typing import TypedDict
 
 from ..errors import SFormerError
 
-__all__ = ['Constants', 'constants_table', 'read_constants']
+__all__ = ['ConstantRow', 'Constants', 'constants_table', 'read_constants']
 
 HOROWITZ = "M. Horowitz, Computing's energy problem (and what we can do about it), ISSCC 2014, 45 nm, 0.9 V"
 YAN = ('Z. Yan, Z. Bai, K. Tang, W.-F. Wong, Reconsidering the energy efficiency of spiking neural networks, '
@@ -22,7 +23,7 @@ TO_22_NM = 0.5448
 SCALED = f'{HOROWITZ}, times {TO_22_NM} for 22 nm (the ratio of the two additions in int32)'
 
 
-def _constant(value: float, unit: str, meaning: str, source: str) -> Any:
+def _constant(value: float, unit: str, meaning: str, source: str) -> float:
     return dataclasses.field(default=value, metadata=dict(unit=unit, meaning=meaning, source=source))
 
 
@@ -55,13 +56,24 @@ class Constants:
                 raise SFormerError(f'constant {name} must be a number of at least 0, got {value!r}.')
 
 
-def constants_table(constants: Constants = Constants()) -> List[Dict[str, Any]]:
-    """Rows of `name`, `value`, `unit`, `meaning` and `source`; the source of a changed value is who changed it."""
+class ConstantRow(TypedDict):
+    """A constant, as it is listed."""
+    name: str
+    value: float
+    unit: str
+    meaning: str
+    source: str
+
+
+def constants_table(constants: Constants = Constants()) -> list[ConstantRow]:
+    """All constants; the source of a changed value is who changed it."""
     rows = []
     for field in dataclasses.fields(constants):
         value = getattr(constants, field.name)
-        changed = {} if value == field.default else {'source': f'given; the default is {field.default:.5g}'}
-        rows.append(dict(name=field.name, value=value, **{**field.metadata, **changed}))
+        about = field.metadata
+        source = about['source'] if value == field.default else f'given; the default is {field.default:.5g}'
+        rows.append(ConstantRow(
+            name=field.name, value=value, unit=about['unit'], meaning=about['meaning'], source=source))
     return rows
 
 
@@ -71,7 +83,7 @@ def read_constants(path: Path | None = None, pairs: Sequence[str] = ()) -> Const
     Raises:
         SFormerError: If the file cannot be read or is no object, a name is unknown, or a value is no number.
     """
-    changes: Dict[str, Any] = {}
+    changes: dict[str, float] = {}
     if path is not None:
         try:
             given = json.loads(path.read_text(encoding='utf-8'))

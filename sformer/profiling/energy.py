@@ -5,14 +5,15 @@ Figures are estimates, for comparing networks with one another. No chip was meas
 """
 import dataclasses
 import math
-from typing import Any, Callable, Dict, List, Sequence, Tuple
+from collections.abc import Callable, Sequence
+from typing import TypedDict
 
 from ..neurons import CODINGS
-from .constants import Constants, constants_table
+from .constants import ConstantRow, Constants, constants_table
 from .floating import FUNCTIONS, Floating
 from .operations import Operation, Site
 
-__all__ = ['MOVEMENT', 'energy', 'traffic', 'verdicts']
+__all__ = ['MOVEMENT', 'EnergyFigures', 'energy', 'traffic', 'verdicts']
 
 STORED_BITS, FLOAT_BITS = 8, 32
 MOVEMENT = ('weights', 'activations', 'routing')  # data that is moved, of which figures are +- 50 %
@@ -22,12 +23,36 @@ SKIPPING = 'quantised, skipping zeros'
 ALIKE = 0.05  # what differs by less is no win
 
 
+class EnergyFigures(TypedDict):
+    """What `energy` finds, [mJ] per image.
+
+    Args:
+        proxy: What the literature compares, of `source` and `sformer`: float32 multiply-accumulates against additions
+            per unary spike, by which memory, comparisons and functions are free.
+        account: For `quantised` (int8 weights, activations of ceil(log2(2 N + 1)) bits, every product computed), for
+            the same where hardware skips zeros, and for each coding: `operations`, `comparisons`, `weights`,
+            `activations`, `routing`, `floating`, `total`, and `low` and `high`, the total where moving data costs half
+            and half as much again.
+        activity: That measured, which leaves out pixels, as they always fire.
+        break_even: Per coding the activity below which it takes 5 % less than `quantised`, at as many spikes per firing
+            neuron, None if at none.
+        bytes: What is moved: `weights`, and spikes or activations by coding.
+        constants: Energy per operation and bit.
+    """
+    proxy: dict[str, float]
+    account: dict[str, dict[str, float]]
+    activity: float
+    break_even: dict[str, float | None]
+    bytes: dict[str, float]
+    constants: list[ConstantRow]
+
+
 def energy(
         operations: Sequence[Operation],
         sites: Sequence[Site],
         floating: Sequence[Floating] = (),
         constants: Constants = Constants(),
-) -> Dict[str, Any]:
+) -> EnergyFigures:
     """Energy per image [mJ] of the source, of its bit-matched quantised twin, and of the SFormer by coding.
 
     Args:
@@ -35,16 +60,6 @@ def energy(
         sites: Neurons, likewise.
         floating: Functions on currents, likewise.
         constants: Energy per operation and bit.
-
-    Returns:
-        `proxy`: what the literature compares, float32 multiply-accumulates against additions per unary spike, by which
-        memory, comparisons and functions are free. `account`: for `quantised` (int8 weights, activations of
-        ceil(log2(2 N + 1)) bits, every product computed), for the same where hardware skips zeros, and for each coding:
-        `operations`, `comparisons`, `weights`, `activations`, `routing`, `floating`, `total`, and `low` and `high`, the
-        total where moving data costs half and half as much again. `activity`: that measured, which leaves out pixels,
-        as they always fire. `break_even`: per coding the activity below which it takes 5 % less than `quantised`, at as
-        many spikes per firing neuron, None if at none. `bytes`: what is moved, `weights`, and spikes or activations by
-        coding. `constants`: the table.
     """
     c = constants
     spiking = [operation for operation in operations if operation.kind != 'floating']
@@ -54,17 +69,18 @@ def energy(
     account = _account(operations, sites, floating, c)
     counted = [site for site in sites if site.counted]
     activity = sum(s.neurons * s.activity for s in counted) / max(sum(s.neurons for s in counted), 1)
-    return dict(
+    budget = (1 - ALIKE) * account[TWIN]['total']
+    moved = {'weights': _weight_bits(operations) / 8}
+    for coding in (TWIN, *CODINGS):
+        moved[coding] = sum(traffic(site, coding, c)[0] for site in sites) / 8
+    return EnergyFigures(
         proxy=dict(source=_mj(macs * c.fp32_mac), sformer=_mj(unary * c.fp32_add + analog * c.fp32_mac)),
-        account=account, activity=activity, break_even={
-            coding: _break_even(operations, sites, floating, c, coding, activity, (1 - ALIKE) * account[TWIN]['total'])
-            for coding in CODINGS},
-        bytes={'weights': _weight_bits(operations) / 8, **{
-            coding: sum(traffic(site, coding, c)[0] for site in sites) / 8 for coding in (TWIN, *CODINGS)}},
-        constants=constants_table(c))
+        account=account, activity=activity,
+        break_even={name: _break_even(operations, sites, floating, c, name, activity, budget) for name in CODINGS},
+        bytes=moved, constants=constants_table(c))
 
 
-def traffic(site: Site, coding: str, constants: Constants = Constants()) -> Tuple[float, float]:
+def traffic(site: Site, coding: str, constants: Constants = Constants()) -> tuple[float, float]:
     """Bits per image that a site's spikes take in a buffer, and the energy [pJ] that one hop of them takes.
 
     They are sent as events, each spike with its address, sign and (graded) level or (binary) plane, or as a dense
@@ -86,7 +102,7 @@ def traffic(site: Site, coding: str, constants: Constants = Constants()) -> Tupl
     spikes = site.neurons * site.spikes[coding]
     events = spikes * (c.address_bits + payload), spikes * (c.event_hop + payload * c.dense_hop)
 
-    def cost(way: Tuple[float, float]) -> float:
+    def cost(way: tuple[float, float]) -> float:
         bits, hop = way
         return 2 * bits * c.activation_bit + hop * c.hops
     return min(events, stream, key=cost)
@@ -97,15 +113,18 @@ def _account(
         sites: Sequence[Site],
         floating: Sequence[Floating],
         c: Constants,
-) -> Dict[str, Dict[str, float]]:
+) -> dict[str, dict[str, float]]:
     spiking = [operation for operation in operations if operation.kind != 'floating']
     analog = [operation for operation in operations if operation.kind == 'floating']
     planes = {site.name: site.planes for site in sites}
     macs = sum(operation.macs for operation in spiking)
-    caused = {coding: sum(operation.synaptic_operations[coding] for operation in spiking) for coding in CODINGS}
-    # a multiplier of int8 takes a level of two bytes in two steps
-    multiplied = sum(operation.synaptic_operations['graded'] * math.prod(planes[name] for name in operation.operands)
-                     for operation in spiking)
+    caused = {}
+    for coding in CODINGS:
+        caused[coding] = sum(operation.synaptic_operations[coding] for operation in spiking)
+    multiplied = 0.
+    for operation in spiking:  # a multiplier of int8 takes a level of two bytes in two steps
+        steps = math.prod(planes[name] for name in operation.operands)
+        multiplied += operation.synaptic_operations['graded'] * steps
     neurons = sum(site.neurons for site in sites)
     # a level is found by halving: one comparison per bit of it; the twin scales and rounds
     comparisons = sum(site.neurons * site.bits for site in sites) * c.comparison
@@ -137,8 +156,11 @@ def _weight_bits(operations: Sequence[Operation]) -> float:
 
 def _functions(floating: Sequence[Floating], c: Constants) -> float:
     """Multiply-adds of all functions on currents."""
-    return sum(f.elements * (macs + divisions * c.division_macs + exps * c.exp_macs)
-               for f in floating for macs, divisions, exps in [FUNCTIONS[f.function]])
+    def of_one(function: Floating) -> float:
+        macs, divisions, exps = FUNCTIONS[function.function]
+        return function.elements * (macs + divisions * c.division_macs + exps * c.exp_macs)
+
+    return sum(map(of_one, floating))
 
 
 def _break_even(
@@ -154,13 +176,17 @@ def _break_even(
     factor."""
     always = {site.name for site in sites if not site.counted}
 
+    def scaled(counts: dict[str, float], factor: float) -> dict[str, float]:
+        return {key: count * factor for key, count in counts.items()}
+
     def total(factor: float) -> float:
-        fewer = [dataclasses.replace(o, synaptic_operations={
-            key: n * factor ** len({*o.operands} - always) for key, n in o.synaptic_operations.items()})
-            for o in operations]
-        silent = [dataclasses.replace(s, spikes={key: n * factor for key, n in s.spikes.items()})
-                  if s.counted else s for s in sites]
+        fewer = []
+        for o in operations:
+            share = factor ** len({*o.operands} - always)
+            fewer.append(dataclasses.replace(o, synaptic_operations=scaled(o.synaptic_operations, share)))
+        silent = [dataclasses.replace(s, spikes=scaled(s.spikes, factor)) if s.counted else s for s in sites]
         return _account(fewer, silent, floating, c)[coding]['total']
+
     if not activity or total(0) >= budget:
         return None
     most = 1 / activity
@@ -175,7 +201,7 @@ def _root(function: Callable[[float], float], low: float, high: float) -> float:
     return (low + high) / 2
 
 
-def verdicts(figures: Dict[str, Any]) -> List[str]:
+def verdicts(figures: EnergyFigures) -> list[str]:
     """What the figures of `energy` say, in words: who wins, by how much, and from which activity on it would."""
     account, proxy = figures['account'], figures['proxy']
     ratio = proxy['sformer'] / proxy['source']

@@ -1,7 +1,7 @@
 """Whether it spikes in the code, too: a batch through bit planes; and which patches of an image spike."""
 import functools
 import re
-from typing import Any
+from typing import TypedDict
 
 import torch
 import torch.nn as nn
@@ -12,28 +12,39 @@ from ..layers import named_products, shared_copy
 from ..layers.multiplying import LINEAR
 from ..neurons import Neuron
 
-__all__ = ['compare_codings', 'pixels_of', 'spike_maps']
+__all__ = ['CodingsCompared', 'compare_codings', 'pixels_of', 'spike_maps']
+
+
+class CodingsCompared(TypedDict):
+    """What `compare_codings` finds.
+
+    Args:
+        images: Number of images.
+        equal: Whether logits by bit planes equal those by graded spikes bit for bit.
+        difference: The largest difference that there is.
+        simulation: The largest difference of both to the simulation, relative to its largest logit.
+    """
+    images: int
+    equal: bool
+    difference: float
+    simulation: float
 
 
 @torch.no_grad()
-def compare_codings(model: nn.Module, images: torch.Tensor) -> dict[str, Any]:
+def compare_codings(model: nn.Module, images: torch.Tensor) -> CodingsCompared:
     """Run images through bit planes, through graded spikes, and through the simulation.
 
     Args:
         model: Calibrated SFormer; it is not changed.
         images: Normalised images (B, C, H, W); a plane at a time they take minutes where networks are large.
-
-    Returns:
-        `images`, their number; `equal`, whether logits by bit planes equal those by graded spikes bit for bit;
-        `difference`, the largest there is; `simulation`, the largest difference of both to the simulation, relative to
-        its largest logit.
     """
     model = shared_copy(model).eval()
     simulated = model(images)
     binary, graded = (to_spikes_(model, coding)(images) for coding in ('binary', 'graded'))
     difference = (binary - simulated).abs().max() / simulated.abs().max().clamp_min(1e-12)
-    return dict(images=len(images), equal=torch.equal(binary, graded), simulation=difference.item(),
-                difference=(binary - graded).abs().max().item())
+    return CodingsCompared(
+        images=len(images), equal=torch.equal(binary, graded), difference=(binary - graded).abs().max().item(),
+        simulation=difference.item())
 
 
 @torch.no_grad()
@@ -48,7 +59,7 @@ def spike_maps(model: nn.Module, image: torch.Tensor) -> dict[str, torch.Tensor]
         Path of a block, or of whatever repeated part it is -> mean unary spikes per neuron of the linear layers in it,
         (rows, columns) of patches; empty where tokens are no grid of patches.
     """
-    view: Any = shared_copy(model).eval()
+    view = shared_copy(model).eval()
     grid: tuple[int, int] = tuple(getattr(getattr(view, 'patch_embed', None), 'grid_size', None) or ())
     if len(grid) != 2:
         return {}

@@ -1,8 +1,8 @@
 """What does not spike and is no product: functions on currents, counted where torch computes them, by element."""
 from dataclasses import dataclass
-from typing import Any, Dict, List, Tuple
 
 import torch
+from torch._ops import OpOverload
 
 __all__ = ['Floating', 'FUNCTIONS', 'FloatingCount']
 
@@ -22,7 +22,7 @@ class Floating:
 
 
 # function -> multiply-adds, divisions (or roots), exponentials (or tanh, erf) per element, by the usual formulas
-FUNCTIONS: Dict[str, Tuple[int, int, int]] = {
+FUNCTIONS: dict[str, tuple[int, int, int]] = {
     **dict.fromkeys(('add', 'sub', 'rsub', 'mul', 'neg', 'abs', 'relu', 'clamp', 'clamp_min', 'clamp_max', 'maximum',
                      'minimum', 'addcmul', 'lerp'), (1, 0, 0)),
     **dict.fromkeys(('sum', 'mean', 'amax', 'amin', 'max', 'min'), (1, 0, 0)),  # of what they read
@@ -43,9 +43,9 @@ class FloatingCount:
     """Elements of floating-point tensors that functions were applied to, by module and function."""
 
     def __init__(self) -> None:
-        self.elements: Dict[Tuple[str, str], int] = {}
+        self.elements: dict[tuple[str, str], int] = {}
 
-    def add(self, name: str, func: Any, args: Tuple[Any, ...], out: Any) -> None:
+    def add(self, name: str, func: OpOverload, args: tuple[object, ...], out: object) -> None:
         """Count a call of `func`, an overload of aten, in the forward of the module `name`."""
         function = func._overloadpacket.__name__.rstrip('_')
         if function not in FUNCTIONS:
@@ -55,5 +55,5 @@ class FloatingCount:
             key = name, function
             self.elements[key] = self.elements.get(key, 0) + tensor.numel()
 
-    def per_image(self, images: int) -> List[Floating]:
+    def per_image(self, images: int) -> list[Floating]:
         return [Floating(name, function, count / images) for (name, function), count in self.elements.items()]

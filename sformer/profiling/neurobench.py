@@ -5,7 +5,7 @@ current, and its products of spikes with spikes are no layers at all. In the vie
 module of its own, and a product's input is what the neuron fired.
 """
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn as nn
@@ -17,17 +17,21 @@ from ..layers.multiplying import AV, CONVOLUTION, GATE, LINEAR, QK, kinds_of
 from ..layers.products import softmax_numerators
 from ..neurons import Neuron
 
+if TYPE_CHECKING:
+    from neurobench.models import TorchModel
+
 __all__ = ['neurobench_view']
 
 
 class FiredSpikes(nn.Module):
     """A neuron whose output are the spikes that it fires: levels or, in binary coding, bit planes of -1, 0 and 1,
     (planes, B, ...). The current that they stand for is `current`."""
+    current: torch.Tensor
+    product: 'PairProduct'  # of gates alone
 
     def __init__(self, neuron: Neuron, coding: str):
         super().__init__()
         self.neuron, self.coding = neuron, coding
-        self.current: Any = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.current = self.neuron(x)
@@ -36,8 +40,7 @@ class FiredSpikes(nn.Module):
 
     def multiply(self, x: torch.Tensor, other: 'FiredSpikes', y: torch.Tensor) -> torch.Tensor:
         """Elementwise product with what another neuron fires, in a module of its own."""
-        product: Any = self.product
-        return product.meet(self(x), other(y), lambda: self.current * other.current)
+        return self.product.meet(self(x), other(y), lambda: self.current * other.current)
 
 
 class WeightProduct(nn.Module):
@@ -75,8 +78,8 @@ class PairProduct(nn.Linear):
     def __init__(self, product: Callable[..., torch.Tensor], coding: str):
         nn.Module.__init__(self)  # there are no parameters
         self.product, self.coding = product, coding
-        self.bias: Any = None
-        self.weight: Any = torch.zeros(0)
+        self.register_parameter('bias', None)
+        self.weight = torch.zeros(0)
 
     def forward(self, spikes: torch.Tensor, compute: Callable[[], torch.Tensor] | None = None) -> torch.Tensor:
         return self.product(spikes.double(), self.weight.double()) if compute is None else compute()
@@ -109,8 +112,12 @@ class SplitAttention(nn.Module):
 
     def __init__(self, scores: Product, values: Product, coding: str):
         super().__init__()
-        self.q, self.k, self.attn, self.v = (
-            FiredSpikes(neuron, coding) for neuron in (*scores.operands, *values.operands))
+        q, k = scores.operands
+        attn, v = values.operands
+        self.q = FiredSpikes(q, coding)
+        self.k = FiredSpikes(k, coding)
+        self.attn = FiredSpikes(attn, coding)
+        self.v = FiredSpikes(v, coding)
         self.scores = PairProduct(scores.compute, coding)
         self.values = PairProduct(values.compute, coding)
 
@@ -133,7 +140,7 @@ class SplitAttention(nn.Module):
         return out / (total / 32).clamp_min(1e-4)
 
 
-def neurobench_view(model: nn.Module, coding: str = 'graded') -> Any:
+def neurobench_view(model: nn.Module, coding: str = 'graded') -> 'TorchModel':
     """A model of NeuroBench (https://neurobench.ai, 2.3) that computes what an SFormer computes, for its metrics.
 
     `SynapticOperations` are those of `profile_model` to the unit: effective multiply-accumulates in graded, effective

@@ -8,7 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn as nn
@@ -22,6 +22,8 @@ from ..neurons import CODINGS, MAX_LEVEL, Neuron, ScaleAndFire, count_levels, co
 from .floating import Floating, FloatingCount
 
 __all__ = ['Operation', 'Profile', 'Site', 'profile_model', 'profile_operations']
+
+Batch = TypeVar('Batch')  # images, or whatever else a model reads
 
 
 @dataclass
@@ -126,12 +128,14 @@ class _Tally:
     """Sums over images of what a product takes."""
 
     def __init__(self, product: Product, operands: list[_Counts], watch: '_ProductWatch'):
-        self.product, self.operands, self.watch = product, operands, watch
+        self.product = product
+        self.operands = operands
+        self.watch = watch
         self.macs = 0
         self.seen = 0  # of these, those that torch counts as a product of matrices or a convolution
         self.caused = dict.fromkeys(CODINGS, 0.)
 
-    def add(self, layer: nn.Module, args: Any, out: Any) -> None:
+    def add(self, layer: nn.Module, args: object, out: object) -> None:
         """Count what the operands fired last."""
         fired = [counts.latest for counts in self.operands if counts.latest is not None]
         if self.product.weight is not None:  # each of which is met
@@ -178,8 +182,8 @@ class _ProductWatch(ForwardWatch):
 
 def profile_operations(
         model: nn.Module,
-        batches: Iterable[Any],
-        forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+        batches: Iterable[Batch],
+        forward_fn: Callable[[nn.Module, Batch], object] | None = None,
 ) -> tuple[list[Operation], list[Site], int]:
     """Operations, neurons and number of images of `profile_model`."""
     profile = profile_model(model, batches, forward_fn)
@@ -189,8 +193,8 @@ def profile_operations(
 @torch.no_grad()  # in inference mode a linear layer is no matrix product yet
 def profile_model(
         model: nn.Module,
-        batches: Iterable[Any],
-        forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+        batches: Iterable[Batch],
+        forward_fn: Callable[[nn.Module, Batch], object] | None = None,
 ) -> Profile:
     """Run a calibrated SFormer on images and count.
 
@@ -216,8 +220,9 @@ def profile_model(
             raise SFormerError(f'{name} is executed in integers or spike by spike, where products are not counted: '
                                f'profile the model that to_integer_() or to_spikes_() was given.')
         layer.max_scores = math.inf  # or of its spikes the last block of queries alone would be at hand
-        tallies[name] = [_Tally(product, [counts[n] for n in product.operands], watch) for product in products]
-        for tally in tallies[name]:
+        for product in products:
+            tally = _Tally(product, [counts[neuron] for neuron in product.operands], watch)
+            tallies.setdefault(name, []).append(tally)
             layer.register_forward_hook(tally.add)
     images = 0
     for batch in batches:
@@ -257,13 +262,15 @@ def _operations(
 
 def _site(counts: _Counts, images: int) -> Site:
     total = max(counts.total, 1)
-    neuron: Any = counts.neuron
+    neuron = counts.neuron
     site = Site(
         counts.name, counts.total / images, counts.spikes['graded'] / total, counts.saturated / total,
         {coding: counts.spikes[coding] / total for coding in CODINGS}, None, counted=neuron.counted,
         histogram=dict(sorted(counts.histogram.items())))
     if isinstance(neuron, ScaleAndFire) and counts.tops is not None:
-        site.levels, site.signed, site.top = neuron.config.levels, neuron.signed, int(counts.tops.max())
+        site.levels = neuron.config.levels
+        site.signed = neuron.signed
+        site.top = int(counts.tops.max())
         site.bits = ((1 + site.signed) * site.levels).bit_length()
         site.planes = 1 if site.top <= MAX_LEVEL else 2
     elif counts.histogram:  # what was seen is all that is known

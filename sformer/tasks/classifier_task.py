@@ -18,6 +18,7 @@ from ..execution.integer import IntegerReport
 from ..models import SFormerMixin
 from ..neurons import FitConfig, SFNConfig
 from ..profiling import compare_codings, pixels_of, spike_maps
+from ..profiling.executed import CodingsCompared
 from ..saving import load_classifier, open_classifier, save_classifier
 from ..saving.model_config import read_config
 from .door import register_task
@@ -109,7 +110,7 @@ class Classification(Task):
     def batches(self, model: Any, images: ImageRequest, **options: Any) -> tuple[Iterable[Any], dict[str, Any]]:
         return calibration_batches(model, images, options['batch_size'], 'Counting')[:2]
 
-    def executed(self, model: nn.Module, images: Any) -> dict[str, Any] | None:
+    def executed(self, model: nn.Module, images: Any) -> CodingsCompared:
         return compare_codings(model, images)
 
     def maps(self, model: nn.Module, image: Any) -> tuple[Any, Any]:

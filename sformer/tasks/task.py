@@ -18,6 +18,7 @@ from ..evaluation.schema import Result
 from ..execution.integer import IntegerReport
 from ..layers import named_neurons
 from ..neurons import FitConfig, SFNConfig
+from ..profiling.executed import CodingsCompared
 
 __all__ = ['OPTIONS', 'Description', 'EvaluationRequest', 'Task']
 
@@ -170,7 +171,7 @@ class Task(abc.ABC):
 
     # what a profile has beside counts
 
-    def executed(self, model: nn.Module, images: Any) -> dict[str, Any] | None:
+    def executed(self, model: nn.Module, images: Any) -> CodingsCompared | None:
         """What running images through bit planes showed, as of `compare_codings`; None where that is not done."""
         return None
 

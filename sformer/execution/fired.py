@@ -1,0 +1,194 @@
+"""Levels that neurons fire, and what they stand for, in the words of ONNX.
+
+A neuron is written as few elementwise operations, which engines fuse; its levels are those of `encode` but for currents
+within float rounding of a boundary. Levels that meet weights are unsigned bytes with a zero point.
+"""
+import torch
+import torch.nn as nn
+
+from ..errors import SFormerError
+from ..neurons import GradedCoding, Neuron, ScaleAndFire, SharedScaleAndFire, fire, firing_boundaries
+from ..neurons.scale_and_fire import TINY
+from .operators import onnx_operator
+from .saturation import Range, upright, zero_point
+
+__all__ = ['DecodedLevels', 'FiredLevels', 'PixelLevels', 'beside_levels', 'beside_weights', 'fired_levels']
+
+
+def _as_bytes(k: torch.Tensor, dtype: torch.dtype, zero: int = 0, left: int = 0) -> torch.Tensor:
+    """Levels, which are whole numbers or are rounded here, as bytes with a zero point, and what these stand for at a
+    step of 1, but for a part of the zero point that is left in."""
+    one = torch.ones(())
+    point = torch.full((), zero, dtype=dtype)
+    rest = torch.full((), zero - left, dtype=dtype)
+    levels = onnx_operator('QuantizeLinear', k, dtype, k, one, point)
+    return onnx_operator('DequantizeLinear', k, torch.float32, levels, one, rest)
+
+
+def beside_weights(k: torch.Tensor, levels: Range, left: int = 0) -> torch.Tensor:
+    """Levels that meet weights, as unsigned bytes; plus `left`."""
+    return _as_bytes(k, torch.uint8, zero_point(levels), left)
+
+
+def beside_levels(k: torch.Tensor, levels: Range) -> torch.Tensor:
+    """Levels that meet other levels: engines multiply these in int8 if they have no zero point."""
+    return _as_bytes(k, torch.uint8 if levels[0] >= 0 else torch.int8)
+
+
+def _by_branch(x: torch.Tensor, ratio: torch.Tensor | None) -> torch.Tensor:
+    """x, of which what is negative is multiplied by a ratio per channel."""
+    return x if ratio is None else onnx_operator('PRelu', x, x.dtype, x, ratio)
+
+
+class FiredLevels(nn.Module):
+    """Levels that a scale-and-fire neuron fires, in float32, and the factor per token.
+
+    Args:
+        neuron: The neuron.
+        stand_up: Let levels be `upright`, by the factor `flip` per channel, None if that is 1 everywhere: so do the
+            weights that they meet. Those of branches that share thresholds get a zero point per channel, `zeros`.
+
+    Shape:
+        As of `ScaleAndFire.encode`.
+    """
+    flip: torch.Tensor | None
+    values: torch.Tensor
+    inverse: torch.Tensor
+    center: torch.Tensor | None
+    quiet: torch.Tensor | None
+    multiplier: torch.Tensor | None
+    inward: torch.Tensor | None
+    outward: torch.Tensor | None
+    table: torch.Tensor | None
+    zeros: torch.Tensor | None
+
+    def __init__(self, neuron: Neuron, stand_up: bool = False):
+        super().__init__()
+        shares = type(neuron) is SharedScaleAndFire
+        if not isinstance(neuron, ScaleAndFire) or not (shares or type(neuron) is ScaleAndFire):  # but in its own way
+            raise SFormerError(f'a {type(neuron).__name__} has no form in ONNX: a ScaleAndFire has.')
+        self.config = neuron.config
+        self.fire_function = neuron.fire_function
+        self.signed = neuron.signed
+        self.token = neuron.token
+        self.reach = neuron.reach
+        self.top = neuron.top
+        self.largest = int(neuron.levels[-1])
+        self.range = neuron.level_range
+        m = neuron.multiplier
+        inverse = 1 / neuron.threshold[0]
+        flip = None
+        self.register_buffer('zeros', neuron.top_levels[1] if shares else None)
+        self.stands_up = stand_up
+        if stand_up and shares:
+            self.range = (0, 2 * neuron.config.levels)
+        elif stand_up:
+            flipped, self.range, _ = upright(neuron.top_levels)
+            if flipped.any():
+                flip = torch.where(flipped, -1., 1.)
+                m = torch.where(flipped, m.flip(0), m)
+                inverse = flip / (m[0] * neuron.step / neuron.gain)
+        self.register_buffer('flip', flip)
+        uneven = self.signed and not torch.equal(m[0], m[1])
+        self.register_buffer('values', neuron.levels.to(torch.float32))
+        self.register_buffer('inverse', inverse)
+        self.register_buffer('center', neuron.center)
+        self.register_buffer('quiet', neuron.quiet)
+        self.register_buffer('multiplier', None if (m[0] == 1).all() else m[0])
+        self.register_buffer('inward', m[0] / m[1] if uneven else None)
+        self.register_buffer('outward', m[1] / m[0] if uneven else None)
+        self.register_buffer('table', self._table())
+
+    def _table(self) -> torch.Tensor | None:
+        """Level by twice the potential, where boundaries lie at or halfway between whole levels and no closed form
+        exists."""
+        if self.fire_function not in ('density', 'power2'):
+            return None
+        if self.config.initial_potential not in (0, 0.5):
+            raise SFormerError(
+                f'{self.fire_function} firing with initial_potential={self.config.initial_potential:g} has no form in '
+                f'ONNX: 0 and 0.5 have.')
+        halves = torch.arange(2 * self.largest + 1) / 2
+        index = torch.bucketize(halves, firing_boundaries(self.values, self.config.initial_potential), right=True)
+        return torch.cat([torch.zeros(1), self.values])[index]
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        h = x if self.center is None else x - self.center
+        if self.quiet is not None:
+            h = torch.where(h.abs() < self.quiet, 0., h)
+        u = _by_branch(h * self.inverse, self.inward)
+        row = None
+        if self.token:
+            largest = torch.maximum(u.amax(-1, keepdim=True), -u.amin(-1, keepdim=True)).clamp_min(TINY)
+            row = largest * (self.reach / self.largest)
+            u = u * (1 / row)
+        k = _by_branch(self._fire(u), self.outward)
+        return k if self.multiplier is None else k * self.multiplier, row
+
+    def _fire(self, u: torch.Tensor) -> torch.Tensor:
+        rounds = self.config.initial_potential == 0.5
+        dead_zone = self.config.dead_zone
+        if self.zeros is not None:
+            return self._fire_shared(u, self.zeros)
+        if self.table is not None:
+            k = self.table[(2 * u.abs()).clamp(max=2 * self.largest).to(torch.int64)]
+            k = torch.where(u < 0, -k, k)
+        elif self.fire_function in ('uniform', 'byte') and rounds:
+            if self.signed:  # also where the largest potential is the top level: a graph says how large levels are
+                u = u.clamp(-self.largest, self.largest)
+            if self.multiplier is None and self.outward is None and not dead_zone:
+                return u  # rounded as it becomes an int8; softmax numerators are not negative
+            k = u.round()
+        elif self.fire_function == 'quadratic' and rounds and not self.signed and self.largest == len(self.values) ** 2:
+            # a power, which engines fuse with what is before, as they would not two factors that are one
+            k = torch.pow((u - 0.25).clamp(min=0).sqrt().round(), 2.)
+        else:
+            k = fire(u, self.fire_function, self.values, self.config.initial_potential, 0., self.top)
+        if dead_zone:
+            k = torch.where(u.abs() >= dead_zone, k, 0.)
+        return k if self.signed else k.clamp(min=0)
+
+    def _fire_shared(self, u: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+        """Levels of branches that share their thresholds."""
+        if self.config.initial_potential != 0.5 or self.config.dead_zone:
+            u = fire(u, 'uniform', self.values, self.config.initial_potential, self.config.dead_zone)
+        k = (u + zeros).clamp(0, 2 * self.config.levels)
+        return k if self.stands_up else k.round() - zeros
+
+
+class PixelLevels(nn.Module):
+    """Levels of pixels, which QuantizeLinear rounds and clips to -128 ... 127."""
+    step: torch.Tensor
+    center: torch.Tensor
+
+    def __init__(self, neuron: GradedCoding):
+        super().__init__()
+        self.range = neuron.level_range
+        self.register_buffer('step', neuron.step)
+        self.register_buffer('center', neuron.center)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return (x - self.center) / self.step, None
+
+
+def fired_levels(neuron: Neuron) -> 'FiredLevels | PixelLevels':
+    """Levels of a neuron of any type that has a form in ONNX."""
+    return PixelLevels(neuron) if isinstance(neuron, GradedCoding) else FiredLevels(neuron)
+
+
+class DecodedLevels(nn.Module):
+    """What the spikes of a neuron stand for."""
+    step: torch.Tensor
+    center: torch.Tensor | None
+
+    def __init__(self, neuron: Neuron):
+        super().__init__()
+        self.levels = fired_levels(neuron)
+        self.register_buffer('step', neuron.step)
+        self.register_buffer('center', neuron.center)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        k, row = self.levels(x)
+        out = _as_bytes(k, torch.int8) * self.step
+        out = out if row is None else out * row
+        return out if self.center is None else out + self.center
