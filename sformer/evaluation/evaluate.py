@@ -11,7 +11,7 @@ from ..conversion import warn_of_changes
 from ..conversion.record import library_versions
 from ..data import ImageData, Plan, open_request
 from .figures import CLASSIFICATION
-from .journal import Journal, check_same
+from .journal import ChunkRecord, Journal, check_same
 from .labels import resolve_benchmark
 from .launch import Group
 from .loop import Loop
@@ -137,7 +137,7 @@ def _evaluate(
     chunk_size = config.batch_size * math.ceil(
         min(4096, max(64, (images.num_images or 0) / 1024)) / config.batch_size)
     plan = Plan(config.batch_size, chunk_size, group.rank, group.world_size, config.workers)
-    done: list[dict[str, Any]] = []
+    done: list[ChunkRecord] = []
     if journal is not None:
         done = journal.open(key, group)
         plan.done = {(r['chunk'][0], r['chunk'][1]) for r in done}
