@@ -14,13 +14,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any
 
 import torch.nn as nn
 from timm.data import ImageNetInfo, RealLabelsImagenet, infer_imagenet_subset
 
 from ..conversion.sources import label_names_of
 from ..errors import ConfigError, SFormerError
+from ..files import Json
 
 __all__ = [
     'BENCHMARKS', 'DATASETS', 'Benchmark', 'check_benchmark', 'match_names', 'model_class_names', 'resolve_benchmark',
@@ -29,7 +29,7 @@ __all__ = [
 BENCHMARKS = ('imagenet-1k', 'imagenet-real', 'imagenet-v2', 'imagenet-a', 'imagenet-r')
 
 # Name of a data set, unless there is a folder of this name -> where it is on the Hub, and how it is read there
-DATASETS: dict[str, dict[str, Any]] = {
+DATASETS: dict[str, Json] = {
     # streamed, or `datasets` would download 150 GB of training images for the sake of the others
     'imagenet-1k': dict(dataset='ILSVRC/imagenet-1k', split='validation', streaming=True),
     'imagenet-real': dict(

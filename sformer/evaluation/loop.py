@@ -3,7 +3,6 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 
@@ -112,7 +111,7 @@ class Loop:
     def _forward(self, batch: Batch, chunk: '_Chunk') -> None:
         """Networks on a batch, once each; then what each subject makes of their logits."""
         counting = batch.start < self.activity_images
-        inputs: dict[Any, torch.Tensor] = {}
+        inputs: dict[tuple[int, torch.dtype], torch.Tensor] = {}
         logits = []
         for i, network in enumerate(self.networks):
             dtype = next((p.dtype for p in network.model.parameters()), torch.float32)

@@ -14,7 +14,7 @@ import torch.nn as nn
 from timm.data import resolve_input_data_config
 
 from ..errors import SFormerError, UncalibratedError, first_line, working_compiler
-from ..files import state_hash
+from ..files import Json, state_hash
 from ..layers import is_calibrated, named_neurons, placed, shared_copy, source_view, uncalibrated, unwrapped
 from .labels import Benchmark
 from .settings import EvaluationConfig
@@ -73,7 +73,7 @@ class Subject:
     benchmark: Benchmark
     spiking: bool
     index: int
-    data_config: dict[str, Any]
+    data_config: Json
 
 
 def check_model(model: nn.Module) -> None:
@@ -101,7 +101,7 @@ def network_of(model: nn.Module) -> nn.Module:
     return model
 
 
-def identity(model: nn.Module) -> dict[str, Any]:
+def identity(model: nn.Module) -> Json:
     """What tells a network from others, as plain data: its weights, its architecture and the arguments of that."""
     arguments = getattr(model, '_model_args', None)
     return dict(
@@ -132,7 +132,7 @@ def prepare_model(model: nn.Module, config: EvaluationConfig, device: torch.devi
     return (model if copied else shared_copy(model)).eval()
 
 
-def data_config_of(model: nn.Module, config: EvaluationConfig) -> dict[str, Any]:
+def data_config_of(model: nn.Module, config: EvaluationConfig) -> Json:
     """Preprocessing of a model as timm resolves it, with the overrides of the config.
 
     Raises:
@@ -148,7 +148,7 @@ def data_config_of(model: nn.Module, config: EvaluationConfig) -> dict[str, Any]
 def build_networks(
         models: Sequence[nn.Module],
         sources: Sequence[bool | nn.Module],
-        configs: Sequence[dict[str, Any]],
+        configs: Sequence[Json],
         benchmarks: Sequence[Benchmark],
         torchcompile: bool,
 ) -> tuple[list[Subject], list[Network]]:
@@ -163,7 +163,7 @@ def build_networks(
     """
     networks: list[Network] = []
     subjects: list[Subject] = []
-    known: dict[Any, int] = {}
+    known: dict[object, int] = {}
     distinct = distinct_configs(configs)
 
     def add(model: nn.Module, transform: int) -> int:
@@ -184,7 +184,7 @@ def build_networks(
     return subjects, networks
 
 
-def distinct_configs(configs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def distinct_configs(configs: Sequence[Json]) -> list[Json]:
     """Each preprocessing once, in the order of its first model."""
     return [config for i, config in enumerate(configs) if config not in configs[:i]]
 
@@ -232,7 +232,7 @@ def _source_key(source: nn.Module) -> tuple[str, tuple] | None:
     return json.dumps([state_hash(tensors), architecture, arguments, layers], sort_keys=True), tuple(types)
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: object) -> bool:
     """Whether JSON can hold a value."""
     try:
         json.dumps(value, sort_keys=True)
