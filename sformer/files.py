@@ -22,9 +22,12 @@ from safetensors.torch import load_file
 from .errors import SFormerError, first_line
 
 __all__ = [
-    'state_hash', 'file_hash', 'is_safetensors', 'read_safetensors', 'check_content', 'content_problem', 'may_write',
-    'holds', 'written_to', 'write_aside', 'write_file', 'write_json', 'restore', 'locked', 'png_bytes', 'png_values',
+    'Json', 'state_hash', 'file_hash', 'is_safetensors', 'read_safetensors', 'check_content', 'content_problem',
+    'may_write', 'holds', 'written_to', 'write_aside', 'write_file', 'write_json', 'restore', 'locked', 'png_bytes',
+    'png_values',
 ]
+
+Json = dict[str, Any]  # an object of JSON: as it was read, or as it will be written
 
 _LFS_POINTER = b'version https://git-lfs.github.com/spec/'
 _ASIDE = '.writing-'  # folders that `write_aside` writes to

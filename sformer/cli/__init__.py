@@ -3,14 +3,13 @@
 
 Commands import what is slow to load when they run.
 """
-from typing import List, Optional
 
 from . import failure as _failure  # noqa: F401  before anything that is slow
 
 __all__ = ['main']
 
 
-def main(argv: Optional[List[str]] = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Entry point: mistakes of the user end in one line on stderr and a non-zero exit code."""
     from .app import run_command
     run_command(argv)

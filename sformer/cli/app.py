@@ -3,8 +3,9 @@ import io
 import logging
 import os
 import sys
+from collections.abc import Callable
 from importlib import metadata
-from typing import Annotated, Any, Callable, Dict, List, Optional, Tuple
+from typing import Annotated, Any
 
 import typer
 
@@ -33,7 +34,7 @@ __all__ = ['app', 'run_command']
 USAGE_ERROR: Any = typer.BadParameter.__mro__[1]  # typer brings its own click and exports no more than this
 
 # panel -> commands, each with an example: in the order of the work
-COMMANDS: Dict[str, Tuple[Tuple[Callable[..., None], str], ...]] = {
+COMMANDS: dict[str, tuple[tuple[Callable[..., None], str], ...]] = {
     'First steps': (
         (demo.demo, 'sformer demo'),
         (list_models.list_models, 'sformer list --format csv')),
@@ -79,7 +80,7 @@ def options(
     pass
 
 
-def run_command(argv: Optional[List[str]] = None) -> None:
+def run_command(argv: list[str] | None = None) -> None:
     """Run a command; mistakes of the user end in one line on stderr and a non-zero exit code."""
     for name in ('huggingface_hub', 'datasets'):  # retries, failed reads; the error that ends them is ours
         logging.getLogger(name).setLevel(logging.CRITICAL)

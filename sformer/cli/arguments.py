@@ -5,7 +5,6 @@ import re
 import shlex
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Optional
 
 from ..errors import SFormerError
 from .failure import fail
@@ -22,11 +21,11 @@ MULTI_VALUE_OF = {  # of one command only
 AMP_NAMES = ('bfloat16', 'bf16', 'float16', 'fp16', 'half')
 
 
-def spread(args: List[str]) -> List[str]:
+def spread(args: list[str]) -> list[str]:
     """`--std a b c` -> `--std a --std b --std c`; `--amp bf16` -> `--amp --amp-dtype bf16`."""
-    out: List[str] = []
-    option: Optional[str] = None
-    counts: Dict[str, int] = {}
+    out: list[str] = []
+    option: str | None = None
+    counts: dict[str, int] = {}
     multi_value = MULTI_VALUE + MULTI_VALUE_OF.get(args[0] if args else '', ())
     for arg in args:
         if arg in multi_value:
@@ -65,7 +64,7 @@ def expand_home(arg: str) -> str:
     return start + os.path.expanduser(path)
 
 
-def parse_kwargs(pairs: Optional[List[str]]) -> Dict[str, Any]:
+def parse_kwargs(pairs: list[str] | None) -> dict[str, object]:
     """`['img_size=32', 'global_pool=avg']` -> `{'img_size': 32, 'global_pool': 'avg'}`.
 
     timm's `ParseKwargs` reads values the same way, but takes none with another `=` in it, and any key.
@@ -74,7 +73,7 @@ def parse_kwargs(pairs: Optional[List[str]]) -> Dict[str, Any]:
         SFormerError: If a pair is none, or its key is not an argument of the network.
     """
     from ..saving.model_config import factory_arguments
-    kwargs = {}
+    kwargs: dict[str, object] = {}
     for pair in pairs or []:
         key, equals, value = pair.partition('=')
         if not equals or not key.isidentifier():
@@ -88,7 +87,7 @@ def parse_kwargs(pairs: Optional[List[str]]) -> Dict[str, Any]:
     return kwargs
 
 
-def parse_names(values: Optional[List[str]]) -> Optional[List[str]]:
+def parse_names(values: list[str] | None) -> list[str] | None:
     """Names as they are typed or, if the only one is that of a file, its lines.
 
     Raises:
@@ -102,7 +101,7 @@ def parse_names(values: Optional[List[str]]) -> Optional[List[str]]:
         raise SFormerError(f'{values[0]} is no text file of names, one per line: {e}.') from e
 
 
-def parse_dataset_ids(pairs: Optional[List[str]]) -> Dict[str, str]:
+def parse_dataset_ids(pairs: list[str] | None) -> dict[str, str]:
     """`['data/cifar10=uoft-cs/cifar10']` -> `{'data/cifar10': 'uoft-cs/cifar10'}`."""
     ids = dict(pair.rpartition('=')[::2] for pair in pairs or [])
     if not all(ids) or not all(ids.values()):

@@ -1,6 +1,7 @@
 """`sformer benchmark`."""
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Dict, List, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,6 +11,7 @@ from .tables import print_table
 
 if TYPE_CHECKING:
     from ..execution.timing import BenchmarkResult
+    from ..files import Json
 
 __all__ = ['benchmark']
 
@@ -17,15 +19,15 @@ __all__ = ['benchmark']
 @unfolded
 def benchmark(
         model: Annotated[str, typer.Argument(help='Folder of an SFormer, hf-hub:ID, or name of one with weights')],
-        execution: Annotated[Optional[List[str]], typer.Option(
+        execution: Annotated[list[str] | None, typer.Option(
             help='What is measured: simulate, integer, openvino, onnxruntime ...  [default: openvino]')] = None,
-        against: Annotated[Optional[List[str]], typer.Option(
+        against: Annotated[list[str] | None, typer.Option(
             help='What it is compared with: source:fp32, source:bf16, openvino:fp32, openvino:nncf, openvino:int8 ...  '
                  '[default: source:fp32 source:bf16]')] = None,
-        batch_size: Annotated[Optional[List[int]], typer.Option(
+        batch_size: Annotated[list[int] | None, typer.Option(
             min=1, max=MAX_BATCH_SIZE, help='Images per forward pass  [default: 8]')] = None,
         pairs: Annotated[int, typer.Option(min=1, max=1000, help='Rounds')] = 9,
-        results_file: Annotated[Optional[Path], typer.Option(help='JSON file for the results')] = None,
+        results_file: Annotated[Path | None, typer.Option(help='JSON file for the results')] = None,
 ) -> None:
     """Time executions of an SFormer on this CPU, against its source and others, in turn within one process."""
     if results_file:
@@ -34,11 +36,11 @@ def benchmark(
     from ..execution import benchmark as measure
     from ..files import write_json
     from ..tasks import open_model
-    wanted: Dict[str, Any] = dict(executions=execution, against=against, batch_sizes=batch_size)
+    wanted: Json = dict(executions=execution, against=against, batch_sizes=batch_size)
     wanted = {key: value for key, value in wanted.items() if value}
     result = measure(open_model(model, 'benchmark'), pairs=pairs, **wanted)
     for table in tables(result):
-        print_table(**table)
+        print_table(*table)
         print()
     print(f'{result["processor"]} ({result["instruction_set"]}), {result["threads"]} threads, '
           f'medians of {pairs} rounds (smallest to largest), '
@@ -53,18 +55,18 @@ def benchmark(
         print(f'results in {results_file}')
 
 
-def tables(result: 'BenchmarkResult') -> List[Dict[str, Any]]:
+def tables(result: 'BenchmarkResult') -> list[tuple[str, Sequence[str], list[list[str]]]]:
     """A table per batch size."""
-    found = []
+    found: list[tuple[str, Sequence[str], list[list[str]]]] = []
     for size in dict.fromkeys(row['batch_size'] for row in result['results']):
         rows = [row for row in result['results'] if row['batch_size'] == size]
         others = list(dict.fromkeys(name for row in rows for name in row['speedup']))
         cells = [[row['execution'], f'{1e3 * row["seconds"]:.1f}', *(_speedup(row['speedup'].get(o)) for o in others)]
                  for row in rows]
         heads = ('execution', 'ms', *(f'times {other}' for other in others))
-        found.append(dict(title=f'batch {size}', heads=heads, rows=cells))
+        found.append((f'batch {size}', heads, cells))
     return found
 
 
-def _speedup(spread: Optional[Dict[str, float]]) -> str:
+def _speedup(spread: dict[str, float] | None) -> str:
     return '' if spread is None else f'{spread["median"]:.2f} ({spread["min"]:.2f}-{spread["max"]:.2f})'

@@ -1,7 +1,7 @@
 """`sformer card`."""
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -15,8 +15,8 @@ def card(
         model: Annotated[Path, typer.Argument(help='Folder of an SFormer with its results files')],
         options: RecordOptions,
         output: Annotated[Path, typer.Option('--output', '-o', help='Folder for the card')] = Path('model_cards'),
-        name: Annotated[Optional[str], typer.Option(help='Name of the model; that of the folder if not given')] = None,
-        repo: Annotated[Optional[str], typer.Option(help='Repository that it will be in: org/name')] = None,
+        name: Annotated[str | None, typer.Option(help='Name of the model; that of the folder if not given')] = None,
+        repo: Annotated[str | None, typer.Option(help='Repository that it will be in: org/name')] = None,
         overwrite: Annotated[bool, typer.Option('--overwrite', help='Replace a card that was edited')] = False,
 ) -> None:
     """Write the model card of an SFormer, with plots, to OUTPUT/NAME.md."""

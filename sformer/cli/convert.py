@@ -2,7 +2,7 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, List, Optional, Tuple
+from typing import Annotated
 
 import typer
 
@@ -19,40 +19,40 @@ class NeuronOptions:
     recipe: Annotated[str, typer.Option(
         help='default (63 levels), fast (int8 engines), accurate (127), paper (32), few (8) or quiet (few spikes)'
     )] = 'default'
-    levels: Annotated[Optional[int], typer.Option(
+    levels: Annotated[int | None, typer.Option(
         help='Thresholds N per branch, 1 to 127  [default: 63, or of the recipe]')] = None
-    fire: Annotated[Optional[str], typer.Option(
+    fire: Annotated[str | None, typer.Option(
         help='auto (by N), uniform, widening, quarter_square, quadratic, quartic, power2 or density')] = None
-    attention_fire: Annotated[Optional[str], typer.Option(
+    attention_fire: Annotated[str | None, typer.Option(
         help='Fire function of the softmax: auto (by N), quadratic, quartic, byte, ...')] = None
-    activation_fire: Annotated[Optional[str], typer.Option(
+    activation_fire: Annotated[str | None, typer.Option(
         help='Fire function after an activation function: auto (by N), quarter_square, uniform, ...')] = None
-    initial_potential: Annotated[Optional[float], typer.Option(
+    initial_potential: Annotated[float | None, typer.Option(
         help='Membrane potential before the input, as a share of the distance to the next level: 0.5 rounds, 0 is the '
              'paper\'s floor  [default: 0.5]')] = None
-    dead_zone: Annotated[Optional[float], typer.Option(help='No spike below this many thresholds')] = None
-    scale: Annotated[Optional[float], typer.Option(help='Scaling factor lambda on top of all thresholds')] = None
-    token_scale: Annotated[Optional[bool], typer.Option(
+    dead_zone: Annotated[float | None, typer.Option(help='No spike below this many thresholds')] = None
+    scale: Annotated[float | None, typer.Option(help='Scaling factor lambda on top of all thresholds')] = None
+    token_scale: Annotated[bool | None, typer.Option(
         help='Let thresholds follow each token where the factor is free after the product  [default: they do, but of '
              'fast]')] = None
-    silence: Annotated[Optional[float], typer.Option(
+    silence: Annotated[float | None, typer.Option(
         help='Price of activity: the higher, the fewer neurons fire; 0.003 to 0.1 are usual')] = None
-    estimator: Annotated[Optional[str], typer.Option(
+    estimator: Annotated[str | None, typer.Option(
         help='Threshold estimator: mse, quantile or max  [default: mse, of fast max]')] = None
-    quantile: Annotated[Optional[float], typer.Option(
+    quantile: Annotated[float | None, typer.Option(
         help='Share of currents that the quantile estimator covers  [default: 0.999]')] = None
-    floor: Annotated[Optional[float], typer.Option(
+    floor: Annotated[float | None, typer.Option(
         help='Quantile of the firing ranges behind attention and activation functions that none is below  [default: 0, '
              'with generated images 0.75]')] = None
-    margin: Annotated[Optional[float], typer.Option(
+    margin: Annotated[float | None, typer.Option(
         help='Factor on these ranges  [default: 1, with generated images and max 1.3]')] = None
-    unbiased: Annotated[Optional[bool], typer.Option(
+    unbiased: Annotated[bool | None, typer.Option(
         help='Let spikes carry what rounding and clipping would take from the signal  [default: they do]')] = None
-    compensate: Annotated[Optional[bool], typer.Option(
+    compensate: Annotated[bool | None, typer.Option(
         '--compensate', help='Let weights make up for what neurons leave out: closer to the source, whose weights they '
         'are no longer')] = None
 
-    def configs(self) -> Tuple[SFNConfig, FitConfig]:
+    def configs(self) -> tuple[SFNConfig, FitConfig]:
         """How neurons fire and how they are fitted, as `sformer.convert` takes both.
 
         Raises:
@@ -71,20 +71,20 @@ def convert(
         neurons: NeuronOptions,
         columns: ColumnOptions,
         given: Given,
-        checkpoint: Annotated[Optional[Path], typer.Option(
+        checkpoint: Annotated[Path | None, typer.Option(
             help='Weights of the source (safetensors); its published ones if not given')] = None,
-        model_kwargs: Annotated[Optional[List[str]], typer.Option(help='key=value ... for timm.create_model')] = None,
-        label_names: Annotated[Optional[List[str]], typer.Option(
+        model_kwargs: Annotated[list[str] | None, typer.Option(help='key=value ... for timm.create_model')] = None,
+        label_names: Annotated[list[str] | None, typer.Option(
             help='Names of the classes, or a text file of them, one per line')] = None,
         calibration: Annotated[str, typer.Option(help=f'dead-leaves (generated images), {Dataset}')] = 'dead-leaves',
-        split: Annotated[Optional[str], typer.Option(help='Split of the calibration data set')] = None,
+        split: Annotated[str | None, typer.Option(help='Split of the calibration data set')] = None,
         num_images: Annotated[int, typer.Option(min=1, max=MAX_IMAGES, help='Number of calibration images')] = 256,
         seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help='Seed of the choice of calibration images')] = 0,
         batch_size: Annotated[int, typer.Option(min=1, max=MAX_BATCH_SIZE, help='Images per batch')] = 32,
         mean: Mean = None,
         std: Std = None,
         crop_pct: CropPct = None,
-        interpolation: Annotated[Optional[str], typer.Option(help='Resize method: bicubic, bilinear ...')] = None,
+        interpolation: Annotated[str | None, typer.Option(help='Resize method: bicubic, bilinear ...')] = None,
         allow_pickle: Annotated[bool, typer.Option('--allow-pickle', help='Load a pickled checkpoint')] = False,
         overwrite: Annotated[bool, typer.Option('--overwrite', help='Replace a model that is there')] = False,
 ) -> None:
@@ -99,13 +99,13 @@ def convert(
     check_vacant(output, overwrite)
     wanted = ImageRequest(
         dataset=calibration, split=split, num_images=num_images, seed=seed, image_column=columns.image_column)
-    model: Any = task.convert(
+    model = task.convert(
         source, wanted, config, fit, command_line(), **task.taken('convert', dict(
             checkpoint=checkpoint, model_kwargs=parse_kwargs(model_kwargs), label_names=parse_names(label_names),
             mean=mean, std=std, crop_pct=crop_pct, interpolation=interpolation, allow_pickle=allow_pickle,
             batch_size=batch_size)))
     task.save(model, output, overwrite)
-    used = model.conversion.calibration
+    used = vars(model)['conversion'].calibration
     print(f'{source} -> {task.architecture(model)}: N = {config.levels}, calibrated on {used.num_images} {used.name} '
           f'images, saved to {output}')
     for line in task.remarks(model):

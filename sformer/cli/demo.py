@@ -1,19 +1,27 @@
 """`sformer demo`: a trained ViT becomes an SFormer, is evaluated, saved, reloaded, and drawn."""
 import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Dict, Iterator
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import SFormerError
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+
+    from ..evaluation.schema import Result
 
 __all__ = ['demo', 'run']
 
 SHOWN_LEVELS = (4, 8, 32)
 CURVE = (1, 2, 4, 8, 16, 32)
 COMMAND = 'sformer demo'  # what the model of the demo records, whatever its folder
-MODEL, ACCURACY, ACTIVITY = 'sformer_nano', 'accuracy.png', 'activity.png'
+MODEL = 'sformer_nano'
+ACCURACY = 'accuracy.png'
+ACTIVITY = 'activity.png'
 
 
 def demo(
@@ -85,14 +93,17 @@ def _run(output: Path) -> None:
     console.print(f'Source: a ViT with {parameters:,} parameters, trained on 1,257 handwritten digits; '
                   f'evaluated on 540 others.')
 
-    results: Dict[int, Dict[str, Any]] = {}
+    results: dict[int, Result] = {}
+    networks: dict[int, Module] = {}
     for levels in sorted({*CURVE, *SHOWN_LEVELS}):
         begin = time.perf_counter()
-        model = convert(source, 'digits', SFNConfig(levels=levels), split='train', command=COMMAND)
+        model = networks[levels] = convert(
+            source, 'digits', SFNConfig(levels=levels), split='train', command=COMMAND)
         seconds = time.perf_counter() - begin
         # of the other points of the curve, only the accuracy is shown
-        shown: Dict[str, Any] = {} if levels in SHOWN_LEVELS else dict(source=False, activity_images=0)
-        results[levels] = dict(evaluate(model, 'digits', 'test', **shown), conversion_seconds=seconds, network=model)
+        found = evaluate(model, 'digits', 'test') if levels in SHOWN_LEVELS else evaluate(
+            model, 'digits', 'test', source=False, activity_images=0)
+        results[levels] = dict(found, conversion_seconds=seconds)
     best = results[SHOWN_LEVELS[-1]]
 
     table = Table('network', 'top-1', 'agreement', 'activity', 'convert \\[s]', 'test \\[s]')
@@ -103,7 +114,7 @@ def _run(output: Path) -> None:
                       f'{r["activity"]:.3f}', f'{r["conversion_seconds"]:.2f}', f'{r["seconds"]:.2f}')
     console.print(table)
 
-    model = best['network']
+    model = networks[SHOWN_LEVELS[-1]]
     folder = save_model(model, output / MODEL, overwrite=True)
     reloaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     data_config = resolve_input_data_config(model)
@@ -118,7 +129,7 @@ def _run(output: Path) -> None:
                   soft_wrap=True, markup=False)
 
 
-def _draw(output: Path, results: Dict[int, Dict[str, Any]]) -> str:
+def _draw(output: Path, results: dict[int, 'Result']) -> str:
     """Write the pictures, if what draws them is installed, and say so."""
     from ..files import write_aside
     from ..publishing.plots import need_pages, plot_accuracy, plot_activity

@@ -1,6 +1,6 @@
 """`sformer detect train | show`."""
 from pathlib import Path
-from typing import Annotated, Optional, Tuple
+from typing import Annotated
 
 import typer
 
@@ -22,17 +22,17 @@ def train_detector(
         backbone: Annotated[str, typer.Option(help='timm model: a plain ViT or EVA')],
         data: Annotated[Path, typer.Option(help=Data)],
         output: Annotated[Path, typer.Option('--output', '-o', help='Folder for the detector')],
-        checkpoint: Annotated[Optional[Path], typer.Option(
+        checkpoint: Annotated[Path | None, typer.Option(
             help='Weights of the backbone (safetensors); its published ones if not given')] = None,
         split: Annotated[str, typer.Option(help='Split to train on')] = 'train',
         masks: Annotated[bool, typer.Option(help='Segment what is detected: Mask R-CNN, not Faster R-CNN')] = False,
-        image_size: Annotated[Tuple[int, int], typer.Option(
+        image_size: Annotated[tuple[int, int], typer.Option(
             min=32, max=MAX_IMG_SIZE, help='Height and width that images are fitted into, multiples of 32')
         ] = (512, 512),
         finest_stride: Annotated[int, typer.Option(
             help='Of the levels of the pyramid, in pixels: 4, 8 or 16; small objects need 4')] = 4,
         channels: Annotated[int, typer.Option(min=1, max=4096, help='Channels of the pyramid')] = 128,
-        window_size: Annotated[Optional[int], typer.Option(
+        window_size: Annotated[int | None, typer.Option(
             min=1, help='Side of the windows that most blocks attend within, in tokens (ViTDet: 14); if not given, all '
             'attend globally')] = None,
         max_detections: Annotated[int, typer.Option(min=1, max=10 ** 4, help='Detections per image')] = 100,
@@ -43,7 +43,7 @@ def train_detector(
             min=0, max=1000, help='Last blocks of the backbone that are trained; the others are frozen')] = 0,
         amp: Annotated[bool, typer.Option('--amp', help='Mixed precision: what is trained, in bfloat16')] = False,
         seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help='Seed of weights, images and sampling')] = 0,
-        device: Annotated[Optional[str], typer.Option(help='cpu, cuda, ...; an accelerator if there is one')] = None,
+        device: Annotated[str | None, typer.Option(help='cpu, cuda, ...; an accelerator if there is one')] = None,
         allow_pickle: Annotated[bool, typer.Option('--allow-pickle', help='Load a pickled checkpoint')] = False,
         skip_bad: SkipBad = False,
         overwrite: Annotated[bool, typer.Option('--overwrite', help='Replace a model that is there')] = False,

@@ -2,7 +2,7 @@
 import dataclasses
 import time
 from pathlib import Path
-from typing import Annotated, Any, List, Optional
+from typing import Annotated, cast
 
 import typer
 
@@ -17,7 +17,7 @@ def distill(
         model: Annotated[str, typer.Argument(help='Folder of an SFormer, hf-hub:ID, or name of one with weights')],
         output: Annotated[Path, typer.Option('--output', '-o', help='Folder for the trained SFormer')],
         dataset: Annotated[str, typer.Option(help=f'Images to train on: dead-leaves (generated), {Dataset}')],
-        split: Annotated[Optional[str], typer.Option(help='Split of the data set')] = None,
+        split: Annotated[str | None, typer.Option(help='Split of the data set')] = None,
         num_images: Annotated[int, typer.Option(min=1, max=MAX_IMAGES, help='Number of images')] = 10_000,
         steps: Annotated[int, typer.Option(min=1, max=MAX_IMAGES, help='Steps, one batch each')] = 1000,
         batch_size: Annotated[int, typer.Option(min=1, max=MAX_BATCH_SIZE, help='Images per step')] = 64,
@@ -25,23 +25,24 @@ def distill(
         price: Annotated[float, typer.Option(
             min=0, help='What a unary spike per neuron costs, in squared relative errors of the logits')] = 0.01,
         amp: Annotated[bool, typer.Option('--amp', help='Mixed precision: the SFormer in bfloat16')] = False,
-        source_model: Annotated[Optional[str], typer.Option(
+        source_model: Annotated[str | None, typer.Option(
             help='Teacher: this model, or the source inside of this SFormer, where its weights have moved')] = None,
         seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help='Seed of the choice and the order of images')] = 0,
         overwrite: Annotated[bool, typer.Option('--overwrite', help='Replace a model that is there')] = False,
 ) -> None:
     """Train an SFormer to follow its source with fewer spikes. This is training, but reads no labels."""
-    from ..conversion import another_source, calibration_batches, network_inside
+    from ..conversion import Conversion, another_source, calibration_batches, network_inside
     from ..conversion.distillation import DistillConfig, distill_, shuffled
     from ..data import ImageRequest
+    from ..models import SFormerMixin
     from ..saving import check_vacant
     from ..tasks import open_model, save_model
     check_vacant(output, overwrite)
-    network: Any = open_model(model, 'distill')
+    network = cast(SFormerMixin, open_model(model, 'distill'))
     teacher = another_source(network, open_model(source_model, 'distill')) if source_model else network_inside(network)
     wanted = ImageRequest(dataset=dataset, split=split, num_images=num_images, seed=seed)
     batches, used, _ = calibration_batches(network, wanted, batch_size, 'Reading')
-    recent: List[Any] = []
+    recent: list[tuple[float, float]] = []
 
     def report(step: int, error: float, spikes: float) -> None:
         recent.append((error, spikes))
@@ -55,7 +56,7 @@ def distill(
     distill_(network, shuffled(batches, batch_size, seed), steps, config, report, teacher)
     seconds = time.perf_counter() - start
     network.conversion = dataclasses.replace(
-        network.conversion, distillation=f'{steps} steps of {batch_size} of {num_images} images of {used["name"]} '
+        cast(Conversion, network.conversion), distillation=f'{steps} steps of {batch_size} of {num_images} images of {used["name"]} '
         f'({used["split"]}), {seconds:.0f} s: {command_line()}')
     save_model(network, output, overwrite)
     print(f'trained for {seconds:.0f} s, saved to {output}')

@@ -1,7 +1,7 @@
 """`sformer evaluate`, and the evaluation that `sformer compare` shares with it."""
 import logging
 import os
-from typing import TYPE_CHECKING, Annotated, Any, Dict, List, Optional, Tuple
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,6 +10,7 @@ from .arguments import command_line
 from .options import EvaluationOptions, Given, unfolded
 
 if TYPE_CHECKING:
+    from ..evaluation.schema import Result
     from ..tasks import Task
 
 __all__ = ['evaluate', 'run_evaluation']
@@ -33,10 +34,10 @@ def evaluate(
 
 
 def run_evaluation(
-        names: List[str],
+        names: list[str],
         options: EvaluationOptions,
         given: Given,
-) -> Tuple['Task', List[Dict[str, Any]]]:
+) -> tuple['Task', list['Result']]:
     """Evaluate models and write their results; returns their task, and results on the main process alone.
 
     The command line calls `sformer.evaluation` here and nowhere else.
@@ -50,9 +51,9 @@ def run_evaluation(
     from ..evaluation.launch import Group
     from ..tasks import OPTIONS, EvaluationRequest, one_task
     file = options.results_file
-    journals: List[Journal] = []
+    journals: list[Journal] = []
 
-    def new_journal() -> Optional[Journal]:
+    def new_journal() -> Journal | None:
         journals.extend([Journal(f'{file}.progress', options.resume)] if file else [])
         return journals[-1] if journals else None
 
@@ -92,7 +93,7 @@ def run_evaluation(
         raise
 
 
-def check_launcher(asked: Optional[int], running: int) -> None:
+def check_launcher(asked: int | None, running: int) -> None:
     """Say so if this is one of several processes that do not know of one another.
 
     Args:

@@ -1,6 +1,6 @@
 """`sformer export`."""
 from pathlib import Path
-from typing import Annotated, Optional, Tuple
+from typing import Annotated
 
 import typer
 
@@ -22,12 +22,12 @@ def export(
         max_error: Annotated[float, typer.Option(
             min=0, help='Relative error of int8 weights beyond which a layer stays in floating point')
         ] = WEIGHT_ERROR,
-        calibration: Annotated[Optional[str], typer.Option(
+        calibration: Annotated[str | None, typer.Option(
             help=f'Round weights such that errors cancel on images of this kind: dead-leaves, {Dataset}')] = None,
-        split: Annotated[Optional[str], typer.Option(help='Split of these images')] = None,
+        split: Annotated[str | None, typer.Option(help='Split of these images')] = None,
         num_images: Annotated[int, typer.Option(min=1, max=MAX_IMAGES, help='Number of these images')] = 128,
         seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help='Seed of the choice of these images')] = 0,
-        image_size: Annotated[Optional[Tuple[int, int]], typer.Option(
+        image_size: Annotated[tuple[int, int] | None, typer.Option(
             min=1, max=MAX_IMG_SIZE, help="Height and width of images of a detector, if not its own")] = None,
         portable: Annotated[bool, typer.Option(
             help='Products that every processor sums exactly, or 8-bit weights everywhere, which want VNNI')] = True,

@@ -5,7 +5,8 @@ The first module that the package imports, so that Ctrl-C ends in a line, too, w
 import sys
 import sysconfig
 from pathlib import Path
-from typing import Any, NoReturn
+from types import TracebackType
+from typing import NoReturn
 
 __all__ = ['fail', 'is_command']
 
@@ -34,7 +35,7 @@ def is_command() -> bool:
     return script == Path(__file__).parents[1] / '__main__.py'
 
 
-def _hook(kind: Any, error: Any, traceback: Any) -> None:
+def _hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     if issubclass(kind, KeyboardInterrupt):
         print('sformer: error: interrupted.', file=sys.stderr)
     else:

@@ -1,7 +1,6 @@
 """`sformer list`."""
 import json
 from pathlib import Path
-from typing import Any, Dict, List
 
 from .options import Format, TableFormat
 from .tables import print_csv, print_table
@@ -17,7 +16,7 @@ KNOWN = Path(__file__).parent / 'models.json'
 def list_models(format: TableFormat = Format.table) -> None:
     """List the models that the package registers with timm, with their sources, and names of models of other tasks."""
     known = json.loads(KNOWN.read_text(encoding='utf-8'))
-    found: List[Dict[str, Any]] = [
+    found = [
         dict(entry, input_size='x'.join(map(str, entry['input_size']))) for entry in known['models']]
     if format == Format.csv:
         print_csv(LIST_COLUMNS, found)

@@ -2,10 +2,11 @@
 import dataclasses
 import functools
 import inspect
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import AbstractSet, Annotated, Any, Callable, Dict, List, Optional
+from typing import Annotated, TypedDict
 
 import typer
 
@@ -14,7 +15,7 @@ from .arguments import AMP_NAMES, parse_dataset_ids
 
 __all__ = ['unfolded', 'ColumnOptions', 'EvaluationOptions', 'Given', 'RecordOptions', 'Format', 'TableFormat']
 
-Given = AbstractSet[str]
+Given = Set[str]
 
 Dataset = 'digits, a folder of parquet files, an image folder or a Hugging Face dataset id'
 
@@ -25,13 +26,13 @@ def unfolded(command: Callable[..., None]) -> Callable[..., None]:
     So commands share options by sharing the dataclass, whose fields are annotated as arguments of commands are. An
     argument `given` is none: it holds the names of the options that are given.
     """
-    parameters: List[inspect.Parameter] = []
-    groups: Dict[str, Any] = {}
+    parameters: list[inspect.Parameter] = []
+    groups: dict[str, type] = {}
     counts_given = False
     for parameter in inspect.signature(command).parameters.values():
         if parameter.name == 'given':
             counts_given = True
-        elif dataclasses.is_dataclass(parameter.annotation):
+        elif isinstance(parameter.annotation, type) and dataclasses.is_dataclass(parameter.annotation):
             groups[parameter.name] = parameter.annotation
             parameters += [
                 inspect.Parameter(
@@ -42,7 +43,7 @@ def unfolded(command: Callable[..., None]) -> Callable[..., None]:
             parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
 
     @functools.wraps(command)
-    def run(**values: Any) -> None:
+    def run(**values: object) -> None:
         given = {parameter.name for parameter in parameters if values[parameter.name] not in (parameter.default, [])}
         folded = {name: group(**{f.name: values.pop(f.name) for f in dataclasses.fields(group)})
                   for name, group in groups.items()}
@@ -59,49 +60,53 @@ class Format(str, Enum):
 TableFormat = Annotated[Format, typer.Option('--format', help='A table to read, or CSV with more columns')]
 
 # What is beyond these is no size at all, and would be no clear error later on
-MAX_IMAGES, MAX_BATCH_SIZE, MAX_IMG_SIZE, MAX_SEED, MAX_TIMEOUT = 10 ** 9, 2 ** 16, 2 ** 14, 2 ** 63 - 1, 10 ** 6
+MAX_IMAGES = 10 ** 9
+MAX_BATCH_SIZE = 2 ** 16
+MAX_IMG_SIZE = 2 ** 14
+MAX_SEED = 2 ** 63 - 1
+MAX_TIMEOUT = 10 ** 6
 
 
 # Ranges of preprocessing are those of `data.preprocessing`; a test holds them together
-CropPct = Annotated[Optional[float], typer.Option(min=0.01, max=1, help="Centre crop, if not the model's own")]
-Mean = Annotated[Optional[List[float]], typer.Option(
+CropPct = Annotated[float | None, typer.Option(min=0.01, max=1, help="Centre crop, if not the model's own")]
+Mean = Annotated[list[float] | None, typer.Option(
     min=-1e4, max=1e4, help='Mean of the normalisation, one per channel')]
-Std = Annotated[Optional[List[float]], typer.Option(
+Std = Annotated[list[float] | None, typer.Option(
     min=1e-4, max=1e4, help='Std of the normalisation, one per channel')]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ColumnOptions:
     """Where a table has its images."""
-    image_column: Annotated[Optional[str], typer.Option(help='Column of the images, if it is not found')] = None
+    image_column: Annotated[str | None, typer.Option(help='Column of the images, if it is not found')] = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationOptions(ColumnOptions):
     """What `evaluate` and `compare` are told about data, networks and processes; names as in timm's scripts."""
     dataset: Annotated[str, typer.Option('--dataset', '--data', help=f'{Dataset}; of a detector, one in COCO format')]
-    split: Annotated[Optional[str], typer.Option(help='Split of the data set')] = None
-    num_images: Annotated[Optional[int], typer.Option(
+    split: Annotated[str | None, typer.Option(help='Split of the data set')] = None
+    num_images: Annotated[int | None, typer.Option(
         min=1, max=MAX_IMAGES, help='Random subset of this size')] = None
     batch_size: Annotated[int, typer.Option(min=1, max=MAX_BATCH_SIZE, help='Images per batch and process')] = 64
     workers: Annotated[int, typer.Option(min=0, max=256, help='Processes that decode images')] = 0
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help='Seed of the subset')] = 0
     source: Annotated[bool, typer.Option(help='Evaluate source networks alongside')] = True
-    source_model: Annotated[Optional[str], typer.Option(
+    source_model: Annotated[str | None, typer.Option(
         help='Compare with this model, or the source inside of this SFormer, not with the one inside: for weights that '
              'have moved since conversion')] = None
-    label_column: Annotated[Optional[str], typer.Option(help='Column of the labels, if it is not found')] = None
-    results_file: Annotated[Optional[Path], typer.Option(help='JSON or CSV file for the results')] = None
-    results_format: Annotated[Optional[str], typer.Option(help='json or csv; goes by the suffix')] = None
-    streaming: Annotated[Optional[bool], typer.Option(help='Read shards as they are needed, no copy on disk')] = None
-    benchmark: Annotated[Optional[str], typer.Option(
+    label_column: Annotated[str | None, typer.Option(help='Column of the labels, if it is not found')] = None
+    results_file: Annotated[Path | None, typer.Option(help='JSON or CSV file for the results')] = None
+    results_format: Annotated[str | None, typer.Option(help='json or csv; goes by the suffix')] = None
+    streaming: Annotated[bool | None, typer.Option(help='Read shards as they are needed, no copy on disk')] = None
+    benchmark: Annotated[str | None, typer.Option(
         help='imagenet-1k, imagenet-real, imagenet-v2, imagenet-a or imagenet-r')] = None
     by_position: Annotated[bool, typer.Option(
         '--by-position', help='Take label i for class i of the model, whatever names they have')] = False
-    img_size: Annotated[Optional[int], typer.Option(
+    img_size: Annotated[int | None, typer.Option(
         min=1, max=MAX_IMG_SIZE, help="Input size, if not the model's own")] = None
     crop_pct: CropPct = None
-    interpolation: Annotated[Optional[str], typer.Option(help='Resize method: bicubic, bilinear ...')] = None
+    interpolation: Annotated[str | None, typer.Option(help='Resize method: bicubic, bilinear ...')] = None
     amp: Annotated[bool, typer.Option('--amp', help='Mixed precision')] = False
     amp_dtype: Annotated[str, typer.Option(help='bfloat16 or float16; "--amp bf16" says both')] = 'bfloat16'
     channels_last: Annotated[bool, typer.Option(
@@ -112,10 +117,10 @@ class EvaluationOptions(ColumnOptions):
     retry: Annotated[bool, typer.Option('--retry', help='Halve batches that do not fit into memory')] = False
     max_bad: Annotated[int, typer.Option(
         min=0, help='Unreadable images, and annotations of a detector, to leave out before it is an error')] = 0
-    device: Annotated[Optional[str], typer.Option(help='cpu, cuda, ...; an accelerator if there is one')] = None
-    engine: Annotated[Optional[str], typer.Option(
+    device: Annotated[str | None, typer.Option(help='cpu, cuda, ...; an accelerator if there is one')] = None
+    engine: Annotated[str | None, typer.Option(
         help='openvino or onnxruntime, for models that `sformer export` wrote; the first that is installed')] = None
-    num_processes: Annotated[Optional[int], typer.Option(
+    num_processes: Annotated[int | None, typer.Option(
         min=1, help='Processes that have to be running, over all nodes')] = None
     timeout: Annotated[float, typer.Option(
         min=1, max=MAX_TIMEOUT, help='Seconds without progress after which a process counts as lost')] = 600.
@@ -131,17 +136,23 @@ class EvaluationOptions(ColumnOptions):
             raise SFormerError(f'--timeout is a number of seconds, not {self.timeout}.')
 
 
+class RecordKeywords(TypedDict):
+    license: str | None
+    base_model: str | None
+    dataset_ids: dict[str, str]
+
+
 @dataclass(frozen=True, kw_only=True)
 class RecordOptions:
     """What `publish` and `card` are told that no record says."""
-    license: Annotated[Optional[str], typer.Option(
+    license: Annotated[str | None, typer.Option(
         help='Licence of the source weights, if the conversion has none')] = None
-    base_model: Annotated[Optional[str], typer.Option(
+    base_model: Annotated[str | None, typer.Option(
         help='Hub id of the source weights, if the conversion has none')] = None
-    dataset_id: Annotated[Optional[List[str]], typer.Option(
+    dataset_id: Annotated[list[str] | None, typer.Option(
         help='NAME=org/dataset: Hub id of a local copy that results name')] = None
 
-    def keywords(self) -> Dict[str, Any]:
+    def keywords(self) -> RecordKeywords:
         """As arguments of `sformer.publishing`."""
-        return dict(
+        return RecordKeywords(
             license=self.license, base_model=self.base_model, dataset_ids=parse_dataset_ids(self.dataset_id))

@@ -1,13 +1,12 @@
 """Where options stand in the help of a command: first, without a panel of their own, what everybody needs."""
 import inspect
-from typing import Dict, Tuple
 
 import typer
 
 __all__ = ['PANELS', 'fill_panels']
 
 # panel -> options; an option is in the same panel in every command
-PANELS: Dict[str, Tuple[str, ...]] = {
+PANELS: dict[str, tuple[str, ...]] = {
     'Neurons': ('fire', 'attention_fire', 'activation_fire', 'initial_potential', 'dead_zone', 'scale', 'token_scale',
                 'silence'),
     'Thresholds': ('estimator', 'quantile', 'floor', 'margin', 'unbiased', 'compensate'),

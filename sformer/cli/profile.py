@@ -2,7 +2,7 @@
 import dataclasses
 import itertools
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Dict, List, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,10 +11,12 @@ from .options import MAX_BATCH_SIZE, MAX_IMAGES, MAX_SEED, ColumnOptions, Datase
 from .tables import print_table
 
 if TYPE_CHECKING:
+    from ..files import Json
+    from ..profiling import Constants, Profile
+    from ..profiling.energy import EnergyFigures
     from ..profiling.executed import CodingsCompared
 
 __all__ = ['profile']
-
 
 
 @unfolded
@@ -23,7 +25,7 @@ def profile(
         columns: ColumnOptions,
         given: Given,
         dataset: Annotated[str, typer.Option(help=f'Images: dead-leaves (generated), {Dataset}')] = 'dead-leaves',
-        split: Annotated[Optional[str], typer.Option(help='Split of the data set')] = None,
+        split: Annotated[str | None, typer.Option(help='Split of the data set')] = None,
         num_images: Annotated[int, typer.Option(min=1, max=MAX_IMAGES, help='Number of images')] = 64,
         batch_size: Annotated[int, typer.Option(min=1, max=MAX_BATCH_SIZE, help='Images per batch')] = 8,
         seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help='Seed of the choice of images')] = 0,
@@ -31,12 +33,12 @@ def profile(
             '--what-is-spiking', help='List every product and what enters it, and every function on currents')] = False,
         execute: Annotated[int, typer.Option(
             min=0, max=MAX_BATCH_SIZE, help='Images of the first batch to run through bit planes')] = 1,
-        constants: Annotated[Optional[Path], typer.Option(
+        constants: Annotated[Path | None, typer.Option(
             help='JSON file with energies by name, in the place of the defaults')] = None,
-        constant: Annotated[Optional[List[str]], typer.Option(help='One of them, name=value; may be repeated')] = None,
-        curve: Annotated[Optional[Path], typer.Option(
+        constant: Annotated[list[str] | None, typer.Option(help='One of them, name=value; may be repeated')] = None,
+        curve: Annotated[Path | None, typer.Option(
             help='JSON with points (levels, top1, perhaps energy) to draw in the page')] = None,
-        output: Annotated[Optional[Path], typer.Option(
+        output: Annotated[Path | None, typer.Option(
             '--output', '-o', help='Folder for index.html, profile.json, CSV and PNG')] = None,
 ) -> None:
     """Count what an SFormer computes and fires, product by product, and what that would cost."""
@@ -53,7 +55,7 @@ def profile(
     energies, points = read_constants(constants, constant or ()), read_curve(curve) if curve else []
     task = task_of(model)
     task.check_options('profile', model, given)
-    network: Any = task.open(model)
+    network = task.open(model)
     wanted = ImageRequest(
         dataset=dataset, split=split, num_images=num_images, seed=seed, image_column=columns.image_column)
     found, images = task.batches(network, wanted, **task.taken('profile', dict(batch_size=batch_size)))
@@ -70,7 +72,7 @@ def profile(
         print(f'written to {output}: {", ".join(names)}')
 
 
-def report(counted: Any, figures: Any, energies: Any, **rest: Any) -> Dict[str, Any]:
+def report(counted: 'Profile', figures: 'EnergyFigures', energies: 'Constants', **rest: object) -> 'Json':
     """What goes into `profile.json`: every product, neuron and function, and what they cost."""
     from ..neurons import CODINGS
     from ..profiling import traffic, verdicts
@@ -93,7 +95,7 @@ def executed_line(executed: 'CodingsCompared | None') -> str:
             f'of the largest.')
 
 
-def print_profile(result: Dict[str, Any], counted: Any, what_is_spiking: bool) -> None:
+def print_profile(result: 'Json', counted: 'Profile', what_is_spiking: bool) -> None:
     """Print tables and what they say."""
     from ..publishing.profile_page import OTHER, PARTS, by_kind, by_site
     figures = result['energy']

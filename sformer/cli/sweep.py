@@ -1,9 +1,10 @@
 """`sformer sweep` and `sformer search`: SFormers of one source with other neurons, beside it."""
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Dict, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -13,6 +14,11 @@ from .arguments import command_line
 from .options import MAX_BATCH_SIZE, MAX_IMAGES, MAX_SEED, Dataset, unfolded
 from .tables import append_csv, print_table
 
+if TYPE_CHECKING:
+    from ..conversion.search import Bench, Point
+    from ..files import Json
+    from ..models import SFormerMixin
+
 __all__ = ['search', 'sweep']
 
 
@@ -20,12 +26,12 @@ __all__ = ['search', 'sweep']
 class BenchOptions:
     """Which images SFormers are fitted to and compared on; no labels are read."""
     dataset: Annotated[str, typer.Option(help=f'Images: dead-leaves (generated), {Dataset}')] = 'dead-leaves'
-    split: Annotated[Optional[str], typer.Option(help='Split of the data set')] = None
+    split: Annotated[str | None, typer.Option(help='Split of the data set')] = None
     num_images: Annotated[int, typer.Option(min=1, max=MAX_IMAGES, help='Images to compare on')] = 512
     num_calibration: Annotated[int, typer.Option(min=1, max=MAX_IMAGES, help='Other images to calibrate with')] = 128
     batch_size: Annotated[int, typer.Option(min=1, max=MAX_BATCH_SIZE, help='Images per batch that is read')] = 32
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help='Seed of the choice of images')] = 0
-    results_file: Annotated[Optional[Path], typer.Option(
+    results_file: Annotated[Path | None, typer.Option(
         help='JSON file for the results, or CSV file for the points')] = None
 
     def check_results_file(self, model: str) -> None:
@@ -41,18 +47,18 @@ class BenchOptions:
                     raise SFormerError(f'{self.results_file} has results of {owner}, which would be lost. Name another '
                                        f'file, or remove it.')
 
-    def open(self, model: str, verb: str) -> Tuple[Any, Any, Dict[str, Any]]:
+    def open(self, model: str, verb: str) -> tuple['Bench', 'SFormerMixin', 'Json']:
         """What measures, the SFormer that is varied, and what a record says of images."""
         from ..conversion.search import Bench
         from ..data import ImageRequest
         from ..tasks import open_model
-        network: Any = open_model(model, verb)
+        network = open_model(model, verb)
         wanted = ImageRequest(
             dataset=self.dataset, split=self.split, num_images=self.num_images + self.num_calibration, seed=self.seed)
         bench, used = Bench.open(network, wanted, self.num_calibration, self.batch_size)
-        return bench, network, used
+        return bench, cast('SFormerMixin', network), used
 
-    def write(self, model: str, used: Dict[str, Any], bench: Any, points: Sequence[Any], **more: Any) -> None:
+    def write(self, model: str, used: 'Json', bench: 'Bench', points: Sequence['Point'], **more: object) -> None:
         """Write results, if they are wanted: all as JSON, or a row per point as CSV."""
         from ..conversion.record import library_versions
         from ..files import write_json
@@ -90,7 +96,7 @@ def are_points(path: Path) -> bool:
 POINT_HEADS = ('N', 'silence', 'lambda', 'agreement [%]', 'relative error', 'activity', 'unary', 'binary')
 
 
-def cells(point: Any) -> Tuple[str, ...]:
+def cells(point: 'Point') -> tuple[str, ...]:
     """A row of a table."""
     config = point.config
     agreement = '' if point.agreement is None else f'{100 * point.agreement:.2f}'
@@ -98,7 +104,7 @@ def cells(point: Any) -> Tuple[str, ...]:
             f'{point.activity:.3f}', f'{point.unary:.2f}', f'{point.binary:.2f}')
 
 
-def cost(bench: Any) -> str:
+def cost(bench: 'Bench') -> str:
     return f'{bench.seconds:.0f} s, {bench.forward_passes} images through a network'
 
 
@@ -106,9 +112,9 @@ def cost(bench: Any) -> str:
 def sweep(
         model: Annotated[str, typer.Argument(help='Folder of an SFormer, hf-hub:ID, or name of one with weights')],
         bench: BenchOptions,
-        levels: Annotated[Optional[List[int]], typer.Option(
+        levels: Annotated[list[int] | None, typer.Option(
             help='Numbers of levels N  [default: 2 4 8 16 32 63]')] = None,
-        silence: Annotated[Optional[float], typer.Option(help="Price of activity, if not the model's own")] = None,
+        silence: Annotated[float | None, typer.Option(help="Price of activity, if not the model's own")] = None,
 ) -> None:
     """Convert the source of an SFormer with several numbers of levels, and compare each with it."""
     for count in levels or ():
@@ -134,7 +140,7 @@ def search(
         spikes: Annotated[str, typer.Option(help='What is to be few: activity, unary or binary')] = 'activity',
         max_error: Annotated[float, typer.Option(
             min=0, help='Relative error of the logits that the recommended point may have')] = 0.1,
-        storage: Annotated[Optional[Path], typer.Option(
+        storage: Annotated[Path | None, typer.Option(
             help='Journal of the trials; a search that was ended continues from it')] = None,
 ) -> None:
     """Search for neurons that fire little and stay close to the source (an extra: pip install '.[search]')."""

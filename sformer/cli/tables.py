@@ -2,8 +2,8 @@
 import csv
 import io
 import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Dict, Iterable, Sequence
 
 __all__ = ['append_csv', 'print_table', 'print_csv']
 
@@ -33,14 +33,14 @@ def print_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]])
     console.print(table)
 
 
-def print_csv(columns: Sequence[str], rows: Iterable[Dict[str, Any]]) -> None:
+def print_csv(columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:
     """Print rows as CSV, a value that a row does not have as an empty field."""
     writer = csv.DictWriter(sys.stdout, columns, restval='', extrasaction='ignore', lineterminator='\n')
     writer.writeheader()
     writer.writerows(rows)
 
 
-def append_csv(path: Path, columns: Sequence[str], rows: Iterable[Dict[str, Any]]) -> None:
+def append_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:
     """Write rows to a CSV file, below those that are there."""
     from ..files import write_file
     text = io.StringIO()

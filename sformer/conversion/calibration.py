@@ -16,6 +16,7 @@ import torch.nn as nn
 
 from ..data.batches import num_images
 from ..errors import SFormerError, UnsupportedLayerError, check
+from ..files import Json
 from ..layers import Product, named_neurons, named_products, shared_copy
 from ..layers.spiking import fit_neurons, multiplies_currents
 from ..layers.watch import ForwardWatch
@@ -38,7 +39,7 @@ ForwardFn = Callable[[nn.Module, Any], Any]
 
 def calibrate_(
         module: nn.Module,
-        batches: Iterable[Any],
+        batches: Iterable[object],
         fit: FitConfig = FitConfig(),
         forward_fn: ForwardFn | None = None,
 ) -> int:
@@ -72,7 +73,7 @@ def calibrate_(
     first = list(itertools.islice(batches, SENSITIVITY_BATCHES if silent else 1))
     if silent:
         _fit_silence(module, first, forward_fn)
-    held: list[Any] = []
+    held: list[object] = []
     batches = itertools.chain(first, batches)
     statistics, count = observe(module, _kept(batches, held) if fit.compensate else batches, forward_fn)
     unmet = [name for name, seen in statistics.items() if isinstance(seen, CurrentStatistics) and not seen.counted]
@@ -124,7 +125,7 @@ def _recipe_followed(module: nn.Module, fit: FitConfig) -> str | None:
     return recipe_name(configs.pop(), fit) if len(configs) == 1 else None
 
 
-def _kept(batches: Iterable[Any], held: list[Any]) -> Iterator[Any]:
+def _kept(batches: Iterable[object], held: list[object]) -> Iterator[object]:
     """Batches as they pass, the first of which are held."""
     count = 0
     for batch in batches:
@@ -134,7 +135,7 @@ def _kept(batches: Iterable[Any], held: list[Any]) -> Iterator[Any]:
         yield batch
 
 
-def _fit_silence(module: nn.Module, batches: list[Any], forward_fn: ForwardFn | None) -> None:
+def _fit_silence(module: nn.Module, batches: list[object], forward_fn: ForwardFn | None) -> None:
     """Say below which current each neuron is silent, by the gradients of the source on some batches."""
     def stand_in(name: str, neuron: Neuron) -> nn.Module:
         if not isinstance(neuron, ScaleAndFire):
@@ -152,9 +153,9 @@ def _fit_silence(module: nn.Module, batches: list[Any], forward_fn: ForwardFn | 
 @torch.inference_mode()
 def observe(
         module: nn.Module,
-        batches: Iterable[Any],
+        batches: Iterable[object],
         forward_fn: ForwardFn | None = None,
-) -> tuple[dict[str, Any], int]:
+) -> tuple[Json, int]:
     """Statistics of the source's currents at every neuron, and the number of images; arguments as of `calibrate_`."""
     view, observers = _view(module, lambda name, neuron: _Observer(name, neuron.statistics()))
     count = 0
@@ -170,7 +171,7 @@ def observe(
 
 
 @torch.inference_mode()
-def correct(module: nn.Module, batch: Any, forward_fn: ForwardFn | None = None) -> None:
+def correct(module: nn.Module, batch: object, forward_fn: ForwardFn | None = None) -> None:
     """Let fitted neurons carry what rounding and clipping take from the source's currents on one batch of images."""
     view, comparisons = _view(module, lambda name, neuron: _Comparison(neuron))
     _forward(module, view, batch, forward_fn)
@@ -180,7 +181,7 @@ def correct(module: nn.Module, batch: Any, forward_fn: ForwardFn | None = None) 
 
 
 @torch.no_grad()
-def _compensate(module: nn.Module, batches: list[Any], forward_fn: ForwardFn | None) -> None:
+def _compensate(module: nn.Module, batches: list[object], forward_fn: ForwardFn | None) -> None:
     """Let weights make up for what neurons leave out of the source's currents, as far as other neurons know of it."""
     found = {product.operands[0]: product for _, product in compensable(module)}
     products = {name: found[neuron] for name, neuron in named_neurons(module) if neuron in found}
@@ -208,7 +209,7 @@ def _compensate(module: nn.Module, batches: list[Any], forward_fn: ForwardFn | N
                 parameter.copy_(value)
 
 
-def _view(module: nn.Module, stand_in: Callable[[str, Neuron], nn.Module]) -> tuple[nn.Module, dict[str, Any]]:
+def _view(module: nn.Module, stand_in: Callable[[str, Neuron], nn.Module]) -> tuple[nn.Module, Json]:
     """The source of a spiking module as a view with `stand_in(name, neuron)` in the place of each neuron, and what
     stands there by name."""
     view = shared_copy(module).eval()
@@ -218,7 +219,7 @@ def _view(module: nn.Module, stand_in: Callable[[str, Neuron], nn.Module]) -> tu
     return view, stand_ins
 
 
-def _forward(module: nn.Module, view: nn.Module, batch: Any, forward_fn: ForwardFn | None) -> Any:
+def _forward(module: nn.Module, view: nn.Module, batch: object, forward_fn: ForwardFn | None) -> Any:
     # a layer without parameters, such as a pool, has only what its neurons have
     tensors = itertools.chain(module.parameters(), module.buffers())
     parameter = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
@@ -269,7 +270,7 @@ class _Comparison(nn.Module):
         return x
 
 
-def _rebatched(batches: Iterable[Any]) -> Iterator[Any]:
+def _rebatched(batches: Iterable[object]) -> Iterator[object]:
     """Tensors in batches of `OBSERVED_IMAGES` images of one size, whatever they come in."""
     held: torch.Tensor | None = None
     for batch in batches:

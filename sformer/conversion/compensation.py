@@ -68,7 +68,9 @@ class Correlation(nn.Module):
     def decoder(self, shifted: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """The best estimate `A s + shift` of x, as A - 1, float64 (C, C), and shift (C,), of zeros unless
         `shifted`: not every layer has a bias to take it."""
-        spikes, lost, count = self.spikes.double().cpu(), self.lost.double().cpu(), max(1, self.count)
+        spikes = self.spikes.double().cpu()
+        lost = self.lost.double().cpu()
+        count = max(1, self.count)
         mean, mean_lost = self.sums / count
         center = torch.zeros_like(mean) if self.neuron.center is None else self.neuron.center.flatten().double().cpu()
         # second moments about means, or about zero; sums are about the centre

@@ -13,6 +13,7 @@ from timm.data import infer_imagenet_subset, resolve_input_data_config
 from ..data import GENERATED, ImageRequest, open_request, requested
 from ..data.batches import progress
 from ..errors import SFormerError, enough_memory
+from ..files import Json
 from ..layers import check_weights_are_parameters, named_neurons, ordinary_, ordinary_tensors, revert_
 from ..models import spiking_model_, state_input_size_
 from ..models.zoo import CUSTOM, ENTRYPOINTS, architecture_of
@@ -36,8 +37,8 @@ Images = str | Path | Iterable[torch.Tensor]
 def convert(
         source: str | nn.Module | Source,
         calibration: Images = 'dead-leaves',
-        config: SFNConfig | dict[str, Any] | None = None,
-        fit: FitConfig | dict[str, Any] | None = None,
+        config: SFNConfig | Json | None = None,
+        fit: FitConfig | Json | None = None,
         *,
         recipe: str | None = None,
         split: str | None = None,
@@ -174,7 +175,7 @@ def calibration_batches(
         wanted: ImageRequest | Iterable[torch.Tensor],
         batch_size: int,
         description: str = 'Calibrating',
-) -> tuple[Iterable[torch.Tensor], dict[str, Any], list[str] | None]:
+) -> tuple[Iterable[torch.Tensor], Json, list[str] | None]:
     """Batches to observe, what a record says of them, and names of their classes.
 
     Args:

@@ -7,10 +7,12 @@ import contextlib
 import copy
 import dataclasses
 import math
-from typing import Any, Callable, Iterable, Iterator, List, Optional, Tuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.nn as nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import SFormerError, UncalibratedError, check, check_flag, check_number
 from ..layers import is_calibrated, named_neurons, uncalibrated
@@ -57,7 +59,7 @@ def distill_(
         steps: int,
         config: DistillConfig = DistillConfig(),
         report: Callable[[int, float, float], None] = lambda step, error, spikes: None,
-        teacher: Optional[nn.Module] = None,
+        teacher: nn.Module | None = None,
 ) -> nn.Module:
     """Train the weights of a calibrated SFormer such that its output stays that of its source, in place, no labels.
 
@@ -113,7 +115,7 @@ def distill_(
     return model
 
 
-def _errors(student: Any, taught: Any, batch: torch.Tensor, amp: bool) -> Tuple[torch.Tensor, torch.Tensor]:
+def _errors(student: Any, taught: Any, batch: torch.Tensor, amp: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Squared relative error of the output, and that of patch tokens, the mean over blocks."""
     with torch.no_grad():
         expected = outputs(taught, batch)
@@ -122,19 +124,23 @@ def _errors(student: Any, taught: Any, batch: torch.Tensor, amp: bool) -> Tuple[
     return error, torch.stack(features).mean()
 
 
-def _scheduled(parameters: List[nn.Parameter], learning_rate: float, steps: int) -> Tuple[Any, Any]:
+def _scheduled(
+        parameters: list[nn.Parameter],
+        learning_rate: float,
+        steps: int,
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(
         (i + 1) / max(1, steps // 10), (1 + math.cos(math.pi * i / steps)) / 2))
 
 
-def learn_from_spikes(neuron: Neuron, args: Any, out: torch.Tensor) -> torch.Tensor:
+def learn_from_spikes(neuron: Neuron, args: object, out: torch.Tensor) -> torch.Tensor:
     """Forward hook: the same currents, without a gradient where the neuron is silent."""
     center = getattr(neuron, 'center', None)
     return torch.where(out == (0. if center is None else center.to(out.dtype)), out.detach(), out)
 
 
-def outputs(network: Any, batch: torch.Tensor) -> List[torch.Tensor]:
+def outputs(network: Any, batch: torch.Tensor) -> list[torch.Tensor]:
     """Output of a timm model, all tokens if it has no classifier; and patch tokens (B, L, C) that each block gives."""
     tokens, blocks = network.forward_intermediates(batch, output_fmt='NLC')
     out = network.forward_head(tokens)
@@ -171,20 +177,20 @@ class unary_spikes:  # noqa: N801  used as a function
 
     def __init__(self, model: nn.Module):
         self.model = model
-        self.sums: List[torch.Tensor] = []
+        self.sums: list[torch.Tensor] = []
         self.neurons = 0
-        self.handles: List[Any] = []
+        self.handles: list[RemovableHandle] = []
 
     def __enter__(self) -> 'unary_spikes':
         self.handles = [neuron.register_forward_hook(self._add) for _, neuron in named_neurons(self.model)
                         if neuron.counted]
         return self
 
-    def __exit__(self, *exc: Any) -> None:
+    def __exit__(self, *exc: object) -> None:
         for handle in self.handles:
             handle.remove()
 
-    def _add(self, neuron: Neuron, args: Any, out: torch.Tensor) -> None:
+    def _add(self, neuron: Neuron, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
         if not isinstance(neuron, ScaleAndFire):
             self._add_own(neuron, args[0], out)
             return

@@ -3,9 +3,11 @@ import contextlib
 import dataclasses
 import sys
 from importlib import metadata
-from typing import Any, Dict, Optional, Tuple, Union, get_args, get_origin
+from types import UnionType
+from typing import get_args, get_origin
 
 from ..errors import SFormerError
+from ..files import Json
 from ..neurons import FitConfig
 
 __all__ = [
@@ -36,10 +38,10 @@ class CalibrationRecord:
         num_images: How many there were.
         local_copy: Whether a copy of the data set of this name was read.
     """
-    name: Optional[str] = None
-    split: Optional[str] = None
-    seed: Optional[int] = None
-    fingerprint: Optional[str] = None
+    name: str | None = None
+    split: str | None = None
+    seed: int | None = None
+    fingerprint: str | None = None
     num_images: int = 0
     local_copy: bool = False
 
@@ -69,29 +71,29 @@ class Conversion:
         normalisation: Where mean and std of the source's config are from, in words; None if they came with its weights.
     """
     source: str
-    source_tag: Optional[str] = None
-    source_sha256: Optional[str] = None
-    source_weights: Optional[str] = None
-    global_pool: Optional[str] = None
-    recipe: Optional[str] = None
+    source_tag: str | None = None
+    source_sha256: str | None = None
+    source_weights: str | None = None
+    global_pool: str | None = None
+    recipe: str | None = None
     fit: FitConfig = FitConfig()
     calibration: CalibrationRecord = CalibrationRecord()
-    versions: Dict[str, str] = dataclasses.field(default_factory=dict)
-    command: Optional[str] = None
-    changed: Tuple[str, ...] = ()
-    distillation: Optional[str] = None
-    weights_sha256: Optional[str] = None
-    zoo_entry: Optional[str] = None
-    state_sha256: Optional[str] = None
-    layout_sha256: Optional[str] = None
-    normalisation: Optional[str] = None
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    command: str | None = None
+    changed: tuple[str, ...] = ()
+    distillation: str | None = None
+    weights_sha256: str | None = None
+    zoo_entry: str | None = None
+    state_sha256: str | None = None
+    layout_sha256: str | None = None
+    normalisation: str | None = None
 
-    def to_dict(self) -> Dict[str, Any]:
+    def to_dict(self) -> Json:
         """The record as JSON data, with its version."""
         return dict(dataclasses.asdict(self), version=RECORD_VERSION, changed=[*self.changed])
 
     @classmethod
-    def from_dict(cls, data: Dict[str, Any]) -> 'Conversion':
+    def from_dict(cls, data: Json) -> 'Conversion':
         """The inverse of `to_dict`.
 
         Raises:
@@ -121,7 +123,7 @@ class Conversion:
         return record
 
 
-def _reasons_of_version_2(values: Dict[str, Any]) -> Tuple[str, ...]:
+def _reasons_of_version_2(values: Json) -> tuple[str, ...]:
     """Why weights have moved, by a record that only says whether."""
     if not values.get('changed'):
         return ()
@@ -131,9 +133,9 @@ def _reasons_of_version_2(values: Dict[str, Any]) -> Tuple[str, ...]:
     return said or (FINE_TUNED,)
 
 
-def _is_of(value: Any, kind: Any) -> bool:
+def _is_of(value: object, kind: object) -> bool:
     """Whether a value is of the type that a field is annotated with; a bool is no number."""
-    if get_origin(kind) is Union:
+    if isinstance(kind, UnionType):
         return any(_is_of(value, other) for other in get_args(kind))
     if get_origin(kind) is tuple:
         return type(value) is tuple and all(reason in REASONS for reason in value)
@@ -142,7 +144,7 @@ def _is_of(value: Any, kind: Any) -> bool:
     return type(value) is kind
 
 
-def library_versions() -> Dict[str, str]:
+def library_versions() -> dict[str, str]:
     """Versions of what a result depends on."""
     names = ('sformer', 'torch', 'timm', 'datasets', 'safetensors', 'huggingface_hub')
     versions = {'python': '.'.join(map(str, sys.version_info[:3]))}

@@ -7,18 +7,22 @@ import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
 
 from ..data import ImageRequest
 from ..errors import SFormerError, needed_packages
-from ..files import state_hash
+from ..files import Json, state_hash
 from ..layers.watch import watch_levels
 from ..neurons import CODINGS, FitConfig, SFNConfig, count_spikes
 from .changes import network_inside
 from .convert import all_tokens, calibration_batches, convert
+
+if TYPE_CHECKING:
+    import optuna
 
 __all__ = [
     'Bench', 'Point', 'SWEPT_LEVELS', 'SILENCES', 'is_search_journal', 'need_optuna', 'pareto_front', 'recommended',
@@ -74,7 +78,10 @@ class Bench:
             images: torch.Tensor,
             fit: FitConfig = FitConfig(),
     ):
-        self.source, self.calibration, self.images, self.fit = network_inside(source).eval(), calibration, images, fit
+        self.source = network_inside(source).eval()
+        self.calibration = calibration
+        self.images = images
+        self.fit = fit
         self.seconds, self.forward_passes = 0., 0
         self.expected = self._outputs(self.source)
 
@@ -85,7 +92,7 @@ class Bench:
             wanted: ImageRequest,
             num_calibration: int,
             batch_size: int,
-    ) -> tuple['Bench', dict[str, Any]]:
+    ) -> tuple['Bench', Json]:
         """A bench for the source of an SFormer, and what a record says of its images.
 
         Args:
@@ -189,7 +196,7 @@ def search(
     Raises:
         SFormerError: If the journal is of another search, or Optuna is missing.
     """
-    propose: dict[str, Callable[[Any], dict[str, Any]]] = {
+    propose: dict[str, Callable[['optuna.Trial'], Json]] = {
         'search': lambda trial: dict(
             silence=trial.suggest_float('silence', *SILENCE_RANGE, log=True),
             levels=trial.suggest_int('levels', 2, max(SWEPT_LEVELS), log=True),
@@ -206,7 +213,7 @@ def search(
             study.enqueue_trial(dict(silence=silence, levels=base.levels, scale=base.scale),
                                 dict(origin='closed form'), skip_if_exists=True)
 
-        def objective(trial: Any, name: str = name, objectives: tuple[str, ...] = objectives) -> list[float]:
+        def objective(trial: 'optuna.Trial', name: str = name, objectives: tuple[str, ...] = objectives) -> list[float]:
             config = dataclasses.replace(base, **propose[name](trial))
             point = bench.measure(config, trial.user_attrs.get('origin', name))
             trial.set_user_attr('point', dataclasses.asdict(point))
@@ -218,7 +225,7 @@ def search(
     return points
 
 
-def need_optuna() -> Any:
+def need_optuna() -> ModuleType:
     """Optuna.
 
     Raises:
@@ -244,8 +251,8 @@ def _study(
         count: int,
         seed: int,
         storage: Path | None,
-        identity: dict[str, Any],
-) -> tuple[Any, list[Point]]:
+        identity: Json,
+) -> tuple['optuna.Study', list[Point]]:
     """A study, which continues one of this identity, and the points that it has."""
     optuna = need_optuna()
     from optuna.storages.journal import JournalFileBackend

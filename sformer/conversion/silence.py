@@ -8,7 +8,8 @@ Softmax numerators are another matter: whatever is silent in a row is missed wit
 (on a ViT-S they are 18 times what independent ones would be). There a row as a whole is what is counted.
 """
 import math
-from typing import Any, Callable, List
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -94,8 +95,8 @@ class RowSensitivity(Sensitivity):
 
 
 def set_quiet_(
-        sites: List[Sensitivity],
-        batches: List[Any],
+        sites: list[Sensitivity],
+        batches: list[object],
         outputs: Callable[[Any], torch.Tensor],
 ) -> None:
     """Set the magnitude below which each neuron is silent, by the price of activity in its config.

@@ -7,8 +7,9 @@ import difflib
 import json
 import logging
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any
 
 import timm
 import torch
@@ -18,7 +19,7 @@ from timm.models import clean_state_dict
 
 from ..data.preprocessing import check_preprocessing
 from ..errors import SFormerError, first_line
-from ..files import check_content, is_safetensors, read_safetensors
+from ..files import Json, check_content, is_safetensors, read_safetensors
 from ..layers import named_neurons
 from ..models import set_pixel_range_
 
@@ -46,16 +47,16 @@ class Source:
         normalisation: Where the mean and the std of its config are from, in words; None if they came with its weights.
     """
     network: nn.Module
-    weights: Optional[str] = None
-    normalisation: Optional[str] = None
+    weights: str | None = None
+    normalisation: str | None = None
 
 
 def create_source(
         name: str,
-        checkpoint: Union[str, Path, None] = None,
+        checkpoint: str | Path | None = None,
         allow_pickle: bool = False,
-        filter_fn: Optional[Callable[[Dict[str, Any], nn.Module], Dict[str, Any]]] = None,
-        preprocessing: Optional[Dict[str, Any]] = None,
+        filter_fn: Callable[[dict[str, torch.Tensor], nn.Module], dict[str, torch.Tensor]] | None = None,
+        preprocessing: Json | None = None,
         **kwargs: Any,
 ) -> Source:
     """Create a timm model with trained weights.
@@ -119,7 +120,7 @@ def create_source(
     return Source(model.eval(), (cfg.get('hf_hub_id') or cfg.get('url') or None) if described else None, normalisation)
 
 
-def _check_trained(model: Any, name: str, kwargs: Dict[str, Any]) -> None:
+def _check_trained(model: Any, name: str, kwargs: Json) -> None:
     """Raise SFormerError if timm has left parameters of a pretrained model random, as it does without a word where the
     number of classes is another one."""
     classes = model.pretrained_cfg.get('num_classes')
@@ -142,9 +143,9 @@ def _check_trained(model: Any, name: str, kwargs: Dict[str, Any]) -> None:
 
 def checkpoint_config(
         path: Path,
-        architecture: Optional[str],
+        architecture: str | None,
         allow_pickle: bool = False,
-) -> Dict[str, Tuple[Any, str]]:
+) -> dict[str, tuple[Any, str]]:
     """What a checkpoint says of the preprocessing that its network was trained with, values as of `set_data_config_`,
     and of the names of its classes (`label_names`), each with where it stands.
 
@@ -157,7 +158,7 @@ def checkpoint_config(
         config = json.loads((path.parent / 'config.json').read_text(encoding='utf-8'))
         if isinstance(config, dict) and config.get('architecture') == architecture:
             places.append(('config.json beside it', config))
-    said: Dict[str, Tuple[Any, str]] = {}
+    said: dict[str, tuple[Any, str]] = {}
     for where, values in places:
         nested = values.get('pretrained_cfg')
         for content in (values, nested if isinstance(nested, dict) else {}):
@@ -170,7 +171,7 @@ def checkpoint_config(
     return {key: found for key, found in said.items() if found[0] is not None}
 
 
-def _in_their_order(names: Any) -> Optional[List[str]]:
+def _in_their_order(names: Any) -> list[str] | None:
     """Names of classes in their order, of a list, of names by number or of numbers by name; None if they are none."""
     if isinstance(names, dict):
         if all(isinstance(number, int) for number in names.values()):
@@ -179,7 +180,7 @@ def _in_their_order(names: Any) -> Optional[List[str]]:
     return [*names] if all(isinstance(name, str) and name.strip() for name in names) else None
 
 
-def _said_beside_weights(path: Path, allow_pickle: bool) -> Dict[str, Any]:
+def _said_beside_weights(path: Path, allow_pickle: bool) -> Json:
     """What a checkpoint holds beside its weights."""
     if is_safetensors(path):
         with safe_open(path, framework='pt') as f:
@@ -195,7 +196,7 @@ def _said_beside_weights(path: Path, allow_pickle: bool) -> Dict[str, Any]:
             **{key: content[key] for key in (*PREPROCESSING, *NAMES, 'pretrained_cfg') if key in content}}
 
 
-def _value(text: str) -> Any:
+def _value(text: str) -> object:
     """What a text of metadata says: as JSON has it, or Python; else the text itself."""
     for read in (json.loads, ast.literal_eval):
         with contextlib.suppress(ValueError, SyntaxError):
@@ -205,10 +206,10 @@ def _value(text: str) -> Any:
 
 def _normalisation(
         model: Any,
-        own: Union[str, Path, None],
-        given: Dict[str, Any],
-        said: Dict[str, Tuple[Any, str]],
-) -> Optional[str]:
+        own: str | Path | None,
+        given: Json,
+        said: dict[str, tuple[Any, str]],
+) -> str | None:
     """Where the mean and the std of a network are from, in words, None where its config came with its weights; warns
     where they are those that timm has for other weights."""
     cfg = model.pretrained_cfg
@@ -258,7 +259,7 @@ def set_label_names_(model: nn.Module, names: Sequence[str]) -> None:
         cfg.pop('label_descriptions', None)
 
 
-def label_names_of(model: nn.Module) -> Optional[List[str]]:
+def label_names_of(model: nn.Module) -> list[str] | None:
     """Names of a model's classes that its config states; None if it has none."""
     names = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names')
     names = _in_their_order(names) if isinstance(names, (list, tuple, dict)) else None
@@ -267,9 +268,9 @@ def label_names_of(model: nn.Module) -> Optional[List[str]]:
 
 def load_source_weights_(
         model: nn.Module,
-        path: Union[str, Path],
+        path: str | Path,
         allow_pickle: bool = False,
-        filter_fn: Optional[Callable[[Dict[str, Any], nn.Module], Dict[str, Any]]] = None,
+        filter_fn: Callable[[dict[str, torch.Tensor], nn.Module], dict[str, torch.Tensor]] | None = None,
 ) -> None:
     """Load a checkpoint of exactly this architecture, in place.
 

@@ -1,18 +1,21 @@
 """Batches as a loop sees them: how many images they have, and how far it is."""
-from typing import Any, Iterable, Iterator, Optional
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 import torch
 from tqdm import tqdm
 
 __all__ = ['num_images', 'progress']
 
+T = TypeVar('T')
 
-def num_images(batch: Any) -> int:
+
+def num_images(batch: object) -> int:
     """Images of a batch: a tensor (B, ...), or a list of images as detectors read them; anything else is one."""
     return len(batch) if isinstance(batch, (torch.Tensor, list)) else 1
 
 
-def progress(items: Iterable, description: str, total: Optional[int] = None) -> Iterator:
+def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
     """Iterate with a progress bar on stderr; without one where stderr is no terminal.
 
     Args:

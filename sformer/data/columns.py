@@ -1,6 +1,6 @@
 """Which columns of a table hold the images, their labels and their names."""
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Callable, List, Mapping, Optional, Sequence
 
 from ..errors import SFormerError
 
@@ -22,20 +22,20 @@ class Columns:
         class_names: Class names by label, None where unknown.
     """
     image: str
-    label: Optional[str] = None
-    key: Optional[str] = None
-    class_names: Optional[List[str]] = None
+    label: str | None = None
+    key: str | None = None
+    class_names: list[str] | None = None
 
     @property
-    def names(self) -> List[str]:
+    def names(self) -> list[str]:
         return [c for c in (self.image, self.label, self.key) if c]
 
 
 def find_columns(
         title: str,
-        features: Mapping[str, Any],
-        image_column: Optional[str] = None,
-        label_column: Optional[str] = None,
+        features: Mapping[str, object],
+        image_column: str | None = None,
+        label_column: str | None = None,
         needs_labels: bool = False,
 ) -> Columns:
     """Find the columns of a table.
@@ -84,14 +84,14 @@ def find_columns(
 
 
 def _candidates(
-        features: Mapping[str, Any],
+        features: Mapping[str, object],
         names: Sequence[str],
         kind: type,
-        fits: Callable[[Any], bool],
-) -> List[str]:
+        fits: Callable[[object], bool],
+) -> list[str]:
     """The columns to choose from: by a usual name if it fits, else of a type, else by a usual name, whatever it holds.
     """
-    def named(columns: Sequence[str]) -> List[str]:
+    def named(columns: Sequence[str]) -> list[str]:
         found = ([c for c in columns if c.lower() == name] for name in names)
         return next(filter(None, found), [])
 
@@ -99,13 +99,13 @@ def _candidates(
     return named([c for c, feature in features.items() if fits(feature)]) or typed or named(list(features))
 
 
-def _only(candidates: List[str], problem: str) -> str:
+def _only(candidates: list[str], problem: str) -> str:
     if len(candidates) > 1:
         raise SFormerError(f'{problem}: name one of {", ".join(candidates)}')
     return candidates[0]
 
 
-def _may_be_image(feature: Any) -> bool:
+def _may_be_image(feature: object) -> bool:
     """Whether a column can hold encoded images or pixels: no numbers, and no text, which seldom is the path of a file
     that is there."""
     import datasets
@@ -114,7 +114,7 @@ def _may_be_image(feature: Any) -> bool:
     return not isinstance(feature, datasets.ClassLabel)
 
 
-def _is_class_index(feature: Any) -> bool:
+def _is_class_index(feature: object) -> bool:
     import datasets
     if isinstance(feature, datasets.ClassLabel):
         return True

@@ -2,16 +2,18 @@
 import contextlib
 import itertools
 import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Union
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from ..errors import SFormerError, UnreadableImageError
-from .origins import TableStream
+from ..files import Json
+from .origins import Origin, TableStream
 from .preprocessing import Preprocessor, Read, one_line
 
 __all__ = ['Batch', 'ImageData', 'ChosenImages', 'Plan', 'Stream', 'lost_workers', 'readers_of_shard']
@@ -34,13 +36,13 @@ class Batch:
         decode_seconds: Time of the process that read and decoded the images.
         preprocess_seconds: Time of that process for resizing, cropping and normalising.
     """
-    chunk: Tuple[int, int]
+    chunk: tuple[int, int]
     start: int
     num: int
-    images: List[torch.Tensor]
+    images: list[torch.Tensor]
     labels: torch.Tensor
     skipped: int = 0
-    bad: List[str] = field(default_factory=list)
+    bad: list[str] = field(default_factory=list)
     ends_chunk: bool = False
     ends_shard: bool = False
     decode_seconds: float = 0.
@@ -70,8 +72,8 @@ class Plan:
     rank: int = 0
     world_size: int = 1
     workers: int = 0
-    done: Set[Tuple[int, int]] = field(default_factory=set)
-    finished: Set[int] = field(default_factory=set)
+    done: set[tuple[int, int]] = field(default_factory=set)
+    finished: set[int] = field(default_factory=set)
 
 
 @dataclass
@@ -94,16 +96,16 @@ class ImageData:
             hidden ones, images beside class folders; sorted.
     """
     name: str
-    split: Optional[str]
-    num_images: Optional[int]
-    fingerprint: Optional[str]
-    class_names: Optional[List[str]]
-    dataset: Union['ChosenImages', 'Stream'] = field(repr=False, compare=False)
-    revision: Optional[str] = None
+    split: str | None
+    num_images: int | None
+    fingerprint: str | None
+    class_names: list[str] | None
+    dataset: 'ChosenImages | Stream' = field(repr=False, compare=False)
+    revision: str | None = None
     num_shards: int = 1
-    image_column: Optional[str] = None
-    label_column: Optional[str] = None
-    passed_over: List[str] = field(default_factory=list, repr=False)
+    image_column: str | None = None
+    label_column: str | None = None
+    passed_over: list[str] = field(default_factory=list, repr=False)
 
     def __len__(self) -> int:
         if self.num_images is None:
@@ -114,7 +116,7 @@ class ImageData:
     def streamed(self) -> bool:
         return isinstance(self.dataset, Stream)
 
-    def label_with(self, labels: Callable[[int, Optional[str]], Sequence[int]]) -> None:
+    def label_with(self, labels: Callable[[int, str | None], Sequence[int]]) -> None:
         """Have batches deliver other labels than those of the data.
 
         Args:
@@ -127,7 +129,7 @@ class ImageData:
             self,
             batch_size: int,
             workers: int = 0,
-    ) -> Iterator[Tuple[torch.Tensor, Optional[torch.Tensor]]]:
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         """Deliver all images once, in order. At most a few batches per worker are in memory.
 
         Args:
@@ -178,10 +180,16 @@ class ImageData:
                 yield batch
 
 
-Piece = Dict[str, Any]  # a batch to be: chunk, start, stop, ends_chunk, ends_shard
+class Piece(NamedTuple):
+    """A batch to be: images `start` to `stop` of a chunk."""
+    chunk: tuple[int, int]
+    start: int
+    stop: int
+    ends_chunk: bool
+    ends_shard: bool
 
 
-def _pieces(num_images: int, plan: Plan) -> List[Piece]:
+def _pieces(num_images: int, plan: Plan) -> list[Piece]:
     """The batches of a rank that are not done."""
     num_chunks = -(-num_images // plan.chunk_size)
     todo = [c for c in range(num_chunks) if (0, c) not in plan.done]
@@ -190,7 +198,7 @@ def _pieces(num_images: int, plan: Plan) -> List[Piece]:
         end = min(num_images, (c + 1) * plan.chunk_size)
         for start in range(c * plan.chunk_size, end, plan.batch_size):
             stop = min(end, start + plan.batch_size)
-            pieces.append(dict(
+            pieces.append(Piece(
                 chunk=(0, c), start=start, stop=stop, ends_chunk=stop == end, ends_shard=stop == num_images))
     return pieces
 
@@ -198,17 +206,18 @@ def _pieces(num_images: int, plan: Plan) -> List[Piece]:
 class ChosenImages(Dataset):
     """The chosen images of an origin by whole batches, so that one worker makes one batch."""
 
-    def __init__(self, origin, indices: np.ndarray, preprocessor: Preprocessor):
-        self.origin, self.indices, self.preprocessor = origin, indices, preprocessor
+    def __init__(self, origin: Origin, indices: np.ndarray, preprocessor: Preprocessor):
+        self.origin = origin
+        self.indices = indices
+        self.preprocessor = preprocessor
 
     def planned(self, plan: Plan) -> 'ChosenImages':
         return self  # the sampler knows the plan
 
-    def __getitem__(self, piece: Piece) -> Union[Batch, SFormerError]:
-        ends = dict(piece)
-        chosen = self.indices[ends['start']:ends.pop('stop')].tolist()
+    def __getitem__(self, piece: Piece) -> Batch | SFormerError:
+        chosen = self.indices[piece.start:piece.stop].tolist()
         reads = [(partial(self.origin.read, i), self.origin.describe(i)) for i in chosen]
-        return _make_batch(self.preprocessor, reads, **ends)
+        return _make_batch(self.preprocessor, reads, piece.chunk, piece.start, piece.ends_chunk, piece.ends_shard)
 
 
 class Stream(IterableDataset):
@@ -220,13 +229,15 @@ class Stream(IterableDataset):
     the number of processes.
     """
 
-    def __init__(self, origin: TableStream, preprocessor: Preprocessor, plan: Optional[Plan] = None):
-        self.origin, self.preprocessor, self.plan = origin, preprocessor, plan
+    def __init__(self, origin: TableStream, preprocessor: Preprocessor, plan: Plan | None = None):
+        self.origin = origin
+        self.preprocessor = preprocessor
+        self.plan = plan
 
     def planned(self, plan: Plan) -> 'Stream':
         return Stream(self.origin, self.preprocessor, plan)
 
-    def __iter__(self) -> Iterator[Union[Batch, SFormerError]]:
+    def __iter__(self) -> Iterator[Batch | SFormerError]:
         plan, num_shards = self.plan, self.origin.num_shards
         assert plan is not None  # `planned` gave it
         info = get_worker_info()
@@ -243,20 +254,20 @@ class Stream(IterableDataset):
                 yield SFormerError(f'cannot read {what} of {self.preprocessor.title}: {one_line(e)}')
                 return
 
-    def _batches(self, shard: int, place: int, team_size: int) -> Iterator[Union[Batch, SFormerError]]:
+    def _batches(self, shard: int, place: int, team_size: int) -> Iterator[Batch | SFormerError]:
         """Batches of a reader's chunks of a shard; reads one row ahead to know which one is the last."""
         plan = self.plan
         assert plan is not None
 
-        def place_of(item: Tuple[int, Dict[str, Any]]) -> Tuple[int, int]:
+        def place_of(item: tuple[int, Json]) -> tuple[int, int]:
             chunk, position = divmod(item[0], plan.chunk_size)
             return chunk, position // plan.batch_size
 
-        def make(chunk: int, rows: List[Tuple[int, Dict[str, Any]]], last: bool) -> Union[Batch, SFormerError]:
+        def make(chunk: int, rows: list[tuple[int, Json]], last: bool) -> Batch | SFormerError:
             reads = [(partial(self.origin.read, row), f'image {i} of shard {shard}') for i, row in rows]
             ends_chunk = last or (rows[-1][0] + 1) % plan.chunk_size == 0
             return _make_batch(
-                self.preprocessor, reads, (shard, chunk), rows[0][0], ends_chunk=ends_chunk, ends_shard=last)
+                self.preprocessor, reads, (shard, chunk), rows[0][0], ends_chunk, ends_shard=last)
 
         waiting = None
         for (chunk, _), rows in itertools.groupby(enumerate(self.origin.shard(shard)), key=place_of):
@@ -268,7 +279,7 @@ class Stream(IterableDataset):
             yield make(*waiting, last=True)
 
 
-def readers_of_shard(shard: int, num_shards: int, num_readers: int) -> List[int]:
+def readers_of_shard(shard: int, num_shards: int, num_readers: int) -> list[int]:
     """Who reads a shard: one reader, or those who share one of the shards that are left over. The i-th of them takes
     chunks i, i + n, i + 2n, ... of it."""
     shared = num_shards % num_readers
@@ -279,15 +290,16 @@ def readers_of_shard(shard: int, num_shards: int, num_readers: int) -> List[int]
 
 def _make_batch(
         preprocessor: Preprocessor,
-        reads: Sequence[Tuple[Read, str]],
-        chunk: Tuple[int, int],
+        reads: Sequence[tuple[Read, str]],
+        chunk: tuple[int, int],
         start: int,
-        **ends: bool,
-) -> Union[Batch, SFormerError]:
+        ends_chunk: bool,
+        ends_shard: bool,
+) -> Batch | SFormerError:
     """Read images; returns a `Batch`, or an error that is not about one image."""
     times = [0., 0.]
-    tensors: List[List[torch.Tensor]] = []
-    labels: List[List[int]] = []
+    tensors: list[list[torch.Tensor]] = []
+    labels: list[list[int]] = []
     bad, skipped = [], 0
     for read, what in reads:
         sample = preprocessor.prepare(read, what, times)
@@ -322,11 +334,12 @@ def _make_batch(
         bad=bad,
         decode_seconds=times[0],
         preprocess_seconds=times[1],
-        **ends,
+        ends_chunk=ends_chunk,
+        ends_shard=ends_shard,
     )
 
 
-def _watched(batches: Any, timeout: float) -> Iterator[Any]:
+def _watched(batches: Any, timeout: float) -> Iterator[Batch | SFormerError]:
     """Deliver what the iterator of a `DataLoader` does; kill its workers if nothing comes for `timeout` seconds (0: for
     ever).
 

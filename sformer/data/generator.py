@@ -7,7 +7,7 @@ Shapes with a power-law size distribution that occlude one another have the edge
 * Baradad, Wulff, Wang, Isola, Torralba, 'Learning to See by Looking at Noise', NeurIPS 2021, arXiv 2106.05963.
 """
 import math
-from typing import Dict, Iterator, Tuple
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -25,7 +25,7 @@ _OVERSAMPLING = 2  # shapes are drawn finer and averaged, as a camera averages o
 _MAX_LEAVES = 800
 
 
-def dead_leaves(num_images: int, size: Tuple[int, int, int], seed: int = 0) -> Iterator[np.ndarray]:
+def dead_leaves(num_images: int, size: tuple[int, int, int], seed: int = 0) -> Iterator[np.ndarray]:
     """Generate dead-leaves images: occluding discs, rectangles and triangles of radius density p(r) ~ r^-3.
 
     Image i depends on `seed` and i (and the size) alone, bit for bit on every machine. Lee, Mumford and Huang, IJCV
@@ -47,7 +47,7 @@ def dead_leaves(num_images: int, size: Tuple[int, int, int], seed: int = 0) -> I
     return (dead_leaves_image(index, size, seed) for index in range(num_images))
 
 
-def dead_leaves_image(index: int, size: Tuple[int, int, int], seed: int) -> np.ndarray:
+def dead_leaves_image(index: int, size: tuple[int, int, int], seed: int) -> np.ndarray:
     """Image `index` of `dead_leaves`, uint8 (H, W, C)."""
     channels, height, width = size
     rng = np.random.default_rng([seed, index])
@@ -67,7 +67,7 @@ def _draw_radii(rng: np.random.Generator, num: int, r_min: float, r_max: float) 
     return 1 / np.sqrt(1 / (r_max * r_max) + rng.random(num) * (1 / (r_min * r_min) - 1 / (r_max * r_max)))
 
 
-def _draw_leaves(rng: np.random.Generator, height: int, width: int) -> Dict[str, np.ndarray]:
+def _draw_leaves(rng: np.random.Generator, height: int, width: int) -> dict[str, np.ndarray]:
     """Draw the leaves of an image, front to back, the last one being the background. Lengths are in pixels.
 
     Returns:
@@ -104,7 +104,7 @@ def _draw_leaves(rng: np.random.Generator, height: int, width: int) -> Dict[str,
     return {key: np.append(value, background[key]) for key, value in leaves.items()}
 
 
-def _stack_leaves(leaves: Dict[str, np.ndarray], height: int, width: int) -> np.ndarray:
+def _stack_leaves(leaves: dict[str, np.ndarray], height: int, width: int) -> np.ndarray:
     """Find the foremost leaf of each point, (oversampling * height, oversampling * width); the last covers the rest."""
     height, width = _OVERSAMPLING * height, _OVERSAMPLING * width
     background = len(leaves['r']) - 1
@@ -134,7 +134,7 @@ def _stack_leaves(leaves: Dict[str, np.ndarray], height: int, width: int) -> np.
     return ids
 
 
-def _colour(rng: np.random.Generator, leaves: Dict[str, np.ndarray], ids: np.ndarray) -> np.ndarray:
+def _colour(rng: np.random.Generator, leaves: dict[str, np.ndarray], ids: np.ndarray) -> np.ndarray:
     """Colour and shade the leaves, and average to pixels: linear float32 values (H, W, 3), about 0 to 1."""
     f = np.float32
     height, width = ids.shape[0] // _OVERSAMPLING, ids.shape[1] // _OVERSAMPLING

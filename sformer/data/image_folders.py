@@ -1,7 +1,6 @@
 """What lies in a folder: images, their splits and their classes."""
 import os
 from pathlib import Path
-from typing import List, Optional, Set, Tuple
 
 from PIL import Image
 from timm.data.readers.img_extensions import get_img_extensions
@@ -18,7 +17,7 @@ _SYSTEM_FOLDERS = ('__MACOSX', '@eaDir', 'lost+found', '$RECYCLE.BIN', 'System V
 _NO_PICTURES = ('BUFR', 'GRIB', 'HDF5', 'MPEG')  # formats that Pillow names, but does not decode
 
 
-def find_images(folder: Path) -> Tuple[List[str], List[str]]:
+def find_images(folder: Path) -> tuple[list[str], list[str]]:
     """Walk a folder once, through symbolic links, too. Images are what has the extension of a format that Pillow reads,
     and what has no extension, but is one.
 
@@ -33,8 +32,8 @@ def find_images(folder: Path) -> Tuple[List[str], List[str]]:
         SFormerError: A folder cannot be read, or a link that may be one is broken.
     """
     extensions = _image_extensions()
-    images: List[str] = []
-    passed_over: List[str] = []
+    images: list[str] = []
+    passed_over: list[str] = []
     seen = {os.path.realpath(folder)}
     level = ['']
     while level:
@@ -61,7 +60,7 @@ def find_images(folder: Path) -> Tuple[List[str], List[str]]:
     return sorted(images, key=natural_key), sorted(passed_over)
 
 
-def split_folders(folder: Path, split: Optional[str]) -> List[str]:
+def split_folders(folder: Path, split: str | None) -> list[str]:
     """Names of the folders of splits in a folder, sorted; none if it has none.
 
     Args:
@@ -79,7 +78,7 @@ def split_folders(folder: Path, split: Optional[str]) -> List[str]:
     return splits
 
 
-def class_folders(folder: Path, splits: List[str], split: Optional[str]) -> List[str]:
+def class_folders(folder: Path, splits: list[str], split: str | None) -> list[str]:
     """Names of the classes of a split in natural order; none if its images have no class folders. They are those of all
     splits, so that a class missing from one of them does not shift the labels of the rest."""
     if not subfolders(folder / split if split else folder):
@@ -88,7 +87,7 @@ def class_folders(folder: Path, splits: List[str], split: Optional[str]) -> List
     return sorted({name for root in roots for name in subfolders(root)}, key=natural_key)
 
 
-def subfolders(folder: Path) -> List[str]:
+def subfolders(folder: Path) -> list[str]:
     """Names of the folders in a folder that are neither hidden nor the system's, sorted; none if it does not exist."""
     if not folder.is_dir():
         return []
@@ -102,7 +101,7 @@ def _holds_images(folder: Path) -> bool:
                for entry in _entries(folder))
 
 
-def _entries(folder: Path) -> List[os.DirEntry]:
+def _entries(folder: Path) -> list[os.DirEntry]:
     try:
         with os.scandir(folder) as entries:
             return sorted(entries, key=lambda entry: entry.name)
@@ -126,7 +125,7 @@ def _is_hidden(name: str) -> bool:
     return name.startswith('.') or name in _SYSTEM_FOLDERS
 
 
-def _is_image(entry: os.DirEntry, kind: str, extensions: Set[str]) -> bool:
+def _is_image(entry: os.DirEntry, kind: str, extensions: set[str]) -> bool:
     extension = os.path.splitext(entry.name)[1].lower()
     if extension or kind != 'file':
         return extension in extensions
@@ -137,7 +136,7 @@ def _is_image(entry: os.DirEntry, kind: str, extensions: Set[str]) -> bool:
         return False
 
 
-def _image_extensions() -> Set[str]:
+def _image_extensions() -> set[str]:
     known = {extension for extension, name in Image.registered_extensions().items()
              if name in Image.OPEN and name not in _NO_PICTURES}
     return known | get_img_extensions(as_set=True)  # the user may have added some to timm's

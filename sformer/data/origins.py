@@ -1,35 +1,62 @@
 """Where images come from.
 
-An origin of images by index has
-
-* `kind`: what it is, for fingerprints;
-* `class_names` by label, or None; `labelled`, whether its images have labels; `columns`, or None;
-* `num_images`, `read(index)`, which returns an image, its label or None and its key or None, and `describe(index)`,
-  which names the image in errors;
-* `identity(indices)`: what to hash.
-
-`TableStream` is read in order instead, shard by shard.
+They are read by index from an `Origin`; `TableStream` is read in order instead, shard by shard.
 """
 import itertools
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from PIL import Image
 
+from ..files import Json
 from .columns import Columns
 from .generator import dead_leaves_image
 from .pixels import open_picture
 from .shards import check_archive
 
-__all__ = ['GENERATED', 'DeadLeaves', 'Digits', 'Files', 'Table', 'TableStream']
+if TYPE_CHECKING:
+    import datasets
+
+__all__ = ['GENERATED', 'DeadLeaves', 'Digits', 'Files', 'Origin', 'Table', 'TableStream']
 
 GENERATED = 'dead-leaves'  # name of the images that are generated
 
-Row = Tuple[Image.Image, Optional[int], Optional[str]]  # image, label, key
+Row = tuple[Image.Image, int | None, str | None]  # image, label, key
 
 DIGITS = Path(__file__).parent / 'digits.npz'
+
+
+class Origin(Protocol):
+    """Images by index.
+
+    Attributes:
+        kind: What it is, for fingerprints.
+        class_names: By label, None where unknown.
+        labelled: Whether its images have labels.
+        columns: Columns of a table, None where there is none.
+        num_images: How many there are.
+    """
+    kind: str
+    labelled: bool
+    num_images: int
+
+    @property
+    def class_names(self) -> list[str] | None: ...
+
+    @property
+    def columns(self) -> Columns | None: ...
+
+    def read(self, index: int) -> Row:
+        """An image, its label or None, and its key or None."""
+
+    def describe(self, index: int) -> str:
+        """What an image is called in errors."""
+
+    def identity(self, indices: Sequence[int]) -> object:
+        """What to hash."""
 
 
 class DeadLeaves:
@@ -37,8 +64,10 @@ class DeadLeaves:
     class_names = columns = None
     labelled = False
 
-    def __init__(self, num_images: int, size: Tuple[int, int, int], seed: int):
-        self.num_images, self.size, self.seed = num_images, size, seed
+    def __init__(self, num_images: int, size: tuple[int, int, int], seed: int):
+        self.num_images = num_images
+        self.size = size
+        self.seed = seed
 
     def read(self, index: int) -> Row:
         image = dead_leaves_image(index, self.size, self.seed)
@@ -47,7 +76,7 @@ class DeadLeaves:
     def describe(self, index: int) -> str:
         return f'image {index}'
 
-    def identity(self, indices: Sequence[int]) -> Any:
+    def identity(self, indices: Sequence[int]) -> object:
         # The first pixels stand for the version of the generator.
         return self.size, self.seed, dead_leaves_image(0, (3, 16, 16), 0).tobytes()
 
@@ -76,7 +105,7 @@ class Digits:
     def describe(self, index: int) -> str:
         return f'image {index}'
 
-    def identity(self, indices: Sequence[int]) -> Any:
+    def identity(self, indices: Sequence[int]) -> object:
         return self.images.tobytes(), self.labels.tolist()
 
 
@@ -92,8 +121,11 @@ class Files:
     kind = 'files'
     columns = None
 
-    def __init__(self, folder: Path, paths: List[str], labels: Optional[List[int]], class_names: Optional[List[str]]):
-        self.folder, self.paths, self.labels, self.class_names = folder, paths, labels, class_names
+    def __init__(self, folder: Path, paths: list[str], labels: list[int] | None, class_names: list[str] | None):
+        self.folder = folder
+        self.paths = paths
+        self.labels = labels
+        self.class_names = class_names
         self.labelled = labels is not None
         self.num_images = len(paths)
 
@@ -104,7 +136,7 @@ class Files:
     def describe(self, index: int) -> str:
         return f"image {index} ('{self.paths[index]}')"
 
-    def identity(self, indices: Sequence[int]) -> Any:
+    def identity(self, indices: Sequence[int]) -> object:
         paths = [self.paths[i] for i in indices]
         return [(Path(path).as_posix(), _size(self.folder / path)) for path in paths], self.class_names
 
@@ -119,8 +151,10 @@ class Table:
     """
     kind = 'table'
 
-    def __init__(self, table, columns: Columns, origin: Any):
-        self.table, self.columns, self.origin = _select(table, columns), columns, origin
+    def __init__(self, table: 'datasets.Dataset', columns: Columns, origin: object):
+        self.table = _select(table, columns)
+        self.columns = columns
+        self.origin = origin
         self.class_names, self.labelled = columns.class_names, columns.label is not None
         self.num_images = len(table)
 
@@ -130,7 +164,7 @@ class Table:
     def describe(self, index: int) -> str:
         return f'image {index}'
 
-    def identity(self, indices: Optional[Sequence[int]]) -> Any:
+    def identity(self, indices: Sequence[int] | None) -> object:
         return self.origin, self.columns.image, self.columns.label
 
 
@@ -146,19 +180,28 @@ class TableStream:
     """
     kind = Table.kind  # of the same local files, the fingerprint is that of the same images in memory
 
-    def __init__(self, table, columns: Columns, origin: Any, num_images: Optional[int], files: Sequence[Path] = ()):
-        self.table, self.columns, self.origin = _select(table, columns), columns, origin
+    def __init__(
+            self,
+            table: 'datasets.IterableDataset',
+            columns: Columns,
+            origin: object,
+            num_images: int | None,
+            files: Sequence[Path] = (),
+    ):
+        self.table = _select(table, columns)
+        self.columns = columns
+        self.origin = origin
         self.class_names, self.labelled = columns.class_names, columns.label is not None
         self.num_images = num_images
         self.num_shards = table.num_shards
-        self.limit: Optional[int] = None
+        self.limit: int | None = None
         self.files = files
 
     def take(self, limit: int) -> None:
         """Deliver the first `limit` rows only. They are not those of the shards: it becomes one."""
         self.limit, self.num_shards = limit, 1
 
-    def shard(self, index: int) -> Iterator[Dict[str, Any]]:
+    def shard(self, index: int) -> Iterator[Json]:
         """The rows of a shard, not decoded.
 
         Raises:
@@ -174,17 +217,17 @@ class TableStream:
         if self.limit is None and file is not None and file.suffix == '.tar':
             check_archive(file)
 
-    def _file(self, index: int) -> Optional[Path]:
+    def _file(self, index: int) -> Path | None:
         return self.files[index] if len(self.files) == self.num_shards else None
 
-    def read(self, row: Dict[str, Any]) -> Row:
+    def read(self, row: Json) -> Row:
         return _read_row(row, self.columns)
 
     def describe_shard(self, index: int) -> str:
         file = self._file(index)
         return f'shard {index}' + (f' ({file})' if file else '')
 
-    def identity(self, indices: Optional[Sequence[int]]) -> Any:
+    def identity(self, indices: Sequence[int] | None) -> object:
         return self.origin, self.columns.image, self.columns.label
 
 
@@ -198,7 +241,7 @@ def _select(table, columns: Columns):
         feature, datasets.Image) else table
 
 
-def _read_row(row: Dict[str, Any], columns: Columns) -> Row:
+def _read_row(row: Json, columns: Columns) -> Row:
     value = row[columns.image]
     key = value.get('path') if isinstance(value, dict) else None
     if key is None and columns.key:
@@ -206,7 +249,7 @@ def _read_row(row: Dict[str, Any], columns: Columns) -> Row:
     return _decode(value), row[columns.label] if columns.label else None, key
 
 
-def _decode(value: Any) -> Image.Image:
+def _decode(value: object) -> Image.Image:
     """Open what an image column holds: encoded bytes, {'bytes', 'path'}, or rows of pixel values 0 to 255."""
     if isinstance(value, dict):
         value = value.get('bytes') or value.get('path')
@@ -224,7 +267,7 @@ def _decode(value: Any) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels.astype(np.uint8)))
 
 
-def _size(path: Path) -> Optional[int]:
+def _size(path: Path) -> int | None:
     """Size in bytes; None where the file cannot be reached, which is an error when it is read."""
     try:
         return os.path.getsize(path)

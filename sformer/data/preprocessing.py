@@ -1,6 +1,6 @@
 """From a PIL image to the tensors that models expect."""
 import time
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
+from collections.abc import Callable, Sequence
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -9,14 +9,15 @@ from timm.data.transforms import str_to_interp_mode
 from torchvision import transforms
 
 from ..errors import ConfigError, SFormerError, UnreadableImageError
+from ..files import Json
 from .pixels import eight_bits
 
 __all__ = ['Preprocessor', 'check_data_config', 'check_preprocessing', 'one_line', 'unreadable']
 
 _MODES = {1: 'L', 3: 'RGB'}  # PIL mode by number of channels
 
-Sample = Tuple[List[torch.Tensor], Optional[Sequence[int]]]  # one tensor per preprocessing, and accepted classes
-Read = Callable[[], Tuple[Image.Image, Optional[int], Optional[str]]]  # an image, its label and its key
+Sample = tuple[list[torch.Tensor], Sequence[int] | None]  # one tensor per preprocessing, and accepted classes
+Read = Callable[[], tuple[Image.Image, int | None, str | None]]  # an image, its label and its key
 
 
 class Preprocessor:
@@ -31,14 +32,14 @@ class Preprocessor:
         needs_labels: Whether an image without a label is an error.
     """
 
-    def __init__(self, title: str, data_configs: Sequence[Dict[str, Any]], generated: bool, needs_labels: bool):
+    def __init__(self, title: str, data_configs: Sequence[Json], generated: bool, needs_labels: bool):
         self.title = title
         self.modes = [_MODES[check_data_config(config)[0][0]] for config in data_configs]
         self.transforms = [_create_transform(config, generated) for config in data_configs]
         self.needs_labels = needs_labels
-        self.labels: Optional[Callable[[int, Optional[str]], Sequence[int]]] = None  # see ImageData.label_with
+        self.labels: Callable[[int, str | None], Sequence[int]] | None = None  # see ImageData.label_with
 
-    def prepare(self, read: Read, what: str, times: List[float]) -> Union[Sample, SFormerError, None]:
+    def prepare(self, read: Read, what: str, times: list[float]) -> Sample | SFormerError | None:
         """Read one image.
 
         Args:
@@ -72,7 +73,7 @@ class Preprocessor:
         return tensors, accepted
 
 
-def check_data_config(data_config: Dict[str, Any]) -> Tuple[Tuple[int, int, int], Sequence[float], Sequence[float]]:
+def check_data_config(data_config: Json) -> tuple[tuple[int, int, int], Sequence[float], Sequence[float]]:
     """Check size, mean and std of a preprocessing, and return them.
 
     Raises:
@@ -92,7 +93,7 @@ def check_data_config(data_config: Dict[str, Any]) -> Tuple[Tuple[int, int, int]
     return size, mean, std
 
 
-def _create_transform(data_config: Dict[str, Any], generated: bool) -> Callable[[Image.Image], torch.Tensor]:
+def _create_transform(data_config: Json, generated: bool) -> Callable[[Image.Image], torch.Tensor]:
     _, mean, std = check_data_config(data_config)
     if not generated:
         return create_transform(**data_config, is_training=False)
@@ -112,14 +113,14 @@ def one_line(error: BaseException) -> str:
     return ' '.join(str(error).split()) or type(error).__name__
 
 
-def check_preprocessing(values: Dict[str, Any]) -> None:
+def check_preprocessing(values: Json) -> None:
     """Check what timm's transforms take without a question: those of mean, std, crop_pct and interpolation that are
     given.
 
     Raises:
         ConfigError: If a value is of the wrong kind or out of any sensible range; names it.
     """
-    def is_number(value: Any) -> bool:
+    def is_number(value: object) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
 
     for key, low, high in (('mean', -1e4, 1e4), ('std', 1e-4, 1e4)):

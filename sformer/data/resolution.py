@@ -8,14 +8,16 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from ..errors import SFormerError
+from ..files import Json
 from .columns import Columns, find_columns
 from .delivery import ChosenImages, ImageData, Stream
 from .image_folders import class_folders, find_images, split_folders
@@ -43,7 +45,7 @@ def open_images(
         name: str,
         split: str | None = None,
         *,
-        data_config: dict[str, Any] | Sequence[dict[str, Any]],
+        data_config: Json | Sequence[Json],
         **options: Any,
 ) -> ImageData:
     """Find the images that a name stands for. In this order, a name is:
@@ -71,7 +73,7 @@ def open_images(
 
 def open_request(
         request: ImageRequest,
-        data_config: dict[str, Any] | Sequence[dict[str, Any]],
+        data_config: Json | Sequence[Json],
 ) -> ImageData:
     """Find the images that are wanted; see `open_images`.
 
@@ -85,9 +87,10 @@ def open_request(
     return _image_data(request, _find(request, size), configs)
 
 
-def _image_data(request: ImageRequest, found: _Found, data_configs: Sequence[dict[str, Any]]) -> ImageData:
-    name, origin, split = request.dataset, found.origin, found.split
-    title = f'{name!r}' + (f' (split {split!r})' if split else '')
+def _image_data(request: ImageRequest, found: _Found, data_configs: Sequence[Json]) -> ImageData:
+    origin = found.origin
+    split = found.split
+    title = f'{request.dataset!r}' + (f' (split {split!r})' if split else '')
     indices = _choose(title, origin.num_images, request)
     chosen = None if indices is None else indices.tolist()
     preprocessor = Preprocessor(title, data_configs, isinstance(origin, DeadLeaves), request.needs_labels)
@@ -96,13 +99,16 @@ def _image_data(request: ImageRequest, found: _Found, data_configs: Sequence[dic
         if request.num_images not in (None, origin.num_images):
             origin.take(request.num_images)
         dataset = Stream(origin, preprocessor)
+        identity = origin.identity(chosen)
     else:
+        assert indices is not None  # what is read by index says how many there are
         dataset = ChosenImages(origin, indices, preprocessor)
+        identity = origin.identity(indices.tolist())
     return ImageData(
-        name=name,
+        name=request.dataset,
         split=split,
         num_images=None if chosen is None else len(chosen),
-        fingerprint=_fingerprint(origin.kind, split, origin.identity(chosen), chosen),
+        fingerprint=_fingerprint(origin.kind, split, identity, chosen),
         class_names=origin.class_names,
         dataset=dataset,
         revision=found.revision,
@@ -121,7 +127,7 @@ def _choose(title: str, available: int | None, request: ImageRequest) -> np.ndar
     return np.arange(len(indices)) if request.streaming else indices
 
 
-def _fingerprint(*parts: Any) -> str:
+def _fingerprint(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
@@ -167,13 +173,12 @@ def _open_image_folder(request: ImageRequest, folder: Path) -> _Found:
     labels = None
     if class_names:
         by_name = {c: i for i, c in enumerate(class_names)}
-        classes = {path: by_name.get(path.split(os.sep)[0]) for path in paths}
-        passed_over = sorted(passed_over + [path for path in paths if classes[path] is None])  # beside the classes
-        paths = sorted((path for path in paths if classes[path] is not None), key=classes.__getitem__)
+        classes = {path: by_name[top] for path in paths if (top := path.split(os.sep)[0]) in by_name}
+        passed_over = sorted(passed_over + [path for path in paths if path not in classes])  # beside the classes
+        if paths and not classes:
+            raise SFormerError(f'no images in the class folders of {str(root)!r}, only beside them: {paths[0]}')
+        paths = sorted(classes, key=classes.__getitem__)
         labels = [classes[path] for path in paths]
-        if classes and not paths:
-            beside = next(iter(classes))
-            raise SFormerError(f'no images in the class folders of {str(root)!r}, only beside them: {beside}')
     if not paths:
         raise SFormerError(f'no images or parquet files in folder {str(root)!r}')
     if request.needs_labels and not class_names:
@@ -181,7 +186,7 @@ def _open_image_folder(request: ImageRequest, folder: Path) -> _Found:
     return _Found(Files(root, paths, labels, class_names), split, passed_over=passed_over)
 
 
-def _columns(request: ImageRequest, features: Any) -> Columns:
+def _columns(request: ImageRequest, features: Mapping[str, object]) -> Columns:
     return find_columns(
         repr(request.dataset), features, request.image_column, request.label_column, request.needs_labels)
 
@@ -265,7 +270,7 @@ def _hub_revision(name: str) -> str | None:
     return None
 
 
-def _import_datasets() -> Any:
+def _import_datasets() -> ModuleType:
     """`datasets`, whose import sets the level of its logger anew; what it was before stays."""
     logger = logging.getLogger('datasets')
     level = logger.level
@@ -288,7 +293,7 @@ def _full_disk(error: BaseException | None) -> str:
 
 
 @contextlib.contextmanager
-def _quiet_progress():
+def _quiet_progress() -> Iterator[None]:
     """No progress bars where nobody watches them."""
     import datasets
     if datasets.are_progress_bars_disabled() or (sys.stdout.isatty() and sys.stderr.isatty()):

@@ -3,7 +3,6 @@ import hashlib
 import re
 import tarfile
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple
 
 from ..errors import SFormerError
 from ..files import content_problem
@@ -15,7 +14,7 @@ __all__ = ['check_archive', 'check_shards', 'file_sample', 'find_damage', 'find_
 _SAMPLE = 65536
 
 
-def find_shards(folder: Path) -> Tuple[Optional[str], Dict[str, List[Path]]]:
+def find_shards(folder: Path) -> tuple[str | None, dict[str, list[Path]]]:
     """Find the files of `datasets` in a folder, or in its subfolder `data`.
 
     Returns:
@@ -31,10 +30,10 @@ def find_shards(folder: Path) -> Tuple[Optional[str], Dict[str, List[Path]]]:
     return ('webdataset' if splits else None), splits
 
 
-def _files_by_split(folder: Path, extension: str) -> Dict[str, List[Path]]:
+def _files_by_split(folder: Path, extension: str) -> dict[str, list[Path]]:
     """Files by split: `train-00000-of-00002.parquet` and `train.parquet` are of split `train`, and so is
     `imagenet1k-train-0000.tar`."""
-    splits: Dict[str, List[Path]] = {}
+    splits: dict[str, list[Path]] = {}
     for path in _listed(folder, extension) or _listed(folder / 'data', extension):
         words = re.split(r'[-._]' if extension == 'tar' else r'[-.]', path.name)[:-1]
         split = words[0]
@@ -45,12 +44,12 @@ def _files_by_split(folder: Path, extension: str) -> Dict[str, List[Path]]:
     return splits
 
 
-def _listed(folder: Path, extension: str) -> List[Path]:
+def _listed(folder: Path, extension: str) -> list[Path]:
     # broken links, too: leaving them out would be silent
     return sorted(p for p in folder.glob(f'*.{extension}') if not p.name.startswith('.') and not p.is_dir())
 
 
-def file_sample(path: Path) -> Tuple[str, int, str]:
+def file_sample(path: Path) -> tuple[str, int, str]:
     """Name, size, and hash of both ends of a file: a parquet file ends with its schema and the offsets of its data."""
     size = path.stat().st_size
     with open(path, 'rb') as f:
@@ -60,7 +59,7 @@ def file_sample(path: Path) -> Tuple[str, int, str]:
     return path.name, size, hashlib.sha256(ends).hexdigest()
 
 
-def check_shards(kind: str, files: List[Path]) -> None:
+def check_shards(kind: str, files: list[Path]) -> None:
     """Check the ends of files.
 
     Raises:
@@ -101,7 +100,7 @@ def check_archive(path: Path) -> None:
             raise SFormerError(f'{path} is damaged: no file begins at byte {archive.offset}, where one should')
 
 
-def parquet_rows(files: List[Path]) -> int:
+def parquet_rows(files: list[Path]) -> int:
     """Number of rows, by the footers of the files.
 
     Raises:
@@ -119,7 +118,7 @@ def parquet_rows(files: List[Path]) -> int:
     return num_rows
 
 
-def find_damage(kind: str, files: List[Path]) -> Optional[str]:
+def find_damage(kind: str, files: list[Path]) -> str | None:
     """Read files through, and name the first that cannot be; None if all can. Takes long: for when something failed."""
     import pyarrow.parquet
     for path in files:
@@ -130,8 +129,9 @@ def find_damage(kind: str, files: List[Path]) -> Optional[str]:
             else:
                 with tarfile.open(path) as archive:
                     for member in archive:
-                        if member.isfile():
-                            archive.extractfile(member).read()
+                        content = archive.extractfile(member) if member.isfile() else None
+                        if content is not None:
+                            content.read()
         except Exception as e:
             return f'{path} is damaged: {one_line(e)}'
     return None

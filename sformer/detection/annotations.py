@@ -5,11 +5,12 @@ import json
 import reprlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from ..data.pixels import as_rgb, open_picture, orientation_of, turns
 from ..data.preprocessing import unreadable
 from ..errors import SFormerError
+from ..files import Json
 from .masks import Code, ProblemError, mask_code, share_inside
 
 __all__ = ['Annotation', 'Annotations', 'ImageEntry', 'read_annotations']
@@ -117,7 +118,7 @@ def read_annotations(file: Path, folder: Path, masks: bool = False, objects: boo
     images = _each(data['images'], 'image', lambda id, entry: _image(id, entry, folder), problems)
     left_out = {_whole(entry.get('id')) for entry in data['images'] if isinstance(entry, dict)} - {None, *images}
 
-    def annotation(id: int, entry: dict[str, Any]) -> Annotation | None:
+    def annotation(id: int, entry: Json) -> Annotation | None:
         if _whole(entry.get('image_id')) in left_out:
             return None  # of an image that has been named
         return _annotation(id, entry, images, categories, masks)
@@ -129,9 +130,9 @@ def read_annotations(file: Path, folder: Path, masks: bool = False, objects: boo
 
 
 def _each(
-        entries: list[Any],
+        entries: list[object],
         kind: str,
-        parse: Callable[[int, dict[str, Any]], T | None],
+        parse: Callable[[int, Json], T | None],
         problems: list[str],
 ) -> dict[int, T]:
     """What is made of entries that have an id of their own, by these; problems of the others are added to those that
@@ -140,7 +141,7 @@ def _each(
     seen = set()
     for number, entry in enumerate(entries):
         id = _whole(entry.get('id')) if isinstance(entry, dict) else None
-        if id is None:
+        if not isinstance(entry, dict) or id is None:
             problems.append(f'{kind} number {number} has no integer id')
             continue
         if id in seen:
@@ -157,7 +158,7 @@ def _each(
     return found
 
 
-def _category(id: int, entry: dict[str, Any]) -> str:
+def _category(id: int, entry: Json) -> str:
     name = entry.get('name')
     if type(name) not in (str, int) or name == '':
         raise ProblemError(f'has no name ({reprlib.repr(name)})')
@@ -176,7 +177,7 @@ def _same_names(categories: dict[int, str]) -> list[str]:
     return same
 
 
-def _image(id: int, entry: dict[str, Any], folder: Path) -> ImageEntry:
+def _image(id: int, entry: Json, folder: Path) -> ImageEntry:
     name = entry.get('file_name')
     size = entry.get('width'), entry.get('height')
     if not isinstance(name, str) or not _is_file(folder / name):
@@ -202,7 +203,7 @@ def _image(id: int, entry: dict[str, Any], folder: Path) -> ImageEntry:
 
 def _annotation(
         id: int,
-        entry: dict[str, Any],
+        entry: Json,
         images: dict[int, ImageEntry],
         categories: dict[int, str],
         masks: bool,
@@ -231,10 +232,9 @@ def _annotation(
     return Annotation(id, image.id, category, box, corners, bool(crowd), mask)
 
 
-def _box(box: Any, image: ImageEntry) -> Box:
-    is_box = isinstance(box, list) and len(box) == 4 and all(
-        type(value) in (int, float) and abs(value) < 1e9 for value in box)  # nor NaN
-    if not is_box:
+def _box(box: object, image: ImageEntry) -> Box:
+    if not isinstance(box, list) or len(box) != 4 or not all(
+            type(value) in (int, float) and abs(value) < 1e9 for value in box):  # nor NaN
         raise ProblemError(f'has no box of four numbers ({reprlib.repr(box)})')
     x, y, width, height = map(float, box)
     if width <= 0 or height <= 0:
@@ -244,7 +244,7 @@ def _box(box: Any, image: ImageEntry) -> Box:
     return x, y, width, height
 
 
-def _whole(value: Any) -> int | None:
+def _whole(value: object) -> int | None:
     """A whole number, which some programs write as 3.0; None if it is none."""
     if type(value) is int:
         return value

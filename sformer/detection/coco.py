@@ -2,7 +2,6 @@
 import hashlib
 import logging
 from pathlib import Path
-from typing import Any
 
 import torch
 from torchvision import tv_tensors
@@ -20,7 +19,7 @@ _logger = logging.getLogger(__name__)
 
 NAMED = 5  # problems in a message
 
-Target = dict[str, Any]
+Target = dict[str, torch.Tensor]
 
 
 class CocoData:
@@ -53,9 +52,13 @@ class CocoData:
             skip_bad: bool = False,
             objects: bool = True,
     ):
-        self.folder, self.file, self.masks = images, annotations, masks
+        self.folder = images
+        self.file = annotations
+        self.masks = masks
         found = read_annotations(annotations, images, masks, objects)
-        self.categories, self.images, self.annotations = found.categories, found.images, found.of_image
+        self.categories = found.categories
+        self.images = found.images
+        self.annotations = found.of_image
         self.problems = found.problems
         content = [found.sha256, [(image.id, image.sha256) for image in self.images.values()]]
         self.fingerprint = hashlib.sha256(repr(content).encode()).hexdigest()

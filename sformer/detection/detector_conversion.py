@@ -3,10 +3,11 @@ import copy
 import dataclasses
 import itertools
 import random
-from typing import Any, Iterator, List, Optional, Union
+from collections.abc import Iterator
 
 import torch
 import torch.nn as nn
+from torchvision.models.detection import FasterRCNN
 
 from ..conversion import calibrate_, kept_record
 from ..conversion.record import CalibrationRecord, Conversion
@@ -31,7 +32,7 @@ def spiking_detector_(detector: nn.Module, sfn: SFNConfig = SFNConfig()) -> nn.M
     Raises:
         UnsupportedLayerError: If a layer has no spiking counterpart; names it, and the detector is unchanged.
     """
-    model: Any = spiking_(detector, sfn)
+    model: FasterRCNN = spiking_(detector, sfn)
     set_pixel_range_(model, model.config.mean, model.config.std)
     model.sfn = sfn
     return model
@@ -40,16 +41,16 @@ def spiking_detector_(detector: nn.Module, sfn: SFNConfig = SFNConfig()) -> nn.M
 @ordinary_tensors()
 def convert_detector(
         detector: nn.Module,
-        calibration: Union[CocoData, str] = 'dead-leaves',
+        calibration: CocoData | str = 'dead-leaves',
         config: SFNConfig = SFNConfig(),
         fit: FitConfig = FitConfig(),
         *,
-        num_images: Optional[int] = NUM_IMAGES,
+        num_images: int | None = NUM_IMAGES,
         seed: int = 0,
-        name: Optional[str] = None,
-        split: Optional[str] = None,
+        name: str | None = None,
+        split: str | None = None,
         inplace: bool = False,
-        command: Optional[str] = None,
+        command: str | None = None,
 ) -> nn.Module:
     """Convert a trained detector into a calibrated single-timestep SFormer, without training.
 
@@ -76,7 +77,7 @@ def convert_detector(
     if config.silence:
         raise SFormerError('a detector has no price of activity (silence) yet: it needs gradients of one output.')
     kept = kept_record(detector)
-    model: Any = revert_(ordinary_(detector if inplace else copy.deepcopy(detector)))
+    model: FasterRCNN = revert_(ordinary_(detector if inplace else copy.deepcopy(detector)))
     check_weights(model, 'the detector')
     batches = image_batches(model, calibration, num_images, seed)
     fit = fit.settled(isinstance(calibration, str))
@@ -100,10 +101,10 @@ def convert_detector(
 
 def image_batches(
         detector: nn.Module,
-        images: Union[CocoData, str] = 'dead-leaves',
-        num_images: Optional[int] = NUM_IMAGES,
+        images: CocoData | str = 'dead-leaves',
+        num_images: int | None = NUM_IMAGES,
         seed: int = 0,
-) -> List[List[torch.Tensor]]:
+) -> list[list[torch.Tensor]]:
     """Images as detectors read them, in batches of one size; arguments as of `convert_detector`."""
     if isinstance(images, str):
         found = _generated(detector, ImageRequest(dataset=images, num_images=num_images, seed=seed))
@@ -120,6 +121,6 @@ def _drawn(data: CocoData, wanted: ImageRequest) -> Iterator[torch.Tensor]:
         yield data.image(id)
 
 
-def _generated(detector: Any, wanted: ImageRequest) -> Iterator[torch.Tensor]:
+def _generated(detector: FasterRCNN, wanted: ImageRequest) -> Iterator[torch.Tensor]:
     for image in dead_leaves(wanted.num_images or NUM_IMAGES, (3, *detector.config.image_size), wanted.seed):
         yield torch.from_numpy(image).permute(2, 0, 1).float() / 255

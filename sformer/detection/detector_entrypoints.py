@@ -3,7 +3,7 @@
 timm's registry is not theirs: its models take a tensor and classify, and its tools count on it.
 """
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Union
+from typing import Any
 
 import torch.nn as nn
 import torchvision
@@ -11,6 +11,7 @@ from torchvision.models._api import register_model
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
 from ..errors import SFormerError
+from ..files import Json
 from ..neurons import SFNConfig
 from .detector_conversion import spiking_detector_
 from .detectors import DetectorConfig, build_detector
@@ -24,7 +25,7 @@ BACKBONES = (
     'eva02_tiny_patch14_224', 'eva02_small_patch14_224', 'eva02_base_patch14_224', 'eva02_large_patch14_224')
 
 # 80 names by their ids in the annotations of COCO; torchvision fills the gaps between ids
-COCO_CATEGORIES: Dict[int, str] = {
+COCO_CATEGORIES: dict[int, str] = {
     id: name for id, name in enumerate(MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta['categories'])
     if id and name != 'N/A'}
 
@@ -40,7 +41,7 @@ def is_detector_name(name: str) -> bool:
     return name in _NAMES and not Path(name).is_dir()
 
 
-def detector_names() -> List[str]:
+def detector_names() -> list[str]:
     """Names of the detectors that torchvision's registry has of this package."""
     return sorted(_NAMES)
 
@@ -54,8 +55,8 @@ def _register(backbone: str, masks: bool) -> str:
     def builder(
             *,
             weights: None = None,
-            categories: Optional[Dict[int, str]] = None,
-            sfn: Union[SFNConfig, Dict[str, Any], None] = None,
+            categories: dict[int, str] | None = None,
+            sfn: SFNConfig | Json | None = None,
             **config: Any,
     ) -> nn.Module:
         if weights is not None:

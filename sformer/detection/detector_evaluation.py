@@ -9,10 +9,12 @@ import io
 import math
 import sys
 import time
-from typing import Any, Dict, List, Optional, Sequence, Union
+from collections.abc import Sequence
+from typing import NotRequired, TypedDict
 
 import torch
 import torch.nn as nn
+from torchvision.models.detection import FasterRCNN
 
 from ..conversion import warn_of_changes
 from ..conversion.record import library_versions
@@ -23,18 +25,37 @@ from ..evaluation import Journal, check_same
 from ..evaluation.figures import DETECTION, precision_figures
 from ..evaluation.labels import match_names
 from ..evaluation.launch import Group
-from ..files import state_hash
+from ..evaluation.schema import Result
+from ..files import Json, state_hash
 from ..layers import is_calibrated, named_neurons, placed, shared_copy, source_view, uncalibrated, unwrapped
 from .coco import CocoData
-from .masks import encode, mask_tools
+from .masks import Code, encode, mask_tools
 
 __all__ = ['check_calibrated', 'check_evaluable', 'coco_metrics', 'detect', 'evaluate_detector']
 
-Detections = List[Dict[str, Any]]
+
+class Detection(TypedDict):
+    """What was detected, as COCO's results have it."""
+    category_id: int
+    bbox: list[float]
+    score: float
+    segmentation: NotRequired[Code]
+    image_id: NotRequired[int]
+
+
+Detections = list[Detection]
+
+
+class Detected(TypedDict):
+    """What each network detected in an image, and how long it took: a line of the journal. `chunk` begins with the
+    index of the image."""
+    chunk: list[int]
+    found: dict[str, Detections]
+    seconds: dict[str, float]
 
 
 @torch.inference_mode()
-def detect(detector: nn.Module, image: torch.Tensor) -> Dict[str, torch.Tensor]:
+def detect(detector: nn.Module, image: torch.Tensor) -> dict[str, torch.Tensor]:
     """What a detector finds in an image (3, H, W) in [0, 1], as torchvision has it: `boxes` (N, 4), `labels`, `scores`
     (N) and `masks` (N, 1, H, W) in [0, 1] if it segments. Its mode is not changed."""
     found = in_eval_mode(detector)([image.to(next(detector.parameters()).device)])[0]
@@ -51,13 +72,13 @@ def evaluate_detector(
         detector: nn.Module,
         data: CocoData,
         *,
-        source: Union[bool, nn.Module] = True,
-        num_images: Optional[int] = None,
+        source: bool | nn.Module = True,
+        num_images: int | None = None,
         seed: int = 0,
         by_position: bool = False,
-        group: Optional[Group] = None,
-        journal: Optional[Journal] = None,
-) -> Dict[str, Any]:
+        group: Group | None = None,
+        journal: Journal | None = None,
+) -> Result:
     """Evaluate a detector and, of an SFormer, its source alongside. Neither is changed, nor moved.
 
     Args:
@@ -79,7 +100,7 @@ def evaluate_detector(
         SFormerError: If the categories of the data are not those of the detector, by their names, or there are fewer
             images.
     """
-    model: Any = unwrapped(detector)
+    model: FasterRCNN = unwrapped(detector)
     source = source if isinstance(source, bool) else unwrapped(source)
     if source is True and group is None:
         warn_of_changes('the detector', model)
@@ -93,7 +114,7 @@ def evaluate_detector(
         networks['source_'] = shared_copy(placed(source, group.device)).eval()
     elif source and any(True for _ in named_neurons(model)):
         networks['source_'] = source_view(networks['']).eval()
-    key: Dict[str, Any] = dict(
+    key: Json = dict(
         models=[state_hash(model.state_dict())], sources=[*networks], dataset=data.fingerprint, num_images=len(ids),
         seed=seed if len(ids) < len(every) else None, config=repr(dataclasses.asdict(model.config)),
         by_position=by_position, device=group.device.type,
@@ -103,10 +124,11 @@ def evaluate_detector(
     check_same(dict(key, recorded=journal is not None), group)
     categories = {prefix: _categories_of(network, data, by_position) for prefix, network in networks.items()}
     records = _detect_all(networks, data, ids, categories, key, group, journal)
-    figures: Dict[str, Any] = {}
+    figures: Result = {}
     kinds = ('boxes', 'masks') if model.config.masks else ('boxes',)
     for prefix in networks:
-        found = [dict(detection, image_id=ids[r['chunk'][0]]) for r in records for detection in r['found'][prefix]]
+        found: Detections = [{**detection, 'image_id': ids[r['chunk'][0]]}
+                             for r in records for detection in r['found'][prefix]]
         for kind in kinds:
             figures[f'{prefix}{kind}'] = coco_metrics(data, found, ids, kind, max(100, model.config.max_detections))
         figures[f'{prefix}seconds'] = round(sum(r['seconds'][prefix] for r in records), 3)
@@ -128,7 +150,7 @@ def check_evaluable(detector: nn.Module, data: CocoData, by_position: bool = Fal
     _categories_of(detector, data, by_position)
 
 
-def _categories_of(detector: Any, data: CocoData, by_position: bool) -> List[int]:
+def _categories_of(detector: FasterRCNN, data: CocoData, by_position: bool) -> list[int]:
     """Ids of categories in the data by the label, from 1, that a detector gives them."""
     known = [detector.config.categories[id] for id in sorted(detector.config.categories)]
     ids = sorted(data.categories)
@@ -141,26 +163,26 @@ def _categories_of(detector: Any, data: CocoData, by_position: bool) -> List[int
 
 
 def _detect_all(
-        networks: Dict[str, nn.Module],
+        networks: dict[str, nn.Module],
         data: CocoData,
-        ids: List[int],
-        categories: Dict[str, List[int]],
-        key: Dict[str, Any],
+        ids: list[int],
+        categories: dict[str, list[int]],
+        key: Json,
         group: Group,
-        journal: Optional[Journal],
-) -> List[Dict[str, Any]]:
+        journal: Journal | None,
+) -> list[Detected]:
     """Records of all images by their index, from all processes, which take them in turns."""
-    done = journal.open(key, group) if journal is not None else []
+    done: list[Detected] = journal.open(key, group) if journal is not None else []
     if done and group.is_main:
         print(f'resuming after {len(done)} of {len(ids)} images', file=sys.stderr)
     left = sorted(set(range(len(ids))) - {record['chunk'][0] for record in done})
-    records = []
+    records: list[Detected] = []
     mine = left[group.rank::group.world_size]
     with contextlib.closing(journal) if journal is not None else contextlib.nullcontext():
         for i in progress(mine, 'Evaluating', len(mine)):
             group.tick()
             image = data.image(ids[i])
-            record: Dict[str, Any] = dict(chunk=[i, 0], found={}, seconds={})
+            record = Detected(chunk=[i, 0], found={}, seconds={})
             for prefix, network in networks.items():
                 start = time.perf_counter()
                 found = detect(network, image)
@@ -176,12 +198,12 @@ def _detect_all(
     return records
 
 
-def _as_coco(found: Dict[str, torch.Tensor], categories: Sequence[int]) -> Detections:
+def _as_coco(found: dict[str, torch.Tensor], categories: Sequence[int]) -> Detections:
     """Detections as COCO's results have them, as plain data."""
     boxes = found['boxes'].clone()
     boxes[:, 2:] -= boxes[:, :2]
-    detections = [
-        dict(category_id=categories[label - 1], bbox=box, score=score) for box, label, score in zip(
+    detections: Detections = [
+        Detection(category_id=categories[label - 1], bbox=box, score=score) for box, label, score in zip(
             boxes.tolist(), found['labels'].tolist(), found['scores'].tolist(), strict=True)]
     if 'masks' in found:
         for detection, mask in zip(detections, found['masks'][:, 0] > 0.5, strict=True):
@@ -196,7 +218,7 @@ def coco_metrics(
         ids: Sequence[int],
         kind: str = 'boxes',
         max_detections: int = 100,
-) -> Dict[str, Any]:
+) -> Result:
     """COCO's average precision by pycocotools, in percent.
 
     Args:
@@ -234,10 +256,10 @@ def coco_metrics(
         for i, category in enumerate(sorted(data.categories))})
 
 
-def _truth(data: CocoData, places: Dict[int, int], labels: Dict[int, int]) -> Dict[str, Any]:
+def _truth(data: CocoData, places: dict[int, int], labels: dict[int, int]) -> Json:
     """What is annotated, as COCO has it, numbered from 1: pycocotools takes an object with the id 0 for none, and
     numbers that are large for others."""
-    annotations: List[Dict[str, Any]] = []
+    annotations: list[Json] = []
     for id, place in places.items():
         for annotation in data.annotations[id]:
             _, _, width, height = annotation.box

@@ -6,10 +6,11 @@ import dataclasses
 import io
 import warnings
 from pathlib import Path
-from typing import Any, List, Optional, Tuple, Union
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
+from torchvision.models.detection import FasterRCNN
 
 from ..conversion.record import library_versions
 from ..errors import SFormerError, first_line, quiet
@@ -19,6 +20,9 @@ from ..execution.onnx import graph_hash, writable, write_graph
 from ..files import state_hash
 from ..layers import named_neurons, unwrapped
 
+if TYPE_CHECKING:
+    import onnx
+
 __all__ = ['export_detector']
 
 LEGACY_OPSET = 20  # the last one that the older exporter knows
@@ -26,14 +30,14 @@ LEGACY_OPSET = 20  # the last one that the older exporter knows
 
 def export_detector(
         detector: nn.Module,
-        path: Union[str, Path],
-        image_size: Optional[Tuple[int, int]] = None,
+        path: str | Path,
+        image_size: tuple[int, int] | None = None,
         *,
         max_error: float = MAX_WEIGHT_ERROR,
         portable: bool = True,
         overwrite: bool = False,
-        command: Optional[str] = None,
-) -> List[IntegerReport]:
+        command: str | None = None,
+) -> list[IntegerReport]:
     """Write a calibrated SFormer that detects as ONNX, for ONNX Runtime.
 
     The graph takes `image` (3, H, W) of one size, float32 in [0, 1], and gives `boxes` (N, 4) in pixels of it, `labels`
@@ -60,7 +64,7 @@ def export_detector(
     if not any(True for _ in named_neurons(detector)):
         raise SFormerError('the detector has no neurons: convert it first.')
     detector = unwrapped(detector)
-    network: Any = copy.deepcopy(detector).eval().to('cpu', torch.float32)
+    network: FasterRCNN = copy.deepcopy(detector).eval().to('cpu', torch.float32)
     size = tuple(image_size or network.config.image_size)
     image = torch.rand(3, *size, generator=torch.Generator().manual_seed(0))
     # position embeddings of what the image is resized to: the exporter has no word for resampling them
@@ -77,10 +81,10 @@ def export_detector(
     return reports
 
 
-def _to_onnx(network: Any, image: torch.Tensor) -> Any:
+def _to_onnx(network: FasterRCNN, image: torch.Tensor) -> 'onnx.ModelProto':
     """An `onnx.ModelProto` of a detector that `to_graph_` has been through."""
     import onnx
-    file: Any = io.BytesIO()
+    file: Any = io.BytesIO()  # which torch takes, and does not name among its types
     names = ['boxes', 'labels', 'scores', *(['masks'] if network.config.masks else [])]
     with (warnings.catch_warnings(action='ignore'), quiet('torch.onnx'), contextlib.redirect_stdout(io.StringIO()),
           torch.no_grad()):
@@ -100,7 +104,7 @@ def _to_onnx(network: Any, image: torch.Tensor) -> Any:
     return model
 
 
-def _forget_shapes_of_loops_(graph: Any) -> None:
+def _forget_shapes_of_loops_(graph: 'onnx.GraphProto') -> None:
     """Leave out the shapes of what loops carry on, in place: the exporter writes those of the first round, and masks
     are pasted one more in each, at which ONNX Runtime wonders every time."""
     for node in graph.node:

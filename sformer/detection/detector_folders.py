@@ -2,15 +2,15 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Dict, Optional, Tuple, Union
 
 import timm
 import torch.nn as nn
+from torchvision.models.detection import FasterRCNN
 
 from ..conversion import record_of
 from ..conversion.record import Conversion
 from ..errors import SFormerError, UncalibratedError, first_line
-from ..files import read_safetensors
+from ..files import Json, read_safetensors
 from ..layers import is_calibrated, named_neurons, ordinary_tensors, uncalibrated
 from ..neurons import SFNConfig
 from ..saving import weights_of, write_model
@@ -25,7 +25,7 @@ __all__ = ['DETECTOR_KEY', 'load_detector', 'read_detector_config', 'save_detect
 DETECTOR_KEY = 'detector'  # what a config of a detector has, and no other
 
 
-def save_detector(detector: nn.Module, directory: Union[str, Path], overwrite: bool = False) -> Path:
+def save_detector(detector: nn.Module, directory: str | Path, overwrite: bool = False) -> Path:
     """Save a detector as `model.safetensors` and `config.json`: what it is built of, how its neurons fire if it has
     any, and the record of its conversion. Both files are written aside and renamed.
 
@@ -33,13 +33,13 @@ def save_detector(detector: nn.Module, directory: Union[str, Path], overwrite: b
         UncalibratedError: If it has neurons whose thresholds were never fitted.
         SFormerError: If the folder holds a model, cannot be written, or weights are NaN or infinite.
     """
-    model: Any = detector
+    model: FasterRCNN = detector
     spiking = any(True for _ in named_neurons(detector))
     if spiking and not is_calibrated(detector):
         raise UncalibratedError(f'{uncalibrated(detector)}; convert it with convert_detector() before saving.')
 
     def write_config(aside: Path, weights_sha256: str) -> None:
-        config: Dict[str, Any] = {
+        config: Json = {
             'architecture': detector_name(model.config, spiking), DETECTOR_KEY: dataclasses.asdict(model.config),
             'weights_sha256': weights_sha256}
         if spiking:
@@ -49,7 +49,7 @@ def save_detector(detector: nn.Module, directory: Union[str, Path], overwrite: b
     return write_model(weights_of(detector), Path(directory), write_config, overwrite)
 
 
-def read_detector_config(folder: Path) -> Dict[str, Any]:
+def read_detector_config(folder: Path) -> Json:
     """Read and check the `config.json` of a detector.
 
     Raises:
@@ -70,7 +70,7 @@ def read_detector_config(folder: Path) -> Dict[str, Any]:
     return data
 
 
-def _parsed(data: Dict[str, Any], file: Path) -> Tuple[DetectorConfig, Optional[SFNConfig], Optional[Conversion]]:
+def _parsed(data: Json, file: Path) -> tuple[DetectorConfig, SFNConfig | None, Conversion | None]:
     """What a detector is built of, how its neurons fire, and the record of its conversion."""
     try:
         config = DetectorConfig(**data[DETECTOR_KEY])
@@ -85,9 +85,9 @@ def _parsed(data: Dict[str, Any], file: Path) -> Tuple[DetectorConfig, Optional[
 
 @ordinary_tensors()
 def load_detector(
-        path: Union[str, Path],
-        revision: Optional[str] = None,
-        cache_dir: Union[str, Path, None] = None,
+        path: str | Path,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
 ) -> nn.Module:
     """Load a detector that `save_detector` wrote, in eval mode.
 
@@ -110,7 +110,7 @@ def load_detector(
     data = read_detector_config(folder)
     config, sfn, record = _parsed(data, folder / CONFIG_NAME)
     check_weights_file(folder, data)
-    detector: Any = build_detector(config)
+    detector: FasterRCNN = build_detector(config)
     if sfn:
         spiking_detector_(detector, sfn)
         detector.conversion = record

@@ -3,7 +3,7 @@ import copy
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Dict, Optional, Tuple, Union
+from typing import Any
 
 import timm
 import torch
@@ -54,16 +54,16 @@ class DetectorConfig:
         ConfigError: If a value is not what it has to be; names it.
     """
     backbone: str
-    categories: Dict[int, str]
+    categories: dict[int, str]
     masks: bool = False
-    image_size: Tuple[int, int] = (512, 512)
+    image_size: tuple[int, int] = (512, 512)
     channels: int = 128
-    scales: Tuple[float, ...] = (4, 2, 1, 0.5)
+    scales: tuple[float, ...] = (4, 2, 1, 0.5)
     hidden: int = 512
     max_detections: int = 100
-    mean: Tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: Tuple[float, ...] = (0.229, 0.224, 0.225)
-    window_size: Optional[int] = None
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    window_size: int | None = None
 
     def __post_init__(self) -> None:
         # as JSON has them: keys are strings, tuples are lists
@@ -91,7 +91,7 @@ class DetectorConfig:
             check_integer(self, 'window_size', 1)
 
 
-def _is_side(value: Any) -> bool:
+def _is_side(value: object) -> bool:
     return type(value) is int and 32 <= value <= MAX_SIZE and not value % 32
 
 
@@ -101,8 +101,8 @@ class ResizedToFit(GeneralizedRCNNTransform):
     def resize(
             self,
             image: torch.Tensor,
-            target: Optional[Dict[str, torch.Tensor]] = None,
-    ) -> Tuple[torch.Tensor, Optional[Dict[str, torch.Tensor]]]:
+            target: dict[str, torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor] | None]:
         height, width = image.shape[-2:]
         scale = self.max_size / max(height, width)
         if min(height, width) * scale >= 1:
@@ -115,7 +115,7 @@ class ResizedToFit(GeneralizedRCNNTransform):
 register_floating(ResizedToFit)
 
 
-def build_detector(config: DetectorConfig, vit: Optional[nn.Module] = None) -> nn.Module:
+def build_detector(config: DetectorConfig, vit: nn.Module | None = None) -> nn.Module:
     """A detector with a new pyramid and new heads.
 
     Args:
@@ -135,7 +135,7 @@ def build_detector(config: DetectorConfig, vit: Optional[nn.Module] = None) -> n
     pyramid = SimpleFeaturePyramid(int(vit.num_features), channels, config.scales)  # type: ignore[arg-type]
     strides = [PATCH_SIZE / scale for scale in config.scales]
     num_classes = len(config.categories) + 1  # 0 is the background
-    parts: Dict[str, Any] = dict(
+    parts: dict[str, Any] = dict(
         rpn_anchor_generator=AnchorGenerator(
             tuple(tuple(stride * side for side in ANCHORS_PER_OCTAVE) for stride in strides),
             (ASPECT_RATIOS,) * len(strides)),
@@ -144,7 +144,7 @@ def build_detector(config: DetectorConfig, vit: Optional[nn.Module] = None) -> n
         box_head=TwoMLPHead(7 * 7 * channels, config.hidden),
         box_predictor=FastRCNNPredictor(config.hidden, num_classes),
         box_batch_size_per_image=TRAINED_PROPOSALS, box_detections_per_img=config.max_detections)
-    kind: Any = FasterRCNN
+    kind = FasterRCNN
     if config.masks:
         kind = MaskRCNN
         parts.update(
@@ -160,7 +160,7 @@ def build_detector(config: DetectorConfig, vit: Optional[nn.Module] = None) -> n
 
 def create_detector(
         config: DetectorConfig,
-        checkpoint: Union[str, Path, None] = None,
+        checkpoint: str | Path | None = None,
         allow_pickle: bool = False,
         seed: int = 0,
 ) -> nn.Module:
@@ -188,10 +188,10 @@ def create_detector(
 def _create_vit(
         config: DetectorConfig,
         pretrained: bool,
-        checkpoint: Union[str, Path, None] = None,
+        checkpoint: str | Path | None = None,
         allow_pickle: bool = False,
 ) -> nn.Module:
-    arguments: Dict[str, Any] = dict(
+    arguments: dict[str, Any] = dict(
         num_classes=0, img_size=config.image_size, patch_size=PATCH_SIZE, dynamic_img_size=True)
     if pretrained:
         vit = create_source(config.backbone, checkpoint, allow_pickle, _resize, **arguments).network
@@ -205,7 +205,7 @@ def _create_vit(
     return vit
 
 
-def _resize(state: Dict[str, Any], vit: nn.Module) -> Dict[str, Any]:
+def _resize(state: dict[str, torch.Tensor], vit: nn.Module) -> dict[str, torch.Tensor]:
     """A state dict without a classifier, its embeddings resized to the backbone, as timm does it."""
     kind = type(vit)
     state = {key: value for key, value in state.items() if key.split('.')[0] not in HEADS}

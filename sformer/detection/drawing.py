@@ -1,10 +1,11 @@
 """What a detector finds, drawn over the image: of an SFormer beside its source, and where its backbone spikes."""
 import functools
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import torch
 import torch.nn as nn
+from torchvision.models.detection import FasterRCNN
 from torchvision.transforms.v2 import functional as F
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
@@ -14,6 +15,7 @@ from ..layers.multiplying import LINEAR
 from ..neurons import Neuron
 from .coco import read_image
 from .detector_evaluation import detect, in_eval_mode
+from .detectors import DetectorConfig
 from .pictures import save_picture
 
 __all__ = ['draw_detections', 'draw_file', 'picture', 'token_activity']
@@ -38,7 +40,7 @@ def picture(
     """
     if not side_by_side or not any(True for _ in named_neurons(detector)):
         return draw_detections(detector, image, detect(detector, image), min_score)
-    source: Any = source_view(detector)
+    source = source_view(detector)
     found, activity = token_activity(detector, image)
     heat = F.resize(_coloured(activity), list(image.shape[-2:]), F.InterpolationMode.NEAREST)
     pixels = F.to_dtype(image, torch.uint8, scale=True)
@@ -68,13 +70,13 @@ def draw_file(
 
 
 def draw_detections(
-        detector: nn.Module,
+        detector: FasterRCNN,
         image: torch.Tensor,
         found: dict[str, torch.Tensor],
         min_score: float = 0.5,
 ) -> torch.Tensor:
     """Boxes, masks, categories and scores over an image, uint8 (3, H, W)."""
-    config: Any = detector.config
+    config: DetectorConfig = detector.config
     names = [config.categories[id] for id in sorted(config.categories)]
     drawn = F.to_dtype(image, torch.uint8, scale=True)
     kept = found['scores'] >= min_score
@@ -98,10 +100,10 @@ def draw_detections(
 def token_activity(detector: nn.Module, image: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """What an SFormer finds, and the share of neurons that fire at each patch (h, w), over all linear layers of the
     backbone, which each read a vector per token."""
-    model: Any = in_eval_mode(detector)
+    model: FasterRCNN = in_eval_mode(detector)
     vit = model.backbone.vit
     shares: list[torch.Tensor] = []
-    grid: list[Any] = []
+    grid: list[torch.Size] = []
 
     windowed = {layer: attention for attention in vit.blocks.modules() if isinstance(attention, WindowedMixin)
                 for layer in attention.modules()}
@@ -124,7 +126,7 @@ def token_activity(detector: nn.Module, image: torch.Tensor) -> tuple[dict[str, 
     return found, torch.stack(shares).mean(0)[-height * width:].reshape(height, width).cpu()
 
 
-def _matplotlib() -> Any:
+def _matplotlib() -> ModuleType:
     with needed_packages('detection'):
         import matplotlib
     return matplotlib

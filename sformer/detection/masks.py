@@ -3,24 +3,25 @@
 They are checked before pycocotools reads them: what it is not made for makes it hang, or give pixels that nobody set.
 """
 import reprlib
-from typing import Any
+from types import ModuleType
 
 import numpy as np
 
 from ..errors import needed_packages
+from ..files import Json
 
 __all__ = ['ProblemError', 'encode', 'mask_code', 'mask_tools', 'share_inside']
 
 MAX_OUTLINE = 10 ** 6  # pixels that the outline of a polygon may be long: what is beyond fills the memory
 
-Code = dict[str, Any]  # run-length code as pycocotools has it: `size` [height, width], and `counts`
+Code = Json  # run-length code as pycocotools has it: `size` [height, width], and `counts`
 
 
 class ProblemError(ValueError):
     """What is wrong with an entry of a file, in words that follow its name."""
 
 
-def mask_tools() -> Any:
+def mask_tools() -> ModuleType:
     """pycocotools' functions of run-length codes.
 
     Raises:
@@ -36,7 +37,7 @@ def encode(mask: np.ndarray) -> Code:
     return mask_tools().encode(np.asfortranarray(mask.astype(np.uint8)))
 
 
-def mask_code(segmentation: Any, height: int, width: int) -> Code:
+def mask_code(segmentation: object, height: int, width: int) -> Code:
     """The code of a mask that a file has as polygons or as a code, compressed or not.
 
     Raises:
@@ -63,7 +64,7 @@ def share_inside(code: Code, box: tuple[float, float, float, float]) -> float:
     return float(tools.area(tools.merge([code, around], intersect=True)) / tools.area(code))
 
 
-def _of_polygons(polygons: list[Any], height: int, width: int) -> Code:
+def _of_polygons(polygons: list[object], height: int, width: int) -> Code:
     size = np.array([width, height])
     for polygon in polygons:
         if not isinstance(polygon, list) or not {*map(type, polygon)} <= {int, float}:

@@ -1,13 +1,12 @@
 """Pictures of what a detector finds, which carry of whom and of what they are."""
 import io
 from pathlib import Path
-from typing import Any
 
 import torch.nn as nn
 from PIL import Image
 
 from ..errors import SFormerError
-from ..files import file_hash, may_write, png_bytes, png_values, state_hash, write_file
+from ..files import Json, file_hash, may_write, png_bytes, png_values, state_hash, write_file
 
 __all__ = ['check_picture', 'read_picture', 'save_picture']
 
@@ -35,7 +34,7 @@ def is_picture(path: Path) -> bool:
     return 'weights_sha256' in (png_values(path) or {})
 
 
-def save_picture(drawn: Image.Image, path: Path, detector: nn.Module, image: Path, **how: Any) -> None:
+def save_picture(drawn: Image.Image, path: Path, detector: nn.Module, image: Path, **how: object) -> None:
     """Write what was drawn; a PNG carries the hash of the detector's weights, the image's name and hash, and `how` it
     was drawn."""
     if path.suffix.lower() == '.png':
@@ -48,7 +47,7 @@ def save_picture(drawn: Image.Image, path: Path, detector: nn.Module, image: Pat
         write_file(path, out.getvalue())
 
 
-def read_picture(path: Path, weights_sha256: str) -> dict[str, Any] | None:
+def read_picture(path: Path, weights_sha256: str) -> Json | None:
     """What a PNG of these weights says of itself; None if it is none that `save_picture` wrote."""
     values = png_values(path)
     if values is None or values.get('weights_sha256') != weights_sha256 or not isinstance(values.get('image'), str):

@@ -7,7 +7,8 @@ One map, the last of the backbone, becomes all levels: by transposed convolution
 LayerNorms over the channels of each position (`LayerNorm2d`), as in the paper; they need no statistics of a batch.
 """
 from collections import OrderedDict
-from typing import Any, Dict, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -27,7 +28,7 @@ def _resampling(in_channels: int, scale: float) -> nn.Sequential:
     if scale == 4:
         half = in_channels // 2
         return nn.Sequential(up(in_channels), LayerNorm2d(half), nn.GELU(), up(half))
-    layers: Dict[float, Sequence[nn.Module]] = {2: [up(in_channels)], 1: [], 0.5: [nn.MaxPool2d(2)]}
+    layers: dict[float, Sequence[nn.Module]] = {2: [up(in_channels)], 1: [], 0.5: [nn.MaxPool2d(2)]}
     return nn.Sequential(*layers[scale])
 
 
@@ -56,7 +57,7 @@ class SimpleFeaturePyramid(nn.Module):
             LayerNorm2d(out_channels),
         ) for scale in scales)
 
-    def forward(self, x: torch.Tensor) -> Dict[str, torch.Tensor]:
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         return OrderedDict((str(i), level(x)) for i, level in enumerate(self.levels))
 
 
@@ -97,7 +98,9 @@ class ViTDetBackbone(nn.Module):
 
     def __init__(self, vit: nn.Module, pyramid: SimpleFeaturePyramid, out_channels: int):
         super().__init__()
-        self.vit, self.pyramid, self.out_channels = vit, pyramid, out_channels
+        self.vit = vit
+        self.pyramid = pyramid
+        self.out_channels = out_channels
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         """The last map of the vision transformer, after its final norm, (B, C, H / patch, W / patch)."""
@@ -105,5 +108,5 @@ class ViTDetBackbone(nn.Module):
         with token_grid(*vit.patch_embed.dynamic_feat_size(x.shape[-2:])):
             return vit.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)[0]
 
-    def forward(self, x: torch.Tensor) -> Dict[str, torch.Tensor]:
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         return self.pyramid(self.features(x))

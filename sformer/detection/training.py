@@ -6,14 +6,15 @@ import json
 import logging
 import random
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils._pytree import tree_map
+from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.image_list import ImageList
 from torchvision.transforms.v2 import functional as F
 
@@ -68,9 +69,9 @@ def train_(
         data: CocoData,
         config: TrainingConfig,
         directory: Path,
-        device: Optional[torch.device] = None,
+        device: torch.device | None = None,
         report: Callable[[str], None] = _logger.info,
-) -> List[Dict[str, float]]:
+) -> list[dict[str, float]]:
     """Train a detector, in place. After each epoch its state is written to `directory`, from where it goes on.
 
     Args:
@@ -89,7 +90,7 @@ def train_(
             training.
     """
     _check_objects(data)
-    model: Any = detector.to(device or 'cpu').train()
+    model: FasterRCNN = detector.to(device or 'cpu').train()
     backbone = state_hash(model.backbone.vit.state_dict())
     _freeze_(model, config.trained_blocks)
     maps = None if config.trained_blocks else _Maps(model, directory)
@@ -98,14 +99,14 @@ def train_(
     steps = sum(1 for _ in _batches(data, config, 0))
     key = _digest([dataclasses.asdict(config), dataclasses.asdict(model.config), data.fingerprint, len(data), backbone])
     done = _resume(directory / STATE_NAME, key, parameters, optimizer)
-    history: List[Dict[str, float]] = []
+    history: list[dict[str, float]] = []
     if done == config.epochs:
         return history
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, config.lr, total_steps=steps * config.epochs, pct_start=0.1, last_epoch=done * steps - 1)
     for epoch in range(done, config.epochs):
         torch.manual_seed(config.seed + epoch)  # what the losses sample
-        total: Dict[str, float] = {}
+        total: dict[str, float] = {}
         for batch in progress(_batches(data, config, epoch), f'Epoch {epoch + 1} of {config.epochs}', steps):
             with _in_bfloat16(model, maps) if config.amp else contextlib.nullcontext():
                 losses = _losses(model, data, batch, maps)
@@ -127,7 +128,7 @@ def _check_objects(data: CocoData) -> None:
         raise SFormerError(f'{data.file} has no annotation of a single object, so there is nothing to learn from it.')
 
 
-def _freeze_(model: Any, trained_blocks: int) -> None:
+def _freeze_(model: FasterRCNN, trained_blocks: int) -> None:
     """Freeze the backbone but for its last blocks and the norm behind them."""
     vit = model.backbone.vit
     vit.requires_grad_(False)
@@ -138,13 +139,13 @@ def _freeze_(model: Any, trained_blocks: int) -> None:
         vit.eval()
 
 
-Batch = List[Tuple[int, bool]]  # ids of images, and whether they are mirrored
+Batch = list[tuple[int, bool]]  # ids of images, and whether they are mirrored
 
 
 def _batches(data: CocoData, config: TrainingConfig, epoch: int) -> Iterator[Batch]:
     """Batches of images of one size, so that none is padded to another's; in an order of their own in each epoch."""
     rng = random.Random(f'{config.seed} {epoch}')
-    groups: Dict[Tuple[int, int], Batch] = {}
+    groups: dict[tuple[int, int], Batch] = {}
     for id, entry in data.images.items():
         groups.setdefault((entry.height, entry.width), []).append((id, rng.random() < 0.5))
     batches = []
@@ -155,7 +156,7 @@ def _batches(data: CocoData, config: TrainingConfig, epoch: int) -> Iterator[Bat
     yield from batches
 
 
-def _losses(model: Any, data: CocoData, batch: Batch, maps: Optional['_Maps']) -> Dict[str, torch.Tensor]:
+def _losses(model: FasterRCNN, data: CocoData, batch: Batch, maps: '_Maps | None') -> dict[str, torch.Tensor]:
     """Losses of the parts of torchvision's detector, which are called as `GeneralizedRCNN` calls them."""
     device = next(model.parameters()).device
     images, targets = [], []
@@ -172,7 +173,7 @@ def _losses(model: Any, data: CocoData, batch: Batch, maps: Optional['_Maps']) -
     return {**losses, **box_losses}
 
 
-def _finite_sum(losses: Dict[str, torch.Tensor], epoch: int) -> torch.Tensor:
+def _finite_sum(losses: dict[str, torch.Tensor], epoch: int) -> torch.Tensor:
     loss = torch.stack([*losses.values()]).sum()
     if not torch.isfinite(loss):
         raise SFormerError(f'the loss became {loss.item()} in epoch {epoch + 1}: lower the learning rate (--lr).')
@@ -180,11 +181,11 @@ def _finite_sum(losses: Dict[str, torch.Tensor], epoch: int) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _in_bfloat16(model: Any, maps: Optional['_Maps']) -> Iterator[None]:
+def _in_bfloat16(model: FasterRCNN, maps: '_Maps | None') -> Iterator[None]:
     """Let what is heavy compute in bfloat16 and give float32, in which boxes are decoded and matched: they take more
     than the 8 bits of bfloat16."""
-    def wrapped(forward: Callable[..., Any], device: str) -> Callable[..., Any]:
-        def run(*args: Any) -> Any:
+    def wrapped(forward: Callable[..., object], device: str) -> Callable[..., object]:
+        def run(*args: object) -> object:
             with torch.autocast(device, torch.bfloat16):
                 out = forward(*args)
             return tree_map(lambda x: x.float() if isinstance(x, torch.Tensor) else x, out)
@@ -210,7 +211,7 @@ def remove_state(directory: Path) -> None:
         shutil.rmtree(maps, ignore_errors=True)
 
 
-def _example(data: CocoData, id: int, mirrored: bool) -> Tuple[torch.Tensor, Dict[str, torch.Tensor]]:
+def _example(data: CocoData, id: int, mirrored: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """An image (3, H, W) and its target, mirrored or not."""
     image, target = data.image(id), data.target(id)
     if mirrored:
@@ -223,13 +224,13 @@ class _Maps:
     """Maps of a frozen backbone, computed once per picture and kept on disk in half precision, by its pixels: whatever
     the folder was used for before, no map is of another one."""
 
-    def __init__(self, model: Any, directory: Path):
+    def __init__(self, model: FasterRCNN, directory: Path):
         self.backbone = model.backbone
         key = _digest([state_hash(model.backbone.vit.state_dict()), dataclasses.asdict(model.config)])
         self.directory = directory / f'maps-{key}'
         self.directory.mkdir(parents=True, exist_ok=True)
 
-    def __call__(self, images: List[torch.Tensor], resized: ImageList) -> torch.Tensor:
+    def __call__(self, images: list[torch.Tensor], resized: ImageList) -> torch.Tensor:
         """Maps (B, C, h, w) of images, which were also resized and normalised."""
         return torch.stack([self._one(state_hash({'image': image}), pixels)
                             for image, pixels in zip(images, resized.tensors, strict=True)])
@@ -244,7 +245,7 @@ class _Maps:
         return load_file(path)['map'].to(image.device, image.dtype)
 
 
-def _digest(values: Any) -> str:
+def _digest(values: object) -> str:
     return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
 
 
@@ -252,10 +253,10 @@ def _save(
         path: Path,
         key: str,
         epochs: int,
-        parameters: Dict[str, nn.Parameter],
+        parameters: dict[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
 ) -> None:
-    state: Dict[str, torch.Tensor] = {name: p.detach() for name, p in parameters.items()}
+    state: dict[str, torch.Tensor] = {name: p.detach() for name, p in parameters.items()}
     for name, p in parameters.items():
         state.update({f'{name}:{part}': value for part, value in optimizer.state[p].items()})
     group = {key: value for key, value in optimizer.param_groups[0].items() if key != 'params'}
@@ -264,7 +265,7 @@ def _save(
                   metadata=dict(key=key, epochs=str(epochs), group=json.dumps(group)))
 
 
-def _resume(path: Path, key: str, parameters: Dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
+def _resume(path: Path, key: str, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
     """Load the state of a training that was ended; returns the number of epochs that are done."""
     if not path.exists():
         return 0

@@ -1,6 +1,6 @@
 """Activity, the share of neurons that send a spike, and spikes per neuron by the coding of a level."""
 import contextlib
-from typing import Dict, Iterator, Optional
+from collections.abc import Iterator
 
 import torch
 import torch.nn as nn
@@ -24,8 +24,8 @@ class Activity:
             levels in `unary` code, |k|, and in `binary` code, the number of set bits of |k|.
     """
 
-    def __init__(self, counts: Optional[Dict[str, Dict[str, int]]] = None) -> None:
-        self.counts: Dict[str, Dict[str, int]] = {name: dict(site) for name, site in (counts or {}).items()}
+    def __init__(self, counts: dict[str, dict[str, int]] | None = None) -> None:
+        self.counts: dict[str, dict[str, int]] = {name: dict(site) for name, site in (counts or {}).items()}
 
     @contextlib.contextmanager
     def observe(self, model: nn.Module) -> Iterator[None]:
@@ -38,38 +38,38 @@ class Activity:
         for name, site in other.counts.items():
             self._add(name, site)
 
-    def _add(self, name: str, site: Dict[str, int]) -> None:
+    def _add(self, name: str, site: dict[str, int]) -> None:
         counts = self.counts.setdefault(name, dict.fromkeys(_COUNTS, 0))
         for key in _COUNTS:
             counts[key] += site[key]
 
-    def per_site(self) -> Dict[str, float]:
+    def per_site(self) -> dict[str, float]:
         """Activity per site, in [0, 1]."""
         return {name: site['fired'] / site['total'] for name, site in self.counts.items()}
 
-    def mean(self) -> Optional[float]:
+    def mean(self) -> float | None:
         """Activity of all neurons of the model taken together, in [0, 1]; None if none was counted."""
         return self._per_neuron('fired')
 
-    def spikes_per_neuron(self) -> Optional[Dict[str, float]]:
+    def spikes_per_neuron(self) -> dict[str, float] | None:
         """Mean number of spikes per neuron of the model in `unary`, `binary` and `graded` code; None if none was
         counted. In graded code one spike carries k, so its figure is the activity."""
         figures = {code: self._per_neuron(key) for code, key in
                    (('unary', 'unary'), ('binary', 'binary'), ('graded', 'fired'))}
         return {code: figure for code, figure in figures.items() if figure is not None} or None
 
-    def _per_neuron(self, key: str) -> Optional[float]:
+    def _per_neuron(self, key: str) -> float | None:
         total = sum(site['total'] for site in self.counts.values())
         return sum(site[key] for site in self.counts.values()) / total if total else None
 
 
-def _count(levels: torch.Tensor) -> Dict[str, int]:
+def _count(levels: torch.Tensor) -> dict[str, int]:
     spikes = count_spikes(levels)
     return dict(total=levels.numel(), fired=spikes['graded'], unary=spikes['unary'], binary=spikes['binary'])
 
 
 @torch.inference_mode()
-def activity(model: nn.Module, images: torch.Tensor) -> Dict[str, float]:
+def activity(model: nn.Module, images: torch.Tensor) -> dict[str, float]:
     """Activity per site of an SFormer: the share of its neurons that send a spike, in [0, 1].
 
     Args:

@@ -10,8 +10,9 @@ import torch.nn as nn
 from ..conversion import warn_of_changes
 from ..conversion.record import library_versions
 from ..data import ImageData, Plan, open_request
+from ..files import Json
 from .figures import CLASSIFICATION
-from .journal import Journal, check_same
+from .journal import ChunkRecord, Journal, check_same
 from .labels import resolve_benchmark
 from .launch import Group
 from .loop import Loop
@@ -38,7 +39,7 @@ def evaluate(
         *,
         source: bool | nn.Module = True,
         **options: Any,
-) -> dict[str, Any]:
+) -> Json:
     """Evaluate a classifier on a labelled data set, an SFormer side by side with its source.
 
     Under torchrun, every process calls this and all get the same result, whose counts are those of one process. The
@@ -74,7 +75,7 @@ def evaluate_all(
         sources: bool | Sequence[bool | nn.Module] = True,
         group: Group | None = None,
         journal: Journal | None = None,
-) -> list[dict[str, Any]]:
+) -> list[Json]:
     """Evaluate several classifiers in one pass over the images, each of which is decoded once.
 
     Args:
@@ -110,7 +111,7 @@ def _evaluate(
         config: EvaluationConfig,
         group: Group,
         journal: Journal | None,
-) -> list[dict[str, Any]]:
+) -> list[Json]:
     models = [network_of(model) for model in models]
     sources = [source if isinstance(source, bool) else network_of(source) for source in sources]
     for model in models:
@@ -137,7 +138,7 @@ def _evaluate(
     chunk_size = config.batch_size * math.ceil(
         min(4096, max(64, (images.num_images or 0) / 1024)) / config.batch_size)
     plan = Plan(config.batch_size, chunk_size, group.rank, group.world_size, config.workers)
-    done: list[dict[str, Any]] = []
+    done: list[ChunkRecord] = []
     if journal is not None:
         done = journal.open(key, group)
         plan.done = {(r['chunk'][0], r['chunk'][1]) for r in done}
@@ -145,8 +146,9 @@ def _evaluate(
     loop = Loop(images, plan, networks, subjects, config, group, journal)
     loop.already(done)
     records = loop.run()
-    shared = group.gather(dict(
-        records=records, batch_size=loop.batch_size, wall=loop.wall, wait=loop.wait, memory=peak_memory(device)))
+    mine: Json = dict(
+        records=records, batch_size=loop.batch_size, wall=loop.wall, wait=loop.wait, memory=peak_memory(device))
+    shared = group.gather(mine)
     records = sorted([*done, *(r for s in shared for r in s['records'])], key=lambda r: r['chunk'])
     check_complete(records, images, config.max_bad)
     how = _how(config, group, device, shared)
@@ -155,14 +157,14 @@ def _evaluate(
 
 
 def _key(
-        models: list[dict[str, Any]],
-        sources: list[bool | dict[str, Any]],
+        models: list[Json],
+        sources: list[bool | Json],
         images: ImageData,
         benchmark: str | None,
-        preprocessing: list[dict[str, Any]],
+        preprocessing: list[Json],
         config: EvaluationConfig,
         device: torch.device,
-) -> dict[str, Any]:
+) -> Json:
     """What the counts of a chunk depend on, as plain data."""
     versions = library_versions()
     key = dict(
@@ -179,8 +181,8 @@ def _how(
         config: EvaluationConfig,
         group: Group,
         device: torch.device,
-        shared: list[dict[str, Any]],
-) -> dict[str, Any]:
+        shared: list[Json],
+) -> Json:
     """How all models were evaluated, from what each process tells of itself."""
     return dict(
         batch_size=min(s['batch_size'] for s in shared), seed=config.seed, workers=config.workers,

@@ -11,15 +11,35 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, Dict, List, Optional, Union
+from typing import IO, Any, TypedDict
 
 from ..errors import SFormerError
+from ..files import Json
 from .launch import Group
 
 __all__ = ['ChunkRecord', 'Journal', 'check_same']
 
-ChunkRecord = Dict[str, Any]  # what was counted in one chunk
+
+class ChunkRecord(TypedDict):
+    """What was counted in a chunk of images, as JSON; lists have one entry per subject, None where there is nothing."""
+    chunk: list[int]
+    num: int
+    count: int
+    skipped: int
+    bad: list[str]
+    ends_shard: bool
+    networks: list[Json]
+    sources: list[Json | None]
+    activity: list[Json | None] | None
+    activity_images: int
+    seconds: list[float]
+    source_seconds: list[float | None]
+    decode: float
+    preprocess: float
+    world_size: int
+
 
 # What tells runs apart; one that differs in anything else is the same run with other options, which cannot go on.
 IDENTITY = {'models', 'sources', 'dataset', 'split', 'benchmark'}
@@ -33,14 +53,14 @@ class Journal:
         resume: Continue with what is there instead of starting over.
     """
 
-    def __init__(self, path: Union[str, Path], resume: bool = False):
+    def __init__(self, path: str | Path, resume: bool = False):
         self.root = self.path = Path(path).expanduser()
         self.resume = resume
-        self._file: Optional[IO[str]] = None
+        self._file: IO[str] | None = None
         self._synced = 0.
 
-    def open(self, key: Dict[str, Any], group: Group) -> List[ChunkRecord]:
-        """Begin to record; returns the records of earlier runs, one per chunk.
+    def open(self, key: Json, group: Group) -> list[Any]:
+        """Begin to record; returns the records of earlier runs, one per chunk, as they were added.
 
         Args:
             key: What results depend on, as plain data. Records of a run with another key are refused.
@@ -52,7 +72,7 @@ class Journal:
         self.path = self.root / _line_digest(json.dumps(key, sort_keys=True))
         files = sorted(self.path.glob('*.jsonl'))
         found = self._read(files or sorted(self.root.glob('*/*.jsonl')), key) if self.resume else []
-        records: Dict[Any, ChunkRecord] = {}
+        records: dict[tuple[int, ...], Json] = {}
         for record in (r for rs in group.gather(found) for r in rs):
             records.setdefault(tuple(record['chunk']), record)
         if not self.resume:
@@ -67,8 +87,8 @@ class Journal:
         self._append(key)
         return [records[chunk] for chunk in sorted(records)]
 
-    def _read(self, files: List[Path], key: Dict[str, Any]) -> List[ChunkRecord]:
-        records = []
+    def _read(self, files: list[Path], key: Json) -> list[Json]:
+        records: list[Json] = []
         for path in files:
             lines = [_parse(line) for line in path.read_text(encoding='utf-8', errors='replace').splitlines()]
             if not lines or lines[0] is None:
@@ -83,11 +103,11 @@ class Journal:
             records += [line for line in lines[1:] if line is not None]
         return records
 
-    def add(self, record: ChunkRecord) -> None:
+    def add(self, record: Mapping[str, object]) -> None:
         """Record a finished chunk."""
         self._append(record)
 
-    def _append(self, data: Dict[str, Any]) -> None:
+    def _append(self, data: Mapping[str, object]) -> None:
         text = json.dumps(data)
         assert self._file is not None
         try:
@@ -112,7 +132,7 @@ class Journal:
             self.root.rmdir()
 
 
-def check_same(key: Dict[str, Any], group: Group) -> None:
+def check_same(key: Json, group: Group) -> None:
     """Raise SFormerError unless all processes evaluate the same.
 
     Args:
@@ -129,7 +149,7 @@ def _line_digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _parse(line: str) -> Any:
+def _parse(line: str) -> Json | None:
     """Data of a line, None if it was cut off."""
     digest, _, text = line.partition(' ')
     return json.loads(text) if digest == _line_digest(text) else None

@@ -11,15 +11,16 @@ The lists of classes and the ReaL labels are those that timm ships.
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import torch.nn as nn
 from timm.data import ImageNetInfo, RealLabelsImagenet, infer_imagenet_subset
 
 from ..conversion.sources import label_names_of
 from ..errors import ConfigError, SFormerError
+from ..files import Json
 
 __all__ = [
     'BENCHMARKS', 'DATASETS', 'Benchmark', 'check_benchmark', 'match_names', 'model_class_names', 'resolve_benchmark',
@@ -28,7 +29,7 @@ __all__ = [
 BENCHMARKS = ('imagenet-1k', 'imagenet-real', 'imagenet-v2', 'imagenet-a', 'imagenet-r')
 
 # Name of a data set, unless there is a folder of this name -> where it is on the Hub, and how it is read there
-DATASETS: Dict[str, Dict[str, Any]] = {
+DATASETS: dict[str, Json] = {
     # streamed, or `datasets` would download 150 GB of training images for the sake of the others
     'imagenet-1k': dict(dataset='ILSVRC/imagenet-1k', split='validation', streaming=True),
     'imagenet-real': dict(
@@ -45,9 +46,9 @@ class RealLabels:
     """ReaL labels of the ImageNet validation images, by the number in their file names."""
 
     def __init__(self):
-        self.labels: Dict[str, List[int]] = RealLabelsImagenet(range(50_000)).real_labels
+        self.labels: dict[str, list[int]] = RealLabelsImagenet(range(50_000)).real_labels
 
-    def __call__(self, label: Optional[int], key: Optional[str]) -> Sequence[int]:
+    def __call__(self, label: int | None, key: str | None) -> Sequence[int]:
         found = _VALIDATION.search(key or '')
         labels = self.labels.get(f'{found.group()}.JPEG') if found else None
         if labels is None:
@@ -65,23 +66,23 @@ class Benchmark:
         label_map: Class of each label, as an index among the compared logits; None for the labels themselves.
         classes: Logits that are compared, as indices; None for all of them.
     """
-    name: Optional[str]
-    label_map: Optional[List[int]] = None
-    classes: Optional[List[int]] = None
+    name: str | None
+    label_map: list[int] | None = None
+    classes: list[int] | None = None
 
     @property
-    def labels(self) -> Optional[Callable[[Optional[int], Optional[str]], Sequence[int]]]:
+    def labels(self) -> Callable[[int | None, str | None], Sequence[int]] | None:
         """What labels images, where it is not their label."""
         return RealLabels() if self.name == 'imagenet-real' else None
 
 
-def check_benchmark(name: Optional[str]) -> None:
+def check_benchmark(name: str | None) -> None:
     """Raise ConfigError unless there is a benchmark of this name, or none is named."""
     if name is not None and name not in BENCHMARKS:
         raise ConfigError(f'no benchmark {name!r}, but: {", ".join(BENCHMARKS)}.')
 
 
-def match_names(names: Sequence[str], known: Sequence[str], whose: str, of: str) -> List[int]:
+def match_names(names: Sequence[str], known: Sequence[str], whose: str, of: str) -> list[int]:
     """Which of the known names of classes each name is: the same or, one to one, the same but for case, what separates
     words (blanks, `_`, `-`) and how accents are composed.
 
@@ -99,11 +100,11 @@ def match_names(names: Sequence[str], known: Sequence[str], whose: str, of: str)
     if ([*map(_plain_name, names)] == [*map(_plain_name, known)]
             and all(exact.get(name, i) == i for i, name in enumerate(names))):
         return [*range(len(known))]  # two may have one name, but each is in its place
-    alike: Dict[str, List[int]] = {}
+    alike: dict[str, list[int]] = {}
     for i, name in enumerate(known):
         if name not in exact or name not in given:
             alike.setdefault(_plain_name(name), []).append(i)
-    found: Dict[int, str] = {}
+    found: dict[int, str] = {}
     for name in names:
         those = [exact[name]] if name in exact else alike.get(_plain_name(name), [])
         if len(those) != 1 or those[0] in found:
@@ -122,10 +123,10 @@ def _plain_name(name: str) -> str:
 
 
 def resolve_benchmark(
-        name: Optional[str],
+        name: str | None,
         model: nn.Module,
         dataset: str,
-        class_names: Optional[List[str]],
+        class_names: list[str] | None,
         by_position: bool = False,
 ) -> Benchmark:
     """Match the labels of a data set with the classes of a model.
@@ -179,7 +180,7 @@ def resolve_benchmark(
     return Benchmark(name)
 
 
-def _subset(name: str, model: nn.Module, dataset: str, class_names: Optional[List[str]]) -> Benchmark:
+def _subset(name: str, model: nn.Module, dataset: str, class_names: list[str] | None) -> Benchmark:
     names, synsets = model_class_names(model), _synsets(name)
     if names is None or not set(synsets) <= set(names):
         raise SFormerError(f'{name} needs a model of ImageNet classes, this one has {model.num_classes} others.')
@@ -189,12 +190,12 @@ def _subset(name: str, model: nn.Module, dataset: str, class_names: Optional[Lis
     return Benchmark(name, [synsets.index(n) for n in class_names], [names.index(n) for n in synsets])
 
 
-def _synsets(name: str) -> List[str]:
+def _synsets(name: str) -> list[str]:
     """Sorted WordNet ids of ImageNet-A or -R."""
     return (files('timm.data') / '_info' / f'{name.replace("-", "_")}_synsets.txt').read_text().split()
 
 
-def _words_of(synsets: List[str], class_names: List[str]) -> Optional[List[str]]:
+def _words_of(synsets: list[str], class_names: list[str]) -> list[str] | None:
     """What classes of ImageNet are called where data have names of them: WordNet's words, or the first of these. None
     if their names are of others: a classifier is taken for one of ImageNet by its number of classes."""
     info, given = ImageNetInfo(), [*map(_plain_name, class_names)]
@@ -213,7 +214,7 @@ def _words_of(synsets: List[str], class_names: List[str]) -> Optional[List[str]]
     return best
 
 
-def model_class_names(model: nn.Module) -> Optional[List[str]]:
+def model_class_names(model: nn.Module) -> list[str] | None:
     """Names of a model's classes: those in its config, a list or a mapping from their numbers, or the WordNet ids of
     ImageNet classifiers; None if unknown."""
     names = label_names_of(model)

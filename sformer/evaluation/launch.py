@@ -9,7 +9,8 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from types import FrameType
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,8 @@ from ..errors import RankError, SFormerError, first_line
 from .networks import usable_device
 
 __all__ = ['Group']
+
+T = TypeVar('T')
 
 
 class Group:
@@ -70,7 +73,7 @@ class Group:
             self._sum_up()
         return self._totals
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: T) -> list[T]:
         """Values of all ranks, by rank, on every rank; waits for others as long as they get on."""
         values = [value] * self.world_size
         if self.world_size > 1:
@@ -151,7 +154,7 @@ class Group:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         dist.destroy_process_group(self._group)
 
-    def _end(self, number: int = 0, frame: Any = None) -> None:
+    def _end(self, number: int = 0, frame: FrameType | None = None) -> None:
         """Take no more signals, of which torch's for a dead loader worker raises, too; as a handler, raise."""
         for name in {'SIGTERM', 'SIGINT', 'SIGCHLD'} & {*dir(signal)}:
             signal.signal(getattr(signal, name), lambda *args: None)

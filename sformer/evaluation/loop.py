@@ -2,7 +2,7 @@
 import contextlib
 import sys
 import time
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -34,9 +34,14 @@ class Loop:
     """
 
     def __init__(self, images: ImageData, plan: Plan, networks: Sequence[Network], subjects: Sequence[Subject],
-                 config: EvaluationConfig, group: Group, journal: Optional[Journal] = None):
-        self.images, self.plan, self.group, self.config = images, plan, group, config
-        self.networks, self.subjects, self.journal = networks, subjects, journal
+                 config: EvaluationConfig, group: Group, journal: Journal | None = None):
+        self.images = images
+        self.plan = plan
+        self.group = group
+        self.config = config
+        self.networks = networks
+        self.subjects = subjects
+        self.journal = journal
         # of a stream, nobody knows which images come first: the first ones of each shard
         self.activity_images = -(-config.activity_images // images.num_shards)
         self.batch_size = plan.batch_size
@@ -44,9 +49,9 @@ class Loop:
         self.wall = self.wait = 0.
         self.done = 0
         self.seen = self.hits = self.num_bad = 0
-        self.bad: Optional[str] = None  # the last image that could not be read
+        self.bad: str | None = None  # the last image that could not be read
 
-    def already(self, records: List[ChunkRecord]) -> None:
+    def already(self, records: list[ChunkRecord]) -> None:
         """Take over what earlier runs counted."""
         self.done = sum(r['num'] for r in records)
         if records and self.group.is_main:
@@ -55,15 +60,15 @@ class Loop:
             self.hits = sum(sum(r['networks'][0]['top1']) for r in records)
             self.num_bad = sum(len(r['bad']) for r in records)
 
-    def run(self) -> List[ChunkRecord]:
+    def run(self) -> list[ChunkRecord]:
         """Records of the chunks of this process.
 
         Raises:
             SFormerError: If images cannot be read or do not fit into memory, or logits or labels are out of range.
         """
         begin = time.perf_counter()
-        records: List[ChunkRecord] = []
-        chunks: Dict[Tuple[int, int], _Chunk] = {}  # workers deliver chunks in turns
+        records: list[ChunkRecord] = []
+        chunks: dict[tuple[int, int], _Chunk] = {}  # workers deliver chunks in turns
         with _bar(self.group.is_main, self.images.num_images, self.done) as bar, lost_workers():
             for batch in self._batches():
                 chunk = chunks.setdefault(batch.chunk, _Chunk(batch.chunk, len(self.networks), self.subjects))
@@ -79,7 +84,7 @@ class Loop:
                 self._check_bad(num_bad)
                 bar(seen, hits)
                 if batch.ends_chunk:
-                    record = dict(chunks.pop(batch.chunk).record(), world_size=self.group.world_size)
+                    record = chunks.pop(batch.chunk).record(self.group.world_size)
                     records.append(record)
                     if self.journal is not None:
                         self.journal.add(record)
@@ -106,7 +111,7 @@ class Loop:
     def _forward(self, batch: Batch, chunk: '_Chunk') -> None:
         """Networks on a batch, once each; then what each subject makes of their logits."""
         counting = batch.start < self.activity_images
-        inputs: Dict[Any, torch.Tensor] = {}
+        inputs: dict[tuple[int, torch.dtype], torch.Tensor] = {}
         logits = []
         for i, network in enumerate(self.networks):
             dtype = next((p.dtype for p in network.model.parameters()), torch.float32)
@@ -127,7 +132,7 @@ class Loop:
                 chunk.score(subject.source, i).add(Scored(expected, labels))
             chunk.score(subject.network, i).add(Scored(mine, labels, expected))
 
-    def _logits(self, network: Network, x: torch.Tensor, activity: Optional[Activity]) -> torch.Tensor:
+    def _logits(self, network: Network, x: torch.Tensor, activity: Activity | None) -> torch.Tensor:
         """float32 logits (B, C) on the CPU; halves batches that do not fit into memory, if it may. Counts spikes."""
         amp = self.config.amp
         while True:
@@ -174,14 +179,14 @@ class Loop:
 class _Chunk:
     """Counts of a chunk that is under way."""
 
-    def __init__(self, chunk: Tuple[int, int], num_networks: int, subjects: Sequence[Subject]):
+    def __init__(self, chunk: tuple[int, int], num_networks: int, subjects: Sequence[Subject]):
         self.chunk, self.subjects = chunk, subjects
         # a source that subjects share may be scored on the classes of each
-        self.scores: List[Dict[int, Score]] = [{} for _ in range(num_networks)]
+        self.scores: list[dict[int, Score]] = [{} for _ in range(num_networks)]
         self.activity = {s.network: Activity() for s in subjects if s.spiking}
         self.seconds = [0.] * num_networks
         self.num = self.count = self.skipped = self.activity_images = 0
-        self.bad: List[str] = []
+        self.bad: list[str] = []
         self.ends_shard = False
         self.decode = self.preprocess = 0.
         self.last_hits = 0
@@ -203,10 +208,10 @@ class _Chunk:
         hits = sum(self.score(0, 0).values['top1'] or ())
         self.last_hits, self._hits = hits - self._hits, hits
 
-    def record(self) -> ChunkRecord:
-        """All counts, for JSON; lists have one entry per subject."""
+    def record(self, world_size: int) -> ChunkRecord:
+        """All counts."""
         activity = [self.activity[s.network].counts if s.spiking else None for s in self.subjects]
-        return dict(
+        return ChunkRecord(
             chunk=list(self.chunk), num=self.num, count=self.count, skipped=self.skipped, bad=self.bad,
             ends_shard=self.ends_shard,
             networks=[self.score(s.network, i).record() for i, s in enumerate(self.subjects)],
@@ -215,11 +220,11 @@ class _Chunk:
             activity=activity if any(activity) else None, activity_images=self.activity_images,
             seconds=[self.seconds[s.network] for s in self.subjects],
             source_seconds=[None if s.source is None else self.seconds[s.source] for s in self.subjects],
-            decode=self.decode, preprocess=self.preprocess)
+            decode=self.decode, preprocess=self.preprocess, world_size=world_size)
 
 
 @contextlib.contextmanager
-def _bar(shown: bool, total: Optional[int], done: int) -> Iterator[Callable[[int, int], None]]:
+def _bar(shown: bool, total: int | None, done: int) -> Iterator[Callable[[int, int], None]]:
     """A function that takes images and hits of all processes and shows them, with the rate, if stderr is a terminal."""
     if not (shown and sys.stderr.isatty()):
         yield lambda seen, hits: None

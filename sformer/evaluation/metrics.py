@@ -7,7 +7,7 @@ that of one, to the last bit.
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -64,7 +64,13 @@ class Counted:
         side: `networks` for the model, `sources` for its source.
     """
 
-    def __init__(self, subject: Subject, images: ImageData, records: Sequence[ChunkRecord], side: str = 'networks'):
+    def __init__(
+            self,
+            subject: Subject,
+            images: ImageData,
+            records: Sequence[ChunkRecord],
+            side: Literal['networks', 'sources'] = 'networks',
+    ):
         self.subject = subject
         self.images = images
         self.records = records
@@ -73,7 +79,8 @@ class Counted:
 
     def totals(self, key: str) -> list[Any]:
         """What each chunk has of a figure."""
-        return [record[self.side][self.subject.index][key] for record in self.records]
+        counts = [record[self.side][self.subject.index] for record in self.records]
+        return [count[key] for count in counts if count is not None]
 
     def sums(self, key: str) -> list[float] | None:
         """What a figure counts, over all images; None where it means nothing."""
@@ -86,18 +93,19 @@ class Counted:
         assert sums is not None
         return percent(sums[0], self.num)
 
-    def seconds(self, key: str, single: bool = False) -> float:
+    def seconds(self, key: Literal['decode', 'preprocess']) -> float:
         """Seconds, averaged over the processes that worked at the same time; a resumed run may have had others.
 
         Args:
             key: Of the records.
-            single: Whether the records have one per model.
         """
-        return sum((r[key][self.subject.index] if single else r[key]) / r['world_size'] for r in self.records)
+        return sum(r[key] / r['world_size'] for r in self.records)
 
     @functools.cached_property
     def network_seconds(self) -> float:
-        return self.seconds('seconds' if self.side == 'networks' else 'source_seconds', single=True)
+        key: Literal['seconds', 'source_seconds'] = 'seconds' if self.side == 'networks' else 'source_seconds'
+        spent = [record[key][self.subject.index] for record in self.records]
+        return sum(s / r['world_size'] for s, r in zip(spent, self.records, strict=True) if s is not None)
 
     @functools.cached_property
     def activity(self) -> Activity:

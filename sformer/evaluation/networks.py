@@ -5,15 +5,16 @@ their own, so a model may be in use by another thread, or be evaluated twice at 
 """
 import copy
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any
 
 import torch
 import torch.nn as nn
 from timm.data import resolve_input_data_config
 
 from ..errors import SFormerError, UncalibratedError, first_line, working_compiler
-from ..files import state_hash
+from ..files import Json, state_hash
 from ..layers import is_calibrated, named_neurons, placed, shared_copy, source_view, uncalibrated, unwrapped
 from .labels import Benchmark
 from .settings import EvaluationConfig
@@ -39,7 +40,7 @@ class Network:
     """
     model: nn.Module
     transform: int
-    compiled: Optional[Callable[[torch.Tensor], torch.Tensor]] = None
+    compiled: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def __call__(self, x: torch.Tensor, eager: bool = False) -> torch.Tensor:
         """Logits (B, C) of images (B, C, H, W); `eager` runs hooks, which compiled networks do not.
@@ -68,11 +69,11 @@ class Subject:
     """
     model: nn.Module
     network: int
-    source: Optional[int]
+    source: int | None
     benchmark: Benchmark
     spiking: bool
     index: int
-    data_config: Dict[str, Any]
+    data_config: Json
 
 
 def check_model(model: nn.Module) -> None:
@@ -100,7 +101,7 @@ def network_of(model: nn.Module) -> nn.Module:
     return model
 
 
-def identity(model: nn.Module) -> Dict[str, Any]:
+def identity(model: nn.Module) -> Json:
     """What tells a network from others, as plain data: its weights, its architecture and the arguments of that."""
     arguments = getattr(model, '_model_args', None)
     return dict(
@@ -109,7 +110,7 @@ def identity(model: nn.Module) -> Dict[str, Any]:
 
 
 @torch.inference_mode(False)  # parameters that are made in inference mode could not be trained afterwards
-def prepare_model(model: nn.Module, config: EvaluationConfig, device: Optional[torch.device]) -> nn.Module:
+def prepare_model(model: nn.Module, config: EvaluationConfig, device: torch.device | None) -> nn.Module:
     """A view of a model in eval mode, on a device; a copy where the model would have to change or to move.
 
     Raises:
@@ -131,7 +132,7 @@ def prepare_model(model: nn.Module, config: EvaluationConfig, device: Optional[t
     return (model if copied else shared_copy(model)).eval()
 
 
-def data_config_of(model: nn.Module, config: EvaluationConfig) -> Dict[str, Any]:
+def data_config_of(model: nn.Module, config: EvaluationConfig) -> Json:
     """Preprocessing of a model as timm resolves it, with the overrides of the config.
 
     Raises:
@@ -146,11 +147,11 @@ def data_config_of(model: nn.Module, config: EvaluationConfig) -> Dict[str, Any]
 
 def build_networks(
         models: Sequence[nn.Module],
-        sources: Sequence[Union[bool, nn.Module]],
-        configs: Sequence[Dict[str, Any]],
+        sources: Sequence[bool | nn.Module],
+        configs: Sequence[Json],
         benchmarks: Sequence[Benchmark],
         torchcompile: bool,
-) -> Tuple[List[Subject], List[Network]]:
+) -> tuple[list[Subject], list[Network]]:
     """Networks of all models and their sources; models with the same source share it.
 
     Args:
@@ -160,9 +161,9 @@ def build_networks(
         benchmarks: How each model is scored.
         torchcompile: Whether to compile networks.
     """
-    networks: List[Network] = []
-    subjects: List[Subject] = []
-    known: Dict[Any, int] = {}
+    networks: list[Network] = []
+    subjects: list[Subject] = []
+    known: dict[object, int] = {}
     distinct = distinct_configs(configs)
 
     def add(model: nn.Module, transform: int) -> int:
@@ -183,7 +184,7 @@ def build_networks(
     return subjects, networks
 
 
-def distinct_configs(configs: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
+def distinct_configs(configs: Sequence[Json]) -> list[Json]:
     """Each preprocessing once, in the order of its first model."""
     return [config for i, config in enumerate(configs) if config not in configs[:i]]
 
@@ -215,7 +216,7 @@ def usable_device(
         raise SFormerError(f'device {str(asked)!r} cannot be used: {first_line(e)}') from e
 
 
-def _source_key(source: nn.Module) -> Optional[Tuple[str, tuple]]:
+def _source_key(source: nn.Module) -> tuple[str, tuple] | None:
     """What two sources have to share to be one: tensors, architecture, arguments, and in each layer its type and plain
     attributes, such as `num_heads`. None if something else may tell them apart: then nothing is shared."""
     architecture, arguments = _architecture(source), getattr(source, '_model_args', None)
@@ -231,7 +232,7 @@ def _source_key(source: nn.Module) -> Optional[Tuple[str, tuple]]:
     return json.dumps([state_hash(tensors), architecture, arguments, layers], sort_keys=True), tuple(types)
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: object) -> bool:
     """Whether JSON can hold a value."""
     try:
         json.dumps(value, sort_keys=True)
@@ -240,7 +241,7 @@ def _is_plain(value: Any) -> bool:
     return True
 
 
-def _architecture(model: nn.Module) -> Optional[str]:
+def _architecture(model: nn.Module) -> str | None:
     return (getattr(model, 'pretrained_cfg', None) or {}).get('architecture')
 
 

@@ -4,14 +4,13 @@ import io
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch.nn as nn
 
 from ..errors import SFormerError
 from ..files import locked, may_write, state_hash, write_file, write_json, written_to
 from ..saving.model_config import CONFIG_NAME, WEIGHTS_NAME
-from .schema import is_result, schema_of
+from .schema import Result, is_result, schema_of
 
 __all__ = ['check_replaceable', 'check_results_file', 'write_results']
 
@@ -65,7 +64,7 @@ def check_replaceable(path: str | Path, models: Iterable[nn.Module], dataset: st
                                f'Name another file, or remove it.')
 
 
-def _read_json(path: Path) -> list[dict[str, Any]] | None:
+def _read_json(path: Path) -> list[Result] | None:
     """Results in a JSON file; none if it is missing or empty, None if it holds something else."""
     if not path.exists() or path.stat().st_size == 0:
         return []
@@ -77,7 +76,7 @@ def _read_json(path: Path) -> list[dict[str, Any]] | None:
     return results if all(is_result(r) and 'model' in r for r in results) else None
 
 
-def write_results(path: str | Path, results: list[dict[str, Any]], format: str = 'json') -> None:
+def write_results(path: str | Path, results: list[Result], format: str = 'json') -> None:
     """Write results: a JSON object (a list if there are several), or rows that are appended to a CSV file.
 
     Rows and columns of a CSV file that is there are kept. Files are written aside and renamed; of a link, the file
@@ -94,7 +93,7 @@ def write_results(path: str | Path, results: list[dict[str, Any]], format: str =
         raise OSError(e.errno, e.strerror, str(path)) from e
 
 
-def _write_format(path: Path, results: list[dict[str, Any]], format: str) -> None:
+def _write_format(path: Path, results: list[Result], format: str) -> None:
     if format == 'json':
         write_json(path, results[0] if len(results) == 1 else results)
         return

@@ -118,7 +118,7 @@ class Figure:
     total: Callable[[list[Any]], list[Any]] = column_sums
     pair: bool = False
     where: Callable[[Counted], bool] = lambda counted: True
-    make: Callable[[Counted], Any] | None = None
+    make: Callable[[Counted], object] | None = None
     parts: dict[str, Figure] = field(default_factory=dict)
 
     @property
@@ -254,7 +254,7 @@ class Schema:
     def score(self) -> Score:
         return Score(self.figures.values())
 
-    def make(self, counted: Mapping[str, Counted], **given: Any) -> Result:
+    def make(self, counted: Mapping[str, Counted], **given: object) -> Result:
         """A result.
 
         Args:
@@ -288,10 +288,10 @@ class Schema:
 
     # forms
 
-    def row(self, result: Result) -> dict[str, Any]:
+    def row(self, result: Result) -> dict[str, object]:
         """Cells of CSV: a column per part of a figure; what no figure describes is kept."""
         places = {key: figure.leaves(side) for key, side, figure in self.places()}
-        row: dict[str, Any] = {}
+        row: dict[str, object] = {}
         for key, value in result.items():
             if key in places:
                 found = {leaf.column: leaf.value(result) for leaf in places[key] if leaf.column is not None}
@@ -384,5 +384,5 @@ def in_line(figures: Mapping[str, Figure], values: Result) -> str:
     return '   '.join(said.format(value) for said, value in found if value is not None) or '-'
 
 
-def _cell(value: Any) -> Any:
+def _cell(value: object) -> object:
     return json.dumps(value) if isinstance(value, (dict, list, tuple)) else '' if value is None else value

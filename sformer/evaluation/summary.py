@@ -2,7 +2,6 @@
 import contextlib
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -43,7 +42,7 @@ def check_complete(records: Sequence[ChunkRecord], images: ImageData, max_bad: i
         raise SFormerError(f'{images.name}: not one image has a label and can be read.')
 
 
-def result_of(subject: Subject, images: ImageData, records: Sequence[ChunkRecord], **how: Any) -> Result:
+def result_of(subject: Subject, images: ImageData, records: Sequence[ChunkRecord], **how: object) -> Result:
     """Result of one model: what was evaluated on what, its figures and those of its source, and seconds.
 
     Args:

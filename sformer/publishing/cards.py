@@ -4,15 +4,18 @@ import re
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..conversion.record import ADAPTED, BALANCED, COMPENSATED, DISTILLED, FINE_TUNED
 from ..errors import SFormerError
 from ..evaluation.schema import Result, schema_of
-from ..files import may_write, write_aside
+from ..files import Json, may_write, write_aside
 from ..saving.model_config import WEIGHTS_NAME
 from .model_record import ModelRecord
 from .plots import is_own_plot, need_pages, render_plots
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 __all__ = ['render_card', 'render_eval_results', 'write_card']
 
@@ -40,7 +43,7 @@ CHANGES = {
 # What is said of it ---------------------------------------------------------------------------------------------------
 
 
-def _dataset_id(record: ModelRecord, used: dict[str, Any], key: str = 'dataset') -> str | None:
+def _dataset_id(record: ModelRecord, used: Json, key: str = 'dataset') -> str | None:
     """Hub id of the data set of a result; None for those that are not on the Hub."""
     name = used.get(key)
     if name in record.dataset_ids:
@@ -53,8 +56,8 @@ def _dataset_id(record: ModelRecord, used: dict[str, Any], key: str = 'dataset')
     return name if re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', name) else None
 
 
-def _dataset_title(record: ModelRecord, used: dict[str, Any], key: str = 'dataset') -> str:
-    name = used.get(key)
+def _dataset_title(record: ModelRecord, used: Json, key: str = 'dataset') -> str:
+    name = used.get(key) or ''
     if name in DATASET_TITLES:
         return DATASET_TITLES[name]
     if name in record.dataset_ids or used.get('local_copy'):
@@ -78,9 +81,9 @@ def _calibration(record: ModelRecord) -> str:
     return f'{used["num_images"]:,} images of {title}'
 
 
-def _recipe(record: ModelRecord) -> list[tuple[str, Any]]:
+def _recipe(record: ModelRecord) -> list[tuple[str, object]]:
     c = record.conversion
-    rows: list[tuple[str, Any]] = [('architecture', f'`{record.architecture}`')]
+    rows: list[tuple[str, object]] = [('architecture', f'`{record.architecture}`')]
     rows += record.of_task.recipe(record)
     if record.base_model:
         of = 'source' if record.of_task.source_is_base else 'backbone'
@@ -112,9 +115,9 @@ def _trained(record: ModelRecord) -> str:
     return ' without training' * (not trained) + (f', with weights that {" and ".join(what)}' if what else '')
 
 
-def _training(record: ModelRecord) -> list[tuple[str, Any]]:
+def _training(record: ModelRecord) -> list[tuple[str, object]]:
     t = record.training or {}
-    rows: list[tuple[str, Any]] = []
+    rows: list[tuple[str, object]] = []
     if 'train_samples' in t:
         recipe = t.get('recipe') or {}
         of = f' of {_dataset_title(record, recipe, "data")}' if recipe.get('data') else ''
@@ -128,7 +131,7 @@ def _training(record: ModelRecord) -> list[tuple[str, Any]]:
     return rows
 
 
-def _result(record: ModelRecord, result: Result) -> dict[str, Any]:
+def _result(record: ModelRecord, result: Result) -> Json:
     schema = schema_of(result)
     rows = schema.card_rows(result) + record.of_task.card_rows(result)
     title = _with_split(_dataset_title(record, result), result.get('split'))
@@ -141,7 +144,7 @@ def _result(record: ModelRecord, result: Result) -> dict[str, Any]:
         settings='; '.join(settings), versions=_versions(result.get('versions')))
 
 
-def _curve(record: ModelRecord) -> dict[str, Any] | None:
+def _curve(record: ModelRecord) -> Json | None:
     if not record.curve:
         return None
     first = record.curve[0]
@@ -151,9 +154,9 @@ def _curve(record: ModelRecord) -> dict[str, Any] | None:
                 of=f', evaluated on {title}{count}' if title else '')
 
 
-def _comparable(record: ModelRecord) -> list[dict[str, Any]]:
+def _comparable(record: ModelRecord) -> list[Result]:
     """Results that an index may list by data set and split: with its own labels, and of each the one on most images."""
-    found: dict[Any, dict[str, Any]] = {}
+    found: dict[tuple[str, str | None], Result] = {}
     for result in record.evaluations.values():
         key = result['dataset'], result.get('split')
         if result.get('benchmark') != 'imagenet-real' and \
@@ -162,12 +165,12 @@ def _comparable(record: ModelRecord) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def _eval_results(record: ModelRecord) -> list[Any]:
+def _eval_results(record: ModelRecord) -> list['EvalResult']:
     from huggingface_hub import EvalResult
     entries = []
     task, task_name = _task(record)
     for result in _comparable(record):
-        common: dict[str, Any] = dict(
+        common: Json = dict(
             task_type=task, task_name=task_name, metric_type=record.of_task.metric,
             dataset_type=_dataset_id(record, result) or Path(result['dataset']).name,
             dataset_name=_dataset_title(record, result), dataset_split=result.get('split'),
@@ -183,7 +186,7 @@ def _task(record: ModelRecord) -> tuple[str, str]:
     return record.of_task.hub_task(record.built)
 
 
-def _metadata(record: ModelRecord) -> Any:
+def _metadata(record: ModelRecord) -> 'ModelCardData':
     from huggingface_hub import ModelCardData
     from huggingface_hub.utils import validate_repo_id
     used = [_dataset_id(record, record.conversion.get('calibration') or {}, 'name')]
@@ -217,7 +220,7 @@ def _metadata(record: ModelRecord) -> Any:
         model_name=record.name if results else None, eval_results=results or None)
 
 
-def render_card(record: ModelRecord, plots: dict[str, str] | None = None) -> Any:
+def render_card(record: ModelRecord, plots: dict[str, str] | None = None) -> 'ModelCard':
     """Render a model card.
 
     Args:
@@ -247,7 +250,7 @@ def render_card(record: ModelRecord, plots: dict[str, str] | None = None) -> Any
     return card
 
 
-def _cells(rows: Iterable[Sequence[Any]]) -> list[list[str]]:
+def _cells(rows: Iterable[Sequence[object]]) -> list[list[str]]:
     """Rows of a Markdown table: one line per cell, no bar that would start another."""
     return [[' '.join(str(value).split()).replace('|', r'\|') for value in row] for row in rows]
 
@@ -324,6 +327,6 @@ def hub_link(repo_id: str) -> str:
     return f'[{repo_id}](https://huggingface.co/{repo_id})'
 
 
-def shell(*words: Any) -> str:
+def shell(*words: object) -> str:
     """Command line of words."""
     return shlex.join(str(word) for word in words)

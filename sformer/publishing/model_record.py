@@ -1,9 +1,7 @@
 """The record of a model: everything that was written down about it, checked before anything of it is published."""
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch.nn as nn
 
@@ -11,7 +9,7 @@ from ..detection.pictures import read_picture
 from ..errors import SFormerError
 from ..evaluation.figures import CLASSIFICATION
 from ..evaluation.schema import COUNT, TEXT, TEXTS, Check, Result, check_values, is_result, mapping, schema_of
-from ..files import state_hash
+from ..files import Json, state_hash
 from ..layers import is_calibrated
 from ..saving.model_config import CONFIG_NAME, conversion_of
 from ..tasks import Task, load_model, task_named, task_of
@@ -53,20 +51,20 @@ class ModelRecord:
     input_size: list[int]
     num_classes: int
     calibrated: bool = True
-    conversion: dict[str, Any] = field(default_factory=dict)
-    sfn: dict[str, Any] = field(default_factory=dict)
-    fit: dict[str, Any] = field(default_factory=dict)
-    training: dict[str, Any] | None = None
-    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
-    curve: list[dict[str, Any]] = field(default_factory=list)
+    conversion: Json = field(default_factory=dict)
+    sfn: Json = field(default_factory=dict)
+    fit: Json = field(default_factory=dict)
+    training: Json | None = None
+    evaluations: dict[str, Result] = field(default_factory=dict)
+    curve: list[Result] = field(default_factory=list)
     curve_command: str | None = None
     license: str | None = None
     base_model: str | None = None
     dataset_ids: dict[str, str] = field(default_factory=dict)
     note: str | None = None
     task: str = 'classification'
-    built: dict[str, Any] = field(default_factory=dict)
-    pictures: dict[str, dict[str, Any]] = field(default_factory=dict)
+    built: Json = field(default_factory=dict)
+    pictures: dict[str, Json] = field(default_factory=dict)
 
     @property
     def changed(self) -> tuple[str, ...]:
@@ -79,7 +77,7 @@ class ModelRecord:
         return task_named(self.task)
 
 
-def neuron_configs(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def neuron_configs(config: Json) -> tuple[Json, Json]:
     """How the neurons of a `config.json` fire, and how their thresholds were fitted."""
     sfn = config.get('sfn') or config.get('model_args', {}).get('sfn')
     return sfn or {}, (config.get('sformer') or {}).get('fit') or {}
@@ -100,7 +98,7 @@ def _check_result(result: Result, path: Path) -> None:
         raise SFormerError(f'{path} is not as sformer evaluate wrote it: {e}.') from None
 
 
-def _check_config(config: dict[str, Any], path: Path, num_classes: int | None) -> None:
+def _check_config(config: Json, path: Path, num_classes: int | None) -> None:
     """Raise SFormerError unless everything that is published of a config can be true."""
     cfg = config.get('pretrained_cfg', {})
     conversion = config.get('sformer', {})
@@ -120,7 +118,7 @@ def _check_config(config: dict[str, Any], path: Path, num_classes: int | None) -
 # What was recorded ----------------------------------------------------------------------------------------------------
 
 
-def recorded_results(folder: Path, weights_sha256: str) -> tuple[dict[str, dict[str, Any]], list[str]]:
+def recorded_results(folder: Path, weights_sha256: str) -> tuple[dict[str, Result], list[str]]:
     """Results files in a folder, as `sformer evaluate --results-file` writes them.
 
     Args:
@@ -134,7 +132,7 @@ def recorded_results(folder: Path, weights_sha256: str) -> tuple[dict[str, dict[
     Raises:
         SFormerError: If a result of these weights has a value that no evaluation gives; names file and value.
     """
-    results: dict[str, dict[str, Any]] = {}
+    results: dict[str, Result] = {}
     others = []
     for path in sorted(Path(folder).glob('*.json')):
         try:
@@ -165,7 +163,7 @@ def load_recorded(folder: Path) -> nn.Module:
     return model
 
 
-def _pictures(folder: Path, weights_sha256: str) -> dict[str, dict[str, Any]]:
+def _pictures(folder: Path, weights_sha256: str) -> dict[str, Json]:
     found = {path.name: read_picture(path, weights_sha256) for path in sorted(folder.glob('*.png'))}
     return {name: dict(values, folder=str(folder)) for name, values in found.items() if values}
 

@@ -2,18 +2,21 @@
 import io
 import re
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from ..errors import needed_packages
-from ..files import png_bytes, png_values
+from ..files import Json, png_bytes, png_values
 from .model_record import ModelRecord
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ['plot_accuracy', 'plot_activity', 'need_pages', 'new_figure', 'png', 'render_plots', 'is_own_plot']
 
 
-def plot_accuracy(accuracy: Dict[int, float], source: float) -> bytes:
+def plot_accuracy(accuracy: dict[int, float], source: float) -> bytes:
     """Draw top-1 accuracy against the number of levels N.
 
     Args:
@@ -40,7 +43,7 @@ def plot_accuracy(accuracy: Dict[int, float], source: float) -> bytes:
     return png(figure, dict(top1=accuracy, source_top1=source))
 
 
-def plot_activity(activity: Dict[str, float], levels: Optional[int] = None) -> bytes:
+def plot_activity(activity: dict[str, float], levels: int | None = None) -> bytes:
     """Draw activity, the share of neurons that fire, as a map of sites and blocks.
 
     Args:
@@ -50,13 +53,13 @@ def plot_activity(activity: Dict[str, float], levels: Optional[int] = None) -> b
     Returns:
         PNG as of `plot_accuracy`.
     """
-    cells: Dict[str, Dict[str, float]] = {}
+    cells: dict[str, dict[str, float]] = {}
     for name, share in activity.items():
         block = re.match(r'(?:.*\.)?blocks\.(\d+)\.(.*)', name)
         part = name.removeprefix('backbone.').removeprefix('vit.').partition('.')[0]  # of a detector's
         column, site = (block[1], block[2]) if block else (part, name)
         cells.setdefault(site.replace('.neuron', '').replace('_neuron', ''), {})[column] = share
-    columns: List[Any] = list(dict.fromkeys(column for row in cells.values() for column in row))
+    columns = list(dict.fromkeys(column for row in cells.values() for column in row))
     figure = new_figure(1.6 + 0.75 * len(columns), 1.2 + 0.42 * len(cells))
     axes = figure.add_subplot(title='Activity' + (f', N = {levels}' if levels else ''), xlabel='block')
     grid = [[row.get(column, float('nan')) for column in columns] for row in cells.values()]
@@ -72,13 +75,13 @@ def plot_activity(activity: Dict[str, float], levels: Optional[int] = None) -> b
     return png(figure, dict(levels=levels, activity_per_site=activity))
 
 
-def render_plots(record: ModelRecord) -> Dict[str, Tuple[str, bytes]]:
+def render_plots(record: ModelRecord) -> dict[str, tuple[str, bytes]]:
     """Plots of what a record has numbers for, and pictures of what a model finds.
 
     Returns:
         File name -> title and PNG.
     """
-    plots: Dict[str, Tuple[str, bytes]] = {}
+    plots: dict[str, tuple[str, bytes]] = {}
     result = next((r for r in record.evaluations.values() if r.get('activity_per_site')), None)
     levels = record.sfn.get('levels')
     if result and levels:
@@ -105,7 +108,7 @@ def need_pages() -> None:
         import matplotlib  # noqa: F401
 
 
-def new_figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> 'Figure':
     """A figure of matplotlib of a size in inches.
 
     Raises:
@@ -116,7 +119,7 @@ def new_figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout='constrained')
 
 
-def png(figure: Any, values: Dict[str, Any]) -> bytes:
+def png(figure: 'Figure', values: Json) -> bytes:
     """A figure of matplotlib as a PNG that carries its numbers."""
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=150)

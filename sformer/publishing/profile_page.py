@@ -2,17 +2,18 @@
 import base64
 import csv
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import TypeVar
 
 import torch
 
 from ..conversion.record import library_versions
 from ..errors import SFormerError
-from ..files import holds, write_aside
-from ..profiling import Profile
+from ..files import Json, holds, write_aside
+from ..profiling import Operation, Profile, Site
 from .plots import need_pages, plot_activity
-from .profile_plots import plot_energy, plot_levels, plot_maps, plot_trade_off
+from .profile_plots import Point, plot_energy, plot_levels, plot_maps, plot_trade_off
 
 __all__ = ['OTHER', 'PARTS', 'REPORT', 'by_kind', 'by_site', 'is_report', 'kind_of', 'read_curve', 'write_profile']
 
@@ -23,6 +24,9 @@ OTHER = dict(total='total', low='data - 50 %', high='data + 50 %')
 TABLES = ('operations', 'sites', 'floating')
 REPORT = ('profile.json', 'index.html', *(f'{name}.csv' for name in TABLES), 'activity.png', 'levels.png', 'energy.png',
           'accuracy.png', 'maps.png')
+
+
+Counted = TypeVar('Counted', Operation, Site)
 
 
 def kind_of(name: str) -> str:
@@ -36,22 +40,22 @@ def is_report(path: Path) -> bool:
     return holds('operations', 'sites', 'energy')(path.with_name(REPORT[0]))
 
 
-def _grouped(items: Sequence[Any]) -> Dict[str, List[Any]]:
-    kinds: Dict[str, List[Any]] = {}
+def _grouped(items: Sequence[Counted]) -> dict[str, list[Counted]]:
+    kinds: dict[str, list[Counted]] = {}
     for item in items:
         kinds.setdefault(kind_of(item.name), []).append(item)
     return kinds
 
 
-def by_kind(operations: Sequence[Any]) -> List[Tuple[str, ...]]:
+def by_kind(operations: Sequence[Operation]) -> list[tuple[str, ...]]:
     """Kind, MACs and synaptic operations in unary, binary and graded coding [M]: sums over blocks, and over all."""
     return [(kind, f'{sum(o.macs for o in group) / 1e6:.2f}', *(
         f'{sum(o.synaptic_operations.get(coding, 0) for o in group) / 1e6:.2f}'
         for coding in ('unary', 'binary', 'graded')))
-        for kind, group in {**_grouped(operations), 'all': operations}.items()]
+        for kind, group in {**_grouped(operations), 'all': [*operations]}.items()]
 
 
-def by_site(sites: Sequence[Any]) -> List[Tuple[str, ...]]:
+def by_site(sites: Sequence[Site]) -> list[tuple[str, ...]]:
     """Kind, neurons [k], activity, dead, top level, unary and binary spikes per neuron: means over blocks."""
     rows = []
     for kind, group in _grouped(sites).items():
@@ -64,7 +68,7 @@ def by_site(sites: Sequence[Any]) -> List[Tuple[str, ...]]:
     return rows
 
 
-def read_curve(path: Path) -> List[Dict[str, Any]]:
+def read_curve(path: Path) -> list[Point]:
     """Points `levels`, `top1` and perhaps `energy` [mJ] and `source_top1` of a JSON file: a list of them, or an object
     with such a list as its `curve`.
 
@@ -84,12 +88,12 @@ def read_curve(path: Path) -> List[Dict[str, Any]]:
 
 def write_profile(
         folder: Path,
-        result: Dict[str, Any],
+        result: Json,
         profile: Profile,
-        image: Optional[torch.Tensor] = None,
-        maps: Optional[Mapping[str, torch.Tensor]] = None,
-        curve: Sequence[Dict[str, Any]] = (),
-) -> List[str]:
+        image: torch.Tensor | None = None,
+        maps: Mapping[str, torch.Tensor] | None = None,
+        curve: Sequence[Point] = (),
+) -> list[str]:
     """Write `profile.json`, CSVs, PNGs and `index.html`, which needs none of the others, aside and renamed.
 
     Args:
@@ -131,17 +135,17 @@ def write_profile(
 
 
 def _drawings(
-        result: Dict[str, Any],
+        result: Json,
         profile: Profile,
-        image: Optional[torch.Tensor],
-        maps: Dict[str, torch.Tensor],
-        curve: Sequence[Dict[str, Any]],
-) -> Dict[str, Tuple[str, bytes]]:
+        image: torch.Tensor | None,
+        maps: dict[str, torch.Tensor],
+        curve: Sequence[Point],
+) -> dict[str, tuple[str, bytes]]:
     """File name -> title and PNG."""
     levels = {site.levels for site in profile.sites if site.levels}
     pictures = {'activity.png': ('Activity per block and site', plot_activity(
         {site.name: site.activity for site in profile.sites}, levels.pop() if len(levels) == 1 else None))}
-    histograms: Dict[str, Dict[int, int]] = {}
+    histograms: dict[str, dict[int, int]] = {}
     for kind, group in _grouped(profile.sites).items():
         found = sorted({level for site in group for level in site.histogram})
         histograms[kind] = {level: sum(site.histogram.get(level, 0) for site in group) for level in found}
@@ -156,7 +160,7 @@ def _drawings(
     return pictures
 
 
-def _write_csv(path: Path, rows: Sequence[Dict[str, Any]]) -> None:
+def _write_csv(path: Path, rows: Sequence[Json]) -> None:
     """Rows as CSV, spikes by coding in columns of their own; histograms are in the JSON."""
     flat = [{column: cell for key, value in row.items() if key != 'histogram' for column, cell in (
         [(f'{key}_{coding}', n) for coding, n in value.items()] if isinstance(value, dict) else

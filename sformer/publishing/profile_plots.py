@@ -1,18 +1,20 @@
 """Pictures of a profile: level histograms, energy, spike maps, accuracy against levels and energy."""
-from typing import Any, Dict, List, Optional, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from .plots import new_figure, png
 
-__all__ = ['plot_energy', 'plot_levels', 'plot_maps', 'plot_trade_off']
+__all__ = ['Point', 'plot_energy', 'plot_levels', 'plot_maps', 'plot_trade_off']
+
+Point = dict[str, float]  # levels, top1 [%], perhaps energy [mJ] and source_top1 [%]
 
 WIDTH = 4.6  # inches: what is readable on a phone
 COLOURS = {'products': '#4c78a8', 'firing': '#f58518', 'weights': '#54a24b', 'spikes': '#e45756', 'routing': '#b279a2',
            'floating': '#9d9da1'}
 
 
-def plot_levels(histograms: Dict[str, Dict[int, int]]) -> bytes:
+def plot_levels(histograms: dict[str, dict[int, int]]) -> bytes:
     """Draw how often each level is fired, site by site, on a logarithmic axis.
 
     Args:
@@ -37,7 +39,7 @@ def plot_levels(histograms: Dict[str, Dict[int, int]]) -> bytes:
     return png(figure, dict(levels={site: {str(k): n for k, n in c.items()} for site, c in histograms.items()}))
 
 
-def plot_energy(account: Dict[str, Dict[str, float]], parts: Dict[str, str]) -> bytes:
+def plot_energy(account: dict[str, dict[str, float]], parts: dict[str, str]) -> bytes:
     """Draw where energy goes, with the range that half and half as much again for moving data gives.
 
     Args:
@@ -64,7 +66,7 @@ def plot_energy(account: Dict[str, Dict[str, float]], parts: Dict[str, str]) -> 
     return png(figure, dict(energy=account))
 
 
-def plot_maps(image: torch.Tensor, maps: Dict[str, torch.Tensor]) -> bytes:
+def plot_maps(image: torch.Tensor, maps: dict[str, torch.Tensor]) -> bytes:
     """Draw an image, and over it which of its patches spike most, block by block.
 
     Args:
@@ -86,7 +88,7 @@ def plot_maps(image: torch.Tensor, maps: Dict[str, torch.Tensor]) -> bytes:
     return png(figure, dict(spikes_per_neuron={name: values.tolist() for name, values in maps.items()}))
 
 
-def plot_trade_off(points: Sequence[Dict[str, Any]], source: Optional[float]) -> bytes:
+def plot_trade_off(points: Sequence[Point], source: float | None) -> bytes:
     """Draw accuracy against N and, where it is given, against energy.
 
     Args:
@@ -98,7 +100,7 @@ def plot_trade_off(points: Sequence[Dict[str, Any]], source: Optional[float]) ->
     names = dict(levels='levels N per branch', energy='energy per image, estimated [mJ]')
     for i, key in enumerate(axes_of):
         axes = figure.add_subplot(len(axes_of), 1, i + 1, xlabel=names[key], ylabel='top-1 [%]')
-        ordered: List[Dict[str, Any]] = sorted(points, key=lambda point: point[key])
+        ordered = sorted(points, key=lambda point: point[key])
         axes.plot([p[key] for p in ordered], [p['top1'] for p in ordered], marker='o')
         if source is not None:
             axes.axhline(source, color='grey', linestyle='--', label=f'source, {source:.1f} %')

@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Union
+from typing import TYPE_CHECKING, Any
 
 from ..errors import SFormerError, UncalibratedError
 from ..files import file_hash
@@ -15,6 +15,9 @@ from ..saving.model_config import CONFIG_NAME, WEIGHTS_NAME
 from .cards import render_card, render_eval_results
 from .model_record import ModelRecord, load_recorded, read_record
 from .plots import render_plots
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitOperationCopy, HfApi
 
 __all__ = ['Publication', 'prepare', 'publish', 'upload']
 
@@ -38,10 +41,10 @@ class Publication:
     """
     repo_id: str
     record: ModelRecord
-    files: Dict[str, Union[Path, bytes]]
-    unused: List[str] = field(default_factory=list)
-    url: Optional[str] = None
-    commit: Optional[str] = None
+    files: dict[str, Path | bytes]
+    unused: list[str] = field(default_factory=list)
+    url: str | None = None
+    commit: str | None = None
     changed: bool = False
 
     @property
@@ -50,7 +53,7 @@ class Publication:
         assert isinstance(card, bytes)
         return card.decode()
 
-    def listing(self) -> List[str]:
+    def listing(self) -> list[str]:
         """One line per file: size in bytes, SHA-256, path in the repository."""
         lines = []
         for path, content in self.files.items():
@@ -63,13 +66,13 @@ class Publication:
 
 
 def prepare(
-        folder: Union[str, Path],
+        folder: str | Path,
         repo_id: str,
         *,
         force: bool = False,
-        license: Optional[str] = None,
-        base_model: Optional[str] = None,
-        dataset_ids: Optional[Dict[str, str]] = None,
+        license: str | None = None,
+        base_model: str | None = None,
+        dataset_ids: dict[str, str] | None = None,
 ) -> Publication:
     """Put together what is to be published. Needs no network and changes nothing.
 
@@ -103,7 +106,7 @@ def prepare(
             f'{folder / "eval.json"} does it; --force publishes without.')
     plots = render_plots(record)
     card = render_card(record, {title: f'plots/{file}' for file, (title, _) in plots.items()})
-    files: Dict[str, Union[Path, bytes]] = {
+    files: dict[str, Path | bytes] = {
         WEIGHTS_NAME: folder / WEIGHTS_NAME,
         CONFIG_NAME: folder / CONFIG_NAME,
         'README.md': f'{card}\n'.encode(),
@@ -125,12 +128,12 @@ def prepare(
 
 
 def publish(
-        folder: Union[str, Path],
+        folder: str | Path,
         repo_id: str,
         *,
         private: bool = False,
         create_pr: bool = False,
-        token: Optional[str] = None,
+        token: str | None = None,
         **options: Any,
 ) -> Publication:
     """Publish an SFormer with its card, results and plots on the Hugging Face Hub, in one commit.
@@ -160,7 +163,7 @@ def upload(
         *,
         private: bool = False,
         create_pr: bool = False,
-        token: Optional[str] = None,
+        token: str | None = None,
 ) -> Publication:
     """Publish what was prepared; see `publish`."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
@@ -178,7 +181,7 @@ def upload(
             if proposed:
                 return dataclasses.replace(publication, url=proposed[0], commit=proposed[1])
         there = {sibling.rfilename for sibling in info.siblings or ()}
-        operations: List[Any] = [
+        operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [
             CommitOperationAdd(path, str(content) if isinstance(content, Path) else content)
             for path, content in publication.files.items()]
         operations += [
@@ -193,15 +196,17 @@ def _message(publication: Publication) -> str:
     return f'SFormer {publication.record.name}, weights {publication.record.weights_sha256[:12]}'
 
 
-def _proposed(api: Any, publication: Publication) -> Any:
+def _proposed(api: 'HfApi', publication: Publication) -> tuple[str, str | None] | None:
     """URL and head of an open pull request with exactly these files; None if there is none."""
+    from huggingface_hub.hf_api import RepoFile
     from huggingface_hub.utils import sha
     for discussion in api.get_repo_discussions(
             publication.repo_id, discussion_type='pull_request', discussion_status='open'):
         if discussion.title != _message(publication):
             continue
         revision = f'refs/pr/{discussion.num}'
-        tree = {f.path: f for f in api.list_repo_tree(publication.repo_id, recursive=True, revision=revision)}
+        tree = {f.path: f for f in api.list_repo_tree(publication.repo_id, recursive=True, revision=revision)
+                if isinstance(f, RepoFile)}
         for path, content in publication.files.items():
             file = tree.get(path)
             data = content.read_bytes() if isinstance(content, Path) else content

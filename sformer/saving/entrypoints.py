@@ -1,8 +1,9 @@
 """Registration with timm: the `sformer_*` models, their default configs, and what is known of each."""
 import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional, Union
+from typing import Any
 
 import timm
 import torch
@@ -10,6 +11,7 @@ import torch.nn as nn
 from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
 
 from ..data.batches import progress
+from ..files import Json
 from ..layers import named_neurons
 from ..models import HEADS, set_pixel_range_, spiking_model_, state_input_size_
 from ..models.sformer import checkpoint_filter_fn
@@ -22,7 +24,7 @@ __all__ = ['default_cfgs', 'entries']
 WEIGHTS = Path(__file__).parent / 'weights'
 
 
-def _build(source: str, sfn: Union[SFNConfig, Dict[str, Any], None] = None, **kwargs) -> nn.Module:
+def _build(source: str, sfn: SFNConfig | Json | None = None, **kwargs) -> nn.Module:
     return spiking_model_(timm.models.model_entrypoint(source)(pretrained=False, **kwargs), sfn)
 
 
@@ -62,7 +64,7 @@ def _reset_head_of_other_features(model: Any) -> None:
                 neuron.calibrated.fill_(False)
 
 
-def _cfg(source: Optional[str] = None, **kwargs) -> Dict[str, Any]:
+def _cfg(source: str | None = None, **kwargs) -> Json:
     """Default config: preprocessing, licence and, with a tag, the published weights of the source."""
     cfg = dict(
         input_size=(3, 224, 224), crop_pct=.9, interpolation='bicubic', fixed_input_size=True,
@@ -96,7 +98,7 @@ default_cfgs = generate_default_cfgs({
 })
 
 
-def _register_sformer(name: str, source: str, model_args: Dict[str, Any]) -> None:
+def _register_sformer(name: str, source: str, model_args: Json) -> None:
     def entrypoint(pretrained: bool = False, **kwargs) -> nn.Module:
         return _create_sformer(name, source, pretrained, **dict(model_args, **kwargs))
 
@@ -118,10 +120,10 @@ def sformer_custom(pretrained: bool = False, source: str = 'vit_tiny_patch16_224
     return _create_sformer(CUSTOM, source, pretrained, **kwargs)
 
 
-def entries() -> Iterator[Dict[str, Any]]:
+def entries() -> Iterator[Json]:
     """What is known of every registered entry: name, source, param_count (millions), input_size, num_classes, license,
     weights, results."""
-    params: Dict[str, float] = {}
+    params: dict[str, float] = {}
     names = [name for name in timm.list_models('sformer*', include_tags=True) if name.split('.')[0] in SOURCES]
     for name in progress(names, 'Counting parameters', len(names)):
         architecture = name.split('.')[0]

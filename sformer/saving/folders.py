@@ -1,8 +1,9 @@
 """SFormers as folders: safetensors weights and a timm config that records the conversion."""
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Tuple, Union
+from typing import cast
 
 import timm
 import torch
@@ -15,7 +16,7 @@ from ..conversion import record_of
 from ..conversion.record import Conversion
 from ..conversion.sources import create_source, label_names_of
 from ..errors import SFormerError, UncalibratedError, first_line
-from ..files import file_hash, may_write, write_aside
+from ..files import Json, file_hash, may_write, write_aside
 from ..layers import SPIKING_LAYERS, SpikingLayer, is_calibrated, named_neurons, ordinary_tensors, uncalibrated
 from ..models import SFormerMixin
 from ..neurons import NEURON_TYPES, GradedCoding, ScaleAndFire, SharedScaleAndFire
@@ -25,7 +26,7 @@ from .model_config import CONFIG_NAME, WEIGHTS_NAME, conversion_of, read_config
 __all__ = ['save_classifier', 'load_classifier', 'open_classifier', 'check_vacant', 'weights_of', 'write_model']
 
 
-def save_classifier(model: nn.Module, directory: Union[str, Path], overwrite: bool = False) -> Path:
+def save_classifier(model: nn.Module, directory: str | Path, overwrite: bool = False) -> Path:
     """What `sformer.save_model` does with an SFormer of timm, whose `config.json` has one more root key, `sformer`."""
     state = weights_of(model)
     if not is_calibrated(model):
@@ -46,7 +47,7 @@ def save_classifier(model: nn.Module, directory: Union[str, Path], overwrite: bo
     return write_model(state, Path(directory), write_config, overwrite)
 
 
-def weights_of(model: nn.Module) -> Dict[str, torch.Tensor]:
+def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """State of a model that can be saved.
 
     Raises:
@@ -62,7 +63,7 @@ def weights_of(model: nn.Module) -> Dict[str, torch.Tensor]:
 
 
 def write_model(
-        state: Dict[str, torch.Tensor],
+        state: dict[str, torch.Tensor],
         directory: Path,
         write_config: Callable[[Path, str], None],
         overwrite: bool = False,
@@ -105,9 +106,9 @@ def _check_neurons(model: SFormerMixin) -> None:
                                f'rebuild it.')
 
 
-def _check_untied(state: Dict[str, torch.Tensor]) -> None:
+def _check_untied(state: dict[str, torch.Tensor]) -> None:
     """Raise SFormerError if two names share a tensor, which they would not do any more in what is loaded."""
-    names: Dict[Tuple[torch.device, int], str] = {}
+    names: dict[tuple[torch.device, int], str] = {}
     for name, tensor in state.items():
         first = names.setdefault((tensor.device, tensor.data_ptr()), name) if tensor.numel() else name
         if first != name:
@@ -117,7 +118,7 @@ def _check_untied(state: Dict[str, torch.Tensor]) -> None:
 
 def _save_config(model: SFormerMixin, path: Path, record: Conversion) -> None:
     names = label_names_of(model)
-    root: Dict[str, Any] = dict(sformer=record.to_dict())
+    root: Json = dict(sformer=record.to_dict())
     if names:  # where timm, transformers' pipelines and the Hub's widgets look for them
         root.update(label_names=names, id2label={str(i): name for i, name in enumerate(names)})
         if len({*names}) == len(names):
@@ -132,7 +133,7 @@ def _save_config(model: SFormerMixin, path: Path, record: Conversion) -> None:
     path.write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
 
 
-def _check_rebuild(directory: Path, state: Dict[str, torch.Tensor]) -> None:
+def _check_rebuild(directory: Path, state: dict[str, torch.Tensor]) -> None:
     """Raise SFormerError if the config does not build a model that these weights fit."""
     try:
         rebuilt = timm.create_model(f'local-dir:{directory}', device='meta').state_dict()
@@ -162,7 +163,7 @@ def open_classifier(name: str) -> nn.Module:
 
 
 @ordinary_tensors()
-def load_classifier(path: Union[str, Path], revision: Optional[str] = None, **kwargs) -> nn.Module:
+def load_classifier(path: str | Path, revision: str | None = None, **kwargs) -> nn.Module:
     """What `sformer.load_model` does with an SFormer of timm: `timm.create_model`, and the record of its conversion."""
     name = str(path)
     folder = locate(name, revision, kwargs.get('cache_dir'), weights=False)
@@ -172,7 +173,7 @@ def load_classifier(path: Union[str, Path], revision: Optional[str] = None, **kw
         where, name = str(folder), f'local-dir:{folder}'
     config = read_config(folder)
     try:
-        model = timm.create_model(name, pretrained=True, **kwargs)
+        model = cast(SFormerMixin, timm.create_model(name, pretrained=True, **kwargs))
     except SFormerError:
         raise
     except Exception as e:  # whatever a wrong value in a config makes timm and torch raise

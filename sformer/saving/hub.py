@@ -4,19 +4,23 @@ import errno
 import re
 import sys
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Optional, Tuple, Union
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import timm
 
 from ..errors import SFormerError
+from ..files import Json
 from .model_config import CONFIG_NAME, WEIGHTS_NAME, check_weights_file, read_config
 
 __all__ = ['fetch', 'locate', 'split_revision', 'hub_errors', 'redact']
 
+E = TypeVar('E', bound=BaseException)
 
-def split_revision(name: str) -> Tuple[str, Optional[str]]:
+
+def split_revision(name: str) -> tuple[str, str | None]:
     """`org/name@revision` -> `('org/name', 'revision')`."""
     repo_id, at, revision = name.partition('@')
     if not repo_id or (at and not revision) or '@' in revision:
@@ -24,7 +28,7 @@ def split_revision(name: str) -> Tuple[str, Optional[str]]:
     return repo_id, revision or None
 
 
-def locate(name: str, revision: Optional[str] = None, cache_dir: Union[str, Path, None] = None, **how: Any) -> Path:
+def locate(name: str, revision: str | None = None, cache_dir: str | Path | None = None, **how: Any) -> Path:
     """Folder of a model, which is fetched if it is on the Hub.
 
     Args:
@@ -48,11 +52,11 @@ def locate(name: str, revision: Optional[str] = None, cache_dir: Union[str, Path
 
 def fetch(
         repo_id: str,
-        revision: Optional[str] = None,
-        cache_dir: Union[str, Path, None] = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
         weights: bool = True,
         config_is_cached: bool = False,
-        read: Callable[[Path], Dict[str, Any]] = read_config,
+        read: Callable[[Path], Json] = read_config,
 ) -> Path:
     """Download and check an SFormer: its config, and the weights of the same commit.
 
@@ -74,7 +78,7 @@ def fetch(
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RemoteEntryNotFoundError
     where = f'{repo_id}@{revision}' if revision else repo_id
 
-    def get(name: str, revision: Optional[str], **kwargs: Any) -> Path:
+    def get(name: str, revision: str | None, **kwargs: Any) -> Path:
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings('ignore', 'Not enough free disk space')  # the error that follows says so
@@ -106,7 +110,7 @@ def fetch(
     return folder
 
 
-def redact(text: str, token: Optional[str] = None) -> str:
+def redact(text: str, token: str | None = None) -> str:
     """Text without access tokens."""
     from huggingface_hub import get_token
     for secret in filter(None, (token, get_token())):
@@ -115,7 +119,7 @@ def redact(text: str, token: Optional[str] = None) -> str:
 
 
 @contextlib.contextmanager
-def hub_errors(where: str, token: Optional[str] = None) -> Iterator[None]:
+def hub_errors(where: str, token: str | None = None) -> Iterator[None]:
     """Turn what goes wrong between here and the Hub into one clear line without secrets.
 
     Args:
@@ -126,8 +130,8 @@ def hub_errors(where: str, token: Optional[str] = None) -> Iterator[None]:
         SFormerError: For every error of the Hub, of the connection or of the disk.
     """
     from huggingface_hub import errors
-    http_error: Any = errors.HfHubHTTPError.__mro__[1]  # httpx's own, whichever httpx the client uses
-    xet_error: Any = getattr(errors, 'XetDownloadError', OSError)
+    http_error: type[Exception] = errors.HfHubHTTPError.__mro__[1]  # httpx's own, whichever httpx the client uses
+    xet_error: type[Exception] = getattr(errors, 'XetDownloadError', OSError)
     try:
         with _progress_on_terminals():
             yield
@@ -149,13 +153,13 @@ def _progress_on_terminals() -> Iterator[None]:
         enable_progress_bars()
 
 
-def _explain(e: BaseException, where: str, http_error: Any) -> str:
+def _explain(e: BaseException, where: str, http_error: type[Exception]) -> str:
     from huggingface_hub import constants, errors
     chain = [e]  # the client wraps what happened, once or twice
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
 
-    def find(kind: Any) -> Any:
+    def find(kind: type[E]) -> E | None:
         return next((cause for cause in chain if isinstance(cause, kind)), None)
 
     login = 'hf auth login, or HF_TOKEN'
@@ -165,9 +169,10 @@ def _explain(e: BaseException, where: str, http_error: Any) -> str:
         return f'{where} is gated: ask for access on its page, and be logged in ({login}).'
     if find(errors.RevisionNotFoundError):
         return f'{where}: there is no such revision on the Hub.'
-    if find(errors.HfHubHTTPError):
-        cause = find(errors.HfHubHTTPError)
-        status, said = cause.response.status_code, cause.server_message or cause.response.reason_phrase
+    refused = find(errors.HfHubHTTPError)
+    if refused:
+        status = refused.response.status_code
+        said = refused.server_message or refused.response.reason_phrase
         if status == 401 and 'credentials' in str(said):
             return f'{where}: the Hub does not accept the access token ({login}).'
         if status in (401, 404):
@@ -180,9 +185,10 @@ def _explain(e: BaseException, where: str, http_error: Any) -> str:
         return f'{where}: the Hub refuses ({status} {said}).'
     if find(errors.OfflineModeIsEnabled):
         return f'{where} is not in the local cache, and the Hub client is in offline mode (HF_HUB_OFFLINE).'
-    if find(http_error):
-        host, cause = urlsplit(constants.ENDPOINT).hostname, find(http_error)
-        return f'{where}: the connection to {host} failed ({str(cause) or type(cause).__name__}). Try again.'
+    lost = find(http_error)
+    if lost:
+        host = urlsplit(constants.ENDPOINT).hostname
+        return f'{where}: the connection to {host} failed ({str(lost) or type(lost).__name__}). Try again.'
     for cause in chain:
         if isinstance(cause, OSError) and cause.errno is not None:
             what = 'the disk is full' if cause.errno == errno.ENOSPC else cause.strerror

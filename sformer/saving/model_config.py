@@ -8,7 +8,6 @@ import dataclasses
 import inspect
 import json
 from pathlib import Path
-from typing import Any, Dict, Optional, Set
 
 import timm
 from timm.models import build_model_with_cfg
@@ -17,7 +16,7 @@ from ..conversion.record import Conversion
 from ..conversion.sources import LOCATIONS
 from ..data.preprocessing import check_preprocessing
 from ..errors import SFormerError, first_line
-from ..files import file_hash, read_safetensors, restore
+from ..files import Json, file_hash, read_safetensors, restore
 from ..neurons import SFNConfig
 
 __all__ = [
@@ -31,13 +30,13 @@ CONFIG_NAME = 'config.json'
 LATER_FIELDS = {'silence', 'neuron'}  # of SFNConfig: models that were saved before have them as by default
 
 
-def factory_arguments() -> Set[str]:
+def factory_arguments() -> set[str]:
     """Arguments that mean something to timm's factory instead of the network."""
     names = {*inspect.signature(timm.create_model).parameters, *inspect.signature(build_model_with_cfg).parameters}
     return names - {'kwargs'} | {'pruned', 'features_only', 'feature_cls'}
 
 
-def read_config(folder: Path) -> Dict[str, Any]:
+def read_config(folder: Path) -> Json:
     """Read and check the `config.json` of an SFormer.
 
     Raises:
@@ -92,7 +91,7 @@ def read_config(folder: Path) -> Dict[str, Any]:
     return config
 
 
-def check_firing_config(sfn: Dict[str, Any], path: Path) -> None:
+def check_firing_config(sfn: Json, path: Path) -> None:
     """Raise SFormerError if a config leaves out how its neurons fire: they would fire as those of the default do."""
     missing = [field.name for field in dataclasses.fields(SFNConfig) if field.name not in {*sfn, *LATER_FIELDS}]
     if missing:
@@ -100,12 +99,12 @@ def check_firing_config(sfn: Dict[str, Any], path: Path) -> None:
                            f'Convert the source again.')
 
 
-def conversion_of(config: Dict[str, Any]) -> Optional[Conversion]:
+def conversion_of(config: Json) -> Conversion | None:
     """Record of the conversion in a config; None if it has none."""
     return Conversion.from_dict(config['sformer']) if config.get('sformer') else None
 
 
-def check_weights_file(folder: Path, config: Dict[str, Any]) -> None:
+def check_weights_file(folder: Path, config: Json) -> None:
     """Raise SFormerError unless a folder holds safetensors weights, and those that its config records.
 
     A save that was killed between its two files is finished here.

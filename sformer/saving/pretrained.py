@@ -13,7 +13,7 @@ import logging
 import os
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Dict, Optional, Tuple, Union
+from typing import Any
 
 import timm
 import torch
@@ -27,7 +27,7 @@ from ..conversion import convert
 from ..conversion.record import Conversion
 from ..conversion.sources import create_source
 from ..errors import SFormerError, first_line
-from ..files import locked, state_hash, write_aside
+from ..files import Json, locked, state_hash, write_aside
 from ..layers import named_neurons
 from ..models.sformer import State, is_neuron_key
 from ..neurons import SFNConfig, as_config
@@ -39,7 +39,7 @@ __all__ = ['Pretrained', 'find_pretrained', 'neuron_state', 'RECIPE', 'NAMESPACE
 _logger = logging.getLogger(__name__)
 
 NAMESPACE_VARIABLE = 'SFORMER_HUB_NAMESPACE'
-RECIPE = dict(calibration='dead-leaves', num_images=256, seed=0)
+RECIPE: Json = dict(calibration='dead-leaves', num_images=256, seed=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,23 +55,23 @@ class Pretrained:
         fresh: Whether the weights are those of a source, so that the config says how pixels are coded.
     """
     cfg: Any = None
-    overlay: Dict[str, Any] = dataclasses.field(default_factory=dict)
-    model_args: Dict[str, Any] = dataclasses.field(default_factory=dict)
-    neurons: Optional[State] = None
-    conversion: Optional[Conversion] = None
+    overlay: Json = dataclasses.field(default_factory=dict)
+    model_args: Json = dataclasses.field(default_factory=dict)
+    neurons: State | None = None
+    conversion: Conversion | None = None
     fresh: bool = False
 
 
 def find_pretrained(
         variant: str,
         source: str,
-        published: Dict[str, PretrainedCfg],
+        published: dict[str, PretrainedCfg],
         *,
         pretrained: bool = True,
         cfg: Any = None,
-        overlay: Optional[Dict[str, Any]] = None,
-        cache_dir: Union[str, Path, None] = None,
-        sfn: Union[SFNConfig, Dict[str, Any], None] = None,
+        overlay: Json | None = None,
+        cache_dir: str | Path | None = None,
+        sfn: SFNConfig | Json | None = None,
 ) -> Pretrained:
     """Find the pretrained weights of an entrypoint, in this order: the folder or the repository that the user named
     (checked here, before timm reads it); weights in the package; a repository or a file of a config overlay; converted
@@ -98,7 +98,7 @@ def find_pretrained(
     if not pretrained:
         return given
     resolved = resolve_pretrained_cfg(variant, cfg, overlay)
-    known = published.get(resolved.tag)
+    known = published.get(resolved.tag or '')
     if known is not None and known.file and resolved.file == known.file and not resolved.state_dict:
         record = json.loads(Path(known.file).with_suffix('.json').read_text(encoding='utf-8'))
         conversion = Conversion.from_dict(record['conversion'])
@@ -121,7 +121,7 @@ def find_pretrained(
     return Pretrained(cfg, dict(overlay, hf_hub_id=hub_id), neurons=neurons, conversion=conversion, fresh=True)
 
 
-def check_firing(name: str, asked: Any, fitted: Dict[str, Any]) -> None:
+def check_firing(name: str, asked: SFNConfig | Json | None, fitted: Json) -> None:
     """Raise SFormerError if converted weights are to be loaded into other neurons than they were fitted to."""
     if asked is None:
         return
@@ -134,7 +134,7 @@ def check_firing(name: str, asked: Any, fitted: Dict[str, Any]) -> None:
             f'ask for nothing else. Its source can be converted with sformer.convert().')
 
 
-def _named(cfg: Dict[str, Any], where: str, overlay: Dict[str, Any], cache_dir: Any, pretrained: bool) -> Pretrained:
+def _named(cfg: Json, where: str, overlay: Json, cache_dir: str | Path | None, pretrained: bool) -> Pretrained:
     """A folder or a repository that timm is about to load; timm has read its config, which is checked here."""
     if where == 'local-dir':
         folder = Path(cfg['file'])
@@ -149,7 +149,13 @@ def _named(cfg: Dict[str, Any], where: str, overlay: Dict[str, Any], cache_dir: 
     return Pretrained(cfg, overlay, conversion=conversion_of(config) if pretrained else None)
 
 
-def _converted(variant: str, hub_id: str, overlay: Dict[str, Any], cache_dir: Any, sfn: Any) -> Pretrained:
+def _converted(
+        variant: str,
+        hub_id: str,
+        overlay: Json,
+        cache_dir: str | Path | None,
+        sfn: SFNConfig | Json | None,
+) -> Pretrained:
     """As `hf-hub:` does it: weights, neurons and preprocessing are those that the repository's config names."""
     folder = fetch(*split_revision(hub_id), cache_dir=cache_dir)
     config = read_config(folder)
@@ -165,7 +171,7 @@ def _converted(variant: str, hub_id: str, overlay: Dict[str, Any], cache_dir: An
                       conversion=conversion_of(config))
 
 
-def pinned(name: str, hub_id: str, cache_dir: Optional[str] = None) -> str:
+def pinned(name: str, hub_id: str, cache_dir: str | Path | None = None) -> str:
     """Download the published weights of a source, and name the commit that they are of: `org/name@commit`.
 
     Raises:
@@ -185,7 +191,7 @@ def pinned(name: str, hub_id: str, cache_dir: Optional[str] = None) -> str:
     return f'{repo_id}@{Path(path).parent.name}'
 
 
-def _bring_neurons(hub_id: str, cache_dir: Optional[str]) -> bool:
+def _bring_neurons(hub_id: str, cache_dir: str | Path | None) -> bool:
     """Whether the weights of a source have neurons already, as on a mirror that holds converted ones."""
     from huggingface_hub import hf_hub_download
     repo_id, commit = split_revision(hub_id)
@@ -202,8 +208,8 @@ def neuron_state(
         source: str,
         hub_id: str,
         config: SFNConfig = SFNConfig(),
-        cache_dir: Optional[str] = None,
-) -> Tuple[State, Conversion]:
+        cache_dir: str | Path | None = None,
+) -> tuple[State, Conversion]:
     """Neurons of a zoo entry, from the cache or fitted to its source on generated images.
 
     Processes that ask for the same neurons at once fit them once: the first one holds a lock, the others wait for it
@@ -243,7 +249,7 @@ def neuron_state(
         return state, conversion
 
 
-def cache_folder(cache_dir: Optional[str] = None) -> Path:
+def cache_folder(cache_dir: str | Path | None = None) -> Path:
     """Folder of cached neurons, beside the repositories that the Hub's client caches."""
     from huggingface_hub import constants
     return Path(cache_dir or constants.HF_HOME) / 'sformer'
@@ -264,7 +270,7 @@ def _write_neurons(path: Path, key: str, state: State, conversion: Conversion) -
         _logger.warning(f'{path} cannot be written ({e}): the next call will fit these neurons again')
 
 
-def _read_neurons(path: Path, key: str) -> Tuple[State, Conversion]:
+def _read_neurons(path: Path, key: str) -> tuple[State, Conversion]:
     """Neurons of a file in the cache.
 
     Raises:
@@ -284,8 +290,9 @@ def _read_neurons(path: Path, key: str) -> Tuple[State, Conversion]:
         raise SFormerError(f'{path} is damaged ({first_line(e)})') from None
 
 
-def _fit(source: str, hub_id: str, config: SFNConfig, cache_dir: Optional[str]) -> Tuple[State, Conversion]:
-    has_classes = timm.get_pretrained_cfg(source).num_classes > 0
+def _fit(source: str, hub_id: str, config: SFNConfig, cache_dir: str | Path | None) -> tuple[State, Conversion]:
+    published = timm.get_pretrained_cfg(source)
+    has_classes = published is not None and published.num_classes > 0
     # whatever the caller has set for models of its own: neurons are the same on all machines
     default = torch.get_default_dtype()
     with torch.random.fork_rng(devices=[]), torch.device('cpu'), torch.autocast('cpu', enabled=False), \
@@ -301,8 +308,7 @@ def _fit(source: str, hub_id: str, config: SFNConfig, cache_dir: Optional[str]) 
             torch.set_default_dtype(default)
     state = {f'{name}.{key}': value.clone()
              for name, neuron in named_neurons(model) for key, value in neuron.state_dict().items()}
-    converted: Any = model.conversion
-    conversion: Conversion = dataclasses.replace(converted, source_weights=hub_id)
+    conversion: Conversion = dataclasses.replace(vars(model)['conversion'], source_weights=hub_id)
     if not has_classes:
         weights = {k: v for k, v in model.state_dict().items() if k not in state and not k.startswith('head.')}
         conversion = dataclasses.replace(conversion, source_sha256=state_hash(weights))

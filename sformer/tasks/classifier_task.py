@@ -3,6 +3,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn as nn
 
 from ..conversion import another_source, calibration_batches, convert, warn_of_changes
@@ -15,6 +16,7 @@ from ..evaluation.labels import DATASETS
 from ..evaluation.schema import SOURCE, Result
 from ..execution import export_onnx, load_onnx
 from ..execution.integer import IntegerReport
+from ..files import Json
 from ..models import SFormerMixin
 from ..neurons import FitConfig, SFNConfig
 from ..profiling import compare_codings, pixels_of, spike_maps
@@ -22,7 +24,7 @@ from ..profiling.executed import CodingsCompared
 from ..saving import load_classifier, open_classifier, save_classifier
 from ..saving.model_config import read_config
 from .door import register_task
-from .task import OPTIONS, Description, EvaluationRequest, Task
+from .task import OPTIONS, Description, EvaluationRequest, Inputs, Maps, Recorded, Task
 
 __all__ = ['Classification']
 
@@ -47,8 +49,8 @@ class Classification(Task):
     def owns(self, model: nn.Module) -> bool:
         return isinstance(model, SFormerMixin)
 
-    def architecture(self, model: Any) -> str:
-        return model.pretrained_cfg['architecture']
+    def architecture(self, model: nn.Module) -> str:
+        return vars(model)['pretrained_cfg']['architecture']
 
     def load(
             self,
@@ -95,7 +97,7 @@ class Classification(Task):
         models = [load_onnx(name, engine) if name.endswith('.onnx') else self.open(name) for name in names]
         if request.results_file and request.results_format == 'json' and not request.resume:
             check_replaceable(request.results_file, models, config.dataset)
-        sources: list[Any] = [request.source] * len(models)
+        sources: list[bool | nn.Module] = [request.source] * len(models)
         if request.source_model:
             source = self.open(request.source_model)
             sources = [another_source(model, source) for model in models]
@@ -107,13 +109,13 @@ class Classification(Task):
     def export(self, name: str, output: Path, **how: Any) -> list[IntegerReport]:
         return export_onnx(self.open(name), output, **how)
 
-    def batches(self, model: Any, images: ImageRequest, **options: Any) -> tuple[Iterable[Any], dict[str, Any]]:
+    def batches(self, model: nn.Module, images: ImageRequest, **options: Any) -> tuple[Iterable[Inputs], Json]:
         return calibration_batches(model, images, options['batch_size'], 'Counting')[:2]
 
-    def executed(self, model: nn.Module, images: Any) -> CodingsCompared:
+    def executed(self, model: nn.Module, images: torch.Tensor) -> CodingsCompared:
         return compare_codings(model, images)
 
-    def maps(self, model: nn.Module, image: Any) -> tuple[Any, Any]:
+    def maps(self, model: nn.Module, image: torch.Tensor) -> Maps:
         return pixels_of(model, image), spike_maps(model, image)
 
     def summary(self, result: Result) -> list[str]:
@@ -144,32 +146,32 @@ class Classification(Task):
             f'({result["decode_seconds"]:.1f} s + {result["preprocess_seconds"]:.1f} s), '
             f'waited for {result["wait_seconds"]:.1f} s of {result["wall_seconds"]:.1f} s']
 
-    def describe(self, folder: Path, model: Any) -> Description:
+    def describe(self, folder: Path, model: nn.Module) -> Description:
         config = read_config(folder)
         return Description(
             config=config, architecture=config['architecture'],
             input_size=config.get('pretrained_cfg', {}).get('input_size', (3, 224, 224)),
-            num_classes=config.get('num_classes', model.num_classes))
+            num_classes=config.get('num_classes', vars(model)['num_classes']))
 
-    def hub_task(self, built: Mapping[str, Any]) -> tuple[str, str]:
+    def hub_task(self, built: Json) -> tuple[str, str]:
         return 'image-classification', 'Image Classification'
 
-    def source_in_words(self, built: Mapping[str, Any], source: str) -> str:
+    def source_in_words(self, built: Json, source: str) -> str:
         return source
 
-    def recipe(self, record: Any) -> list[tuple[str, Any]]:
+    def recipe(self, record: Recorded) -> list[tuple[str, object]]:
         source = record.conversion.get('source')
         return [('input', ' x '.join(map(str, record.input_size))), ('classes', record.num_classes),
                 *([('source', f'`{source}`')] if source else [])]
 
-    def usage(self, record: Any) -> str:
+    def usage(self, record: Recorded) -> str:
         channels, height, width = record.input_size
         return CLASSIFIER_USAGE.format(
             name=record.load_name, mode='L' if channels == 1 else 'RGB', size=(width, height),
             classes=record.num_classes)
 
 
-def _check_engine(names: Sequence[str], options: Mapping[str, Any]) -> None:
+def _check_engine(names: Sequence[str], options: Mapping[str, object]) -> None:
     """Raise SFormerError for options that would be recorded and change nothing."""
     exported = [name for name in names if name.endswith('.onnx')]
     if options['engine'] and not exported:
@@ -179,7 +181,7 @@ def _check_engine(names: Sequence[str], options: Mapping[str, Any]) -> None:
             raise SFormerError(f'{exported[0]} computes as it was exported: leave out --{option.replace("_", "-")}.')
 
 
-def _settings(request: EvaluationRequest) -> dict[str, Any]:
+def _settings(request: EvaluationRequest) -> Json:
     """Fields of an evaluation's config, with what a well-known name of a data set stands for, unless there is a folder
     of this name."""
     images, options = request.images, request.options

@@ -1,13 +1,15 @@
 """Object detection and instance segmentation, by torchvision's detectors."""
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch.nn as nn
+from torchvision.models.detection import FasterRCNN
 
 from ..conversion import network_inside, warn_of_changes
 from ..data import GENERATED, ImageRequest
 from ..detection import (
+    CocoData,
     DetectorConfig,
     convert_detector,
     detector_names,
@@ -26,10 +28,11 @@ from ..evaluation import check_replaceable
 from ..evaluation.figures import DETECTION, PRECISION
 from ..evaluation.schema import SOURCE, Result, in_line
 from ..execution.integer import IntegerReport
+from ..files import Json
 from ..layers import named_neurons
 from ..neurons import FitConfig, SFNConfig
 from .door import register_task
-from .task import Description, EvaluationRequest, Task
+from .task import Description, EvaluationRequest, Inputs, Recorded, Task
 
 __all__ = ['Detection']
 
@@ -60,7 +63,7 @@ class Detection(Task):
     def owns(self, model: nn.Module) -> bool:
         return isinstance(getattr(model, 'config', None), DetectorConfig)
 
-    def architecture(self, model: Any) -> str:
+    def architecture(self, model: FasterRCNN) -> str:
         return detector_name(model.config, any(True for _ in named_neurons(model)))
 
     def load(
@@ -97,7 +100,7 @@ class Detection(Task):
         dataset, split = Path(images.dataset).name, images.split or 'val'
         if request.results_format == 'csv':
             raise SFormerError(f'results of a detector are written as JSON, not to {file}.')
-        detectors: list[Any] = [self.open(name) for name in names]
+        detectors: list[FasterRCNN] = [self.open(name) for name in names]
         if file and request.results_format and not request.resume:
             check_replaceable(file, detectors, dataset)
         masks = any(detector.config.masks for detector in detectors)
@@ -107,13 +110,14 @@ class Detection(Task):
                                f'--max-bad {request.max_bad}.')
         for detector in detectors:
             check_evaluable(detector, data, request.by_position)
-        source: Any = request.source
+        source: bool | nn.Module = request.source
         if request.source_model:
-            source = self.open(request.source_model)
-            check_evaluable(source, data, request.by_position)
-            source = network_inside(source)
-            if masks and not source.config.masks:
+            other = self.open(request.source_model)
+            check_evaluable(other, data, request.by_position)
+            inside: FasterRCNN = network_inside(other)
+            if masks and not inside.config.masks:
                 raise SFormerError(f'{request.source_model} finds no masks to compare with.')
+            source = inside
         for name, detector in zip(names, detectors, strict=True):
             if source is True:
                 warn_of_changes(name, detector)
@@ -126,7 +130,7 @@ class Detection(Task):
     def export(self, name: str, output: Path, **how: Any) -> list[IntegerReport]:
         return export_detector(self.open(name), output, **how)
 
-    def batches(self, model: Any, images: ImageRequest, **options: Any) -> tuple[Iterable[Any], dict[str, Any]]:
+    def batches(self, model: nn.Module, images: ImageRequest, **options: Any) -> tuple[Iterable[Inputs], Json]:
         data, split = _unlabelled(images)
         return image_batches(model, data, images.num_images, images.seed), dict(
             name=Path(images.dataset).name, split=split, seed=images.seed,
@@ -148,21 +152,21 @@ class Detection(Task):
         return [*lines, f'  {result["seconds"]:.1f} s'
                 + (f', source {result["source_seconds"]:.1f} s' if 'source_seconds' in result else '')]
 
-    def describe(self, folder: Path, model: Any) -> Description:
+    def describe(self, folder: Path, model: FasterRCNN) -> Description:
         config = read_detector_config(folder)
         built = config[DETECTOR_KEY]
         return Description(
             config=config, architecture=self.architecture(model), input_size=[3, *built['image_size']],
             num_classes=len(built['categories']), built=built)
 
-    def hub_task(self, built: Mapping[str, Any]) -> tuple[str, str]:
+    def hub_task(self, built: Json) -> tuple[str, str]:
         return ('image-segmentation', 'Instance Segmentation') if built['masks'] else \
             ('object-detection', 'Object Detection')
 
-    def source_in_words(self, built: Mapping[str, Any], source: str) -> str:
+    def source_in_words(self, built: Json, source: str) -> str:
         return f'a {"Mask" if built["masks"] else "Faster"} R-CNN with a simple feature pyramid on {source}'
 
-    def recipe(self, record: Any) -> list[tuple[str, Any]]:
+    def recipe(self, record: Recorded) -> list[tuple[str, object]]:
         built = record.built
         names = [*built['categories'].values()]
         strides = ', '.join(f'{16 / scale:g}' for scale in built['scales'])
@@ -173,7 +177,7 @@ class Detection(Task):
             ('pyramid', f'{built["channels"]} channels at strides of {strides} pixels'),
             ('detections per image, at most', built['max_detections'])]
 
-    def usage(self, record: Any) -> str:
+    def usage(self, record: Recorded) -> str:
         masks = ', masks (N, 1, H, W)' if record.built['masks'] else ''
         return DETECTOR_USAGE.format(name=record.load_name, size=tuple(record.input_size), masks=masks)
 
@@ -190,13 +194,13 @@ class Detection(Task):
                     rows.append([f'{kind}, {category}: {figure.label} [{figure.unit}]', *cells])
         return rows
 
-    def picture_title(self, picture: Mapping[str, Any]) -> str:
+    def picture_title(self, picture: Json) -> str:
         what = 'Detections of the source, of the SFormer, and the share of neurons that fire at each patch' \
             if picture.get('side_by_side') else 'Detections'
         return f'{what}: {picture["image"]}'
 
 
-def _unlabelled(images: ImageRequest) -> tuple[Any, str | None]:
+def _unlabelled(images: ImageRequest) -> tuple[CocoData | str, str | None]:
     """Images that no annotation is read of, and the split that they are of."""
     if images.dataset == GENERATED:
         return images.dataset, None

@@ -7,6 +7,7 @@ from typing import Any
 import torch.nn as nn
 
 from ..errors import SFormerError
+from ..files import Json
 from ..saving.hub import locate
 from ..saving.model_config import CONFIG_NAME
 from .task import Task
@@ -57,7 +58,7 @@ def task_of(
     return next(task for task in tasks() if task.key in config or not task.key)
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def _config(folder: Path) -> Json:
     """The config in a folder; nothing where there is none, of which whoever reads it says what is wrong."""
     try:
         config = json.loads((folder / CONFIG_NAME).read_text(encoding='utf-8'))

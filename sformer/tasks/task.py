@@ -6,8 +6,9 @@ import abc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
+import torch
 import torch.nn as nn
 
 from ..data import ImageRequest
@@ -16,11 +17,15 @@ from ..evaluation import Journal
 from ..evaluation.launch import Group
 from ..evaluation.schema import Result
 from ..execution.integer import IntegerReport
+from ..files import Json
 from ..layers import named_neurons
 from ..neurons import FitConfig, SFNConfig
 from ..profiling.executed import CodingsCompared
 
 __all__ = ['OPTIONS', 'Description', 'EvaluationRequest', 'Task']
+
+Inputs = torch.Tensor | list[torch.Tensor]  # a batch, as models of a task read it
+Maps = tuple[torch.Tensor | None, dict[str, torch.Tensor] | None]
 
 # command -> options that only some tasks take; the others say something to each
 OPTIONS: Mapping[str, tuple[str, ...]] = {
@@ -63,6 +68,15 @@ class EvaluationRequest:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
+class Recorded(Protocol):
+    """What a task may say on a card, as of `publishing.model_record.ModelRecord`."""
+    load_name: str
+    input_size: list[int]
+    num_classes: int
+    conversion: Json
+    built: Json
+
+
 @dataclass(frozen=True, kw_only=True)
 class Description:
     """What the config of a model says of it.
@@ -74,11 +88,11 @@ class Description:
         num_classes: Number of classes.
         built: What else it is built of, of its task.
     """
-    config: dict[str, Any]
+    config: Json
     architecture: str
     input_size: Sequence[int]
     num_classes: int
-    built: dict[str, Any] = field(default_factory=dict)
+    built: Json = field(default_factory=dict)
 
 
 class Task(abc.ABC):
@@ -121,7 +135,7 @@ class Task(abc.ABC):
         """Whether a model is one of its own; asked of the task that claims what is left last."""
 
     @abc.abstractmethod
-    def architecture(self, model: Any) -> str:
+    def architecture(self, model: nn.Module) -> str:
         """Name of what a model is built by."""
 
     @abc.abstractmethod
@@ -166,7 +180,7 @@ class Task(abc.ABC):
         `portable`, `overwrite`, `command`, and options."""
 
     @abc.abstractmethod
-    def batches(self, model: Any, images: ImageRequest, **options: Any) -> tuple[Iterable[Any], dict[str, Any]]:
+    def batches(self, model: nn.Module, images: ImageRequest, **options: Any) -> tuple[Iterable[Inputs], Json]:
         """Batches of images as a model reads them, and what a record says of them."""
 
     # what a profile has beside counts
@@ -175,7 +189,7 @@ class Task(abc.ABC):
         """What running images through bit planes showed, as of `compare_codings`; None where that is not done."""
         return None
 
-    def maps(self, model: nn.Module, image: Any) -> tuple[Any, Any]:
+    def maps(self, model: nn.Module, image: torch.Tensor) -> Maps:
         """An image in [0, 1], and where a model spikes on it, as of `spike_maps`; None where nothing is drawn."""
         return None, None
 
@@ -188,7 +202,7 @@ class Task(abc.ABC):
     # what a card says
 
     @abc.abstractmethod
-    def describe(self, folder: Path, model: Any) -> Description:
+    def describe(self, folder: Path, model: nn.Module) -> Description:
         """What the config in the folder of a model says of it.
 
         Raises:
@@ -196,19 +210,19 @@ class Task(abc.ABC):
         """
 
     @abc.abstractmethod
-    def hub_task(self, built: Mapping[str, Any]) -> tuple[str, str]:
+    def hub_task(self, built: Json) -> tuple[str, str]:
         """Identifier and name of the task on the Hub, by what `Description.built` says."""
 
     @abc.abstractmethod
-    def source_in_words(self, built: Mapping[str, Any], source: str) -> str:
+    def source_in_words(self, built: Json, source: str) -> str:
         """What was converted; `source` is what it has its weights from."""
 
     @abc.abstractmethod
-    def recipe(self, record: Any) -> list[tuple[str, Any]]:
+    def recipe(self, record: Recorded) -> list[tuple[str, object]]:
         """Rows of what a model reads and gives, of its `publishing.model_record.ModelRecord`."""
 
     @abc.abstractmethod
-    def usage(self, record: Any) -> str:
+    def usage(self, record: Recorded) -> str:
         """Python that loads and runs a model."""
 
     def card_rows(self, result: Result) -> list[list[str]]:
@@ -216,7 +230,7 @@ class Task(abc.ABC):
         own one."""
         return []
 
-    def picture_title(self, picture: Mapping[str, Any]) -> str:
+    def picture_title(self, picture: Json) -> str:
         """What is to be seen in a picture, by what its PNG carries."""
         return str(picture['image'])
 
@@ -226,7 +240,7 @@ class Task(abc.ABC):
         """What else is to be said of a model that was converted."""
         return []
 
-    def taken(self, verb: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    def taken(self, verb: str, values: Mapping[str, object]) -> dict[str, object]:
         """Of the options of a command, those that not every task takes, and this one does."""
         return {name: value for name, value in values.items() if name in self.options.get(verb, ())}
 
