@@ -11,6 +11,7 @@ mutant is a fork of that process, so it costs its tests. A run that was stopped 
 survives is a gap in the tests, or means the same as the original: somebody has to look.
 """
 import ast
+import compileall
 import contextlib
 import dataclasses
 import hashlib
@@ -317,18 +318,17 @@ class FirstFailure:
         self.pytest_runtest_logreport(report)
 
 
-def run_tests(tree: Path, tests: list[str], scratch: Path, limit: float, frozen: bool) -> dict[str, Any]:
+def run_tests(tree: Path, tests: list[str], scratch: Path, limit: float) -> dict[str, Any]:
     """Run tests on a tree in a fork of this process.
 
     Args:
         tree: The tree, whose `sformer` this process has not imported.
-        tests: Files of tests, relative to it.
+        tests: What pytest is given: files of tests, relative to the tree.
         scratch: Folder for what pytest writes.
         limit: Time [s], after which the fork and what it has started are killed.
-        frozen: Whether no bytecode is written: of a file that is changed twice in a second it would be the wrong one.
 
     Returns:
-        `outcome`: `passed`, `failed`, `too long` or `broken` (no test was run), `seconds`, and `noticed_by`.
+        `outcome`: `passed`, `failed`, `too long` or `broken` (the tests do not run), `seconds`, and `noticed_by`.
     """
     first, base = scratch / 'first', scratch / 'base'
     first.unlink(missing_ok=True)
@@ -343,7 +343,7 @@ def run_tests(tree: Path, tests: list[str], scratch: Path, limit: float, frozen:
                 os.dup2(log.fileno(), 1)
                 os.dup2(log.fileno(), 2)
             os.chdir(tree)
-            sys.dont_write_bytecode = frozen
+            sys.dont_write_bytecode = True  # of a file that is changed twice in a second it would be the wrong one
             import pytest
             code = int(pytest.main(
                 ['-x', '-q', '-n', '0', '-p', 'no:cacheprovider', f'--basetemp={base}', *tests],
@@ -375,6 +375,7 @@ def copied(tree: Path) -> Iterator[tuple[Path, Path]]:
         copy, scratch = Path(folder, 'tree'), Path(folder, 'scratch')
         shutil.copytree(tree, copy, ignore=shutil.ignore_patterns('.git', '__pycache__', '.*_cache'))
         scratch.mkdir()
+        compileall.compile_dir(copy, quiet=2)  # once, not in each fork
         sys.path[:0] = [str(copy), str(copy / 'tests')]
         os.environ['PYTHONPATH'] = os.pathsep.join([str(copy), str(copy / 'tests')])  # of processes that tests start
         yield copy, scratch
@@ -388,26 +389,27 @@ def preload() -> None:
     assert not loaded, f'{loaded[0]} was imported with others, and would hide its mutants'
 
 
-def judge(mutant: Mutant, tree: Path, scratch: Path, usual: dict[str, float]) -> dict[str, Any]:
-    """Run a mutant. `usual` has the seconds of the tests of modules without a change, and is added to."""
+def judge(mutant: Mutant, tree: Path, scratch: Path, limit: float, passing: set[str]) -> dict[str, Any]:
+    """Run a mutant. What fails is run without the change, too, unless it is among the tests that are known to pass,
+    which are added to."""
     tests = tests_of(mutant.module, tree)
     if not tests:
         raise SystemExit(f'no test belongs to {mutant.module}: name some in TESTS.')
-    if mutant.module not in usual:
-        found = run_tests(tree, tests, scratch, 900, frozen=False)
-        if found['outcome'] != 'passed':
-            print((scratch / 'log').read_text(errors='replace')[-2000:])
-            raise SystemExit(f'tests of {mutant.module} do not pass as they are: {found}')
-        usual[mutant.module] = found['seconds']
     path = tree / 'sformer' / f'{mutant.module}.py'
     original = path.read_bytes()
     for stale in (path.parent / '__pycache__').glob(f'{path.stem}.*'):
         stale.unlink()
     path.write_bytes(mutant.of(original.decode()).encode())
     try:
-        found = run_tests(tree, tests, scratch, 20 + 4 * usual[mutant.module], frozen=True)
+        found = run_tests(tree, tests, scratch, limit)
     finally:
         path.write_bytes(original)
+    failed = found['noticed_by']
+    if failed is not None and failed not in passing:
+        how = [] if '::' in failed else ['--collect-only']
+        if run_tests(tree, [failed, *how], scratch, limit)['outcome'] != 'passed':
+            return dict(dataclasses.asdict(mutant), tests=tests, **dict(found, outcome='broken'))
+        passing.add(failed)
     return dict(dataclasses.asdict(mutant), tests=tests, **found)
 
 
@@ -417,6 +419,7 @@ def main(
         only: Annotated[Optional[list[str]], typer.Option(help='Modules, as neurons/functional, or folders')] = None,
         again: Annotated[Optional[list[str]], typer.Option(help='Mutants by their ids, run once more')] = None,
         out: Annotated[Path, typer.Option(help='Results; what stands there is not run again')] = Path('mutants.json'),
+        limit: Annotated[float, typer.Option(help='Time that the tests of a mutant may take [s]')] = 300.,
         minutes: Annotated[float, typer.Option(help='Time after which no other mutant is begun')] = 600.,
         tree: Annotated[Path, typer.Option(help='Tree with sformer/ and tests/')] = ROOT,
 ) -> None:
@@ -435,13 +438,13 @@ def main(
     else:
         chosen = [*drawn(mutants, seed)][:number]
     print(f'{len(chosen)} of {len(mutants)} mutants of {len({m.module for m in mutants})} modules')
-    usual: dict[str, float] = {}
+    passing: set[str] = set()
     with copied(tree.resolve()) as (copy, scratch):
         preload()
         for mutant in chosen:
             if mutant.id in results or time.monotonic() > end:
                 continue
-            result = results[mutant.id] = judge(mutant, copy, scratch, usual)
+            result = results[mutant.id] = judge(mutant, copy, scratch, limit, passing)
             aside = out.with_name(f'.{out.name}')  # not by sformer.files, which would be here for each fork
             aside.write_text(json.dumps(results, indent=2) + '\n', encoding='utf-8')
             aside.replace(out)
