@@ -104,3 +104,11 @@ def test_spikes_are_counted_on_as_many_images_as_said(coarse, digits):
     assert result['activity'] == pytest.approx(mean(count_by_hand(coarse, digits[0][:150]), 1), abs=1e-4)
     nothing = evaluate(coarse, 'digits', 'test', activity_images=0)
     assert nothing['activity'] is None and nothing['spikes_per_neuron'] is None and nothing['activity_images'] == 0
+
+
+def test_spikes_of_a_stream_are_counted_on_the_first_images_of_each_shard(coarse, digit_files):
+    """As many of each as make up the number, as nobody knows which of them come first."""
+    folder = digit_files(4)
+    for wanted, counted in ((40, 40), (41, 60), (0, 0)):  # whole batches
+        result = evaluate(coarse, folder, streaming=True, batch_size=5, activity_images=wanted, source=False)
+        assert (result['num_images'], result['activity_images']) == (200, counted)

@@ -120,3 +120,10 @@ def test_imagenet_sample(test_data):
     assert result['num_images'] == 40 and result['img_size'] == 32 and 6 < result['nll'] < 8
     streamed = evaluate(model, folder, num_images=40, batch_size=16, streaming=True)
     assert streamed['num_images'] == 40 and streamed['dataset_fingerprint'] != result['dataset_fingerprint']
+
+
+def test_a_class_that_the_model_does_not_know_is_not_scored_by_its_position(classifier):
+    with pytest.raises(SFormerError, match='x has a class n99999999 that the model does not know'):
+        resolve_benchmark(None, classifier, 'x', [*SYNSETS[:7], 'n99999999', *SYNSETS[8:]])
+    words = [f'thing {i}' for i in range(1000)]  # names of another kind tell nothing: the order counts
+    assert resolve_benchmark(None, classifier, 'x', words).label_map is None
