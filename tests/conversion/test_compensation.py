@@ -105,6 +105,11 @@ def test_tied_weights_are_left_alone():
     assert [name for name, _ in compensation.compensable(net)] == ['2']
 
 
+def test_layers_without_a_bias_share_none():
+    net = spiking_(nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False), nn.Conv2d(8, 4, 1)))
+    assert [name for name, _ in compensation.compensable(net)] == ['0', '1', '2']
+
+
 def test_layers_that_share_a_bias_are_left_alone():
     net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4))
     net[1].bias = net[0].bias
