@@ -55,8 +55,8 @@ def distill(
     config = DistillConfig(learning_rate, price, amp=amp)
     distill_(network, shuffled(batches, batch_size, seed), steps, config, report, teacher)
     seconds = time.perf_counter() - start
-    how = (f'{steps} steps of {batch_size} of {num_images} images of {used["name"]} ({used["split"]}), {seconds:.0f} s: '
-           f'{command_line()}')
+    how = (f'{steps} steps of {batch_size} of {num_images} images of {used["name"]} ({used["split"]}), '
+           f'{seconds:.0f} s: {command_line()}')
     network.conversion = dataclasses.replace(cast(Conversion, network.conversion), distillation=how)
     save_model(network, output, overwrite)
     print(f'trained for {seconds:.0f} s, saved to {output}')

@@ -105,6 +105,18 @@ def test_tied_weights_are_left_alone():
     assert [name for name, _ in compensation.compensable(net)] == ['2']
 
 
+def test_layers_without_a_bias_share_none():
+    net = spiking_(nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False), nn.Conv2d(8, 4, 1)))
+    assert [name for name, _ in compensation.compensable(net)] == ['0', '1', '2']
+
+
+def test_layers_that_share_a_bias_are_left_alone():
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4))
+    net[1].bias = net[0].bias
+    spiking_(net, SFNConfig(levels=2))
+    assert [name for name, _ in compensation.compensable(net)] == ['2']
+
+
 def test_a_module_is_not_compensated_twice():
     module = spiking_(nn.Sequential(nn.Linear(8, 5)))
     calibrate_(module, [correlated(0, (50,), 8)], COMPENSATE)

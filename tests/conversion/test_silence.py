@@ -131,3 +131,46 @@ def test_silent_neurons_can_be_trained_awake():
     out = neuron(x)
     out.sum().backward()
     assert (out == 0).all() and (x.grad == 1).all()
+
+
+def test_a_row_is_not_silent_where_nothing_is_saved():
+    """Numerators of which none is below the lowest thresholds, and what is lost above costs more than spikes do."""
+    n = torch.rand(4, 2, 5, 30, generator=rng()) * 0.9 + 0.1
+    n[..., 0] = 1.
+    neuron = ScaleAndFire((2, 1, 1), SFNConfig(silence=1e-9), signed=False)
+    site = RowSensitivity(neuron)
+    set_quiet_([site], [n], lambda x: site(x) / site(x).sum(-1, keepdim=True))
+    assert not neuron.quiet.any()
+
+
+def test_fits_are_to_what_is_loud():
+    config, loud = SFNConfig(levels=4, silence=0.1), 1 + torch.rand(400, 3, generator=rng())
+    loud = loud * torch.tensor([4., -1.]).repeat(200)[:, None]  # lopsided
+    steps, multipliers = [], []
+    for silent in (0, 4000):
+        neuron = ScaleAndFire((3,), config)
+        neuron.set_quiet(torch.full((3,), 0.5))
+        statistics = neuron.statistics()
+        statistics.update(torch.cat([loud, 0.4 * torch.rand(silent, 3, generator=rng(1))]))
+        neuron.fit(statistics)
+        steps.append(neuron.step)
+        multipliers.append(neuron.multiplier)
+    assert torch.equal(*steps) and torch.equal(*multipliers)
+    assert (multipliers[0] == 1).all(), 'a multiplier takes as many times the spikes'
+    without = ScaleAndFire((3,), SFNConfig(levels=4))
+    statistics = without.statistics()
+    statistics.update(loud)
+    without.fit(statistics)
+    assert (without.multiplier.amax(0) > 1).all(), 'or there would be nothing to see'
+
+
+def test_what_is_loud_now_and_then_lies_on_the_levels():
+    neuron = ScaleAndFire((3,), SFNConfig(levels=4, silence=0.1))
+    quiet = torch.tensor([8., 0.01, 8.])
+    neuron.set_quiet(quiet)
+    statistics = neuron.statistics()
+    statistics.update(torch.randn(400, 3, generator=rng()))
+    neuron.fit(statistics)
+    reach = neuron.step * neuron.levels[-1]
+    torch.testing.assert_close(reach[[0, 2]], quiet[[0, 2]] * neuron.config.scale)
+    assert reach[1] > 1

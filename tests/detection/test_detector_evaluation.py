@@ -1,5 +1,6 @@
 """Figures are COCO's, and the same however the work was shared."""
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -252,3 +253,44 @@ def test_pictures(sformer_detector, data):
     assert torch.equal(picture(sformer_detector, image, min_score=1., side_by_side=False), plain)
     _, shares = token_activity(sformer_detector, image)
     assert shares.shape == (4, 6) and 0 < shares.min() < shares.max() < 1
+
+
+def test_as_many_detections_count_as_asked_for(data):
+    ids = [*data.images][:1]
+    right = truth(data, ids)
+    wrong = [dict(found, bbox=[0., 0., 1., 1.], score=0.95) for found in right for _ in range(3)]
+    assert coco_metrics(data, [*wrong, *right], ids, max_detections=3)['mAP'] == 0.
+    assert coco_metrics(data, [*wrong, *right], ids, max_detections=4)['mAP'] > 0.
+
+
+class Oracle(torch.nn.Module):
+    """Finds what is annotated in an image, after so many mistakes of a category, all in masks of two values."""
+
+    def __init__(self, data, config, mistakes=0):
+        super().__init__()
+        self.data, self.config, self.mistakes = data, config, mistakes
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, images):
+        image, = images
+        target = next(self.data.target(id) for id in self.data.images if torch.equal(self.data.image(id), image))
+        boxes = torch.cat([torch.tensor([[0., 0., 1., 1.]]).repeat(2 * self.mistakes, 1), target['boxes']])
+        wrong = torch.zeros(2 * self.mistakes, *image.shape[1:])
+        wrong[:, 0, 0] = 1
+        masks = torch.cat([wrong, target['masks'].float()])
+        labels = torch.cat([torch.tensor([1, 2]).repeat(self.mistakes), target['labels']])
+        scores = torch.linspace(0.9, 0.1, len(boxes))
+        return [dict(boxes=boxes, labels=labels, scores=scores, masks=0.4 + 0.2 * masks[:, None])]
+
+
+def test_pixels_of_which_more_than_half_is_an_object_are_its_mask(data):
+    oracle = Oracle(data, small_detector(masks=True).config)
+    result = evaluate_detector(oracle, data, source=False)
+    assert result['masks']['mAP'] == result['boxes']['mAP'] == 100.
+
+
+@pytest.mark.parametrize('limit, mistakes, counts', [(10, 99, True), (10, 100, False), (102, 101, True)])
+def test_a_hundred_detections_of_a_category_count_or_all_that_a_detector_gives(data, limit, mistakes, counts):
+    config = dataclasses.replace(small_detector(masks=True).config, max_detections=limit)
+    result = evaluate_detector(Oracle(data, config, mistakes), data, source=False, num_images=1)
+    assert (result['boxes']['mAP'] > 0) == (result['masks']['mAP'] > 0) == counts

@@ -165,3 +165,15 @@ def test_a_loss_that_explodes_is_an_error(few, tmp_path):
     with pytest.raises(SFormerError, match=r'the loss became nan in epoch 1: .*--lr'):
         train_(detector, few, CONFIG, tmp_path)
     assert not (tmp_path / training.STATE_NAME).exists()
+
+
+def test_gradients_are_clipped(few, tmp_path, monkeypatch):
+    norms, step = [], torch.optim.AdamW.step
+
+    def look(optimizer, *args, **kwargs):
+        gradients = [p.grad for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
+        norms.append(torch.nn.utils.get_total_norm(gradients).item())
+        return step(optimizer, *args, **kwargs)
+    monkeypatch.setattr(torch.optim.AdamW, 'step', look)
+    train(small_detector(masks=True), few, dataclasses.replace(CONFIG, epochs=1), tmp_path)
+    assert max(norms) == pytest.approx(1, abs=1e-3)

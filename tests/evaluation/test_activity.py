@@ -139,3 +139,11 @@ def test_activity_of_integers_that_is_evaluated():
     assert found['activity'] == pytest.approx(expected['activity'], abs=0.005)
     assert found['spikes_per_neuron']['unary'] == pytest.approx(expected['spikes_per_neuron']['unary'], rel=0.01)
     assert found['activity_per_site'].keys() == expected['activity_per_site'].keys()
+
+
+def test_spikes_of_a_stream_are_counted_on_the_first_images_of_each_shard(coarse, digit_files):
+    """As many of each as make up the number, as nobody knows which of them come first."""
+    folder = digit_files(4)
+    for wanted, counted in ((40, 40), (41, 60), (0, 0)):  # whole batches
+        result = evaluate(coarse, folder, streaming=True, batch_size=5, activity_images=wanted, source=False)
+        assert (result['num_images'], result['activity_images']) == (200, counted)

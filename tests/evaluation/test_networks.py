@@ -101,6 +101,19 @@ def hooked(model):
     return other
 
 
+def hooked_before(model):
+    other = copy.deepcopy(model)
+    other.head.register_forward_pre_hook(lambda module, args: (-args[0],))
+    return other
+
+
+def patched(model):
+    other = copy.deepcopy(model)
+    forward = other.norm.forward
+    other.norm.forward = lambda x: -forward(x)
+    return other
+
+
 def rebuilt(model):
     other = copy.deepcopy(model)
     for block in other.blocks:
@@ -108,7 +121,7 @@ def rebuilt(model):
     return other
 
 
-@pytest.mark.parametrize('change', [smoothed, hooked, rebuilt])
+@pytest.mark.parametrize('change', [smoothed, hooked, hooked_before, patched, rebuilt])
 def test_equal_weights_do_not_make_equal_sources(model, images, change, monkeypatch):
     other = change(model)
     alone = [evaluate(m, 'digits', num_images=64) for m in (model, other)]

@@ -6,11 +6,12 @@ import pytest
 import timm
 import torch
 
+from sformer import SFormerError
 from sformer.evaluation.figures import CLASSIFICATION
 from sformer.evaluation.labels import Benchmark
 from sformer.evaluation.metrics import Scored
 from sformer.evaluation.networks import Subject
-from sformer.evaluation.summary import result_of
+from sformer.evaluation.summary import check_complete, finished_shards, result_of
 from sformer.files import state_hash
 
 
@@ -32,3 +33,33 @@ def test_speed_after_a_resumption_on_other_processes():
     images = SimpleNamespace(name='x', split=None, fingerprint='', revision=None, passed_over=[])
     result = result_of(subject, images, [dict(record, world_size=8), dict(record, world_size=1)])
     assert (result['seconds'], result['decode_seconds'], result['images_per_second']) == (9., 4.5, 2.22)
+
+
+def chunk(shard, place, ends=False, **counts):
+    return {**dict(chunk=[shard, place], num=4, count=4, bad=[], ends_shard=ends), **counts}
+
+
+COMPLETE = [chunk(0, 0), chunk(1, 0, ends=True), chunk(0, 1, ends=True)]
+
+
+@pytest.mark.parametrize('records, message', [
+    ([*COMPLETE, COMPLETE[1]], r'chunk \(1, 0\) was counted twice'),
+    ([*COMPLETE[:2], COMPLETE[0], COMPLETE[2]], r'chunk \(0, 0\) was counted twice'),
+    (COMPLETE[:2], r'shards \[0\] were not counted to their end'),
+    (COMPLETE[1:], r'shards \[0\] were not counted to their end'),  # its last chunk is there, and not its first
+    ([*COMPLETE[:2], chunk(0, 1, ends=True, num=3)], 'counted 11 images, expected 12'),
+    ([*COMPLETE[:2], chunk(0, 1, ends=True, bad=['one', 'two'])], r'one \(2 unreadable images, --max-bad 1\)'),
+    ([chunk(0, 0, ends=True, num=12, count=0)], 'not one image has a label'),
+])
+def test_every_image_is_counted_once(records, message):
+    images = SimpleNamespace(name='x', num_images=12)
+    check_complete(COMPLETE, images, 0)
+    check_complete([*COMPLETE[:2], chunk(0, 1, ends=True, bad=['one'])], images, 1)
+    check_complete(COMPLETE[1:2], SimpleNamespace(name='x', num_images=None), 0)
+    with pytest.raises(SFormerError, match=f'x: {message}|{message}'):
+        check_complete(records, images, 1)
+
+
+def test_a_shard_is_finished_when_all_of_its_chunks_are():
+    assert finished_shards(COMPLETE) == {0, 1}
+    assert finished_shards(COMPLETE[:2]) == finished_shards(COMPLETE[1:]) == {1}

@@ -130,6 +130,18 @@ def test_a_row_that_sees_no_key(model):
             assert not out[:, :, 0].any() and relative_error(out, expected) < 1e-3
 
 
+def test_a_row_that_sees_no_key_gets_nothing_of_the_centre_either():
+    model = convert(build('vit'), [pixels(8)], SFNConfig(silence=0.01))
+    product = model.blocks[0].attn.products[0]
+    assert product.v_neuron.center.abs().max() > 0.1
+    q, k, v = torch.randn(3, 1, 2, 5, 16, generator=rng(2)).unbind()
+    mask = torch.ones(5, 5, dtype=torch.bool).tril(-1)
+    with torch.no_grad():
+        expected = product(q, k, v, mask)
+        out = coded(nn.Sequential(product), 'binary')[0](q, k, v, mask)
+    assert not out[:, :, 0].any() and relative_error(out, expected) < 1e-3
+
+
 def test_bad_input(model):
     with pytest.raises(SFormerError, match="'ternary'"):
         to_spikes_(copy.deepcopy(model), 'ternary')

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from layer_tools import FAMILIES, build, hooked, pixels, relative_error, rng, spiking, watch_products
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sformer import SFNConfig, named_neurons, source_view, spiking_
+from sformer import FitConfig, SFNConfig, named_neurons, source_view, spiking_
 from sformer.layers import AttentionProduct, products
 from sformer.neurons import MAX_LEVEL, MAX_WIDE_LEVEL, CurrentStatistics, GradedCoding, ScaleAndFire
 
@@ -299,3 +299,22 @@ def test_multiply_is_the_product_of_two_spikes():
     a_neuron, b_neuron = fitted(a), fitted(b, 8)
     integers = a_neuron.encode(a).levels.int() * b_neuron.encode(b).levels.int()
     torch.testing.assert_close(products.multiply(a_neuron, a, b_neuron, b), integers * a_neuron.step * b_neuron.step)
+
+
+def test_heads_that_share_keys_share_their_octaves():
+    """Keys fire once for all heads of a group, though what their queries would have of them differs."""
+    product = AttentionProduct(4, 8, config=SFNConfig(16), group_size=2)
+    k, v = (torch.randn(3, 2, 6, 8, generator=rng(i)).repeat_interleave(2, 1) for i in (1, 2))
+    q = torch.randn(3, 4, 6, 8, generator=rng(3)) * 2. ** torch.randint(-4, 5, (4, 1, 8), generator=rng(4))
+    neurons = dict(q_neuron=q, k_neuron=k, v_neuron=v)
+    statistics = {name: product.get_submodule(name).statistics() for name in (*neurons, 'attn_neuron')}
+    for name, x in neurons.items():
+        statistics[name].update(x)
+    product.fit_neurons(statistics, FitConfig())
+    octaves = product.k_neuron.step.log2().unflatten(0, (2, 2))
+    assert torch.equal(octaves[:, 0], octaves[:, 1]) and not torch.equal(octaves[0], octaves[1])
+    levels = product.k_neuron.encode(k).levels.unflatten(1, (2, 2))
+    assert torch.equal(levels[:, :, 0], levels[:, :, 1])
+    steps = product.q_neuron.step * product.k_neuron.step
+    torch.testing.assert_close(steps, steps[..., :1].expand_as(steps))
+    assert relative_error(product(q, k, v), F.scaled_dot_product_attention(q, k, v)) < 0.2

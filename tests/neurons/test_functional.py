@@ -19,6 +19,7 @@ from sformer.neurons import (
     max_levels,
     multi_threshold,
 )
+from sformer.neurons.functional import token_reach
 
 # Temporal-to-spatial equivalence. Everything lies on a grid of UNIT, thresholds and currents on multiples of T units,
 # so that sums, means and theta / T are exact in float64 and equality is equality.
@@ -310,3 +311,16 @@ def test_cost_of_firing_does_not_depend_on_the_number_of_thresholds(name, levels
         costs[n] = cost.ops
         assert cost.elements == x.numel()  # nor is there a dimension of thresholds
     assert len(set(costs.values())) == 1, costs
+
+
+@pytest.mark.parametrize('width', [48, 384, 10 ** 6])
+@pytest.mark.parametrize('levels, step', [(1, 1.224), (2, 0.8430), (3, 0.6508), (4, 0.5338)])
+def test_few_levels_reach_as_far_as_normal_potentials_have_the_least_error(levels, step, width):
+    """Steps of uniform quantisers of 2N + 1 outputs: Max, 'Quantizing for minimum distortion' (1960), table II."""
+    largest = 2 ** 0.5 * torch.erfinv(torch.tensor(0.5, dtype=torch.float64) ** (1 / width)).item()
+    assert token_reach('uniform', levels, width) == pytest.approx(min(1, levels * step / largest) ** 0.8, rel=0.008)
+
+
+def test_many_levels_reach_the_largest_potential():
+    assert token_reach('uniform', 127, 384) == 1. and token_reach('uniform', 127, 384, 0.) == 1 - 2 ** -16
+    assert token_reach('uniform', 4, 384, 0.) < 1 - 2 ** -16
