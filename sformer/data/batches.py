@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 __all__ = ['num_images', 'progress']
 
-T = TypeVar('T')
+Item = TypeVar('Item')
 
 
 def num_images(batch: object) -> int:
@@ -15,7 +15,7 @@ def num_images(batch: object) -> int:
     return len(batch) if isinstance(batch, (torch.Tensor, list)) else 1
 
 
-def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+def progress(items: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
     """Iterate with a progress bar on stderr; without one where stderr is no terminal.
 
     Args:

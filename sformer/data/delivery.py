@@ -325,18 +325,8 @@ def _make_batch(
                 f'a process that loads images has no room in shared memory (/dev/shm): {one_line(e)}. Choose a smaller '
                 f'--batch-size or fewer --workers, or have more of it (docker run --shm-size).')
     return Batch(
-        chunk=chunk,
-        start=start,
-        num=len(reads),
-        images=images,
-        labels=accepted,
-        skipped=skipped,
-        bad=bad,
-        decode_seconds=times[0],
-        preprocess_seconds=times[1],
-        ends_chunk=ends_chunk,
-        ends_shard=ends_shard,
-    )
+        chunk, start, len(reads), images, accepted, skipped, bad, ends_chunk, ends_shard, decode_seconds=times[0],
+        preprocess_seconds=times[1])
 
 
 def _watched(batches: Any, timeout: float) -> Iterator[Batch | SFormerError]:

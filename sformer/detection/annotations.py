@@ -20,7 +20,7 @@ MIN_SIDE = 0.01  # pixels of a box within its image; below, float32 may round it
 MIN_INSIDE = 0.5  # share of a mask that lies in its box
 
 Box = tuple[float, float, float, float]
-T = TypeVar('T')
+Entry = TypeVar('Entry')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,12 +132,12 @@ def read_annotations(file: Path, folder: Path, masks: bool = False, objects: boo
 def _each(
         entries: list[object],
         kind: str,
-        parse: Callable[[int, Json], T | None],
+        parse: Callable[[int, Json], Entry | None],
         problems: list[str],
-) -> dict[int, T]:
+) -> dict[int, Entry]:
     """What is made of entries that have an id of their own, by these; problems of the others are added to those that
     are known."""
-    found: dict[int, T] = {}
+    found: dict[int, Entry] = {}
     seen = set()
     for number, entry in enumerate(entries):
         id = _whole(entry.get('id')) if isinstance(entry, dict) else None

@@ -34,7 +34,7 @@ from .masks import Code, encode, mask_tools
 __all__ = ['check_calibrated', 'check_evaluable', 'coco_metrics', 'detect', 'evaluate_detector']
 
 
-class Detection(TypedDict):
+class FoundObject(TypedDict):
     """What was detected, as COCO's results have it."""
     category_id: int
     bbox: list[float]
@@ -43,7 +43,7 @@ class Detection(TypedDict):
     image_id: NotRequired[int]
 
 
-Detections = list[Detection]
+Detections = list[FoundObject]
 
 
 class Detected(TypedDict):
@@ -203,7 +203,7 @@ def _as_coco(found: dict[str, torch.Tensor], categories: Sequence[int]) -> Detec
     boxes = found['boxes'].clone()
     boxes[:, 2:] -= boxes[:, :2]
     detections: Detections = [
-        Detection(category_id=categories[label - 1], bbox=box, score=score) for box, label, score in zip(
+        FoundObject(category_id=categories[label - 1], bbox=box, score=score) for box, label, score in zip(
             boxes.tolist(), found['labels'].tolist(), found['scores'].tolist(), strict=True)]
     if 'masks' in found:
         for detection, mask in zip(detections, found['masks'][:, 0] > 0.5, strict=True):

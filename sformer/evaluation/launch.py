@@ -20,7 +20,7 @@ from .networks import usable_device
 
 __all__ = ['Group']
 
-T = TypeVar('T')
+Value = TypeVar('Value')
 
 
 class Group:
@@ -73,7 +73,7 @@ class Group:
             self._sum_up()
         return self._totals
 
-    def gather(self, value: T) -> list[T]:
+    def gather(self, value: Value) -> list[Value]:
         """Values of all ranks, by rank, on every rank; waits for others as long as they get on."""
         values = [value] * self.world_size
         if self.world_size > 1:

@@ -13,7 +13,7 @@ from ..errors import SFormerError
 from ..files import Json, holds, write_aside
 from ..profiling import Operation, Profile, Site
 from .plots import need_pages, plot_activity
-from .profile_plots import Point, plot_energy, plot_levels, plot_maps, plot_trade_off
+from .profile_plots import CurvePoint, plot_energy, plot_levels, plot_maps, plot_trade_off
 
 __all__ = ['OTHER', 'PARTS', 'REPORT', 'by_kind', 'by_site', 'is_report', 'kind_of', 'read_curve', 'write_profile']
 
@@ -26,7 +26,7 @@ REPORT = ('profile.json', 'index.html', *(f'{name}.csv' for name in TABLES), 'ac
           'accuracy.png', 'maps.png')
 
 
-Counted = TypeVar('Counted', Operation, Site)
+Of = TypeVar('Of', Operation, Site)
 
 
 def kind_of(name: str) -> str:
@@ -40,8 +40,8 @@ def is_report(path: Path) -> bool:
     return holds('operations', 'sites', 'energy')(path.with_name(REPORT[0]))
 
 
-def _grouped(items: Sequence[Counted]) -> dict[str, list[Counted]]:
-    kinds: dict[str, list[Counted]] = {}
+def _grouped(items: Sequence[Of]) -> dict[str, list[Of]]:
+    kinds: dict[str, list[Of]] = {}
     for item in items:
         kinds.setdefault(kind_of(item.name), []).append(item)
     return kinds
@@ -68,7 +68,7 @@ def by_site(sites: Sequence[Site]) -> list[tuple[str, ...]]:
     return rows
 
 
-def read_curve(path: Path) -> list[Point]:
+def read_curve(path: Path) -> list[CurvePoint]:
     """Points `levels`, `top1` and perhaps `energy` [mJ] and `source_top1` of a JSON file: a list of them, or an object
     with such a list as its `curve`.
 
@@ -92,7 +92,7 @@ def write_profile(
         profile: Profile,
         image: torch.Tensor | None = None,
         maps: Mapping[str, torch.Tensor] | None = None,
-        curve: Sequence[Point] = (),
+        curve: Sequence[CurvePoint] = (),
 ) -> list[str]:
     """Write `profile.json`, CSVs, PNGs and `index.html`, which needs none of the others, aside and renamed.
 
@@ -139,7 +139,7 @@ def _drawings(
         profile: Profile,
         image: torch.Tensor | None,
         maps: dict[str, torch.Tensor],
-        curve: Sequence[Point],
+        curve: Sequence[CurvePoint],
 ) -> dict[str, tuple[str, bytes]]:
     """File name -> title and PNG."""
     levels = {site.levels for site in profile.sites if site.levels}

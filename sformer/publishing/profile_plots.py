@@ -5,9 +5,9 @@ import torch
 
 from .plots import new_figure, png
 
-__all__ = ['Point', 'plot_energy', 'plot_levels', 'plot_maps', 'plot_trade_off']
+__all__ = ['CurvePoint', 'plot_energy', 'plot_levels', 'plot_maps', 'plot_trade_off']
 
-Point = dict[str, float]  # levels, top1 [%], perhaps energy [mJ] and source_top1 [%]
+CurvePoint = dict[str, float]  # levels, top1 [%], perhaps energy [mJ] and source_top1 [%]
 
 WIDTH = 4.6  # inches: what is readable on a phone
 COLOURS = {'products': '#4c78a8', 'firing': '#f58518', 'weights': '#54a24b', 'spikes': '#e45756', 'routing': '#b279a2',
@@ -88,7 +88,7 @@ def plot_maps(image: torch.Tensor, maps: dict[str, torch.Tensor]) -> bytes:
     return png(figure, dict(spikes_per_neuron={name: values.tolist() for name, values in maps.items()}))
 
 
-def plot_trade_off(points: Sequence[Point], source: float | None) -> bytes:
+def plot_trade_off(points: Sequence[CurvePoint], source: float | None) -> bytes:
     """Draw accuracy against N and, where it is given, against energy.
 
     Args:
