@@ -39,9 +39,9 @@ TESTS = {
     'baselines/counting': ['baselines/test_counting', 'baselines/test_stepped'],
     'data/batches': ['data/test_delivery', 'data/test_planned', 'data/test_request'],
     'detection/detector_entrypoints': ['detection/test_detector_folders', 'cli/test_detect'],
-    'detection/drawing': ['detection/test_detector_evaluation', 'publishing/test_detector_figures'],
+    'detection/drawing': ['detection/test_detector_evaluation', 'publishing/test_detector_cards'],
     'detection/masks': ['detection/test_annotations', 'detection/test_coco', 'detection/test_detector_evaluation'],
-    'detection/pictures': ['publishing/test_detector_figures', 'cli/test_detect'],
+    'detection/pictures': ['publishing/test_detector_cards', 'cli/test_detect'],
     'evaluation/figures': [
         'evaluation/test_metrics', 'evaluation/test_schema', 'evaluation/test_summary', 'evaluation/test_evaluate',
         'evaluation/test_activity', 'detection/test_detector_evaluation'],
