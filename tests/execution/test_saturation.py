@@ -143,7 +143,7 @@ ATTENTION = (nn.Flatten(2), Attention(8, 2))  # channels are tokens
 
 
 @pytest.mark.parametrize('layers, config, where, name, removed', [
-    (LINEAR, SFNConfig(), graph, '_beside_weights', lambda k, levels, left=0: graph._byte(k, torch.int8)),
+    (LINEAR, SFNConfig(), graph, 'beside_weights', lambda k, levels, left=0: graph.beside_levels(k, (-1, 1))),
     (LINEAR, SFNConfig(127, **FAST), integer, '_weight_limit', lambda layer: 127),
     (ATTENTION, SFNConfig(127, **FAST), graph, 'fits', lambda a, b: True),
 ], ids=['zero point', 'weight limit', 'levels that meet levels'])
