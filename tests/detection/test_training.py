@@ -175,5 +175,5 @@ def test_gradients_are_clipped(few, tmp_path, monkeypatch):
         norms.append(torch.nn.utils.get_total_norm(gradients).item())
         return step(optimizer, *args, **kwargs)
     monkeypatch.setattr(torch.optim.AdamW, 'step', look)
-    train(small_detector(masks=True), few, dataclasses.replace(CONFIG, epochs=1), tmp_path)
+    train_(small_detector(masks=True), few, dataclasses.replace(CONFIG, epochs=1), tmp_path)
     assert max(norms) == pytest.approx(1, abs=1e-3)
