@@ -313,8 +313,29 @@ def test_heads_that_share_keys_share_their_octaves():
     product.fit_neurons(statistics, FitConfig())
     octaves = product.k_neuron.step.log2().unflatten(0, (2, 2))
     assert torch.equal(octaves[:, 0], octaves[:, 1]) and not torch.equal(octaves[0], octaves[1])
+    size_q, size_k = (x.square().mean((0, 2)).sqrt().log2() for x in (q, k))  # per head and channel
+    for group in (slice(0, 2), slice(2, 4)):
+        wanted = ((size_q - size_k)[group] / 2).mean(0)
+        expected = -(wanted - wanted.mean()).round()
+        found = product.k_neuron.step[group][0, 0].log2()
+        torch.testing.assert_close(found - found[0], expected - expected[0])
     levels = product.k_neuron.encode(k).levels.unflatten(1, (2, 2))
     assert torch.equal(levels[:, :, 0], levels[:, :, 1])
     steps = product.q_neuron.step * product.k_neuron.step
     torch.testing.assert_close(steps, steps[..., :1].expand_as(steps))
     assert relative_error(product(q, k, v), F.scaled_dot_product_attention(q, k, v)) < 0.2
+
+
+def test_dead_zones_leave_steps_of_queries_and_keys_one_product():
+    config = SFNConfig(8, silence=0.1)
+    product = AttentionProduct(2, 8, config=config)
+    q, k, v = (torch.randn(3, 2, 6, 8, generator=rng(i)) for i in (1, 2, 3))
+    neurons = dict(q_neuron=q, k_neuron=k, v_neuron=v)
+    for neuron in (product.q_neuron, product.k_neuron):
+        neuron.set_quiet(torch.linspace(0, 4, 8).expand(neuron.step.shape))  # of some channels, beyond all currents
+    statistics = {name: product.get_submodule(name).statistics() for name in (*neurons, 'attn_neuron')}
+    for name, x in neurons.items():
+        statistics[name].update(x)
+    product.fit_neurons(statistics, FitConfig())
+    steps = product.q_neuron.step * product.k_neuron.step
+    torch.testing.assert_close(steps, steps[..., :1].expand_as(steps))
