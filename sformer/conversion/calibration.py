@@ -47,7 +47,7 @@ def calibrate_(
     """Fit every neuron of a spiking module to the currents of its source network, in place.
 
     Args:
-        module: Any module that `spiking_` converted.
+        module: A module that `spiking_` converted.
         batches: What the module reads. Tensors (B, ...) are observed in batches of `OBSERVED_IMAGES`; anything else,
             such as lists of images, as it comes. The first batch is read twice where the fit is `unbiased`, the first
             eight where neurons have a price of activity, then with gradients; the first 1,024 images where weights
