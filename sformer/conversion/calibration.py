@@ -21,6 +21,7 @@ from ..layers import Product, named_neurons, named_products, shared_copy
 from ..layers.spiking import fit_neurons, multiplies_currents
 from ..layers.watch import ForwardWatch
 from ..neurons import FitConfig, Neuron, ScaleAndFire, recipe_name
+from ..neurons.base import Observer
 from ..neurons.statistics import CurrentStatistics, check_finite
 from .changes import in_words, record_of, recorded_as
 from .compensation import Correlation, compensable, compensated
@@ -46,7 +47,7 @@ def calibrate_(
     """Fit every neuron of a spiking module to the currents of its source network, in place.
 
     Args:
-        module: Any module that `spiking_` converted.
+        module: A module that `spiking_` converted.
         batches: What the module reads. Tensors (B, ...) are observed in batches of `OBSERVED_IMAGES`; anything else,
             such as lists of images, as it comes. The first batch is read twice where the fit is `unbiased`, the first
             eight where neurons have a price of activity, then with gradients; the first 1,024 images where weights
@@ -224,7 +225,7 @@ def _forward(module: nn.Module, view: nn.Module, batch: object, forward_fn: Forw
     tensors = itertools.chain(module.parameters(), module.buffers())
     parameter = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
 
-    def moved(x: Any) -> Any:
+    def moved(x: object) -> object:
         if not isinstance(x, torch.Tensor):
             return [moved(item) for item in x] if isinstance(x, list) else x
         return x.to(parameter.device, parameter.dtype if x.is_floating_point() else x.dtype)
@@ -240,7 +241,7 @@ def _forward(module: nn.Module, view: nn.Module, batch: object, forward_fn: Forw
 class _Observer(nn.Module):
     """Stands where a neuron is, and lets currents pass."""
 
-    def __init__(self, name: str, statistics: Any):
+    def __init__(self, name: str, statistics: Observer | None):
         super().__init__()
         self.name, self.statistics = name, statistics
 

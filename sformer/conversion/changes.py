@@ -41,7 +41,7 @@ def changed(model: nn.Module) -> tuple[str, ...]:
     """Why the weights of a model are not those of the source that it was converted from; empty if they are.
 
     Args:
-        model: Any module that is, or has in it, what was converted.
+        model: A module that is, or has in it, what was converted.
 
     Returns:
         Some of `record.REASONS`: `compensated`, `balanced` and `distilled` are as recorded; `fine-tuned` are weights

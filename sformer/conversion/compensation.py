@@ -80,7 +80,9 @@ class Correlation(nn.Module):
         spikes -= count * (torch.outer(mean, origin) + torch.outer(origin, mean - origin))
         lost -= count * (torch.outer(mean_lost, origin) + torch.outer(expected, mean - origin))
         # a channel that never fires, or always the same, says nothing: a one on its diagonal, and no correlation
-        spikes[constant], spikes[:, constant], lost[:, constant] = 0, 0, 0
+        spikes[constant] = 0
+        spikes[:, constant] = 0
+        lost[:, constant] = 0
         spikes.diagonal().add_(torch.where(constant, 1., RIDGE * spikes.diagonal()))
         a = torch.linalg.solve(spikes, lost.T).T
         return a, expected - a @ (mean + center) if shifted else expected

@@ -197,7 +197,7 @@ def calibration_batches(
         name=images.name, split=images.split, seed=wanted.seed, fingerprint=images.fingerprint), images.class_names
 
 
-def _checked(batches: Iterable[Any], input_size: tuple[int, int, int]) -> Iterable[torch.Tensor]:
+def _checked(batches: Iterable[object], input_size: tuple[int, int, int]) -> Iterable[torch.Tensor]:
     for batch in batches:
         images = batch[0] if isinstance(batch, (tuple, list)) else batch
         if not isinstance(images, torch.Tensor) or images.ndim != 4 or images.shape[1] != input_size[0]:

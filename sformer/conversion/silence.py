@@ -9,7 +9,6 @@ Softmax numerators are another matter: whatever is silent in a row is missed wit
 """
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn as nn
@@ -97,7 +96,7 @@ class RowSensitivity(Sensitivity):
 def set_quiet_(
         sites: list[Sensitivity],
         batches: list[object],
-        outputs: Callable[[Any], torch.Tensor],
+        outputs: Callable[[object], torch.Tensor],
 ) -> None:
     """Set the magnitude below which each neuron is silent, by the price of activity in its config.
 

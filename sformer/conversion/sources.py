@@ -237,7 +237,7 @@ def set_data_config_(model: nn.Module, **values: Any) -> None:
         if value is not None and len(value) != in_chans:
             raise SFormerError(f'{key} needs {in_chans} values for {in_chans} channels, got {len(value)}.')
     check_preprocessing(values)
-    cfg: Any = model.pretrained_cfg
+    cfg = vars(model)['pretrained_cfg']
     cfg.update(values)
     if any(True for _ in named_neurons(model)):
         set_pixel_range_(model, cfg['mean'], cfg['std'])

@@ -113,7 +113,9 @@ def _stack_leaves(leaves: dict[str, np.ndarray], height: int, width: int) -> np.
     ys = np.arange(height, dtype=np.float32) + np.float32(0.5)
     geometry = [leaves[key][:background].tolist() for key in ('r', 'x', 'y', 'cos', 'sin', 'aspect', 'shape')]
     for i, (r, x, y, cos, sin, aspect, shape) in enumerate(zip(*geometry, strict=True)):
-        r, x, y = _OVERSAMPLING * r, _OVERSAMPLING * x, _OVERSAMPLING * y
+        r *= _OVERSAMPLING
+        x *= _OVERSAMPLING
+        y *= _OVERSAMPLING
         x0, x1 = max(int(x - r), 0), min(int(x + r) + 1, width)
         y0, y1 = max(int(y - r), 0), min(int(y + r) + 1, height)
         if x0 >= x1 or y0 >= y1:
@@ -147,7 +149,9 @@ def _colour(rng: np.random.Generator, leaves: dict[str, np.ndarray], ids: np.nda
     saturation = 0.02 + 0.21 * rng.random()
     if rng.random() < 0.02:
         saturation = 0.
-    jitter, palette, cast = _normal(rng, 3, num), _normal(rng, 2, size), _normal(rng, 2) * 0.45
+    jitter = _normal(rng, 3, num)
+    palette = _normal(rng, 2, size)
+    cast = _normal(rng, 2) * 0.45
     luminance = 0.46 + 0.2 * ((2 * rng.random(size) - 1)[of] * 1.7320508075688772 + 0.3 * jitter[0])
     warm = saturation * (cast[0] + palette[0][of] + 0.25 * jitter[1])
     other = saturation * (cast[1] + palette[1][of] + 0.25 * jitter[2])

@@ -52,7 +52,9 @@ def plot_energy(account: dict[str, dict[str, float]], parts: dict[str, str]) -> 
     axes.tick_params(labelsize=8)
     shown = [name for name, values in account.items() if values['total'] <= 4 * twin]  # or the others are a line
     for name in shown:
-        values, left, row = account[name], 0., name.replace(', ', ',\n')
+        values = account[name]
+        left = 0.
+        row = name.replace(', ', ',\n')
         for part, label in parts.items():
             axes.barh(row, values[part], left=left, color=COLOURS[label], label=label if name == shown[0] else None)
             left += values[part]

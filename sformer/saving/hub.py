@@ -78,13 +78,13 @@ def fetch(
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RemoteEntryNotFoundError
     where = f'{repo_id}@{revision}' if revision else repo_id
 
-    def get(name: str, revision: str | None, **kwargs: Any) -> Path:
+    def get(name: str, revision: str | None, **how: Any) -> Path:
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings('ignore', 'Not enough free disk space')  # the error that follows says so
                 return Path(hf_hub_download(
                     repo_id, name, revision=revision, cache_dir=cache_dir, library_name='timm',
-                    library_version=timm.__version__, **kwargs))
+                    library_version=timm.__version__, **how))
         except RemoteEntryNotFoundError:
             reason = ' Pickled weights are not loaded.' if name == WEIGHTS_NAME else ''
             raise SFormerError(f'{where} on the Hub holds no SFormer: there is no {name}.{reason}') from None

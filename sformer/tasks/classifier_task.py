@@ -42,7 +42,9 @@ class Classification(Task):
     """Images to logits: SFormers, other timm models, and graphs that were exported of them."""
     name, key = 'classification', ''
     noun, title = 'classifier', 'vision transformer'
-    library, metric, source_is_base = 'timm', 'accuracy', True
+    library = 'timm'
+    metric = 'accuracy'
+    source_is_base = True
     verbs = ('benchmark', 'distill', 'search', 'sweep')
     options = {**OPTIONS, 'export': tuple(option for option in OPTIONS['export'] if option != 'image_size')}
 
