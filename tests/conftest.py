@@ -20,10 +20,6 @@ if 'PYTEST_XDIST_WORKER' in os.environ:  # workers share the cores
     os.environ['OMP_NUM_THREADS'] = '1'
 
 
-def pytest_xdist_auto_num_workers(config):
-    return (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1) + 1  # some wait
-
-
 def pytest_addoption(parser):
     parser.addoption('--slow', action='store_true', help='run the tests marked slow, too')
 

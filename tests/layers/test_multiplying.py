@@ -125,12 +125,17 @@ def test_a_layer_of_ones_own_stays_or_is_refused_by_name(neuron, tmp_path):
     for refused, message in (
             (lambda: to_spikes_(model), r'norm_pre \(SpikingTokenMixing\) are not .*: they are token mixing, not one'),
             (lambda: export_onnx(model, tmp_path / 'a.onnx'), r'norm_pre \(SpikingTokenMixing\) has no form in ONNX'
-             if neuron == 'scale_and_fire' else 'a Halves has no form in ONNX'),
-            (lambda: neurobench_view(model), r'norm_pre \(SpikingTokenMixing\) is of a kind that is not split')):
+             if neuron == 'scale_and_fire' else 'a Halves has no form in ONNX')):
         with pytest.raises(SFormerError, match=message):
             refused()
     assert type(model.blocks[0].mlp.fc1) is SpikingLinear and not list(tmp_path.iterdir())
     assert type(source_of(model).norm_pre) is TokenMixing
+
+
+def test_neurobench_is_given_no_layer_of_ones_own():
+    pytest.importorskip('neurobench')
+    with pytest.raises(SFormerError, match=r'norm_pre \(SpikingTokenMixing\) is of a kind that is not split'):
+        neurobench_view(mixing('scale_and_fire'))
 
 
 def test_a_layer_that_does_not_say_what_it_multiplies_is_refused_by_name():
