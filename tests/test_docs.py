@@ -1,6 +1,10 @@
 """What the pages show holds: their Python runs, the options of their commands exist, their links lead somewhere."""
+import importlib.util
+import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,8 +57,10 @@ def test_python_runs(page, tables, tmp_path, monkeypatch):
 
 
 def test_blocks_are_found():
-    assert all(any(reason is None for _, _, reason in blocks(page, 'python'))
-               for page in PAGES if page.parent == ROOT / 'docs' or page.name == 'README.md')
+    shown = {page.name: blocks(page, 'python') for page in PAGES}
+    run = {name for name, found in shown.items() if any(reason is None for _, _, reason in found)}
+    assert len(run) >= 8 and 'README.md' in run
+    assert sum(len(found) for found in shown.values()) > 20
     assert sum(1 for page in PAGES for _ in commands(page)) > 10
 
 
@@ -82,3 +88,61 @@ def test_links_lead_somewhere(page):
             if anchor:
                 heads = re.findall(r'^#+ (.+)$', there.read_text(encoding='utf-8'), re.M)
                 assert anchor in {re.sub(r'[^\w -]', '', head.lower()).replace(' ', '-') for head in heads}, target
+
+
+@pytest.fixture(scope='module')
+def make_tables():
+    spec = importlib.util.spec_from_file_location('make_tables', ROOT / 'scripts/make_tables.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+def test_tables_are_those_of_the_files(page, make_tables):
+    """Otherwise run scripts/make_tables.py."""
+    text = page.read_text(encoding='utf-8')
+    assert make_tables.with_tables(text) == text
+
+
+def test_every_table_stands_somewhere(make_tables):
+    text = ''.join(page.read_text(encoding='utf-8') for page in PAGES)
+    assert {found['name'] for found in make_tables.MARK.finditer(text)} == set(make_tables.TABLES)
+
+
+def test_a_figure_that_moved_is_noticed(make_tables, tmp_path, monkeypatch):
+    for path in make_tables.FIGURES.glob('*.json'):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    moved = json.loads((tmp_path / 'fidelity_fast.json').read_text())
+    moved['results'][0]['tokens'] += 0.01
+    (tmp_path / 'fidelity_fast.json').write_text(json.dumps(moved))
+    monkeypatch.setattr(make_tables, 'FIGURES', tmp_path)
+    text = (ROOT / 'README.md').read_text(encoding='utf-8')
+    assert make_tables.with_tables(text) != text
+
+
+def test_files_of_figures_say_how_they_were_made():
+    for path in (ROOT / 'docs/figures').glob('*.json'):
+        text = path.read_text(encoding='utf-8')
+        record = json.loads(text)
+        assert {'command', 'versions'} <= set(record), path.name
+        assert re.findall(r'(?<=["=\s])/\w+/\S*', text) == [], f'{path.name} names a folder of a machine'
+
+
+def test_first_screen():
+    """What it is, a picture, how to install and use it, and figures, before a reader scrolls far."""
+    lines = (ROOT / 'README.md').read_text(encoding='utf-8').splitlines()
+    assert len(lines) <= 150
+    assert next(i for i, line in enumerate(lines, 1) if line.startswith('![')) <= 15
+    assert next(i for i, line in enumerate(lines, 1) if line.startswith('| `')) <= 80
+
+
+def test_site_builds(tmp_path):
+    """No link of a page leads nowhere, and every name of the reference has a docstring."""
+    pytest.importorskip('mkdocs', reason="pip install '.[docs]'")
+    built = subprocess.run([sys.executable, '-m', 'mkdocs', 'build', '--strict', '--quiet', '--site-dir', tmp_path],
+                           cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert built.returncode == 0, built.stdout + built.stderr
+    pages = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob('*.html')}
+    assert {'index.html', 'docs/concepts/index.html', 'docs/reference/index.html'} <= pages
+    assert 'sformer.conversion.convert' in (tmp_path / 'docs/reference/index.html').read_text(encoding='utf-8')
