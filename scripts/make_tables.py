@@ -98,6 +98,17 @@ def embedded() -> str:
     return table(['SFormer', 'N', 'source [%]', 'top-1 [%]', 'drop [points]', 'agreement [%]', 'activity'], rows)
 
 
+def fine_tuned() -> str:
+    """The fine-tuned ViT-S, by recipe and number of levels, and in integers by each engine."""
+    rows = []
+    for result in read('compare_vit_small_cifar10'):
+        drop = result['source_top1'] - result['top1']
+        activity = '' if result.get('activity') is None else f'{result["activity"]:.2f}'
+        rows.append([f'`{result["model"]}`', f'{result["top1"]:.2f}', f'{drop:.2f} +- {error_of_drop(result):.2f}',
+                     f'{result["agreement"]:.2f}', f'{result["relative_logit_error"]:.4f}', activity])
+    return table(['SFormer', 'top-1 [%]', 'drop [points]', 'agreement [%]', 'relative logit error', 'activity'], rows)
+
+
 def error_of_drop(result: Any) -> float:
     """Standard error of the difference of two networks on the same images, at most, in points: as if each image that
     they see differently counted for one of them."""
@@ -119,8 +130,10 @@ def speed() -> str:
 
 def commands() -> str:
     """The command of each file."""
-    rows = [[f'`{path.stem}`', f'`{json.loads(path.read_text(encoding="utf-8"))["command"]}`']
-            for path in sorted(FIGURES.glob('*.json'))]
+    rows = []
+    for path in sorted(FIGURES.glob('*.json')):
+        found = read(path.stem)
+        rows.append([f'`{path.stem}`', f'`{(found[0] if isinstance(found, list) else found)["command"]}`'])
     return table(['file', 'command'], rows)
 
 
@@ -129,6 +142,7 @@ TABLES: dict[str, Callable[[], str]] = {
     'figures of a detector': DETECTION.documented,
     'recipes': recipes,
     'photographs and generated images': generated,
+    'fine-tuned ViT-S': fine_tuned,
     'networks in the package': embedded,
     'int8': int8,
     'speed': speed,

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import typer
 
+from sformer.cli import main
 from sformer.cli.app import app
 from sformer.layers import FLOATING_LAYERS, SPIKING_LAYERS
 
@@ -75,6 +76,20 @@ def test_options_exist(page):
                    for option in (*parameter.opts, *parameter.secondary_opts)}
         used = {arg.split('=')[0] for arg in args if arg.startswith('-') and not re.match(r'-?[\d.]', arg[1:])}
         assert used <= options, f'{page.name}:{line} {sorted(used - options)}'
+
+
+def test_readme_commands_run_as_they_stand(tmp_path, monkeypatch):
+    """Those of the block that says so, one after another, by somebody who has nothing."""
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / 'README.md').read_text(encoding='utf-8')
+    block = text[text.index('each line runs as it stands'):].split('```')[1]
+    lines = [line.split(' #')[0] for line in block.splitlines() if line.startswith('sformer ')]
+    assert len(lines) >= 6
+    for line in lines:
+        with pytest.raises(SystemExit) as done:
+            main(shlex.split(line)[1:])
+        assert done.value.code == 0, line
+    assert {path.name for path in tmp_path.iterdir()} >= {'out', 'report'}
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
