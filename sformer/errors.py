@@ -12,7 +12,7 @@ import contextlib
 import logging
 import math
 import numbers
-from typing import Any, Iterator, Sequence
+from typing import Iterator, Sequence
 
 __all__ = [
     'SFormerError', 'ConfigError', 'UnsupportedLayerError', 'UncalibratedError', 'UnreadableImageError',
@@ -82,7 +82,7 @@ def check(ok: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def check_integer(config: Any, name: str, low: int, high: int | None = None) -> None:
+def check_integer(config: object, name: str, low: int, high: int | None = None) -> None:
     value = getattr(config, name)
     words = f'of at least {low}' if high is None else f'from {low} to {high}'
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
@@ -91,7 +91,7 @@ def check_integer(config: Any, name: str, low: int, high: int | None = None) -> 
     object.__setattr__(config, name, int(value))
 
 
-def check_number(config: Any, name: str, low: float, high: float = math.inf, interval: str = '') -> None:
+def check_number(config: object, name: str, low: float, high: float = math.inf, interval: str = '') -> None:
     """A finite number from `low` to `high`; `interval` says so in words where an end is not part of it."""
     value = getattr(config, name)
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
@@ -102,17 +102,17 @@ def check_number(config: Any, name: str, low: float, high: float = math.inf, int
         object.__setattr__(config, name, float(value))
 
 
-def check_flag(config: Any, name: str) -> None:
+def check_flag(config: object, name: str) -> None:
     value = getattr(config, name)
     check(isinstance(value, bool), f'{name} must be True or False, got {value!r}.')
 
 
-def check_text(config: Any, name: str) -> None:
+def check_text(config: object, name: str) -> None:
     value = getattr(config, name)
     check(isinstance(value, str), f'{name} must be a text, got {value!r}.')
 
 
-def check_choice(config: Any, name: str, choices: Sequence[str]) -> None:
+def check_choice(config: object, name: str, choices: Sequence[str]) -> None:
     value = getattr(config, name)
     check(isinstance(value, str) and value in choices, f'{name} must be one of {", ".join(choices)}, got {value!r}.')
 

@@ -29,7 +29,7 @@ def spike_trains(levels: torch.Tensor, coding: str = 'binary') -> Iterator[tuple
     """What a coding sends of levels: spikes and what each of them counts; their products sum up to the levels.
 
     Args:
-        levels: Any integer dtype and shape.
+        levels: Of an integer dtype, of whatever shape.
         coding: `binary`: bit planes of 0 and 1, of the positive and then of the negative branch, those of which any
             spike fires; `graded`: the levels, once.
 

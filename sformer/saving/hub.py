@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 import timm
@@ -28,14 +28,21 @@ def split_revision(name: str) -> tuple[str, str | None]:
     return repo_id, revision or None
 
 
-def locate(name: str, revision: str | None = None, cache_dir: str | Path | None = None, **how: Any) -> Path:
+def locate(
+        name: str,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        weights: bool = True,
+        read: Callable[[Path], Json] = read_config,
+) -> Path:
     """Folder of a model, which is fetched if it is on the Hub.
 
     Args:
         name: A folder, `local-dir:FOLDER`, `hf-hub:org/name` or `hf-hub:org/name@revision`.
         revision: Branch, tag or commit of a model on the Hub.
         cache_dir: Cache to use; the Hub client's own if None.
-        **how: Passed to `fetch`.
+        weights: As of `fetch`, like `read`.
+        read: Reads and checks the config in a folder.
 
     Raises:
         SFormerError: If a revision is named twice, or of a folder; or as `fetch` raises.
@@ -44,7 +51,7 @@ def locate(name: str, revision: str | None = None, cache_dir: str | Path | None 
         repo_id, tag = split_revision(name.removeprefix('hf-hub:'))
         if tag and revision and tag != revision:
             raise SFormerError(f'{name} names one revision and revision={revision!r} another.')
-        return fetch(repo_id, tag or revision, cache_dir, **how)
+        return fetch(repo_id, tag or revision, cache_dir, weights, read=read)
     if revision:
         raise SFormerError(f'{name} is a folder; only a model on the Hub has revisions.')
     return Path(name.removeprefix('local-dir:'))
@@ -78,13 +85,13 @@ def fetch(
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RemoteEntryNotFoundError
     where = f'{repo_id}@{revision}' if revision else repo_id
 
-    def get(name: str, revision: str | None, **how: Any) -> Path:
+    def get(name: str, revision: str | None, cached: bool = False, again: bool = False) -> Path:
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings('ignore', 'Not enough free disk space')  # the error that follows says so
                 return Path(hf_hub_download(
                     repo_id, name, revision=revision, cache_dir=cache_dir, library_name='timm',
-                    library_version=timm.__version__, **how))
+                    library_version=timm.__version__, local_files_only=cached, force_download=again))
         except RemoteEntryNotFoundError:
             reason = ' Pickled weights are not loaded.' if name == WEIGHTS_NAME else ''
             raise SFormerError(f'{where} on the Hub holds no SFormer: there is no {name}.{reason}') from None
@@ -93,7 +100,7 @@ def fetch(
         path = None
         if config_is_cached:
             with contextlib.suppress(EntryNotFoundError, LocalEntryNotFoundError):
-                path = get(CONFIG_NAME, revision, local_files_only=True)
+                path = get(CONFIG_NAME, revision, cached=True)
         folder = (path or get(CONFIG_NAME, revision)).parent
         config = read(folder)
         if weights:
@@ -102,7 +109,7 @@ def fetch(
                 check_weights_file(folder, config)
             except SFormerError:
                 with contextlib.suppress(ValueError):  # offline: nothing better can be had
-                    get(WEIGHTS_NAME, folder.name, force_download=True)  # a damaged cache, or a damaged transfer
+                    get(WEIGHTS_NAME, folder.name, again=True)  # a damaged cache, or a damaged transfer
                 try:
                     check_weights_file(folder, config)
                 except SFormerError as e:
