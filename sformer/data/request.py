@@ -14,7 +14,7 @@ from .image_folders import EVALUATION_SPLITS
 
 __all__ = ['ImageRequest', 'requested']
 
-Item = TypeVar('Item')
+Ready = TypeVar('Ready')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,13 +103,13 @@ class ImageRequest:
 
 
 def requested(
-        images: str | Path | Iterable[Item],
+        images: str | Path | Iterable[Ready],
         *,
         split: str | None = None,
         num_images: int | None = None,
         seed: int = 0,
         image_column: str | None = None,
-) -> ImageRequest | Iterable[Item]:
+) -> ImageRequest | Iterable[Ready]:
     """Images by name as a request with options; batches as they are given.
 
     Raises:

@@ -148,23 +148,36 @@ def resolve_benchmark(
         name = next((b for b in ('imagenet-a', 'imagenet-r') if sorted(class_names) == _synsets(b)), None)
     if name in ('imagenet-a', 'imagenet-r'):
         return _subset(name, model, dataset, class_names)
-    if name == 'imagenet-real':
-        if num_classes != 1000:
-            raise SFormerError(f'ReaL labels are of 1000 classes, the model has {num_classes}.')
+    if name is not None:
+        _check_thousand(name, num_classes, dataset, class_names)
+    if name == 'imagenet-real' or class_names is None:
         return Benchmark(name)
-    if name is not None and class_names is not None and len(class_names) != 1000:
-        raise SFormerError(f'{name} has 1000 classes, {dataset} has {len(class_names)}.')
-    if name is not None and num_classes != 1000 and class_names is None:
-        raise SFormerError(f'{name} has 1000 classes, the model has {num_classes}.')
-    if class_names is None:
-        return Benchmark(name)
-
     if len(class_names) > num_classes:
         raise SFormerError(
             f'{dataset} has label {len(class_names) - 1}, the model has {num_classes} classes: '
             f'this is not the data set that it was trained for.')
-    if by_position:
-        return Benchmark(name)
+    return Benchmark(name, None if by_position else _classes_of_labels(model, num_classes, dataset, class_names))
+
+
+def _check_thousand(name: str, num_classes: int, dataset: str, class_names: list[str] | None) -> None:
+    """Raise SFormerError unless what is scored by a benchmark of ImageNet-1K has its 1000 classes."""
+    if name == 'imagenet-real':
+        if num_classes != 1000:
+            raise SFormerError(f'ReaL labels are of 1000 classes, the model has {num_classes}.')
+    elif class_names is not None:
+        if len(class_names) != 1000:
+            raise SFormerError(f'{name} has 1000 classes, {dataset} has {len(class_names)}.')
+    elif num_classes != 1000:
+        raise SFormerError(f'{name} has 1000 classes, the model has {num_classes}.')
+
+
+def _classes_of_labels(
+        model: nn.Module,
+        num_classes: int,
+        dataset: str,
+        class_names: list[str],
+) -> list[int] | None:
+    """Class of a model that each label stands for, by names; None if labels are the numbers of classes."""
     names = model_class_names(model)
     if sorted(class_names) == sorted(map(str, range(num_classes))):
         names = [str(i) for i in range(num_classes)]  # classes named by their numbers, sorted by whatever rule
@@ -172,12 +185,12 @@ def resolve_benchmark(
         names = _words_of(names, class_names)
     if names:
         classes = match_names(class_names, names, dataset, 'the model')
-        return Benchmark(name, classes if classes != list(range(num_classes)) else None)
+        return classes if classes != list(range(num_classes)) else None
     if len(class_names) < num_classes:
         raise SFormerError(
             f'{dataset} has {len(class_names)} classes ({", ".join(class_names[:3])} ...), the model has '
             f'{num_classes}, and their names do not tell which is which.')
-    return Benchmark(name)
+    return None
 
 
 def _subset(name: str, model: nn.Module, dataset: str, class_names: list[str] | None) -> Benchmark:

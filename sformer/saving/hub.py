@@ -19,6 +19,8 @@ __all__ = ['fetch', 'locate', 'split_revision', 'hub_errors', 'redact']
 
 E = TypeVar('E', bound=BaseException)
 
+LOGIN = 'hf auth login, or HF_TOKEN'
+
 
 def split_revision(name: str) -> tuple[str, str | None]:
     """`org/name@revision` -> `('org/name', 'revision')`."""
@@ -160,6 +162,20 @@ def _progress_on_terminals() -> Iterator[None]:
         enable_progress_bars()
 
 
+def _refusal(status: int, said: str) -> str:
+    """What it means that the Hub refuses, by the status of its answer and what it says there."""
+    if status == 401 and 'credentials' in said:
+        return f'the Hub does not accept the access token ({LOGIN})'
+    if status in (401, 404):
+        return (f'there is no such repository on the Hub, or it is private and no access token that may read it is at '
+                f'hand ({LOGIN})')
+    if status == 403:
+        return f'the access token does not permit this ({said})'
+    if status >= 500 or status == 429:
+        return f'the Hub is not able to answer just now ({status} {said}). Try again later'
+    return f'the Hub refuses ({status} {said})'
+
+
 def _explain(e: BaseException, where: str, http_error: type[Exception]) -> str:
     from huggingface_hub import constants, errors
     chain = [e]  # the client wraps what happened, once or twice
@@ -169,27 +185,16 @@ def _explain(e: BaseException, where: str, http_error: type[Exception]) -> str:
     def find(kind: type[E]) -> E | None:
         return next((cause for cause in chain if isinstance(cause, kind)), None)
 
-    login = 'hf auth login, or HF_TOKEN'
     if find(errors.HFValidationError):
         return f'{where!r} is not a name that the Hub allows: {find(errors.HFValidationError)}'
     if find(errors.GatedRepoError):
-        return f'{where} is gated: ask for access on its page, and be logged in ({login}).'
+        return f'{where} is gated: ask for access on its page, and be logged in ({LOGIN}).'
     if find(errors.RevisionNotFoundError):
         return f'{where}: there is no such revision on the Hub.'
     refused = find(errors.HfHubHTTPError)
     if refused:
-        status = refused.response.status_code
-        said = refused.server_message or refused.response.reason_phrase
-        if status == 401 and 'credentials' in str(said):
-            return f'{where}: the Hub does not accept the access token ({login}).'
-        if status in (401, 404):
-            return (f'{where}: there is no such repository on the Hub, or it is private and no access token that may '
-                    f'read it is at hand ({login}).')
-        if status == 403:
-            return f'{where}: the access token does not permit this ({said}).'
-        if status >= 500 or status == 429:
-            return f'{where}: the Hub is not able to answer just now ({status} {said}). Try again later.'
-        return f'{where}: the Hub refuses ({status} {said}).'
+        said = str(refused.server_message or refused.response.reason_phrase)
+        return f'{where}: {_refusal(refused.response.status_code, said)}.'
     if find(errors.OfflineModeIsEnabled):
         return f'{where} is not in the local cache, and the Hub client is in offline mode (HF_HUB_OFFLINE).'
     lost = find(http_error)

@@ -97,8 +97,9 @@ class Classification(Task):
 
     def remarks(self, model: nn.Module) -> list[str]:
         cfg, names = vars(model)['pretrained_cfg'], label_names_of(model)
+        normalisation = vars(model)['conversion'].normalisation or CAME_ALONG
         lines = [f'pixels are normalised by mean {tuple(cfg["mean"])} and std {tuple(cfg["std"])}, '
-                 f'{vars(model)['conversion'].normalisation or CAME_ALONG}']
+                 f'{normalisation}']
         return [*lines, f'classes: {", ".join(names[:5])}{" ..." if len(names) > 5 else ""}'] if names else lines
 
     def evaluate(self, names: Sequence[str], request: EvaluationRequest) -> list[Result]:
