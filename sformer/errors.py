@@ -1,4 +1,4 @@
-"""Errors that a user can mend, what turns the refusals of torch into them, and what keeps others quiet.
+"""Errors that a user can mend, what turns the refusals of torch into them, and what keeps threads apart.
 
     SFormerError
     ├── ConfigError            a ValueError, too
@@ -12,11 +12,13 @@ import contextlib
 import logging
 import math
 import numbers
-from typing import Iterator, Sequence
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
 
 __all__ = [
     'SFormerError', 'ConfigError', 'UnsupportedLayerError', 'UncalibratedError', 'UnreadableImageError',
-    'RunInterruptedError', 'RankError', 'check', 'check_choice', 'check_flag', 'check_integer', 'check_number',
+    'RunInterruptedError', 'RankError', 'alone', 'check', 'check_choice', 'check_flag', 'check_integer', 'check_number',
     'check_text', 'install_hint', 'needed_packages', 'enough_memory', 'working_compiler', 'first_line', 'quiet',
 ]
 
@@ -161,15 +163,22 @@ def first_line(e: BaseException) -> str:
     return (str(e).strip() or type(e).__name__).splitlines()[0].rstrip('.')
 
 
+# Threads share filters of warnings, levels of loggers, `sys.stdout`, torch's default dtype and random state, and
+# functions of timm. Whoever changes one of them for a while holds this: of two that did so at once, the one that ends
+# last would put back what the other had made of it. Re-entrant, as one of them happens inside of another.
+alone = threading.RLock()
+
+
 @contextlib.contextmanager
 def quiet(*names: str) -> Iterator[None]:
-    """Without the warnings of some loggers, such as of optional packages that are missing."""
+    """Without Python's warnings and those of some loggers, such as of optional packages that are missing."""
     loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    with alone, warnings.catch_warnings(action='ignore'):
+        levels = [logger.level for logger in loggers]
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -6,7 +6,6 @@ import dataclasses
 import difflib
 import json
 import logging
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from safetensors import safe_open
 from timm.models import clean_state_dict
 
 from ..data.preprocessing import check_preprocessing
-from ..errors import SFormerError, first_line
+from ..errors import SFormerError, first_line, quiet
 from ..files import Json, check_content, is_safetensors, read_safetensors
 from ..layers import named_neurons
 from ..models import set_pixel_range_
@@ -302,7 +301,7 @@ def load_source_weights_(
             f'--allow-pickle (allow_pickle=True) loads it with torch\'s weights_only unpickler.')
     else:
         try:
-            with warnings.catch_warnings(action='ignore'):
+            with quiet():
                 state = timm.models.load_state_dict(str(path), weights_only=True)
         except Exception as e:  # torch's own message ends in advice to unpickle without protection
             raise SFormerError(

@@ -17,7 +17,7 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from ..conversion.sources import create_source
 from ..data.preprocessing import check_preprocessing
-from ..errors import SFormerError, check, check_flag, check_integer, check_text
+from ..errors import SFormerError, alone, check, check_flag, check_integer, check_text
 from ..layers import register_floating
 from ..models import HEADS, SPIKING_MODELS
 from .pyramid import SCALES, SimpleFeaturePyramid, ViTDetBackbone, window_
@@ -178,7 +178,7 @@ def create_detector(
     Raises:
         SFormerError: If there is no such backbone, or its weights cannot be had or do not fit.
     """
-    with torch.random.fork_rng(devices=[]):
+    with alone, torch.random.fork_rng(devices=[]):  # torchvision's layers take no generator
         torch.manual_seed(seed)
         vit: Any = _create_vit(config, True, checkpoint, allow_pickle)
         cfg = vit.pretrained_cfg

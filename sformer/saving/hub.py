@@ -89,11 +89,11 @@ def fetch(
 
     def get(name: str, revision: str | None, cached: bool = False, again: bool = False) -> Path:
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings('ignore', 'Not enough free disk space')  # the error that follows says so
-                return Path(hf_hub_download(
-                    repo_id, name, revision=revision, cache_dir=cache_dir, library_name='timm',
-                    library_version=timm.__version__, local_files_only=cached, force_download=again))
+            # The error that follows says so. For good, as threads that download at once share their filters.
+            warnings.filterwarnings('ignore', 'Not enough free disk space')
+            return Path(hf_hub_download(
+                repo_id, name, revision=revision, cache_dir=cache_dir, library_name='timm',
+                library_version=timm.__version__, local_files_only=cached, force_download=again))
         except RemoteEntryNotFoundError:
             reason = ' Pickled weights are not loaded.' if name == WEIGHTS_NAME else ''
             raise SFormerError(f'{where} on the Hub holds no SFormer: there is no {name}.{reason}') from None
