@@ -112,7 +112,7 @@ def test_detectors_that_are_built_at_once_are_of_their_seeds(monkeypatch):
     """The new weights of heads are drawn from torch's state, which threads share."""
     from sformer.detection import detectors
     monkeypatch.setattr(detectors, 'create_source', None)  # no weights are loaded
-    monkeypatch.setattr(detectors, '_create_vit', lambda *args: build('vit', depth=1))
+    monkeypatch.setattr(detectors, 'create_backbone', lambda *args: build('vit', depth=1))
     config = DetectorConfig('vit_tiny_patch16_224', {1: 'thing'}, image_size=(64, 64), channels=16, hidden=16)
 
     def heads(seed):

@@ -145,7 +145,7 @@ def resolve_benchmark(
     """
     num_classes: int = getattr(model, 'num_classes', None) or len(class_names or [])
     if name is None and class_names is not None and len(class_names) == 200 and not by_position:
-        name = next((b for b in ('imagenet-a', 'imagenet-r') if sorted(class_names) == _synsets(b)), None)
+        name = next((b for b in ('imagenet-a', 'imagenet-r') if sorted(class_names) == subset_synsets(b)), None)
     if name in ('imagenet-a', 'imagenet-r'):
         return _subset(name, model, dataset, class_names)
     if name is not None:
@@ -194,7 +194,7 @@ def _classes_of_labels(
 
 
 def _subset(name: str, model: nn.Module, dataset: str, class_names: list[str] | None) -> Benchmark:
-    names, synsets = model_class_names(model), _synsets(name)
+    names, synsets = model_class_names(model), subset_synsets(name)
     if names is None or not set(synsets) <= set(names):
         raise SFormerError(f'{name} needs a model of ImageNet classes, this one has {model.num_classes} others.')
     if class_names is None or sorted(class_names) != synsets:
@@ -203,7 +203,7 @@ def _subset(name: str, model: nn.Module, dataset: str, class_names: list[str] | 
     return Benchmark(name, [synsets.index(n) for n in class_names], [names.index(n) for n in synsets])
 
 
-def _synsets(name: str) -> list[str]:
+def subset_synsets(name: str) -> list[str]:
     """Sorted WordNet ids of ImageNet-A or -R."""
     return (files('timm.data') / '_info' / f'{name.replace("-", "_")}_synsets.txt').read_text().split()
 

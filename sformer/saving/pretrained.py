@@ -245,7 +245,7 @@ def neuron_state(
             why = f' again, as {e}'
         _logger.warning(
             f'{name}: fitting neurons to {source} on {RECIPE["num_images"]} generated images{why or ", this once"}')
-        state, conversion = _fit(source, hub_id, config, cache_dir)
+        state, conversion = fit_to_source(source, hub_id, config, cache_dir)
         _write_neurons(path, key, state, conversion)
         return state, conversion
 
@@ -304,7 +304,13 @@ def float32_by_default() -> Iterator[None]:
             torch.set_default_dtype(default)
 
 
-def _fit(source: str, hub_id: str, config: SFNConfig, cache_dir: str | Path | None) -> tuple[State, Conversion]:
+def fit_to_source(
+        source: str,
+        hub_id: str,
+        config: SFNConfig,
+        cache_dir: str | Path | None,
+) -> tuple[State, Conversion]:
+    """Neurons that are fitted to a source on generated images, arguments as of `neuron_state`."""
     published = timm.get_pretrained_cfg(source)
     has_classes = published is not None and published.num_classes > 0
     # whatever the caller has set for models of its own: neurons are the same on all machines
