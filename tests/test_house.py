@@ -219,39 +219,6 @@ def test_scripts_and_tests_import_what_is_there(path):
     assert not {name for name in names if name.split('.')[0] == 'sformer'} - known
 
 
-def private_names(path: Path) -> set[str]:
-    """Private names at the top of modules of the package that a file speaks of, as the names of its imports go."""
-    tree = ast.parse(path.read_text(encoding='utf-8'))
-    found, ours = set(), set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or '').split('.')[0] == 'sformer':
-            ours |= {alias.asname or alias.name for alias in node.names}
-            found |= {alias.name for alias in node.names if alias.name.startswith('_')}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and ast.unparse(node.value).split('.')[0] in ours:
-            found.add(node.attr)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith('setattr'):
-            place, *rest = [ast.literal_eval(part) if isinstance(part, ast.Constant) else ast.unparse(part)
-                            for part in node.args]
-            names = [place, *rest[:1]] if place in ours or str(place).startswith('sformer.') else []
-            found |= {name for text in names for name in str(text).split('.')}
-    return {name for name in found if name.startswith('_') and not name.startswith('__')} & TOP_NAMES
-
-
-@pytest.mark.parametrize('path', sorted((ROOT / 'tests').rglob('*.py')), ids=lambda path: path.stem)
-def test_tests_name_what_is_public(path):
-    assert not private_names(path)
-
-
-def test_private_names_are_seen(tmp_path):
-    for text in ('from sformer.evaluation.labels import _subset',
-                 'from sformer.evaluation import labels\nlabels._subset()',
-                 "from sformer.evaluation import labels\npatch.setattr(labels, '_subset', None)",
-                 "patch.setattr('sformer.evaluation.labels._subset', None)"):
-        (tmp_path / 'test.py').write_text(text)
-        assert private_names(tmp_path / 'test.py') == {'_subset'}, text
-
-
 def defined() -> dict[str, list[str]]:
     """Names that are defined at the top of modules, and where."""
     found: dict[str, list[str]] = {}
@@ -266,9 +233,6 @@ def defined() -> dict[str, list[str]]:
         for name in names - {'__all__'}:
             found.setdefault(name, []).append(module)
     return found
-
-
-TOP_NAMES = set(defined())
 
 
 def test_what_is_defined_twice_has_a_reason():
