@@ -1,7 +1,9 @@
 """What all threads of a process share is changed by one of them at a time, and put back: threads export, load and fit
 at once, and find what they would find alone."""
+import ast
 import contextlib
 import logging
+import re
 import sys
 import threading
 import warnings
@@ -10,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from layer_tools import build, pixels
+from test_house import MODULES
 from timm.layers import pos_embed_sincos
 
 from sformer import SFNConfig, convert
@@ -124,3 +127,91 @@ def test_detectors_that_are_built_at_once_are_of_their_seeds(monkeypatch):
     with ThreadPoolExecutor(4) as pool:
         found = [*pool.map(heads, range(4))]
     assert shared() == before and all(map(torch.equal, found, expected))
+
+
+# What is changed of the process, by module -> why. Whoever adds to it says why there is no other way, and is `alone`
+# where it is put back.
+CHANGED = {
+    ('sformer.cli.app', 'logging.getLogger(name).setLevel'): 'a command has the process to itself',
+    ('sformer.cli.demo', 'torch.set_num_threads'): 'likewise',
+    ('sformer.cli.failure', 'sys.excepthook'): 'likewise',
+    ('sformer.data.resolution', 'datasets.disable_progress_bars'): 'bars of another thread come back early, no more',
+    ('sformer.data.resolution', 'datasets.enable_progress_bars'): 'likewise',
+    ('sformer.data.resolution', 'logger.setLevel'): 'the level that it had, which the import of datasets has changed',
+    ('sformer.detection.detector_evaluation', 'contextlib.redirect_stdout'): 'pycocotools prints; alone',
+    ('sformer.detection.detector_export', 'contextlib.redirect_stdout'): "torch's older exporter prints; alone",
+    ('sformer.detection.detectors', 'torch.manual_seed'): "torchvision's layers take no generator; alone",
+    ('sformer.detection.detectors', 'torch.random.fork_rng'): 'likewise',
+    ('sformer.detection.training', 'torch.manual_seed'): "torchvision's losses take no generator",
+    ('sformer.errors', 'logger.setLevel'): 'alone',
+    ('sformer.errors', 'warnings.catch_warnings'): 'alone',
+    ('sformer.evaluation.launch', 'signal.signal'): 'of the main thread, in a run of several processes',
+    ('sformer.execution.onnx', 'pos_embed_sincos.rot'): 'layers of timm are given no function; alone',
+    ('sformer.layers.adapters', 'register_module_module_registration_hook'): 'a layer is not told what it is put into',
+    ('sformer.saving.hub', 'disable_progress_bars'): 'bars of another thread come back early, no more',
+    ('sformer.saving.hub', 'enable_progress_bars'): 'likewise',
+    ('sformer.saving.hub', 'warnings.filterwarnings'): 'of one message, for good',
+    ('sformer.saving.pretrained', 'torch.random.fork_rng'): "the user's state stays as it was; alone",
+    ('sformer.saving.pretrained', 'torch.set_default_dtype'): 'promotion goes by it; alone',
+}
+CHANGING = re.compile(
+    r'(?:^|\.)(?:set_default_\w+|set_num_threads|\w*catch_warnings|filterwarnings|simplefilter|redirect_std\w+|setLevel|'
+    r'fork_rng|umask|chdir|putenv|\w+able_progress_bars|register_module_\w+)$|^torch\.manual_seed$|^signal\.signal$')
+
+# tables that functions fill: on import, but for what users register -> where
+FILLED = {
+    'sformer.evaluation.figures': {'PRECISION', 'PRECISION_PARTS'},
+    'sformer.evaluation.schema': {'SCHEMAS'},
+    'sformer.layers.table': {'SPIKING_LAYERS', 'FLOATING_LAYERS'},
+    'sformer.neurons.registry': {'NEURON_TYPES'},
+    'sformer.tasks.door': {'_TASKS'},
+}
+
+
+def changes(module, path):
+    """What a module changes of the process: calls, and attributes of modules that it assigns to."""
+    tree = ast.parse(path.read_text(encoding='utf-8'))
+    modules = {alias.asname or alias.name for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))
+               for alias in node.names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and CHANGING.search(ast.unparse(node.func)):
+            yield module, ast.unparse(node.func)
+        elif isinstance(node, ast.Global):
+            yield module, f'global {", ".join(node.names)}'
+        for target in getattr(node, 'targets', ()):
+            place = target.value if isinstance(target, (ast.Attribute, ast.Subscript)) else None
+            if isinstance(target, ast.Attribute) and isinstance(place, ast.Name) and place.id in modules \
+                    and place.id.islower() or place is not None and ast.unparse(place) == 'os.environ':
+                yield module, ast.unparse(target)
+
+
+def filled(path):
+    """Names at the top of a module that its functions write to."""
+    tree = ast.parse(path.read_text(encoding='utf-8'))
+    top = {name.id for node in tree.body for name in ast.walk(node) if isinstance(name, ast.Name)
+           and isinstance(name.ctx, ast.Store) and not isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    top |= {alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    for function in ast.walk(tree):
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        names = [node for node in ast.walk(function) if isinstance(node, ast.Name)]
+        local = {name.id for name in names if isinstance(name.ctx, ast.Store)}
+        local |= {arg.arg for arg in ast.walk(function) if isinstance(arg, ast.arg)}
+        for node in ast.walk(function):
+            place = None
+            if isinstance(node, ast.Subscript) and isinstance(node.ctx, (ast.Store, ast.Del)):
+                place = node.value
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in (
+                    'append', 'add', 'update', 'setdefault', 'pop', 'clear', 'extend', 'remove', 'discard'):
+                place = node.func.value
+            if isinstance(place, ast.Name) and place.id in top - local:
+                yield place.id
+
+
+def test_what_is_changed_of_the_process_has_a_reason():
+    assert {change for module, path in MODULES.items() for change in changes(module, path)} == CHANGED.keys()
+
+
+def test_tables_of_a_module_are_registers():
+    found = {module: {*filled(path)} for module, path in MODULES.items()}
+    assert {module: names for module, names in found.items() if names} == FILLED
