@@ -206,7 +206,8 @@ def write_aside(directory: Path) -> Iterator[Path]:
                     if alone or time.time() - leftover.stat().st_mtime > 3600:
                         shutil.rmtree(leftover)
             with tempfile.TemporaryDirectory(dir=directory, prefix=_ASIDE) as name:
-                new, old, usual = Path(name, 'new'), Path(name, 'old'), Path(name, 'usual')
+                new, old = Path(name, 'new'), Path(name, 'old')
+                usual = Path(name, 'usual')
                 new.mkdir()
                 old.mkdir()
                 usual.touch()  # shows the mode of a new file: who asks for the umask sets it, for all threads
