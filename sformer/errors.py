@@ -163,9 +163,9 @@ def first_line(e: BaseException) -> str:
     return (str(e).strip() or type(e).__name__).splitlines()[0].rstrip('.')
 
 
-# Threads share filters of warnings, levels of loggers, `sys.stdout`, torch's default dtype and random state, and
-# functions of timm. Whoever changes one of them for a while holds this: of two that did so at once, the one that ends
-# last would put back what the other had made of it. Re-entrant, as one of them happens inside of another.
+# Threads share filters of warnings, levels of loggers, `sys.stdout`, torch's default dtype and random state, what it
+# unpickles, and functions of timm. Whoever changes one of them for a while holds this: of two that did so at once, the
+# one that ends last would put back what the other had made of it. Re-entrant, as one happens inside of another.
 alone = threading.RLock()
 
 

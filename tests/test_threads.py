@@ -135,6 +135,7 @@ CHANGED = {
     ('sformer.cli.app', 'logging.getLogger(name).setLevel'): 'a command has the process to itself',
     ('sformer.cli.demo', 'torch.set_num_threads'): 'likewise',
     ('sformer.cli.failure', 'sys.excepthook'): 'likewise',
+    ('sformer.conversion.sources', 'torch.serialization.safe_globals'): 'what may be unpickled; alone',
     ('sformer.data.resolution', 'datasets.disable_progress_bars'): 'bars of another thread come back early, no more',
     ('sformer.data.resolution', 'datasets.enable_progress_bars'): 'likewise',
     ('sformer.data.resolution', 'logger.setLevel'): 'the level that it had, which the import of datasets has changed',
@@ -156,7 +157,7 @@ CHANGED = {
 }
 CHANGING = re.compile(
     r'(?:^|\.)(?:set_default_\w+|set_num_threads|\w*catch_warnings|filterwarnings|simplefilter|redirect_std\w+|setLevel|'
-    r'fork_rng|umask|chdir|putenv|\w+able_progress_bars|register_module_\w+)$|^torch\.manual_seed$|^signal\.signal$')
+    r'safe_globals|fork_rng|umask|chdir|putenv|\w+able_progress_bars|register_module_\w+)$|^torch\.manual_seed$|^signal\.signal$')
 
 # tables that functions fill: on import, but for what users register -> where
 FILLED = {

@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -34,7 +35,7 @@ COMPENSATED_IMAGES = 1024  # that are held in memory for it
 CORRELATED_BYTES = 2 ** 31  # of what is summed up at a time
 OBSERVED_IMAGES = 16  # at a time; small enough that currents of a large network at 500 pixels are no burden
 
-ForwardFn = Callable[..., object]  # of the network and a batch
+ForwardFn = Callable[[nn.Module, Any], object]  # of a network and a batch, of whatever it reads
 
 
 def calibrate_(

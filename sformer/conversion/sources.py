@@ -17,7 +17,7 @@ from safetensors import safe_open
 from timm.models import clean_state_dict
 
 from ..data.preprocessing import check_preprocessing
-from ..errors import SFormerError, first_line, quiet
+from ..errors import SFormerError, alone, first_line, quiet
 from ..files import Json, check_content, is_safetensors, read_safetensors
 from ..layers import named_neurons
 from ..models import set_pixel_range_
@@ -109,22 +109,22 @@ def create_source(
         _check_trained(model, name, kwargs)
     said = checkpoint_config(Path(own), cfg.get('architecture'), allow_pickle) if own else {}
     names, _ = said.pop('label_names', ((), ''))
-    if names and len(names) == vars(model)['num_classes']:
+    if names and len(names) == getattr(model, 'num_classes', 0):
         set_label_names_(model, names)
     given = {key: overlay[key] for key in ('mean', 'std') if overlay.get(key)}
     given |= {key: value for key, value in (preprocessing or {}).items() if value is not None}
     set_data_config_(model, **{**{key: value for key, (value, _) in said.items()}, **given})
     normalisation = _normalisation(model, own or overlay.get('state_dict') and 'the state dict', given, said)
     described = checkpoint is None and not (own or cfg.get('file') or cfg.get('state_dict')) \
-        and vars(model)['num_classes'] == cfg.get('num_classes')  # else these are not the weights that the config is of
+        and getattr(model, 'num_classes', 0) == cfg.get('num_classes')  # else these are not the weights that it is of
     return Source(model.eval(), (cfg.get('hf_hub_id') or cfg.get('url') or None) if described else None, normalisation)
 
 
 def _check_trained(model: nn.Module, name: str, kwargs: Json) -> None:
     """Raise SFormerError if timm has left parameters of a pretrained model random, as it does without a word where the
     number of classes is another one."""
-    cfg, given = vars(model)['pretrained_cfg'], vars(model)['num_classes']
-    classes = cfg.get('num_classes')
+    cfg: Json = vars(model)['pretrained_cfg']
+    given, classes = getattr(model, 'num_classes', 0), cfg.get('num_classes')
     if kwargs.get('checkpoint_path') or given == classes:
         return  # all of them were loaded, or timm has refused
     if given:
@@ -189,7 +189,7 @@ def _said_beside_weights(path: Path, allow_pickle: bool) -> Json:
             return {key: _value(text) for key, text in (f.metadata() or {}).items()}
     if not allow_pickle:
         return {}
-    with torch.serialization.safe_globals([argparse.Namespace]):
+    with alone, torch.serialization.safe_globals([argparse.Namespace]):
         content = torch.load(path, map_location='cpu', weights_only=True)
     if not isinstance(content, dict):
         return {}
