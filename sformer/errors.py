@@ -1,4 +1,4 @@
-"""Errors that a user can mend, what turns the refusals of torch into them, and what keeps others quiet.
+"""Errors that a user can mend, what turns the refusals of torch into them, and what keeps threads apart.
 
     SFormerError
     ├── ConfigError            a ValueError, too
@@ -12,11 +12,13 @@ import contextlib
 import logging
 import math
 import numbers
-from typing import Any, Iterator, Sequence
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
 
 __all__ = [
     'SFormerError', 'ConfigError', 'UnsupportedLayerError', 'UncalibratedError', 'UnreadableImageError',
-    'RunInterruptedError', 'RankError', 'check', 'check_choice', 'check_flag', 'check_integer', 'check_number',
+    'RunInterruptedError', 'RankError', 'alone', 'check', 'check_choice', 'check_flag', 'check_integer', 'check_number',
     'check_text', 'install_hint', 'needed_packages', 'enough_memory', 'working_compiler', 'first_line', 'quiet',
 ]
 
@@ -82,7 +84,7 @@ def check(ok: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def check_integer(config: Any, name: str, low: int, high: int | None = None) -> None:
+def check_integer(config: object, name: str, low: int, high: int | None = None) -> None:
     value = getattr(config, name)
     words = f'of at least {low}' if high is None else f'from {low} to {high}'
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
@@ -91,7 +93,7 @@ def check_integer(config: Any, name: str, low: int, high: int | None = None) -> 
     object.__setattr__(config, name, int(value))
 
 
-def check_number(config: Any, name: str, low: float, high: float = math.inf, interval: str = '') -> None:
+def check_number(config: object, name: str, low: float, high: float = math.inf, interval: str = '') -> None:
     """A finite number from `low` to `high`; `interval` says so in words where an end is not part of it."""
     value = getattr(config, name)
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
@@ -102,17 +104,17 @@ def check_number(config: Any, name: str, low: float, high: float = math.inf, int
         object.__setattr__(config, name, float(value))
 
 
-def check_flag(config: Any, name: str) -> None:
+def check_flag(config: object, name: str) -> None:
     value = getattr(config, name)
     check(isinstance(value, bool), f'{name} must be True or False, got {value!r}.')
 
 
-def check_text(config: Any, name: str) -> None:
+def check_text(config: object, name: str) -> None:
     value = getattr(config, name)
     check(isinstance(value, str), f'{name} must be a text, got {value!r}.')
 
 
-def check_choice(config: Any, name: str, choices: Sequence[str]) -> None:
+def check_choice(config: object, name: str, choices: Sequence[str]) -> None:
     value = getattr(config, name)
     check(isinstance(value, str) and value in choices, f'{name} must be one of {", ".join(choices)}, got {value!r}.')
 
@@ -161,15 +163,22 @@ def first_line(e: BaseException) -> str:
     return (str(e).strip() or type(e).__name__).splitlines()[0].rstrip('.')
 
 
+# Threads share filters of warnings, levels of loggers, `sys.stdout`, torch's default dtype and random state, what it
+# unpickles, and functions of timm. Whoever changes one of them for a while holds this: of two that did so at once, the
+# one that ends last would put back what the other had made of it. Re-entrant, as one happens inside of another.
+alone = threading.RLock()
+
+
 @contextlib.contextmanager
 def quiet(*names: str) -> Iterator[None]:
-    """Without the warnings of some loggers, such as of optional packages that are missing."""
+    """Without Python's warnings and those of some loggers, such as of optional packages that are missing."""
     loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    with alone, warnings.catch_warnings(action='ignore'):
+        levels = [logger.level for logger in loggers]
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -207,11 +207,13 @@ def write_aside(directory: Path) -> Iterator[Path]:
                         shutil.rmtree(leftover)
             with tempfile.TemporaryDirectory(dir=directory, prefix=_ASIDE) as name:
                 new, old = Path(name, 'new'), Path(name, 'old')
+                usual = Path(name, 'usual')
                 new.mkdir()
                 old.mkdir()
+                usual.touch()  # shows the mode of a new file: who asks for the umask sets it, for all threads
                 yield new
                 for path in new.iterdir():
-                    path.chmod(0o666 & ~_umask())  # safetensors writes files that only the owner can read
+                    path.chmod(usual.stat().st_mode)  # safetensors writes files that only the owner can read
                     with open(path, 'rb') as f:
                         os.fsync(f.fileno())
                 _replace_all(new, old, directory)
@@ -295,12 +297,6 @@ def locked(path: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -85,11 +85,11 @@ class Dense(Task):
             (aside / 'config.json').write_text(json.dumps(config))
         return write_model(weights_of(model), Path(directory), write_config, overwrite)
 
-    def convert(self, source, images, config, fit, command, *, batch_size):
+    def convert(self, source, images, config, fit, command, options):
         model = copy.deepcopy(self.open(source))
         model.sfn = config
         set_pixel_range_(spiking_(model, config), (.5,) * 3, (.5,) * 3)
-        batches, used = self.batches(model, images, batch_size=batch_size)
+        batches, used = self.batches(model, images, options.batch_size)
         count = calibrate_(model, batches, fit.settled(True))
         model.conversion = Conversion(
             source='test_vit', calibration=CalibrationRecord(**used, num_images=count), command=command)
@@ -100,7 +100,7 @@ class Dense(Task):
         for name in names:
             model, same = self.open(name), []
             images = dataclasses.replace(request.images, num_images=request.images.num_images or 16)
-            batches, used = self.batches(model, images, **request.options)
+            batches, used = self.batches(model, images, request.options['batch_size'])
             with torch.inference_mode():
                 for batch in batches:
                     found, expected = model(batch).argmax(1), source_view(model)(batch).argmax(1)
@@ -110,10 +110,10 @@ class Dense(Task):
                 pixel_agreement=round(100 * sum(same) / len(same), 4), weights_sha256=state_hash(model.state_dict())))
         return results
 
-    def export(self, name, output, **how):
-        return export_onnx(self.open(name), output, **how)
+    def export(self, name, output, options):
+        return export_onnx(self.open(name), output, max_error=options.max_error, command=options.command)
 
-    def batches(self, model, images, *, batch_size):
+    def batches(self, model, images, batch_size):
         return calibration_batches(model, images, batch_size)[:2]
 
     def summary(self, result):

@@ -23,6 +23,20 @@ RELATIONS = {'adapter', 'finetune', 'merge', 'quantized'}
 REPO_ID = re.compile(r'[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}')
 
 
+def wrong_in_index(model: dict) -> list[str]:
+    """What the Hub does not take in an entry of a card's `model-index`."""
+    errors = []
+    if not model.get('name') or not isinstance(model.get('results'), list):
+        errors.append('"model-index[].name" and "results" are required')
+    for result in model.get('results') or []:
+        if not (result.get('task', {}).get('type') and result.get('dataset', {}).get('type')
+                and result['dataset'].get('name') and result.get('metrics')):
+            errors.append('"model-index[].results[]" needs task.type, dataset.type, dataset.name and metrics')
+        if not all('type' in m and 'value' in m for m in result.get('metrics') or []):
+            errors.append('"metrics" need type and value')
+    return errors
+
+
 def git_oid(data: bytes) -> str:
     return hashlib.sha1(b'blob %d\0' % len(data) + data).hexdigest()
 
@@ -294,14 +308,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not all(isinstance(tag, str) for tag in data.get('tags') or []):
             errors.append('"tags" must be strings')
         for model in data.get('model-index') or []:
-            if not model.get('name') or not isinstance(model.get('results'), list):
-                errors.append('"model-index[].name" and "results" are required')
-            for result in model.get('results') or []:
-                if not (result.get('task', {}).get('type') and result.get('dataset', {}).get('type')
-                        and result['dataset'].get('name') and result.get('metrics')):
-                    errors.append('"model-index[].results[]" needs task.type, dataset.type, dataset.name and metrics')
-                if not all('type' in m and 'value' in m for m in result.get('metrics') or []):
-                    errors.append('"metrics" need type and value')
+            errors += wrong_in_index(model)
         return self.reply(400 if errors else 200, {'errors': [{'message': e} for e in errors], 'warnings': []})
 
     # uploads

@@ -197,7 +197,7 @@ class ProductWatch(TorchFunctionMode):
 
     def _fired(self, name, neuron, x, out):
         spikes = neuron.encode(x)
-        step = (spikes.step if spikes.row is None else spikes.step * spikes.row).expand(out.shape)
+        step = (spikes.step if spikes.token_scale is None else spikes.step * spikes.token_scale).expand(out.shape)
         center = torch.zeros_like(step) if spikes.center is None else spikes.center.expand(out.shape)
         self._tag(Operand(name, out, spikes.levels, step, center))
         self.inside -= 1

@@ -331,6 +331,21 @@ def test_files_are_short():
     assert not long
 
 
+MAX_ANY = 100  # of types that a third party has not, values of JSON, and arguments that are handed on
+MAX_COMPLEXITY = 12
+
+
+def test_types_say_something_and_lines_one_thing():
+    texts = [path.read_text(encoding='utf-8') for path in MODULES.values()]
+    assert sum(len(re.findall(r'\bAny\b', text)) for text in texts) <= MAX_ANY
+    tool = tomllib.loads((ROOT / 'pyproject.toml').read_text(encoding='utf-8'))['tool']
+    assert tool['ruff']['lint']['mccabe']['max-complexity'] == MAX_COMPLEXITY and 'overrides' not in tool['mypy']
+    several = [node for text in texts for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Assign)
+               and isinstance(node.value, ast.Tuple) and isinstance(node.targets[0], ast.Tuple)
+               and len(node.targets[0].elts) > 2]
+    assert not several
+
+
 def test_everybody_runs_the_same_commands():
     run = (ROOT / '.ci' / 'run').read_text(encoding='utf-8').splitlines()
     jobs = yaml.safe_load((ROOT / '.github' / 'workflows' / 'ci.yml').read_text(encoding='utf-8'))['jobs']

@@ -93,17 +93,16 @@ def convert(
     check_source(source)
     from ..data import ImageRequest
     from ..saving import check_vacant
-    from ..tasks import task_of
+    from ..tasks import ConversionOptions, task_of
     task = task_of(source)
     task.check_options('convert', source, given)
     check_vacant(output, overwrite)
     wanted = ImageRequest(
         dataset=calibration, split=split, num_images=num_images, seed=seed, image_column=columns.image_column)
-    model = task.convert(
-        source, wanted, config, fit, command_line(), **task.taken('convert', dict(
-            checkpoint=checkpoint, model_kwargs=parse_kwargs(model_kwargs), label_names=parse_names(label_names),
-            mean=mean, std=std, crop_pct=crop_pct, interpolation=interpolation, allow_pickle=allow_pickle,
-            batch_size=batch_size)))
+    options = ConversionOptions(
+        checkpoint=checkpoint, model_kwargs=parse_kwargs(model_kwargs), label_names=parse_names(label_names), mean=mean,
+        std=std, crop_pct=crop_pct, interpolation=interpolation, allow_pickle=allow_pickle, batch_size=batch_size)
+    model = task.convert(source, wanted, config, fit, command_line(), options)
     task.save(model, output, overwrite)
     used = vars(model)['conversion'].calibration
     print(f'{source} -> {task.architecture(model)}: N = {config.levels}, calibrated on {used.num_images} {used.name} '

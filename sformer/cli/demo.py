@@ -42,12 +42,12 @@ def run(output: Path) -> None:
         SFormerError: If there is something else by these names.
     """
     output = Path(output)
-    _check_foreign(output)
+    check_own_folder(output)
     with single_thread():
-        _run(output)
+        run_steps(output)
 
 
-def _check_foreign(output: Path) -> None:
+def check_own_folder(output: Path) -> None:
     """Raise SFormerError if the demo would replace what it did not write."""
     from ..files import may_write
     from ..publishing.plots import is_own_plot
@@ -74,7 +74,7 @@ def single_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _run(output: Path) -> None:
+def run_steps(output: Path) -> None:
     import timm
     import torch
     from rich.console import Console

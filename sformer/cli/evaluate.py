@@ -65,14 +65,13 @@ def run_evaluation(
             format = check_results_file(file, options.results_format) if file and group.is_main else ''
             task = one_task(names)
             task.check_options('evaluate', names[0], given)
-            special = {name: getattr(options, name) for name in OPTIONS['evaluate']}
             results = task.evaluate(names, EvaluationRequest(
                 images=ImageRequest(
                     dataset=options.dataset, split=options.split, num_images=options.num_images, seed=options.seed),
                 group=group, source=options.source, source_model=options.source_model,
                 by_position=options.by_position, max_bad=options.max_bad, results_file=file, results_format=format,
                 resume=options.resume, new_journal=new_journal,
-                options=task.taken('evaluate', special)))
+                options={name: getattr(options, name) for name in OPTIONS['evaluate']}))
             if options.source_model:
                 results = [dict(result, source_model=options.source_model) for result in results]
             results = [

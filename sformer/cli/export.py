@@ -35,15 +35,13 @@ def export(
 ) -> None:
     """Write an SFormer as ONNX with int8 levels and int8 weights, for OpenVINO and ONNX Runtime."""
     from ..execution.onnx import check_output
-    from ..tasks import task_of
+    from ..tasks import ExportOptions, task_of
     check_output(output, overwrite)
     task = task_of(model)
     task.check_options('export', model, given)
-    reports = task.export(
-        model, output, max_error=max_error, portable=portable, overwrite=overwrite, command=command_line(),
-        **task.taken('export', dict(
-            calibration=calibration, split=split, num_images=num_images, seed=seed, image_column=columns.image_column,
-            image_size=image_size)))
+    reports = task.export(model, output, ExportOptions(
+        max_error=max_error, portable=portable, overwrite=overwrite, command=command_line(), calibration=calibration,
+        split=split, num_images=num_images, seed=seed, image_column=columns.image_column, image_size=image_size))
     whole = [report for report in reports if report.integer]
     print(f'{model} -> {output}: {output.stat().st_size / 2 ** 20:.1f} MiB, {len(whole)} of {len(reports)} layers in '
           f'integers, largest error of int8 weights {max((r.error for r in whole), default=0):.4f}')

@@ -58,7 +58,7 @@ def profile(
     network = task.open(model)
     wanted = ImageRequest(
         dataset=dataset, split=split, num_images=num_images, seed=seed, image_column=columns.image_column)
-    found, images = task.batches(network, wanted, **task.taken('profile', dict(batch_size=batch_size)))
+    found, images = task.batches(network, wanted, batch_size)
     batches = iter(found)
     first = next(batches)  # there is one: a source without images is refused
     counted = profile_model(network, itertools.chain([first], batches))

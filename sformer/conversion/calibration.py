@@ -25,7 +25,7 @@ from ..neurons.base import Observer
 from ..neurons.statistics import CurrentStatistics, check_finite
 from .changes import in_words, record_of, recorded_as
 from .compensation import Correlation, compensable, compensated
-from .record import BALANCED, COMPENSATED, CalibrationRecord, library_versions
+from .record import BALANCED, COMPENSATED, CalibrationRecord, library_versions, set_record_
 from .silence import RowSensitivity, Sensitivity, set_quiet_
 
 __all__ = ['calibrate_', 'correct', 'observe', 'OBSERVED_IMAGES']
@@ -35,7 +35,7 @@ COMPENSATED_IMAGES = 1024  # that are held in memory for it
 CORRELATED_BYTES = 2 ** 31  # of what is summed up at a time
 OBSERVED_IMAGES = 16  # at a time; small enough that currents of a large network at 500 pixels are no burden
 
-ForwardFn = Callable[[nn.Module, Any], Any]
+ForwardFn = Callable[[nn.Module, Any], object]  # of a network and a batch, of whatever it reads
 
 
 def calibrate_(
@@ -88,11 +88,10 @@ def calibrate_(
         _widen([product for _, _, found in products for product in found], fit)
     if fit.unbiased:
         correct(module, first[0], forward_fn)
-    owner: Any = module
-    owner.conversion = dataclasses.replace(
+    set_record_(module, dataclasses.replace(
         record, source_sha256=record.source_sha256 or record.state_sha256, fit=fit,
         recipe=_recipe_followed(module, fit), calibration=CalibrationRecord(num_images=count),
-        versions=library_versions(), command=None)
+        versions=library_versions(), command=None))
     if fit.compensate:
         with recorded_as(module, COMPENSATED):
             _compensate(module, held, forward_fn)
@@ -220,7 +219,7 @@ def _view(module: nn.Module, stand_in: Callable[[str, Neuron], nn.Module]) -> tu
     return view, stand_ins
 
 
-def _forward(module: nn.Module, view: nn.Module, batch: object, forward_fn: ForwardFn | None) -> Any:
+def _forward(module: nn.Module, view: nn.Module, batch: object, forward_fn: ForwardFn | None) -> object:
     # a layer without parameters, such as a pool, has only what its neurons have
     tensors = itertools.chain(module.parameters(), module.buffers())
     parameter = next((t for t in tensors if t.is_floating_point()), torch.empty(0))

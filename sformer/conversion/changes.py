@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import logging
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
 import torch.nn as nn
@@ -17,7 +16,7 @@ from timm.data import resolve_input_data_config
 from ..errors import SFormerError
 from ..files import state_hash
 from ..layers import named_neurons, without_neurons
-from .record import ADAPTED, BALANCED, COMPENSATED, DISTILLED, FINE_TUNED, REASONS, Conversion
+from .record import ADAPTED, BALANCED, COMPENSATED, DISTILLED, FINE_TUNED, REASONS, Conversion, set_record_
 from .sources import label_names_of
 
 __all__ = [
@@ -70,10 +69,9 @@ def recorded_as(model: nn.Module, reason: str) -> Iterator[None]:
     try:
         yield
     finally:
-        owner: Any = model
         now = _with_hashes(model, before)
         if now.state_sha256 != before.state_sha256:
-            owner.conversion = dataclasses.replace(now, changed=_in_order({*before.changed, reason}))
+            set_record_(model, dataclasses.replace(now, changed=_in_order({*before.changed, reason})))
 
 
 def source_of(model: nn.Module) -> nn.Module:
@@ -139,7 +137,7 @@ def _check_inside(model: nn.Module) -> tuple[str, ...]:
     return reasons
 
 
-def another_source(model: Any, source: Any) -> nn.Module:
+def another_source(model: nn.Module, source: nn.Module) -> nn.Module:
     """The source network that a model is compared with, which is not inside of it.
 
     Args:
@@ -149,7 +147,7 @@ def another_source(model: Any, source: Any) -> nn.Module:
     Raises:
         SFormerError: If the source is not inside, or reads or gives something else than the model.
     """
-    network: Any = network_inside(source)
+    network = network_inside(source)
     for what, of in (('classes', lambda m: getattr(m, 'num_classes', None)),
                      ('input', lambda m: tuple(resolve_input_data_config(m)['input_size']))):
         mine, other = of(model), of(network)

@@ -20,7 +20,7 @@ from ..models.zoo import CUSTOM, ENTRYPOINTS, architecture_of
 from ..neurons import FitConfig, SFNConfig, recipe_configs
 from .calibration import calibrate_
 from .changes import kept_record
-from .record import CalibrationRecord, Conversion
+from .record import CalibrationRecord, Conversion, set_record_
 from .sources import LOCATIONS, Source, check_weights, create_source, label_names_of, set_label_names_
 
 __all__ = ['Images', 'all_tokens', 'calibration_batches', 'convert']
@@ -97,7 +97,7 @@ def convert(
     if not isinstance(source, Source):
         source = Source(source)
     check_weights_are_parameters(source.network)
-    model: Any = ordinary_(source.network if inplace else copy.deepcopy(source.network))
+    model = ordinary_(source.network if inplace else copy.deepcopy(source.network))
     kept = kept_record(model)
     if any(True for _ in named_neurons(model)):
         model = revert_(model)  # converting again starts from the network that is inside
@@ -114,12 +114,12 @@ def convert(
             label_names = class_names
         if label_names is not None:
             set_label_names_(model, label_names)
-        model.conversion = dataclasses.replace(record, global_pool=getattr(model, 'global_pool', None))
+        set_record_(model, dataclasses.replace(record, global_pool=getattr(model, 'global_pool', None)))
         with enough_memory('the source is observed on 16 images at a time, whatever the batch size. Choose a smaller '
                            'input (img_size) or a device with more memory.'):
             count = calibrate_(model, batches, fit, None if model.num_classes else all_tokens)
-        model.conversion = dataclasses.replace(
-            model.conversion, calibration=CalibrationRecord(**images, num_images=count), command=command)
+        set_record_(model, dataclasses.replace(
+            vars(model)['conversion'], calibration=CalibrationRecord(**images, num_images=count), command=command))
         return model
     except BaseException:
         revert_(model).train(training).__dict__.update({k: v for k, v in before.items() if v is not None})
@@ -141,7 +141,7 @@ def all_tokens(network: Any, batch: torch.Tensor) -> torch.Tensor:
     return tokens
 
 
-def _name_architecture(model: Any, published: bool) -> None:
+def _name_architecture(model: nn.Module, published: bool) -> None:
     """Point a model's config at the `sformer_*` entrypoint that rebuilds it; away from the source's weights, of which
     it says something only where they are the published ones."""
     cfg = dict(getattr(model, 'pretrained_cfg', None) or {})
@@ -151,14 +151,14 @@ def _name_architecture(model: Any, published: bool) -> None:
     if source not in ENTRYPOINTS:
         cfg['architecture'] = architecture_of(source)
     if cfg['architecture'] == CUSTOM and source != CUSTOM:
-        model._model_args = dict(getattr(model, '_model_args', {}), source=source)
+        vars(model)['_model_args'] = dict(getattr(model, '_model_args', {}), source=source)
     for key in (*LOCATIONS, *(() if published else OF_WEIGHTS)):
         cfg.pop(key, None)
     in_chans = getattr(model, 'in_chans', 3)
     for key in ('mean', 'std'):  # a network built for other channels than the cfg's has no statistics of its own
         if key in cfg and len(cfg[key]) != in_chans:
             cfg[key] = (sum(cfg[key]) / len(cfg[key]),) * in_chans
-    model.pretrained_cfg = model.default_cfg = cfg
+    vars(model).update(pretrained_cfg=cfg, default_cfg=cfg)
     state_input_size_(model, getattr(model, '_model_args', {}).get('img_size'))
 
 

@@ -203,7 +203,7 @@ class unary_spikes:  # noqa: N801  used as a function
     def _add_own(self, neuron: Neuron, x: torch.Tensor, out: torch.Tensor) -> None:
         """The same of a neuron of one's own, by what it says that it fires."""
         spikes = neuron.encode(x.detach())
-        step = spikes.step if spikes.row is None else spikes.step * spikes.row
+        step = spikes.step if spikes.token_scale is None else spikes.step * spikes.token_scale
         levels = (out if spikes.center is None else out - spikes.center).abs() / step
         self.sums.append(levels.sum())
         self.neurons += out.numel()

@@ -6,13 +6,15 @@ from importlib import metadata
 from types import UnionType
 from typing import get_args, get_origin
 
+import torch.nn as nn
+
 from ..errors import SFormerError
 from ..files import Json
 from ..neurons import FitConfig
 
 __all__ = [
     'Conversion', 'CalibrationRecord', 'RECORD_VERSION', 'REASONS', 'COMPENSATED', 'BALANCED', 'DISTILLED',
-    'FINE_TUNED', 'ADAPTED', 'library_versions',
+    'FINE_TUNED', 'ADAPTED', 'library_versions', 'set_record_',
 ]
 
 RECORD_VERSION = 3
@@ -142,6 +144,11 @@ def _is_of(value: object, kind: object) -> bool:
     if get_origin(kind) is dict:
         return type(value) is dict and all(_is_of(v, get_args(kind)[1]) for v in value.values())
     return type(value) is kind
+
+
+def set_record_(model: nn.Module, record: Conversion | None) -> None:
+    """Let a model carry the record of its conversion, as `model.conversion`."""
+    vars(model)['conversion'] = record
 
 
 def library_versions() -> dict[str, str]:

@@ -96,7 +96,7 @@ class RowSensitivity(Sensitivity):
 def set_quiet_(
         sites: list[Sensitivity],
         batches: list[object],
-        outputs: Callable[[object], torch.Tensor],
+        outputs: Callable[[object], object],
 ) -> None:
     """Set the magnitude below which each neuron is silent, by the price of activity in its config.
 

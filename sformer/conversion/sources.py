@@ -6,7 +6,6 @@ import dataclasses
 import difflib
 import json
 import logging
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from safetensors import safe_open
 from timm.models import clean_state_dict
 
 from ..data.preprocessing import check_preprocessing
-from ..errors import SFormerError, first_line
+from ..errors import SFormerError, alone, first_line, quiet
 from ..files import Json, check_content, is_safetensors, read_safetensors
 from ..layers import named_neurons
 from ..models import set_pixel_range_
@@ -30,6 +29,7 @@ __all__ = [
 
 _logger = logging.getLogger(__name__)
 
+Said = dict[str, tuple[Any, str]]  # by a checkpoint: values by key, and where each stands
 PREPROCESSING = ('mean', 'std', 'crop_pct', 'crop_mode', 'interpolation')
 NAMES = ('label_names', 'classes', 'class_to_idx')  # of classes, in a checkpoint
 CAME_ALONG = 'of the config of its weights'
@@ -100,7 +100,7 @@ def create_source(
             f'one that timm has of the same weights.') from e
     except Exception as e:  # timm leaves it to whatever a wrong value breaks first
         raise SFormerError(f'{name} cannot be built with {kwargs}: {type(e).__name__}: {first_line(e)}') from e
-    cfg: Any = model.pretrained_cfg
+    cfg: Json = vars(model)['pretrained_cfg']
     overlay = kwargs.get('pretrained_cfg_overlay') or {}
     own = checkpoint or kwargs.get('checkpoint_path') or overlay.get('file')
     if checkpoint is not None:
@@ -109,27 +109,28 @@ def create_source(
         _check_trained(model, name, kwargs)
     said = checkpoint_config(Path(own), cfg.get('architecture'), allow_pickle) if own else {}
     names, _ = said.pop('label_names', ((), ''))
-    if names and len(names) == model.num_classes:
+    if names and len(names) == getattr(model, 'num_classes', 0):
         set_label_names_(model, names)
     given = {key: overlay[key] for key in ('mean', 'std') if overlay.get(key)}
     given |= {key: value for key, value in (preprocessing or {}).items() if value is not None}
     set_data_config_(model, **{**{key: value for key, (value, _) in said.items()}, **given})
     normalisation = _normalisation(model, own or overlay.get('state_dict') and 'the state dict', given, said)
     described = checkpoint is None and not (own or cfg.get('file') or cfg.get('state_dict')) \
-        and model.num_classes == cfg.get('num_classes')  # else these are not the weights that the config is of
+        and getattr(model, 'num_classes', 0) == cfg.get('num_classes')  # else these are not the weights that it is of
     return Source(model.eval(), (cfg.get('hf_hub_id') or cfg.get('url') or None) if described else None, normalisation)
 
 
-def _check_trained(model: Any, name: str, kwargs: Json) -> None:
+def _check_trained(model: nn.Module, name: str, kwargs: Json) -> None:
     """Raise SFormerError if timm has left parameters of a pretrained model random, as it does without a word where the
     number of classes is another one."""
-    classes = model.pretrained_cfg.get('num_classes')
-    if kwargs.get('checkpoint_path') or model.num_classes == classes:
+    cfg: Json = vars(model)['pretrained_cfg']
+    given, classes = getattr(model, 'num_classes', 0), cfg.get('num_classes')
+    if kwargs.get('checkpoint_path') or given == classes:
         return  # all of them were loaded, or timm has refused
-    if model.num_classes:
+    if given:
         raise SFormerError(
-            f'num_classes={model.num_classes}, but the pretrained weights of {name} are of {classes} classes: its '
-            f'{model.pretrained_cfg.get("classifier")} would be random. Give a checkpoint that has one, or leave '
+            f'num_classes={given}, but the pretrained weights of {name} are of {classes} classes: its '
+            f'{cfg.get("classifier")} would be random. Give a checkpoint that has one, or leave '
             f'num_classes out.')
     architecture = name.partition('.')[0]
     if timm.is_model(architecture):
@@ -145,7 +146,7 @@ def checkpoint_config(
         path: Path,
         architecture: str | None,
         allow_pickle: bool = False,
-) -> dict[str, tuple[Any, str]]:
+) -> Said:
     """What a checkpoint says of the preprocessing that its network was trained with, values as of `set_data_config_`,
     and of the names of its classes (`label_names`), each with where it stands.
 
@@ -158,7 +159,7 @@ def checkpoint_config(
         config = json.loads((path.parent / 'config.json').read_text(encoding='utf-8'))
         if isinstance(config, dict) and config.get('architecture') == architecture:
             places.append(('config.json beside it', config))
-    said: dict[str, tuple[Any, str]] = {}
+    said: Said = {}
     for where, values in places:
         nested = values.get('pretrained_cfg')
         for content in (values, nested if isinstance(nested, dict) else {}):
@@ -171,13 +172,14 @@ def checkpoint_config(
     return {key: found for key, found in said.items() if found[0] is not None}
 
 
-def _in_their_order(names: Any) -> list[str] | None:
+def _in_their_order(names: Sequence[object] | dict[object, object]) -> list[str] | None:
     """Names of classes in their order, of a list, of names by number or of numbers by name; None if they are none."""
     if isinstance(names, dict):
         if all(isinstance(number, int) for number in names.values()):
             names = {number: name for name, number in names.items()}
         names = [names.get(i, names.get(str(i))) for i in range(len(names))]
-    return [*names] if all(isinstance(name, str) and name.strip() for name in names) else None
+    texts = [name for name in names if isinstance(name, str) and name.strip()]
+    return texts if len(texts) == len(names) else None
 
 
 def _said_beside_weights(path: Path, allow_pickle: bool) -> Json:
@@ -187,7 +189,7 @@ def _said_beside_weights(path: Path, allow_pickle: bool) -> Json:
             return {key: _value(text) for key, text in (f.metadata() or {}).items()}
     if not allow_pickle:
         return {}
-    with torch.serialization.safe_globals([argparse.Namespace]):
+    with alone, torch.serialization.safe_globals([argparse.Namespace]):
         content = torch.load(path, map_location='cpu', weights_only=True)
     if not isinstance(content, dict):
         return {}
@@ -205,14 +207,14 @@ def _value(text: str) -> object:
 
 
 def _normalisation(
-        model: Any,
+        model: nn.Module,
         own: str | Path | None,
         given: Json,
-        said: dict[str, tuple[Any, str]],
+        said: Said,
 ) -> str | None:
     """Where the mean and the std of a network are from, in words, None where its config came with its weights; warns
     where they are those that timm has for other weights."""
-    cfg = model.pretrained_cfg
+    cfg = vars(model)['pretrained_cfg']
     default = f'timm\'s default for {cfg.get("architecture")}' if own else CAME_ALONG
     origins = {key: 'given' if key in given else f'of the checkpoint ({said[key][1]})' if key in said else default
                for key in ('mean', 'std')}
@@ -225,15 +227,19 @@ def _normalisation(
     return origins['mean'] if len({*origins.values()}) == 1 else f'mean {origins["mean"]}, std {origins["std"]}'
 
 
-def set_data_config_(model: nn.Module, **values: Any) -> None:
-    """Override the preprocessing that a model was trained with: mean, std, crop_pct, crop_mode, interpolation."""
-    unknown = set(values) - set(PREPROCESSING)
-    if unknown:
-        raise TypeError(f'unknown preprocessing: {", ".join(sorted(unknown))}')
-    values = {k: v for k, v in values.items() if v is not None}
+def set_data_config_(
+        model: nn.Module,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        crop_pct: float | None = None,
+        crop_mode: str | None = None,
+        interpolation: str | None = None,
+) -> None:
+    """Override the preprocessing that a model was trained with, where a value is given."""
+    given = dict(mean=mean, std=std, crop_pct=crop_pct, crop_mode=crop_mode, interpolation=interpolation)
+    values = {key: value for key, value in given.items() if value is not None}
     in_chans = getattr(model, 'in_chans', 3)
-    for key in ('mean', 'std'):
-        value = values.get(key)
+    for key, value in (('mean', mean), ('std', std)):
         if value is not None and len(value) != in_chans:
             raise SFormerError(f'{key} needs {in_chans} values for {in_chans} channels, got {len(value)}.')
     check_preprocessing(values)
@@ -295,7 +301,7 @@ def load_source_weights_(
             f'--allow-pickle (allow_pickle=True) loads it with torch\'s weights_only unpickler.')
     else:
         try:
-            with warnings.catch_warnings(action='ignore'):
+            with quiet():
                 state = timm.models.load_state_dict(str(path), weights_only=True)
         except Exception as e:  # torch's own message ends in advice to unpickle without protection
             raise SFormerError(

@@ -19,7 +19,7 @@ def progress(items: Iterable[Item], description: str, total: int | None = None) 
     """Iterate with a progress bar on stderr; without one where stderr is no terminal.
 
     Args:
-        items: Any iterable; batches count by their length along dim 0, other items as one.
+        items: An iterable; batches count by their length along dim 0, other items as one.
         description: What is going on.
         total: Number of images or items, if known.
     """

@@ -51,8 +51,8 @@ def dead_leaves_image(index: int, size: tuple[int, int, int], seed: int) -> np.n
     """Image `index` of `dead_leaves`, uint8 (H, W, C)."""
     channels, height, width = size
     rng = np.random.default_rng([seed, index])
-    leaves = _draw_leaves(rng, height, width)
-    ids = _stack_leaves(leaves, height, width)
+    leaves = draw_leaves(rng, height, width)
+    ids = stack_leaves(leaves, height, width)
     image = _develop(rng, _colour(rng, leaves, ids))
     if channels == 1:
         # ITU-R 601 luma in integers, as PIL converts to 'L'.
@@ -62,12 +62,12 @@ def dead_leaves_image(index: int, size: tuple[int, int, int], seed: int) -> np.n
     return image
 
 
-def _draw_radii(rng: np.random.Generator, num: int, r_min: float, r_max: float) -> np.ndarray:
+def draw_radii(rng: np.random.Generator, num: int, r_min: float, r_max: float) -> np.ndarray:
     """Radii (num,) of density p(r) ~ r^-3 in [r_min, r_max], by inversion."""
     return 1 / np.sqrt(1 / (r_max * r_max) + rng.random(num) * (1 / (r_min * r_min) - 1 / (r_max * r_max)))
 
 
-def _draw_leaves(rng: np.random.Generator, height: int, width: int) -> dict[str, np.ndarray]:
+def draw_leaves(rng: np.random.Generator, height: int, width: int) -> dict[str, np.ndarray]:
     """Draw the leaves of an image, front to back, the last one being the background. Lengths are in pixels.
 
     Returns:
@@ -78,7 +78,7 @@ def _draw_leaves(rng: np.random.Generator, height: int, width: int) -> dict[str,
     nearness, cover, backdrops, axes = rng.random(4).tolist()
     # Details are finer in a distant scene than in a close-up, but pixels bound them.
     r_min = max(1.6, short * (1 / 40 + (1 / 8 - 1 / 40) * nearness * nearness * nearness))
-    r = _draw_radii(rng, _MAX_LEAVES, r_min, max(r_min, float(short)))
+    r = draw_radii(rng, _MAX_LEAVES, r_min, max(r_min, float(short)))
     # Stop when the leaves would cover the image 0.3 to 2.5 times: the fewer, the emptier the scene.
     num = 1 + int(np.searchsorted(np.cumsum(r[:-1] * r[:-1]), (0.3 + 2.2 * cover) * height * width / 1.8))
     # Up to three large leaves at the back are the sky, the wall, the ground.
@@ -104,7 +104,7 @@ def _draw_leaves(rng: np.random.Generator, height: int, width: int) -> dict[str,
     return {key: np.append(value, background[key]) for key, value in leaves.items()}
 
 
-def _stack_leaves(leaves: dict[str, np.ndarray], height: int, width: int) -> np.ndarray:
+def stack_leaves(leaves: dict[str, np.ndarray], height: int, width: int) -> np.ndarray:
     """Find the foremost leaf of each point, (oversampling * height, oversampling * width); the last covers the rest."""
     height, width = _OVERSAMPLING * height, _OVERSAMPLING * width
     background = len(leaves['r']) - 1

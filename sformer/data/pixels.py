@@ -18,14 +18,14 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90}
 
 
-def open_picture(source: Path | bytes) -> Image.Image:
+def open_picture(origin: Path | bytes) -> Image.Image:
     """The picture in an image file, or in its bytes; the first one if there are several. Its pixels are not loaded yet.
 
     Raises:
         ValueError: If the file is empty, or stands for one that was not downloaded.
         Exception: About anything, as Pillow has it, if the file is missing, damaged or no image; loading may, too.
     """
-    content = source if isinstance(source, bytes) else source.read_bytes()
+    content = origin if isinstance(origin, bytes) else origin.read_bytes()
     problem = content_problem(content[:64])
     if problem:
         raise ValueError(f'it is {problem}')

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 
@@ -13,6 +13,8 @@ from ..errors import SFormerError, check, check_flag, check_integer, check_text
 from .image_folders import EVALUATION_SPLITS
 
 __all__ = ['ImageRequest', 'requested']
+
+Ready = TypeVar('Ready')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,14 +102,22 @@ class ImageRequest:
             raise SFormerError(f'{self.dataset!r} is read image by image anyway: it cannot and need not be streamed')
 
 
-def requested(images: str | Path | Iterable[Any], **options: Any) -> ImageRequest | Iterable[Any]:
+def requested(
+        images: str | Path | Iterable[Ready],
+        *,
+        split: str | None = None,
+        num_images: int | None = None,
+        seed: int = 0,
+        image_column: str | None = None,
+) -> ImageRequest | Iterable[Ready]:
     """Images by name as a request with options; batches as they are given.
 
     Raises:
         SFormerError: If an option is not usable, or of no batches.
     """
     if isinstance(images, (str, Path)):
-        return ImageRequest(dataset=str(images), **options)
-    if column := options.get('image_column'):
-        raise SFormerError(f'image_column={column!r} is of a named data set, and batches were given.')
+        return ImageRequest(
+            dataset=str(images), split=split, num_images=num_images, seed=seed, image_column=image_column)
+    if image_column:
+        raise SFormerError(f'image_column={image_column!r} is of a named data set, and batches were given.')
     return images

@@ -227,7 +227,7 @@ def _open_hub(request: ImageRequest) -> _Found:
     if not re.fullmatch(r'\w[\w.-]*(/[\w.-]+)?', name):
         raise SFormerError(f'{looked_for}, and cannot be a Hugging Face dataset id')
     datasets = _import_datasets()
-    revision = _hub_revision(name)
+    revision = hub_revision(name)
     pinned = dict(revision=revision) if revision else {}  # so that what is recorded is what is read
     options = dict(streaming=True) if request.streaming else {}
     try:
@@ -253,7 +253,7 @@ def _open_hub(request: ImageRequest) -> _Found:
     return _Found(stream, split, revision)
 
 
-def _hub_revision(name: str) -> str | None:
+def hub_revision(name: str) -> str | None:
     """Commit that `main` of a data set on the Hub is at; None where the Hub cannot be asked."""
     import huggingface_hub
     from datasets import config

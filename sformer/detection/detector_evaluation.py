@@ -20,7 +20,7 @@ from ..conversion import warn_of_changes
 from ..conversion.record import library_versions
 from ..data import ImageRequest
 from ..data.batches import progress
-from ..errors import SFormerError, UncalibratedError
+from ..errors import SFormerError, UncalibratedError, alone
 from ..evaluation import Journal, check_same
 from ..evaluation.figures import DETECTION, precision_figures
 from ..evaluation.labels import match_names
@@ -239,7 +239,7 @@ def coco_metrics(
     labels = {category: label for label, category in enumerate(sorted(data.categories), start=1)}
     results = [dict(found, image_id=places[found['image_id']], category_id=labels[found['category_id']])
                for found in detections]
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints as it goes
+    with alone, contextlib.redirect_stdout(io.StringIO()):  # it prints as it goes
         truth = COCO()
         truth.dataset = _truth(data, places, labels)
         truth.createIndex()

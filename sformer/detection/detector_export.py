@@ -4,7 +4,6 @@ import contextlib
 import copy
 import dataclasses
 import io
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,8 +85,7 @@ def _to_onnx(network: FasterRCNN, image: torch.Tensor) -> 'onnx.ModelProto':
     import onnx
     file: Any = io.BytesIO()  # which torch takes, and does not name among its types
     names = ['boxes', 'labels', 'scores', *(['masks'] if network.config.masks else [])]
-    with (warnings.catch_warnings(action='ignore'), quiet('torch.onnx'), contextlib.redirect_stdout(io.StringIO()),
-          torch.no_grad()):
+    with quiet('torch.onnx'), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
         try:
             torch.onnx.export(
                 network, ([image],), file, dynamo=False, opset_version=LEGACY_OPSET, input_names=['image'],

@@ -17,7 +17,7 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from ..conversion.sources import create_source
 from ..data.preprocessing import check_preprocessing
-from ..errors import SFormerError, check, check_flag, check_integer, check_text
+from ..errors import SFormerError, alone, check, check_flag, check_integer, check_text
 from ..layers import register_floating
 from ..models import HEADS, SPIKING_MODELS
 from .pyramid import SCALES, SimpleFeaturePyramid, ViTDetBackbone, window_
@@ -128,7 +128,7 @@ def build_detector(config: DetectorConfig, vit: nn.Module | None = None) -> nn.M
     Raises:
         SFormerError: If timm has no such backbone, or it is no plain vision transformer, or has no windows.
     """
-    vit = vit or _create_vit(config, pretrained=False)
+    vit = vit or create_backbone(config, pretrained=False)
     if config.window_size is not None:
         window_(vit, config.window_size)
     channels, names = config.channels, [str(i) for i in range(len(config.scales))]
@@ -178,14 +178,14 @@ def create_detector(
     Raises:
         SFormerError: If there is no such backbone, or its weights cannot be had or do not fit.
     """
-    with torch.random.fork_rng(devices=[]):
+    with alone, torch.random.fork_rng(devices=[]):  # torchvision's layers take no generator
         torch.manual_seed(seed)
-        vit: Any = _create_vit(config, True, checkpoint, allow_pickle)
+        vit: Any = create_backbone(config, True, checkpoint, allow_pickle)
         cfg = vit.pretrained_cfg
         return build_detector(dataclasses.replace(config, mean=cfg['mean'], std=cfg['std']), vit)
 
 
-def _create_vit(
+def create_backbone(
         config: DetectorConfig,
         pretrained: bool,
         checkpoint: str | Path | None = None,

@@ -96,7 +96,7 @@ def train_(
     maps = None if config.trained_blocks else _Maps(model, directory)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.lr, weight_decay=config.weight_decay)
-    steps = sum(1 for _ in _batches(data, config, 0))
+    steps = sum(1 for _ in epoch_batches(data, config, 0))
     key = _digest([dataclasses.asdict(config), dataclasses.asdict(model.config), data.fingerprint, len(data), backbone])
     done = _resume(directory / STATE_NAME, key, parameters, optimizer)
     history: list[dict[str, float]] = []
@@ -107,7 +107,7 @@ def train_(
     for epoch in range(done, config.epochs):
         torch.manual_seed(config.seed + epoch)  # what the losses sample
         total: dict[str, float] = {}
-        for batch in progress(_batches(data, config, epoch), f'Epoch {epoch + 1} of {config.epochs}', steps):
+        for batch in progress(epoch_batches(data, config, epoch), f'Epoch {epoch + 1} of {config.epochs}', steps):
             with _in_bfloat16(model, maps) if config.amp else contextlib.nullcontext():
                 losses = _losses(model, data, batch, maps)
             optimizer.zero_grad()
@@ -119,7 +119,7 @@ def train_(
                 total[name] = total.get(name, 0.) + value.item() / steps
         history.append(total)
         report(f'epoch {epoch + 1}: ' + ', '.join(f'{name} {value:.4f}' for name, value in total.items()))
-        _save(directory / STATE_NAME, key, epoch + 1, parameters, optimizer)
+        save_state(directory / STATE_NAME, key, epoch + 1, parameters, optimizer)
     return history
 
 
@@ -142,7 +142,7 @@ def _freeze_(model: FasterRCNN, trained_blocks: int) -> None:
 Batch = list[tuple[int, bool]]  # ids of images, and whether they are mirrored
 
 
-def _batches(data: CocoData, config: TrainingConfig, epoch: int) -> Iterator[Batch]:
+def epoch_batches(data: CocoData, config: TrainingConfig, epoch: int) -> Iterator[Batch]:
     """Batches of images of one size, so that none is padded to another's; in an order of their own in each epoch."""
     rng = random.Random(f'{config.seed} {epoch}')
     groups: dict[tuple[int, int], Batch] = {}
@@ -161,7 +161,7 @@ def _losses(model: FasterRCNN, data: CocoData, batch: Batch, maps: '_Maps | None
     device = next(model.parameters()).device
     images, targets = [], []
     for id, mirrored in batch:
-        image, target = _example(data, id, mirrored)
+        image, target = training_example(data, id, mirrored)
         images.append(image.to(device))
         targets.append({key: value.to(device) for key, value in target.items()})
     if maps is None:
@@ -211,7 +211,7 @@ def remove_state(directory: Path) -> None:
         shutil.rmtree(maps, ignore_errors=True)
 
 
-def _example(data: CocoData, id: int, mirrored: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def training_example(data: CocoData, id: int, mirrored: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """An image (3, H, W) and its target, mirrored or not."""
     image, target = data.image(id), data.target(id)
     if mirrored:
@@ -249,7 +249,7 @@ def _digest(values: object) -> str:
     return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
 
 
-def _save(
+def save_state(
         path: Path,
         key: str,
         epochs: int,

@@ -30,7 +30,7 @@ class Activity:
     @contextlib.contextmanager
     def observe(self, model: nn.Module) -> Iterator[None]:
         """Count the spikes of all forward passes inside of the context, whoever calls the model."""
-        with watch_levels(model, lambda name, levels: self._add(name, _count(levels))):
+        with watch_levels(model, lambda name, levels: self._add(name, firing_counts(levels))):
             yield
 
     def add(self, other: 'Activity') -> None:
@@ -63,7 +63,7 @@ class Activity:
         return sum(site[key] for site in self.counts.values()) / total if total else None
 
 
-def _count(levels: torch.Tensor) -> dict[str, int]:
+def firing_counts(levels: torch.Tensor) -> dict[str, int]:
     spikes = count_spikes(levels)
     return dict(total=levels.numel(), fired=spikes['graded'], unary=spikes['unary'], binary=spikes['binary'])
 

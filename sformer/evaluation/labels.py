@@ -145,26 +145,39 @@ def resolve_benchmark(
     """
     num_classes: int = getattr(model, 'num_classes', None) or len(class_names or [])
     if name is None and class_names is not None and len(class_names) == 200 and not by_position:
-        name = next((b for b in ('imagenet-a', 'imagenet-r') if sorted(class_names) == _synsets(b)), None)
+        name = next((b for b in ('imagenet-a', 'imagenet-r') if sorted(class_names) == subset_synsets(b)), None)
     if name in ('imagenet-a', 'imagenet-r'):
         return _subset(name, model, dataset, class_names)
-    if name == 'imagenet-real':
-        if num_classes != 1000:
-            raise SFormerError(f'ReaL labels are of 1000 classes, the model has {num_classes}.')
+    if name is not None:
+        _check_thousand(name, num_classes, dataset, class_names)
+    if name == 'imagenet-real' or class_names is None:
         return Benchmark(name)
-    if name is not None and class_names is not None and len(class_names) != 1000:
-        raise SFormerError(f'{name} has 1000 classes, {dataset} has {len(class_names)}.')
-    if name is not None and num_classes != 1000 and class_names is None:
-        raise SFormerError(f'{name} has 1000 classes, the model has {num_classes}.')
-    if class_names is None:
-        return Benchmark(name)
-
     if len(class_names) > num_classes:
         raise SFormerError(
             f'{dataset} has label {len(class_names) - 1}, the model has {num_classes} classes: '
             f'this is not the data set that it was trained for.')
-    if by_position:
-        return Benchmark(name)
+    return Benchmark(name, None if by_position else _classes_of_labels(model, num_classes, dataset, class_names))
+
+
+def _check_thousand(name: str, num_classes: int, dataset: str, class_names: list[str] | None) -> None:
+    """Raise SFormerError unless what is scored by a benchmark of ImageNet-1K has its 1000 classes."""
+    if name == 'imagenet-real':
+        if num_classes != 1000:
+            raise SFormerError(f'ReaL labels are of 1000 classes, the model has {num_classes}.')
+    elif class_names is not None:
+        if len(class_names) != 1000:
+            raise SFormerError(f'{name} has 1000 classes, {dataset} has {len(class_names)}.')
+    elif num_classes != 1000:
+        raise SFormerError(f'{name} has 1000 classes, the model has {num_classes}.')
+
+
+def _classes_of_labels(
+        model: nn.Module,
+        num_classes: int,
+        dataset: str,
+        class_names: list[str],
+) -> list[int] | None:
+    """Class of a model that each label stands for, by names; None if labels are the numbers of classes."""
     names = model_class_names(model)
     if sorted(class_names) == sorted(map(str, range(num_classes))):
         names = [str(i) for i in range(num_classes)]  # classes named by their numbers, sorted by whatever rule
@@ -172,16 +185,16 @@ def resolve_benchmark(
         names = _words_of(names, class_names)
     if names:
         classes = match_names(class_names, names, dataset, 'the model')
-        return Benchmark(name, classes if classes != list(range(num_classes)) else None)
+        return classes if classes != list(range(num_classes)) else None
     if len(class_names) < num_classes:
         raise SFormerError(
             f'{dataset} has {len(class_names)} classes ({", ".join(class_names[:3])} ...), the model has '
             f'{num_classes}, and their names do not tell which is which.')
-    return Benchmark(name)
+    return None
 
 
 def _subset(name: str, model: nn.Module, dataset: str, class_names: list[str] | None) -> Benchmark:
-    names, synsets = model_class_names(model), _synsets(name)
+    names, synsets = model_class_names(model), subset_synsets(name)
     if names is None or not set(synsets) <= set(names):
         raise SFormerError(f'{name} needs a model of ImageNet classes, this one has {model.num_classes} others.')
     if class_names is None or sorted(class_names) != synsets:
@@ -190,7 +203,7 @@ def _subset(name: str, model: nn.Module, dataset: str, class_names: list[str] | 
     return Benchmark(name, [synsets.index(n) for n in class_names], [names.index(n) for n in synsets])
 
 
-def _synsets(name: str) -> list[str]:
+def subset_synsets(name: str) -> list[str]:
     """Sorted WordNet ids of ImageNet-A or -R."""
     return (files('timm.data') / '_info' / f'{name.replace("-", "_")}_synsets.txt').read_text().split()
 

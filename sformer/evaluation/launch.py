@@ -8,9 +8,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -58,7 +58,9 @@ class Group:
             self._store.set(f'seen/{self.rank}', str(time.time()))
             cpu = str(device).startswith('cpu') if device else not torch.accelerator.is_available()
             state = PartialState(cpu=cpu, timeout=limit)  # else it takes ranks without an accelerator for single ones
-            self._group: Any = dist.new_group(backend='gloo', timeout=limit)  # whose timeouts raise, and do not abort
+            group = dist.new_group(backend='gloo', timeout=limit)  # whose timeouts raise, and do not abort
+            assert isinstance(group, dist.ProcessGroup)  # a number for a rank that is not in it
+            self._group = group
             return state.device
         except (RuntimeError, ValueError, KeyError) as e:
             raise (SFormerError if self._speaks() else RankError)(
@@ -109,19 +111,22 @@ class Group:
         except RuntimeError as e:
             if 'DataLoader' in str(e):  # of torch's signal handler, which raises wherever the main thread is
                 raise
-            now, seen = time.time(), self._ask('multi_get', [f'seen/{rank}' for rank in range(self.world_size)])
+            now, seen = time.time(), self._ask(self._last_seen)
             late = [str(rank) for rank, at in enumerate(seen or []) if now - float(at) > self.timeout / 2]
             who = 'the launcher' if seen is None else f'rank {" and ".join(late)}' if late else 'another rank'
             reason = first_line(e).rpartition('] ')[2].partition('. ')[0]
             raise SFormerError(f'{who} of {self.world_size} processes hangs, or was lost: {reason}') from e
 
-    def _ask(self, method: str, *args: Any) -> Any:
+    def _last_seen(self) -> list[bytes]:
+        return self._store.multi_get([f'seen/{rank}' for rank in range(self.world_size)])
+
+    def _ask(self, question: Callable[[], Value]) -> Value | None:
         """What the launcher's store answers, or None: while its host hangs no call returns, whatever its timeout."""
-        answers = []
+        answers: list[Value] = []
 
         def ask() -> None:
             with contextlib.suppress(RuntimeError, AttributeError):  # it is gone, or was not there
-                answers.append(getattr(self._store, method)(*args))
+                answers.append(question())
 
         thread = threading.Thread(target=ask, daemon=True)
         thread.start()
@@ -130,7 +135,7 @@ class Group:
 
     def _speaks(self) -> bool:
         """Whether this rank is the first to fail; if the launcher does not answer, the first of its computer."""
-        return (self._ask('add', 'failed', 1) or self.local_rank + 1) == 1
+        return (self._ask(lambda: self._store.add('failed', 1)) or self.local_rank + 1) == 1
 
     @contextlib.contextmanager
     def guard(self) -> Iterator['Group']:

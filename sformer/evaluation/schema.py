@@ -58,7 +58,7 @@ def check_values(values: object, checks: Mapping[str, Check], needed: Iterable[s
     """Raise ValueError that names the first value which is not what it has to be; each may be missing or null, but for
     those that are needed."""
     if not isinstance(values, dict):
-        raise ValueError(f'{_short(values)} is no record')
+        raise ValueError(f'{_short(values)} is no object of JSON')
     for key, check in checks.items():
         value = values.get(key)
         if (value is not None or key in needed) and not check.fits(value):

@@ -71,7 +71,7 @@ class FiredLevels(nn.Module):
         self.fire_function = neuron.fire_function
         self.signed = neuron.signed
         self.token = neuron.token
-        self.reach = neuron.reach
+        self.token_reach = neuron.token_reach
         self.top = neuron.top
         self.largest = int(neuron.levels[-1])
         self.range = neuron.level_range
@@ -120,7 +120,7 @@ class FiredLevels(nn.Module):
         row = None
         if self.token:
             largest = torch.maximum(u.amax(-1, keepdim=True), -u.amin(-1, keepdim=True)).clamp_min(TINY)
-            row = largest * (self.reach / self.largest)
+            row = largest * (self.token_reach / self.largest)
             u = u * (1 / row)
         k = _by_branch(self._fire(u), self.outward)
         return k if self.multiplier is None else k * self.multiplier, row

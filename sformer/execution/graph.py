@@ -41,14 +41,11 @@ def to_graph_(network: nn.Module, early: bool = True, portable: bool = True) -> 
         if kinds_of(products) not in GRAPH_FORMS:
             raise SFormerError(f'{name or "(root)"} ({type(layer).__name__}) has no form in ONNX: it multiplies '
                                f'{" and ".join(kinds_of(products))}.')
-    neurons: dict[str, ScaleAndFire] = {}
-    fired: set[Neuron] = set()
-    if early:
-        floating: set[Neuron] = set()
-        for _, _, products in layers:
-            if portable and kinds_of(products) == (QK, AV) and not levels_fit(products[0]):
-                floating.update(*(product.operands for product in products))
-        neurons, fired = early_neurons(network, floating)
+    floating: set[Neuron] = set()  # what spikes to be multiplied in floating point
+    for _, _, products in layers:
+        if portable and kinds_of(products) == (QK, AV) and not levels_fit(products[0]):
+            floating.update(*(product.operands for product in products))
+    neurons, fired = early_neurons(network, floating) if early else ({}, set())
     for name, layer, products in layers:
         new: nn.Module | None = None
         kinds = kinds_of(products)

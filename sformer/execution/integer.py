@@ -93,8 +93,8 @@ class IntegerLinear(IntegerLayer):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         spikes = self.neuron.encode(x)
         out = self.sums(spikes.levels).to(torch.float32) * self.weight_step
-        if spikes.row is not None:
-            out = out * spikes.row
+        if spikes.token_scale is not None:
+            out = out * spikes.token_scale
         return (out if self.bias is None else out + self.bias).to(x.dtype)
 
     def multiplies(self) -> list[Product]:
@@ -315,7 +315,7 @@ def _moments(model: nn.Module, names: list[str], images: list[torch.Tensor]) -> 
     def add(name: str, neuron: Neuron, args: tuple[torch.Tensor]) -> None:
         spikes = neuron.encode(args[0])
         k = spikes.levels.to(torch.float32)
-        k = (k if spikes.row is None else k * spikes.row).flatten(0, -2)
+        k = (k if spikes.token_scale is None else k * spikes.token_scale).flatten(0, -2)
         found[name] = found[name].addmm_(k.T, k) if name in found else k.T @ k
     for name, _, products in named_products(view):
         if name in names and products[0].kind == LINEAR:

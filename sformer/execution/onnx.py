@@ -7,7 +7,7 @@ import contextlib
 import copy
 import hashlib
 import json
-import warnings
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ from timm.layers import pos_embed_sincos
 from ..conversion import Images, calibration_batches
 from ..conversion.record import library_versions
 from ..data import requested
-from ..errors import SFormerError, needed_packages, quiet
+from ..errors import SFormerError, alone, needed_packages, quiet
 from ..files import may_write, state_hash, write_file
 from ..layers import named_neurons, unwrapped
 from ..neurons import ScaleAndFire
@@ -134,8 +134,7 @@ def to_onnx(network: nn.Module) -> 'ModelProto':
     """
     _check_packages()
     images = torch.zeros(2, *resolve_input_data_config(network)['input_size'])
-    with (warnings.catch_warnings(action='ignore'), quiet('torch.onnx', 'onnxscript', 'onnx_ir'), torch.no_grad(),
-          rotary_products()):
+    with quiet('torch.onnx', 'onnxscript', 'onnx_ir'), torch.no_grad(), rotary_products():
         program = torch.onnx.export(
             network, (images,), dynamo=True, opset_version=OPSET, input_names=['images'], output_names=['logits'],
             dynamic_shapes=({0: torch.export.Dim('batch')},), verbose=False)
@@ -149,17 +148,25 @@ def to_onnx(network: nn.Module) -> 'ModelProto':
 @contextlib.contextmanager
 def rotary_products() -> Iterator[None]:
     """Let the rotary embedding turn pairs of channels by a product with a signed permutation, which is exact: engines
-    take a sixth of the time for it that they take for every second element of a tensor."""
+    take a sixth of the time for it that they take for every second element of a tensor.
+
+    timm's layers call the function of a module of timm, and nothing that they are given, so that is what is replaced:
+    for all threads, though in others it does what it did, and by one thread at a time.
+    """
     def turned(x: torch.Tensor) -> torch.Tensor:
+        if threading.get_ident() != here:
+            return rot(x)
         eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
         return x @ rot(eye)
 
-    rot = pos_embed_sincos.rot
-    pos_embed_sincos.rot = turned
-    try:
-        yield
-    finally:
-        pos_embed_sincos.rot = rot
+    here = threading.get_ident()
+    with alone:
+        rot = pos_embed_sincos.rot
+        pos_embed_sincos.rot = turned
+        try:
+            yield
+        finally:
+            pos_embed_sincos.rot = rot
 
 
 def _check_options(max_error: float, unread: bool) -> None:

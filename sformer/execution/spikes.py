@@ -29,7 +29,7 @@ def spike_trains(levels: torch.Tensor, coding: str = 'binary') -> Iterator[tuple
     """What a coding sends of levels: spikes and what each of them counts; their products sum up to the levels.
 
     Args:
-        levels: Any integer dtype and shape.
+        levels: Of an integer dtype, of whatever shape.
         coding: `binary`: bit planes of 0 and 1, of the positive and then of the negative branch, those of which any
             spike fires; `graded`: the levels, once.
 
@@ -108,8 +108,8 @@ class SpikeProduct(SpikeLayer):
         spikes = self.neuron.encode(x)
         weight = product.by_output(_fixed_point(product.by_output(product.weights) * product.beside(spikes.step)))
         out = _summed(spikes.levels, self.coding, lambda plane: product.compute(plane, weight))
-        if spikes.row is not None:
-            out = out * spikes.row
+        if spikes.token_scale is not None:
+            out = out * spikes.token_scale
         if spikes.center is not None:
             current = spikes.center.expand(x.shape[-spikes.center.ndim:])
             out = out + product.compute(current.to(product.weights.dtype), product.weights)
@@ -163,7 +163,7 @@ class SpikeAttention(SpikeForm, AttentionProduct):
         step = steps.amax(-1, keepdim=True)
         relative = _fixed_point(steps / step)
         scores = self._meet(q.levels, k.levels.transpose(-2, -1), relative) * step
-        for row in (q.row, None if k.row is None else k.row.transpose(-2, -1)):
+        for row in (q.token_scale, None if k.token_scale is None else k.token_scale.transpose(-2, -1)):
             scores = scores if row is None else scores * row
         scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
         attn = self.attn_neuron.encode(softmax_numerators(scores.to(query.dtype), attn_mask, is_causal))
@@ -184,7 +184,7 @@ class SpikeGate(SpikeForm, ScaleAndFire):
         a, b = self.encode(x), other.encode(y)
         out = _summed(a.levels, self.coding, lambda plane: _summed(b.levels, self.coding, lambda more: plane * more))
         for spikes in (a, b):
-            out = out * spikes.step if spikes.row is None else out * spikes.step * spikes.row
+            out = out * spikes.step if spikes.token_scale is None else out * spikes.step * spikes.token_scale
         return out.to(x.dtype)
 
 

@@ -3,8 +3,11 @@
 peft puts a layer of its own in the place of the adapted one, which it keeps as `base_layer`, and hands its input to the
 adapter and to the adapted layer. Were that the current, an adapter would compute something else once it is merged into
 the weights. So the neuron fires first, in whatever layer takes a spiking one as its `base_layer`.
-"""
 
+A layer is not told that it was put into another one, and of adapters there are many kinds, so the hook is torch's own
+of the process, which sees each module that is put into another. It stays: it has no state that threads could disturb,
+holds no module, and compares one name unless that is `base_layer`.
+"""
 import torch.nn as nn
 from torch.nn.modules.module import register_module_module_registration_hook
 

@@ -77,7 +77,7 @@ def spiking_(
     converted by a second call.
 
     Args:
-        module: Any torch module.
+        module: A torch module.
         config: Neurons.
         filter_fn: Called with a layer and its name; where it returns False, the layer and all below stay as they are.
 

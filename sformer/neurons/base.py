@@ -18,21 +18,21 @@ class Spikes(NamedTuple):
     Args:
         levels: Integers, int8 (int16 where a site has wide levels), the shape of the input current.
         step: float32, > 0, broadcasts against levels: a step per channel, head or tensor.
-        row: Factor of the step per token (and head), float32, (..., 1), free after the product; None where there is
-            none.
+        token_scale: Factor of the step per token (and head), float32, (..., 1), free after the product; None where
+            there is none.
         center: Constant that was taken off the current before it fired, broadcasts against levels; None where there is
             none. It folds into the bias of the layer that follows.
     """
     levels: torch.Tensor
     step: torch.Tensor
-    row: torch.Tensor | None = None
+    token_scale: torch.Tensor | None = None
     center: torch.Tensor | None = None
 
     def decode(self) -> torch.Tensor:
-        """The current that the spikes stand for, float32: `levels * step * row + center`."""
+        """The current that the spikes stand for, float32: `levels * step * token_scale + center`."""
         current = self.levels * self.step
-        if self.row is not None:
-            current = current * self.row
+        if self.token_scale is not None:
+            current = current * self.token_scale
         return current if self.center is None else current + self.center
 
 

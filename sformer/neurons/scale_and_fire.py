@@ -91,14 +91,14 @@ class ScaleAndFire(Neuron):
         self.signed = signed
         self.fire_function = fire_function or (config.signed_fire if signed else config.softmax_fire)
         self.token = token and config.token_scale
-        self.reach = token_reach(
+        self.token_reach = token_reach(
             self.fire_function, config.levels, shape[-1], config.initial_potential) if self.token else 1.
         self.top = MAX_LEVEL if signed else MAX_WIDE_LEVEL
         values = self._level_values()
         dd = dict(device=device, dtype=torch.float32)  # whatever the default dtype is
         # a number where levels are known, whose buffer is of integers, which inductor does not vectorise
         known = self.fire_function != 'density'
-        self.row_share = (values.new_tensor(self.reach) / values[-1]).item() if known else None
+        self.level_reach = (values.new_tensor(self.token_reach) / values[-1]).item() if known else None
         reach = DEFAULT_RANGE * config.scale if signed else 1.
         step = _reaching(reach, values[-1])
         self.register_buffer('step', torch.full(tuple(shape), step, **dd))
@@ -172,8 +172,8 @@ class ScaleAndFire(Neuron):
         self._set(quiet=quiet)
 
     def encode(self, x: torch.Tensor) -> Spikes:
-        """Spikes on a current (B, ...): levels int8, or int16 of softmax numerators; step (*shape); row (..., 1) where
-        thresholds follow the token."""
+        """Spikes on a current (B, ...): levels int8, or int16 of softmax numerators; step (*shape); token_scale
+        (..., 1) where thresholds follow the token."""
         k, row = self._fire(x.detach(), self.threshold)
         k = self._multiplied_(k, self.multiplier)
         return Spikes(k.to(torch.int8 if self.signed else torch.int16), self.step, row, self.center)
@@ -227,7 +227,7 @@ class ScaleAndFire(Neuron):
         if self.token:
             # torch's vector_norm is not vectorised
             largest = torch.maximum(u.amax(-1, keepdim=True), -u.amin(-1, keepdim=True)).clamp_min(TINY)
-            row = largest * (self.reach / self.levels[-1] if self.row_share is None else self.row_share)
+            row = largest * (self.token_reach / self.levels[-1] if self.level_reach is None else self.level_reach)
             u = u.div_(row)
         k = fire(u, self.fire_function, self.levels, config.initial_potential, config.dead_zone, self.top)
         return k if self.signed else k.clamp_(min=0), row

@@ -47,7 +47,7 @@ def candidate_tops() -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=8)
-def _error_matrix(values: tuple[float, ...], boundaries: tuple[float, ...]) -> torch.Tensor:
+def error_matrix(values: tuple[float, ...], boundaries: tuple[float, ...]) -> torch.Tensor:
     """Mean squared error per bin and candidate, (NUM_BINS, NUM_CANDIDATES)."""
     edges = bin_edges()[:, None]
     y = torch.tensor(values, dtype=torch.float64)
@@ -71,7 +71,7 @@ def branch_error(counts: torch.Tensor, values: torch.Tensor, boundaries: torch.T
         Errors, (groups, NUM_CANDIDATES).
     """
     met = counts.any(0)  # a fifth of all bins
-    return counts[:, met].to(torch.float64) @ _error_matrix(tuple(values.tolist()), tuple(boundaries.tolist()))[met]
+    return counts[:, met].to(torch.float64) @ error_matrix(tuple(values.tolist()), tuple(boundaries.tolist()))[met]
 
 
 def quantile_top(counts: torch.Tensor, p: float) -> torch.Tensor:

@@ -3,13 +3,13 @@ import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
 import torch.nn as nn
 from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
 
+from ..conversion.record import set_record_
 from ..data.batches import progress
 from ..files import Json
 from ..layers import named_neurons
@@ -36,7 +36,7 @@ def _create_sformer(variant: str, source: str, pretrained: bool = False, **kwarg
         variant, source, default_cfgs[variant].cfgs, pretrained=pretrained, cfg=kwargs.pop('pretrained_cfg', None),
         overlay=kwargs.pop('pretrained_cfg_overlay', None), cache_dir=kwargs.get('cache_dir'), sfn=kwargs.get('sfn'))
     args = {'source': source, **found.model_args, **kwargs}
-    model: Any = build_model_with_cfg(
+    model = build_model_with_cfg(
         _build,
         variant,
         pretrained,
@@ -46,19 +46,20 @@ def _create_sformer(variant: str, source: str, pretrained: bool = False, **kwarg
         feature_cfg=dict(out_indices=args.pop('out_indices', 3), feature_cls='getter'),
         **args,
     )
-    model.conversion = found.conversion
+    set_record_(model, found.conversion)
     state_input_size_(model, kwargs.get('img_size'))
     _reset_head_of_other_features(model)
     if not pretrained or found.fresh or {'mean', 'std'} & found.overlay.keys():
         # a converted checkpoint brings the code of its pixels along; for others the config is known only now
-        set_pixel_range_(model, model.pretrained_cfg.get('mean'), model.pretrained_cfg.get('std'))
+        cfg = vars(model)['pretrained_cfg']
+        set_pixel_range_(model, cfg.get('mean'), cfg.get('std'))
     return model
 
 
-def _reset_head_of_other_features(model: Any) -> None:
+def _reset_head_of_other_features(model: nn.Module) -> None:
     """Mark the neurons of a head as uncalibrated where they were fitted to other features than it reads now."""
-    pool = getattr(model, 'global_pool', None)
-    if model.conversion is not None and pool is not None and model.conversion.global_pool not in (None, pool):
+    pool, record = getattr(model, 'global_pool', None), vars(model)['conversion']
+    if record is not None and pool is not None and record.global_pool not in (None, pool):
         for name in HEADS:
             for _, neuron in named_neurons(getattr(model, name, None) or nn.Identity()):
                 neuron.calibrated.fill_(False)
@@ -76,7 +77,8 @@ def _cfg(source: str | None = None, **kwargs) -> Json:
         keep = (
             'input_size', 'crop_pct', 'interpolation', 'mean', 'std', 'num_classes', 'crop_mode', 'classifier',
             'license', 'hf_hub_id', 'label_names', 'label_descriptions', 'min_input_size')
-        published: Any = get_pretrained_cfg(source)
+        published = get_pretrained_cfg(source)
+        assert published is not None  # as of every source in the zoo
         cfg.update({k: v for k, v in published.to_dict().items() if k in keep and v is not None})
         if '.' not in source:
             cfg.pop('hf_hub_id', None)
@@ -127,7 +129,8 @@ def entries() -> Iterator[Json]:
     names = [name for name in timm.list_models('sformer*', include_tags=True) if name.split('.')[0] in SOURCES]
     for name in progress(names, 'Counting parameters', len(names)):
         architecture = name.split('.')[0]
-        known: Any = timm.get_pretrained_cfg(name)
+        known = timm.get_pretrained_cfg(name)
+        assert known is not None  # it is one of `default_cfgs`
         if architecture not in params:
             with torch.device('meta'):
                 model = timm.create_model(architecture)
@@ -140,7 +143,7 @@ def entries() -> Iterator[Json]:
             results=_measured(known.file))
 
 
-def _measured(weights: Any) -> str:
+def _measured(weights: str | None) -> str:
     """Recorded result of an entry whose weights are in the package: N, SFormer and source."""
     record = Path(weights).with_suffix('.json') if weights else None
     if record is None or not record.is_file():

@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 import timm
@@ -19,6 +19,8 @@ __all__ = ['fetch', 'locate', 'split_revision', 'hub_errors', 'redact']
 
 E = TypeVar('E', bound=BaseException)
 
+LOGIN = 'hf auth login, or HF_TOKEN'
+
 
 def split_revision(name: str) -> tuple[str, str | None]:
     """`org/name@revision` -> `('org/name', 'revision')`."""
@@ -28,14 +30,21 @@ def split_revision(name: str) -> tuple[str, str | None]:
     return repo_id, revision or None
 
 
-def locate(name: str, revision: str | None = None, cache_dir: str | Path | None = None, **how: Any) -> Path:
+def locate(
+        name: str,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        weights: bool = True,
+        read: Callable[[Path], Json] = read_config,
+) -> Path:
     """Folder of a model, which is fetched if it is on the Hub.
 
     Args:
         name: A folder, `local-dir:FOLDER`, `hf-hub:org/name` or `hf-hub:org/name@revision`.
         revision: Branch, tag or commit of a model on the Hub.
         cache_dir: Cache to use; the Hub client's own if None.
-        **how: Passed to `fetch`.
+        weights: As of `fetch`, like `read`.
+        read: Reads and checks the config in a folder.
 
     Raises:
         SFormerError: If a revision is named twice, or of a folder; or as `fetch` raises.
@@ -44,7 +53,7 @@ def locate(name: str, revision: str | None = None, cache_dir: str | Path | None 
         repo_id, tag = split_revision(name.removeprefix('hf-hub:'))
         if tag and revision and tag != revision:
             raise SFormerError(f'{name} names one revision and revision={revision!r} another.')
-        return fetch(repo_id, tag or revision, cache_dir, **how)
+        return fetch(repo_id, tag or revision, cache_dir, weights, read=read)
     if revision:
         raise SFormerError(f'{name} is a folder; only a model on the Hub has revisions.')
     return Path(name.removeprefix('local-dir:'))
@@ -78,13 +87,13 @@ def fetch(
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RemoteEntryNotFoundError
     where = f'{repo_id}@{revision}' if revision else repo_id
 
-    def get(name: str, revision: str | None, **how: Any) -> Path:
+    def get(name: str, revision: str | None, cached: bool = False, again: bool = False) -> Path:
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings('ignore', 'Not enough free disk space')  # the error that follows says so
-                return Path(hf_hub_download(
-                    repo_id, name, revision=revision, cache_dir=cache_dir, library_name='timm',
-                    library_version=timm.__version__, **how))
+            # The error that follows says so. For good, as threads that download at once share their filters.
+            warnings.filterwarnings('ignore', 'Not enough free disk space')
+            return Path(hf_hub_download(
+                repo_id, name, revision=revision, cache_dir=cache_dir, library_name='timm',
+                library_version=timm.__version__, local_files_only=cached, force_download=again))
         except RemoteEntryNotFoundError:
             reason = ' Pickled weights are not loaded.' if name == WEIGHTS_NAME else ''
             raise SFormerError(f'{where} on the Hub holds no SFormer: there is no {name}.{reason}') from None
@@ -93,7 +102,7 @@ def fetch(
         path = None
         if config_is_cached:
             with contextlib.suppress(EntryNotFoundError, LocalEntryNotFoundError):
-                path = get(CONFIG_NAME, revision, local_files_only=True)
+                path = get(CONFIG_NAME, revision, cached=True)
         folder = (path or get(CONFIG_NAME, revision)).parent
         config = read(folder)
         if weights:
@@ -102,7 +111,7 @@ def fetch(
                 check_weights_file(folder, config)
             except SFormerError:
                 with contextlib.suppress(ValueError):  # offline: nothing better can be had
-                    get(WEIGHTS_NAME, folder.name, force_download=True)  # a damaged cache, or a damaged transfer
+                    get(WEIGHTS_NAME, folder.name, again=True)  # a damaged cache, or a damaged transfer
                 try:
                     check_weights_file(folder, config)
                 except SFormerError as e:
@@ -153,6 +162,20 @@ def _progress_on_terminals() -> Iterator[None]:
         enable_progress_bars()
 
 
+def _refusal(status: int, said: str) -> str:
+    """What it means that the Hub refuses, by the status of its answer and what it says there."""
+    if status == 401 and 'credentials' in said:
+        return f'the Hub does not accept the access token ({LOGIN})'
+    if status in (401, 404):
+        return (f'there is no such repository on the Hub, or it is private and no access token that may read it is at '
+                f'hand ({LOGIN})')
+    if status == 403:
+        return f'the access token does not permit this ({said})'
+    if status >= 500 or status == 429:
+        return f'the Hub is not able to answer just now ({status} {said}). Try again later'
+    return f'the Hub refuses ({status} {said})'
+
+
 def _explain(e: BaseException, where: str, http_error: type[Exception]) -> str:
     from huggingface_hub import constants, errors
     chain = [e]  # the client wraps what happened, once or twice
@@ -162,27 +185,16 @@ def _explain(e: BaseException, where: str, http_error: type[Exception]) -> str:
     def find(kind: type[E]) -> E | None:
         return next((cause for cause in chain if isinstance(cause, kind)), None)
 
-    login = 'hf auth login, or HF_TOKEN'
     if find(errors.HFValidationError):
         return f'{where!r} is not a name that the Hub allows: {find(errors.HFValidationError)}'
     if find(errors.GatedRepoError):
-        return f'{where} is gated: ask for access on its page, and be logged in ({login}).'
+        return f'{where} is gated: ask for access on its page, and be logged in ({LOGIN}).'
     if find(errors.RevisionNotFoundError):
         return f'{where}: there is no such revision on the Hub.'
     refused = find(errors.HfHubHTTPError)
     if refused:
-        status = refused.response.status_code
-        said = refused.server_message or refused.response.reason_phrase
-        if status == 401 and 'credentials' in str(said):
-            return f'{where}: the Hub does not accept the access token ({login}).'
-        if status in (401, 404):
-            return (f'{where}: there is no such repository on the Hub, or it is private and no access token that may '
-                    f'read it is at hand ({login}).')
-        if status == 403:
-            return f'{where}: the access token does not permit this ({said}).'
-        if status >= 500 or status == 429:
-            return f'{where}: the Hub is not able to answer just now ({status} {said}). Try again later.'
-        return f'{where}: the Hub refuses ({status} {said}).'
+        said = str(refused.server_message or refused.response.reason_phrase)
+        return f'{where}: {_refusal(refused.response.status_code, said)}.'
     if find(errors.OfflineModeIsEnabled):
         return f'{where} is not in the local cache, and the Hub client is in offline mode (HF_HUB_OFFLINE).'
     lost = find(http_error)

@@ -45,6 +45,29 @@ def read_config(folder: Path) -> Json:
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise SFormerError(f'{folder} holds no SFormer: there is no {CONFIG_NAME}.')
+    config, architecture = _read(path)
+    if not isinstance(architecture, str) or not architecture.startswith('sformer') or not timm.is_model(architecture):
+        raise SFormerError(f'{path}: architecture {architecture!r} is not an SFormer of this version.')
+    cfg, args = config.get('pretrained_cfg', config), config.get('model_args', {})
+    directed = [key for key in LOCATIONS if cfg.get(key)]  # a config does not choose: its weights lie beside it
+    if directed:
+        raise SFormerError(f'{path}: pretrained_cfg sets {", ".join(directed)}, but weights are the {WEIGHTS_NAME} '
+                           f'beside it. Not loaded.')
+    _check_arguments(args, path, converted=bool(config.get('sformer')))
+    try:
+        check_preprocessing(cfg)
+    except SFormerError as e:
+        raise SFormerError(f'{path}: {e}') from None
+    # timm's own defaults where a config is silent
+    default = cfg.get('num_classes', config.get('num_classes', 1000))
+    classes = {str(values.get('num_classes', default)) for values in (config, cfg, args)}
+    if len(classes) > 1:  # timm would take this for a wish and start with a random head
+        raise SFormerError(f'{path} contradicts itself about num_classes: {", ".join(sorted(classes))}.')
+    return config
+
+
+def _read(path: Path) -> tuple[Json, object]:
+    """A config of timm that may hold the record of a conversion, and the architecture that it names."""
     try:
         config = json.loads(path.read_text(encoding='utf-8'))
         architecture = config['architecture']
@@ -59,36 +82,24 @@ def read_config(folder: Path) -> Json:
             Conversion.from_dict(config['sformer'])
     except SFormerError as e:
         raise SFormerError(f'{path}: {e}') from None
-    if not isinstance(architecture, str) or not architecture.startswith('sformer') or not timm.is_model(architecture):
-        raise SFormerError(f'{path}: architecture {architecture!r} is not an SFormer of this version.')
-    cfg, args = config.get('pretrained_cfg', config), config.get('model_args', {})
-    directed = [key for key in LOCATIONS if cfg.get(key)]  # a config does not choose: its weights lie beside it
-    if directed:
-        raise SFormerError(f'{path}: pretrained_cfg sets {", ".join(directed)}, but weights are the {WEIGHTS_NAME} '
-                           f'beside it. Not loaded.')
+    return config, architecture
+
+
+def _check_arguments(args: Json, path: Path, converted: bool) -> None:
+    """Raise SFormerError if the arguments of a network in a config are none, or none that a network should have."""
     directed = sorted(factory_arguments() & args.keys())
     if directed:
         raise SFormerError(f'{path}: model_args sets {", ".join(directed)}, which is no argument of a network. '
                            f'Not loaded.')
     sfn = args.get('sfn') or {}
-    if config.get('sformer') and isinstance(sfn, dict):
+    if converted and isinstance(sfn, dict):
         check_firing_config(sfn, path)
     source = args.get('source')
     if source is not None and not (isinstance(source, str) and source.isidentifier() and timm.is_model(source)):
         raise SFormerError(f'{path}: source {source!r} is not the name of a timm architecture.')
-    try:
-        check_preprocessing(cfg)
-    except SFormerError as e:
-        raise SFormerError(f'{path}: {e}') from None
     for key, value in args.items():  # a network of that size would only be noticed when memory is gone
         if isinstance(value, int) and value > (1000 if key == 'depth' else 10 ** 6):
             raise SFormerError(f'{path}: model_args sets {key} to {value}, which no vision transformer has.')
-    # timm's own defaults where a config is silent
-    default = cfg.get('num_classes', config.get('num_classes', 1000))
-    classes = {str(values.get('num_classes', default)) for values in (config, cfg, args)}
-    if len(classes) > 1:  # timm would take this for a wish and start with a random head
-        raise SFormerError(f'{path} contradicts itself about num_classes: {", ".join(sorted(classes))}.')
-    return config
 
 
 def check_firing_config(sfn: Json, path: Path) -> None:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from timm.models._hub import load_model_config_from_hf
 from ..conversion import convert
 from ..conversion.record import Conversion
 from ..conversion.sources import create_source
-from ..errors import SFormerError, first_line
+from ..errors import SFormerError, alone, first_line
 from ..files import Json, locked, state_hash, write_aside
 from ..layers import named_neurons
 from ..models.sformer import State, is_neuron_key
@@ -244,7 +245,7 @@ def neuron_state(
             why = f' again, as {e}'
         _logger.warning(
             f'{name}: fitting neurons to {source} on {RECIPE["num_images"]} generated images{why or ", this once"}')
-        state, conversion = _fit(source, hub_id, config, cache_dir)
+        state, conversion = fit_to_source(source, hub_id, config, cache_dir)
         _write_neurons(path, key, state, conversion)
         return state, conversion
 
@@ -290,22 +291,36 @@ def _read_neurons(path: Path, key: str) -> tuple[State, Conversion]:
         raise SFormerError(f'{path} is damaged ({first_line(e)})') from None
 
 
-def _fit(source: str, hub_id: str, config: SFNConfig, cache_dir: str | Path | None) -> tuple[State, Conversion]:
+@contextlib.contextmanager
+def float32_by_default() -> Iterator[None]:
+    """Let tensors be float32 where nothing says otherwise. torch has one default for all threads, and promotion goes by
+    it, so there is no other way; while somebody has changed it, others wait."""
+    with alone:
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(default)
+
+
+def fit_to_source(
+        source: str,
+        hub_id: str,
+        config: SFNConfig,
+        cache_dir: str | Path | None,
+) -> tuple[State, Conversion]:
+    """Neurons that are fitted to a source on generated images, arguments as of `neuron_state`."""
     published = timm.get_pretrained_cfg(source)
     has_classes = published is not None and published.num_classes > 0
     # whatever the caller has set for models of its own: neurons are the same on all machines
-    default = torch.get_default_dtype()
-    with torch.random.fork_rng(devices=[]), torch.device('cpu'), torch.autocast('cpu', enabled=False), \
-            torch.inference_mode(False):
-        torch.set_default_dtype(torch.float32)
-        try:
-            network: Any = create_source(
-                source, cache_dir=cache_dir, pretrained_cfg_overlay=dict(hf_hub_id=hub_id)).network
-            if not has_classes:  # one of no meaning: the neurons before it serve whoever adds their own
-                network.reset_classifier(1)
-            model = convert(network, config=config, inplace=True, **RECIPE)
-        finally:
-            torch.set_default_dtype(default)
+    with alone, torch.random.fork_rng(devices=[]), float32_by_default(), torch.device('cpu'), \
+            torch.autocast('cpu', enabled=False), torch.inference_mode(False):
+        network: Any = create_source(
+            source, cache_dir=cache_dir, pretrained_cfg_overlay=dict(hf_hub_id=hub_id)).network
+        if not has_classes:  # one of no meaning: the neurons before it serve whoever adds their own
+            network.reset_classifier(1)
+        model = convert(network, config=config, inplace=True, **RECIPE)
     state = {f'{name}.{key}': value.clone()
              for name, neuron in named_neurons(model) for key, value in neuron.state_dict().items()}
     conversion: Conversion = dataclasses.replace(vars(model)['conversion'], source_weights=hub_id)

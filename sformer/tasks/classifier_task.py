@@ -1,7 +1,6 @@
 """Classification, by timm's models: the task of what no other claims."""
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn as nn
@@ -24,7 +23,17 @@ from ..profiling.executed import CodingsCompared
 from ..saving import load_classifier, open_classifier, save_classifier
 from ..saving.model_config import read_config
 from .door import register_task
-from .task import OPTIONS, Description, EvaluationRequest, Inputs, Maps, Recorded, Task
+from .task import (
+    OPTIONS,
+    ConversionOptions,
+    Description,
+    EvaluationRequest,
+    ExportOptions,
+    Inputs,
+    Maps,
+    Recorded,
+    Task,
+)
 
 __all__ = ['Classification']
 
@@ -59,7 +68,7 @@ class Classification(Task):
             path: str | Path,
             revision: str | None = None,
             cache_dir: str | Path | None = None,
-            **kwargs: Any,
+            **kwargs: object,
     ) -> nn.Module:
         return load_classifier(path, revision, cache_dir=cache_dir, **kwargs)
 
@@ -76,24 +85,26 @@ class Classification(Task):
             config: SFNConfig,
             fit: FitConfig,
             command: str,
-            **options: Any,
+            options: ConversionOptions,
     ) -> nn.Module:
         trained = create_source(
-            source, options['checkpoint'], options['allow_pickle'], **options['model_kwargs'],
-            preprocessing={key: options[key] for key in ('mean', 'std', 'crop_pct', 'interpolation')})
+            source, options.checkpoint, options.allow_pickle, **options.model_kwargs,
+            preprocessing={key: getattr(options, key) for key in ('mean', 'std', 'crop_pct', 'interpolation')})
         return convert(
             trained, images.dataset, config, fit, split=images.split, num_images=images.num_images,
-            batch_size=options['batch_size'], seed=images.seed, image_column=images.image_column,
-            label_names=options['label_names'], inplace=True, command=command)
+            batch_size=options.batch_size, seed=images.seed, image_column=images.image_column,
+            label_names=options.label_names, inplace=True, command=command)
 
-    def remarks(self, model: Any) -> list[str]:
-        cfg, names = model.pretrained_cfg, label_names_of(model)
+    def remarks(self, model: nn.Module) -> list[str]:
+        cfg, names = vars(model)['pretrained_cfg'], label_names_of(model)
+        normalisation = vars(model)['conversion'].normalisation or CAME_ALONG
         lines = [f'pixels are normalised by mean {tuple(cfg["mean"])} and std {tuple(cfg["std"])}, '
-                 f'{model.conversion.normalisation or CAME_ALONG}']
+                 f'{normalisation}']
         return [*lines, f'classes: {", ".join(names[:5])}{" ..." if len(names) > 5 else ""}'] if names else lines
 
     def evaluate(self, names: Sequence[str], request: EvaluationRequest) -> list[Result]:
         engine = request.options['engine']
+        assert engine is None or isinstance(engine, str)
         config = EvaluationConfig(**_settings(request), device=request.group.device)
         _check_engine(names, request.options)
         models = [load_onnx(name, engine) if name.endswith('.onnx') else self.open(name) for name in names]
@@ -108,13 +119,17 @@ class Classification(Task):
                 warn_of_changes(name, model)
         return evaluate_all(models, config, sources=sources, group=request.group, journal=request.new_journal())
 
-    def export(self, name: str, output: Path, **how: Any) -> list[IntegerReport]:
-        return export_onnx(self.open(name), output, **how)
+    def export(self, name: str, output: Path, options: ExportOptions) -> list[IntegerReport]:
+        return export_onnx(
+            self.open(name), output, options.calibration, split=options.split, num_images=options.num_images,
+            seed=options.seed, image_column=options.image_column, max_error=options.max_error,
+            portable=options.portable, overwrite=options.overwrite, command=options.command)
 
-    def batches(self, model: nn.Module, images: ImageRequest, **options: Any) -> tuple[Iterable[Inputs], Json]:
-        return calibration_batches(model, images, options['batch_size'], 'Counting')[:2]
+    def batches(self, model: nn.Module, images: ImageRequest, batch_size: int) -> tuple[Iterable[Inputs], Json]:
+        return calibration_batches(model, images, batch_size, 'Counting')[:2]
 
-    def executed(self, model: nn.Module, images: torch.Tensor) -> CodingsCompared:
+    def executed(self, model: nn.Module, images: Inputs) -> CodingsCompared:
+        assert isinstance(images, torch.Tensor)  # as its batches are
         return compare_codings(model, images)
 
     def maps(self, model: nn.Module, image: torch.Tensor) -> Maps:

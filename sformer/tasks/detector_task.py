@@ -1,7 +1,6 @@
 """Object detection and instance segmentation, by torchvision's detectors."""
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch.nn as nn
 from torchvision.models.detection import FasterRCNN
@@ -32,7 +31,7 @@ from ..files import Json
 from ..layers import named_neurons
 from ..neurons import FitConfig, SFNConfig
 from .door import register_task
-from .task import Description, EvaluationRequest, Inputs, Recorded, Task
+from .task import ConversionOptions, Description, EvaluationRequest, ExportOptions, Inputs, Recorded, Task
 
 __all__ = ['Detection']
 
@@ -71,7 +70,7 @@ class Detection(Task):
             path: str | Path,
             revision: str | None = None,
             cache_dir: str | Path | None = None,
-            **kwargs: Any,
+            **kwargs: object,
     ) -> nn.Module:
         return load_detector(path, revision, cache_dir, **kwargs)
 
@@ -85,7 +84,7 @@ class Detection(Task):
             config: SFNConfig,
             fit: FitConfig,
             command: str,
-            **options: Any,
+            options: ConversionOptions,
     ) -> nn.Module:
         if is_detector_name(source):
             raise SFormerError(f'{source} has no weights: sformer detect train makes a detector that has.')
@@ -127,10 +126,12 @@ class Detection(Task):
                 by_position=request.by_position, group=request.group, journal=request.new_journal()))
             for detector in detectors]
 
-    def export(self, name: str, output: Path, **how: Any) -> list[IntegerReport]:
-        return export_detector(self.open(name), output, **how)
+    def export(self, name: str, output: Path, options: ExportOptions) -> list[IntegerReport]:
+        return export_detector(
+            self.open(name), output, options.image_size, max_error=options.max_error, portable=options.portable,
+            overwrite=options.overwrite, command=options.command)
 
-    def batches(self, model: nn.Module, images: ImageRequest, **options: Any) -> tuple[Iterable[Inputs], Json]:
+    def batches(self, model: nn.Module, images: ImageRequest, batch_size: int) -> tuple[Iterable[Inputs], Json]:
         data, split = _unlabelled(images)
         return image_batches(model, data, images.num_images, images.seed), dict(
             name=Path(images.dataset).name, split=split, seed=images.seed,

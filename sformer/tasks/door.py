@@ -2,7 +2,6 @@
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch.nn as nn
 
@@ -101,7 +100,7 @@ def load_model(
         path: str | Path,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
-        **kwargs: Any,
+        **kwargs: object,
 ) -> nn.Module:
     """Load a saved model of any task, in eval mode.
 

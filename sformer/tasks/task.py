@@ -4,9 +4,9 @@ Nothing outside of such files asks which task a model is of: it asks the task.
 """
 import abc
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import torch
 import torch.nn as nn
@@ -16,21 +16,50 @@ from ..errors import SFormerError
 from ..evaluation import Journal
 from ..evaluation.launch import Group
 from ..evaluation.schema import Result
-from ..execution.integer import IntegerReport
+from ..execution.integer import MAX_WEIGHT_ERROR, IntegerReport
 from ..files import Json
 from ..layers import named_neurons
 from ..neurons import FitConfig, SFNConfig
 from ..profiling.executed import CodingsCompared
 
-__all__ = ['OPTIONS', 'Description', 'EvaluationRequest', 'Task']
+__all__ = ['OPTIONS', 'ConversionOptions', 'Description', 'EvaluationRequest', 'ExportOptions', 'Task']
 
 Inputs = torch.Tensor | list[torch.Tensor]  # a batch, as models of a task read it
 Maps = tuple[torch.Tensor | None, dict[str, torch.Tensor] | None]
 
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionOptions:
+    """Options of `sformer convert` that only some tasks take."""
+    checkpoint: Path | None = None
+    model_kwargs: Json = field(default_factory=dict)
+    label_names: Sequence[str] | None = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    crop_pct: float | None = None
+    interpolation: str | None = None
+    allow_pickle: bool = False
+    batch_size: int = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """How `sformer export` writes a model: the first ones are as of `export_onnx`, the others only some tasks take."""
+    max_error: float = MAX_WEIGHT_ERROR
+    portable: bool = True
+    overwrite: bool = False
+    command: str | None = None
+    calibration: str | None = None
+    split: str | None = None
+    num_images: int = 128
+    seed: int = 0
+    image_column: str | None = None
+    image_size: tuple[int, int] | None = None
+
+
 # command -> options that only some tasks take; the others say something to each
 OPTIONS: Mapping[str, tuple[str, ...]] = {
-    'convert': ('checkpoint', 'model_kwargs', 'label_names', 'mean', 'std', 'crop_pct', 'interpolation', 'allow_pickle',
-                'batch_size', 'image_column'),
+    'convert': (*(option.name for option in fields(ConversionOptions)), 'image_column'),
     'evaluate': ('batch_size', 'workers', 'image_column', 'label_column', 'streaming', 'benchmark', 'img_size',
                  'crop_pct', 'interpolation', 'amp', 'amp_dtype', 'channels_last', 'torchcompile', 'retry', 'engine'),
     'export': ('calibration', 'split', 'num_images', 'seed', 'image_column', 'image_size'),
@@ -53,7 +82,7 @@ class EvaluationRequest:
         results_format: `json` or `csv`; '' where none are written, and on processes but the main one.
         resume: Whether this run goes on where another ended.
         new_journal: Makes a journal for a pass over the images; None if nothing is recorded.
-        options: Those of `OPTIONS` that the task takes.
+        options: Those of `OPTIONS`; what the task does not take is as by default.
     """
     images: ImageRequest
     group: Group
@@ -65,7 +94,7 @@ class EvaluationRequest:
     results_format: str
     resume: bool
     new_journal: Callable[[], Journal | None]
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, object] = field(default_factory=dict)
 
 
 class Recorded(Protocol):
@@ -144,7 +173,7 @@ class Task(abc.ABC):
             path: str | Path,
             revision: str | None = None,
             cache_dir: str | Path | None = None,
-            **kwargs: Any,
+            **kwargs: object,
     ) -> nn.Module:
         """A saved model, from a folder or the Hub, in eval mode."""
 
@@ -166,7 +195,7 @@ class Task(abc.ABC):
             config: SFNConfig,
             fit: FitConfig,
             command: str,
-            **options: Any,
+            options: ConversionOptions,
     ) -> nn.Module:
         """Open a source by its name or folder, and convert it."""
 
@@ -175,17 +204,17 @@ class Task(abc.ABC):
         """Open models and evaluate them: a result for each."""
 
     @abc.abstractmethod
-    def export(self, name: str, output: Path, **how: Any) -> list[IntegerReport]:
-        """Open a model and write it as ONNX: what became of each layer. `how` is, as of `export_onnx`, `max_error`,
-        `portable`, `overwrite`, `command`, and options."""
+    def export(self, name: str, output: Path, options: ExportOptions) -> list[IntegerReport]:
+        """Open a model and write it as ONNX: what became of each layer."""
 
     @abc.abstractmethod
-    def batches(self, model: nn.Module, images: ImageRequest, **options: Any) -> tuple[Iterable[Inputs], Json]:
-        """Batches of images as a model reads them, and what a record says of them."""
+    def batches(self, model: nn.Module, images: ImageRequest, batch_size: int) -> tuple[Iterable[Inputs], Json]:
+        """Batches of images as a model reads them, and what a record says of them. A task that does not take a batch
+        size has batches of its own."""
 
     # what a profile has beside counts
 
-    def executed(self, model: nn.Module, images: Any) -> CodingsCompared | None:
+    def executed(self, model: nn.Module, images: Inputs) -> CodingsCompared | None:
         """What running images through bit planes showed, as of `compare_codings`; None where that is not done."""
         return None
 
@@ -239,10 +268,6 @@ class Task(abc.ABC):
     def remarks(self, model: nn.Module) -> list[str]:
         """What else is to be said of a model that was converted."""
         return []
-
-    def taken(self, verb: str, values: Mapping[str, object]) -> dict[str, object]:
-        """Of the options of a command, those that not every task takes, and this one does."""
-        return {name: value for name, value in values.items() if name in self.options.get(verb, ())}
 
     def check_options(self, verb: str, name: str, given: Iterable[str]) -> None:
         """Raise SFormerError for the first option that is given and says nothing to a model of this task."""

@@ -20,7 +20,7 @@ def test_demo(run_apart, tmp_path):
     accuracy = dict(re.findall(r'SFormer, N = (\d+)\W+(\d+\.\d+) %', result.out))
     assert accuracy.keys() == {'4', '8', '32'} and float(accuracy['32']) >= 97
     assert sformer.is_calibrated(sformer.load_model(tmp_path / 'demo' / 'sformer_nano'))
-    demo._check_foreign(tmp_path / 'demo')  # which may be replaced
+    demo.check_own_folder(tmp_path / 'demo')  # which may be replaced
 
 
 def test_demo_without_extras(run_here, tmp_path, monkeypatch):
@@ -53,7 +53,7 @@ def test_one_thread(tmp_path, monkeypatch):
     def fail(output):
         during.append(torch.get_num_threads())
         raise OSError
-    monkeypatch.setattr(demo, '_run', fail)
+    monkeypatch.setattr(demo, 'run_steps', fail)
     torch.set_num_threads(2)
     try:
         with pytest.raises(OSError):

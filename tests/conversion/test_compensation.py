@@ -186,8 +186,8 @@ def test_images_are_held_up_to_a_bound(monkeypatch):
 
 def test_little_memory_takes_more_passes(monkeypatch):
     models, views = [], []
-    view = calibration._view
-    monkeypatch.setattr(calibration, '_view', lambda *args: views.append(args) or view(*args))
+    view = calibration.shared_copy
+    monkeypatch.setattr(calibration, 'shared_copy', lambda *args: views.append(args) or view(*args))
     for size in (2 ** 31, 1, 8 * 3 * 32 ** 2):
         monkeypatch.setattr(calibration, 'CORRELATED_BYTES', size)
         models.append(convert(build(), [pixels(8)], SFNConfig(levels=8, silence=0.02), COMPENSATE))

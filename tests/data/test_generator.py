@@ -57,8 +57,8 @@ def test_leaves_occlude_one_another_and_cover_everything():
     height, width = 9, 13
     wrong, shapes, background = 0, set(), 0
     for seed in range(6):
-        leaves = generator._draw_leaves(np.random.default_rng(seed), height, width)
-        ids = generator._stack_leaves(leaves, height, width)
+        leaves = generator.draw_leaves(np.random.default_rng(seed), height, width)
+        ids = generator.stack_leaves(leaves, height, width)
         assert ids.shape == (2 * height, 2 * width)
         last = len(leaves['r']) - 1
         for (row, column), i in np.ndenumerate(ids):
@@ -74,13 +74,13 @@ def test_leaves_occlude_one_another_and_cover_everything():
 
 def test_radii_follow_the_power_law():
     # p(r) ~ r^-3 between 2 and 200: the share above r is (r^-2 - 200^-2) / (2^-2 - 200^-2).
-    r = generator._draw_radii(np.random.default_rng(0), 200_000, 2., 200.)
+    r = generator.draw_radii(np.random.default_rng(0), 200_000, 2., 200.)
     assert r.min() >= 2 and r.max() <= 200
     for radius in (3., 5., 10., 20., 40.):
         expected = (radius ** -2 - 200 ** -2) / (2 ** -2 - 200 ** -2)
         assert (r > radius).mean() == pytest.approx(expected, rel=0.12), radius
     # Over images the smallest radius differs, but the largest leaves show the same law: doubling leaves a quarter.
-    drawn = [generator._draw_leaves(np.random.default_rng(s), 256, 256)['r'][:-4] for s in range(300)]
+    drawn = [generator.draw_leaves(np.random.default_rng(s), 256, 256)['r'][:-4] for s in range(300)]
     drawn = np.concatenate(drawn)
     expected = (80 ** -2 - 256 ** -2) / (40 ** -2 - 256 ** -2)
     assert (drawn > 80).sum() / (drawn > 40).sum() == pytest.approx(expected, abs=0.06)

@@ -172,7 +172,7 @@ def test_revision_of_a_dataset_on_a_busy_hub(monkeypatch, status, attempts, expe
     monkeypatch.setattr(datasets.config, 'HF_HUB_OFFLINE', False)
     monkeypatch.setattr(huggingface_hub, 'HfApi', Api)
     monkeypatch.setattr(time, 'sleep', lambda seconds: None)
-    assert (resolution._hub_revision('org/name'), len(asked)) == (expected, attempts)
+    assert (resolution.hub_revision('org/name'), len(asked)) == (expected, attempts)
 
 
 @pytest.mark.parametrize('kind', ['errno', 'pyarrow', 'datasets'])

@@ -39,13 +39,13 @@ def test_pyramid_and_heads_learn_on_a_frozen_backbone(trained):
 
 
 def test_a_run_that_was_killed_goes_on(trained, few, tmp_path, monkeypatch):
-    save = training._save
+    save = training.save_state
 
     def killed(*args):
         save(*args)
         raise KeyboardInterrupt
     with monkeypatch.context() as patch:
-        patch.setattr(training, '_save', killed)
+        patch.setattr(training, 'save_state', killed)
         with pytest.raises(KeyboardInterrupt):
             train_(small_detector(masks=True), few, CONFIG, tmp_path)
     detector = small_detector(masks=True)
@@ -144,7 +144,7 @@ def test_mixed_precision(few, tmp_path, trained, trained_blocks, monkeypatch):
 
 def test_boxes_and_masks_are_mirrored_with_the_image(few):
     for mirrored in (False, True):
-        image, target = training._example(few, 10, mirrored)
+        image, target = training.training_example(few, 10, mirrored)
         x0, y0, x1, y1 = target['boxes'][1].int().tolist()  # the blue square
         assert image[2, y0:y1, x0:x1].mean() > 0.5 and image[0, y0:y1, x0:x1].mean() < 0.4
         assert target['masks'][1].bool()[y0:y1, x0:x1].all()
@@ -152,7 +152,7 @@ def test_boxes_and_masks_are_mirrored_with_the_image(few):
 
 
 def test_batches_are_of_one_size_and_cover_all(data):
-    orders = [[*training._batches(data, CONFIG, epoch)] for epoch in (0, 0, 1)]
+    orders = [[*training.epoch_batches(data, CONFIG, epoch)] for epoch in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]
     for order in orders:
         assert sorted(id for batch in order for id, _ in batch) == [*data.images]

@@ -12,7 +12,7 @@ from timm.data import ImageNetInfo, RealLabelsImagenet, resolve_input_data_confi
 
 from sformer import SFormerError, evaluate
 from sformer.data import open_images
-from sformer.evaluation.labels import RealLabels, _synsets, match_names, resolve_benchmark
+from sformer.evaluation.labels import RealLabels, match_names, resolve_benchmark, subset_synsets
 
 SYNSETS = ImageNetInfo('imagenet-1k').label_names()
 
@@ -25,7 +25,7 @@ def logits_of(model, folder):
 
 def test_imagenet_a_and_r_compare_200_classes(classifier, tmp_path):
     for name in ('imagenet-a', 'imagenet-r'):
-        synsets = _synsets(name)
+        synsets = subset_synsets(name)
         folder = class_folders(tmp_path / name, synsets)
         result = evaluate(classifier, folder)
         logits, labels = logits_of(classifier, folder)

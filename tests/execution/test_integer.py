@@ -115,7 +115,8 @@ def test_a_layer_is_its_simulation_with_weights_of_int8(outlier, token_scale, le
         spikes = layer[0].neuron.encode(x)
         levels = spikes.levels.long() if whole[0].columns is None else spikes.levels.long()[..., whole[0].columns]
         sums = (levels @ whole[0].weight.long().t()).double()  # exact
-        expected = sums * whole[0].weight_step * (1 if spikes.row is None else spikes.row) + layer[0].bias
+        token_scale = 1 if spikes.token_scale is None else spikes.token_scale
+        expected = sums * whole[0].weight_step * token_scale + layer[0].bias
         torch.testing.assert_close(whole(x), expected.float(), rtol=1e-6, atol=1e-6)
         assert relative_error(whole(x), layer(x)) < 2 * report.error + 1e-3
 

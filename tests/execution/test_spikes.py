@@ -90,7 +90,7 @@ def test_a_layer_is_its_simulation(model, images):
 
 def in_float64(layer, x):
     spikes = layer.neuron.encode(x)
-    decoded = spikes.levels.double() * spikes.step * (1 if spikes.row is None else spikes.row)
+    decoded = spikes.levels.double() * spikes.step * (1 if spikes.token_scale is None else spikes.token_scale)
     return decoded @ layer.weight.double().T + layer.bias
 
 

@@ -45,7 +45,7 @@ def test_a_branch_fires_once_per_threshold_that_a_current_reaches(neuron, seed):
             boundary = neuron.step * max(j - config.initial_potential, config.dead_zone)
             expected += sign * ((sign * x >= boundary) & (j <= counts))
     spikes = neuron.encode(x)
-    assert torch.equal(spikes.levels.float(), expected) and spikes.row is None
+    assert torch.equal(spikes.levels.float(), expected) and spikes.token_scale is None
     assert torch.equal(neuron(x), expected * neuron.step)
 
 

@@ -90,10 +90,10 @@ def test_branch_error_is_the_error_of_the_currents(distribution):
 def test_error_matrix_is_computed_once_per_fire_function():
     values = level_values('uniform', 21)
     counts = site(samples('normal')[:, None]).counts[0]
-    before = thresholds._error_matrix.cache_info().hits
+    before = thresholds.error_matrix.cache_info().hits
     for _ in range(3):
         branch_error(counts, values, firing_boundaries(values))
-    assert thresholds._error_matrix.cache_info().hits - before >= 2
+    assert thresholds.error_matrix.cache_info().hits - before >= 2
 
 
 # estimators, one branch

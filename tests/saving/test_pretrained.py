@@ -97,7 +97,7 @@ def refuse(*args, **kwargs):
 
 def test_first_use_fits_and_second_use_reads(warm, published, offline, monkeypatch, caplog):
     cache, first = warm
-    monkeypatch.setattr(pretrained, '_fit', refuse)
+    monkeypatch.setattr(pretrained, 'fit_to_source', refuse)
     with caplog.at_level(logging.INFO, 'sformer'):
         second = timm.create_model(NAME, pretrained=True, cache_dir=cache).eval()
     assert [m for m in caplog.messages if 'neurons of' in m] and [m for m in caplog.messages if HUB_ID in m]
@@ -124,7 +124,7 @@ def test_same_as_converting_the_source_oneself(warm, published):
     dict(features_only=True), dict(pretrained_cfg_overlay=dict(crop_pct=1.0)),
 ], ids=str)
 def test_arguments_of_timm(warm, offline, monkeypatch, kwargs):
-    monkeypatch.setattr(pretrained, '_fit', refuse)
+    monkeypatch.setattr(pretrained, 'fit_to_source', refuse)
     model = timm.create_model('sformer_tiny', pretrained=True, cache_dir=warm[0], **kwargs)
     x = inputs(kwargs.get('img_size', 224))[:, :kwargs.get('in_chans', 3)]
     with torch.no_grad():
@@ -170,7 +170,7 @@ def test_new_weights_of_a_source_are_fitted_anew(warm, published, offline, tmp_p
 def test_weights_that_bring_neurons_need_none_fitted(warm, offline, monkeypatch, tmp_path):
     first = warm[1]
     publish(tmp_path, {key: value.contiguous() for key, value in first.state_dict().items()})
-    monkeypatch.setattr(pretrained, '_fit', refuse)
+    monkeypatch.setattr(pretrained, 'fit_to_source', refuse)
     model = timm.create_model(NAME, pretrained=True, cache_dir=tmp_path).eval()
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in first.state_dict().items())
 
@@ -284,7 +284,7 @@ def test_damaged_cache_is_fitted_again(warm, published, offline, tmp_path, monke
     def fit(*args):
         fits.append(args)
         return whole, warm[1].conversion
-    monkeypatch.setattr(pretrained, '_fit', fit)
+    monkeypatch.setattr(pretrained, 'fit_to_source', fit)
     for _ in range(2):
         state, conversion = pretrained.neuron_state(NAME, HUB_ID.partition('/')[2], hub_id, cache_dir=tmp_path)
         assert conversion == warm[1].conversion and state_hash(state) == state_hash(whole)
@@ -390,8 +390,8 @@ def load_in_process(cache, index, barrier, results):
     torch.set_num_threads(1)
     pretrained.RECIPE = FEW
     shorten(pytest.MonkeyPatch())
-    fit, fits = pretrained._fit, []
-    pretrained._fit = lambda *args: fits.append(1) or fit(*args)
+    fit, fits = pretrained.fit_to_source, []
+    pretrained.fit_to_source = lambda *args: fits.append(1) or fit(*args)
     barrier.wait()
     model = timm.create_model('sformer_tiny', pretrained=True, cache_dir=cache)
     results.put((index, len(fits), state_hash(model.state_dict())))

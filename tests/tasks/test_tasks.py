@@ -17,7 +17,7 @@ from sformer import FitConfig, SFNConfig, SFormerError
 from sformer.data import ImageRequest
 from sformer.detection import convert_detector, evaluate_detector, open_coco
 from sformer.evaluation.launch import Group
-from sformer.tasks import OPTIONS, task_named, task_of, tasks
+from sformer.tasks import OPTIONS, ConversionOptions, task_named, task_of, tasks
 
 torch.manual_seed(0)
 
@@ -39,8 +39,8 @@ def converted(folders):
     images = ImageRequest(dataset='dead-leaves', num_images=8)
     for name in ('dense', 'detection'):
         task = task_named(name)
-        options = task.taken('convert', dict.fromkeys(OPTIONS['convert'], 4))
-        model = task.convert(str(folders / name), images, SFNConfig(), FitConfig(), 'sformer convert', **options)
+        options = ConversionOptions(batch_size=4)
+        model = task.convert(str(folders / name), images, SFNConfig(), FitConfig(), 'sformer convert', options)
         task.save(model, folders / f'{name}-s')
     sformer.save_model(timm.create_model('sformer_nano.digits', pretrained=True), folders / 'classification-s')
     return folders
