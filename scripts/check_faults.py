@@ -1,7 +1,7 @@
-"""What users hit that needs a machine's state: full disks, small shared memory, lost and slow processes, Ctrl-C.
+"""What users hit that needs a machine's state: full disks, small memory, lost and slow processes, Ctrl-C.
 
     python scripts/check_faults.py              # a table of what is expected and what came, in half an hour
-    python scripts/check_faults.py torchrun     # the cases whose name has this in it
+    python scripts/check_faults.py torchrun     # the cases whose name has this in it: distill, search, COCO ...
 
 Each case runs the command line on the digits of scikit-learn. A run of torchrun that a fault ended is resumed on one
 process, and has to count what a run without faults does. Cases with a small file system mount one in a namespace of
@@ -18,15 +18,15 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import psutil
 import typer
 from check_evaluation import NANO, differing, free_port, write_digits, write_parquet
+from fault_jobs import JOBS, LITTLE_MEMORY, make_jobs
+from fault_tools import KILLED, Case, children, interrupt_after, wait_for
 
 EVALUATE = ['-m', 'sformer', 'evaluate', NANO, '--no-source']
-LITTLE_MEMORY = ('import resource, sformer.cli, sys; resource.setrlimit(resource.RLIMIT_AS, (7 << 30, 7 << 30)); '
-                 'sformer.cli.main(sys.argv[1:])')
 TIMEOUT = 4  # seconds without progress after which ranks give one up
 ELASTIC = 30  # seconds that torchrun waits for a process to take its signal, before it kills it
 TORCHRUN = ['-m', 'torch.distributed.run', '--nproc-per-node']
@@ -59,56 +59,11 @@ cli.main()
 '''
 
 
-class Case(NamedTuple):
-    """A command, what happens to it, and how it has to end.
-
-    Args:
-        name: What is done.
-        args: Command line of Python; {name} stands for what `run` makes.
-        expected: Regular expression of the one line that has `sformer: error` in it; empty if it has to succeed.
-        seconds: How long it may take from what happens to it until it says so.
-        happens: Called with the running process and its folder once the run is under way; returns what is lost with
-            it, and so need not end.
-        mount: Size and place of a small file system, in which a file lies.
-        fill: Bytes of that file.
-        rest: How long it may take after `seconds` until all processes have ended.
-        counts: Whether what it counts in the end, resumed if it failed, is what a run without faults counts.
-    """
-    name: str
-    args: list[str]
-    expected: str
-    seconds: float
-    happens: Callable[[psutil.Process, Path], list[psutil.Process] | None] | None = None
-    mount: tuple[str, str] | None = None
-    fill: int = 0
-    rest: float = 5
-    counts: bool = False
-
-
-def children(process: psutil.Process) -> list[psutil.Process]:
-    return process.children(recursive=True)
-
-
 def signal_worker(process: psutil.Process, folder: Path, number: int = signal.SIGSTOP) -> None:
     """Send a signal to a process that loads images: the youngest child."""
     wait_for(lambda: len(children(process)) >= 2)
     time.sleep(2)
     os.kill(children(process)[-1].pid, number)
-
-
-def interrupt_after(seconds: float) -> Callable[[psutil.Process, Path], None]:
-    def happen(process: psutil.Process, folder: Path) -> None:
-        time.sleep(seconds)
-        process.send_signal(signal.SIGINT)
-    return happen
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError('it never came about')
-        time.sleep(0.05)
 
 
 # Processes of torchrun ------------------------------------------------------------------------------------------------
@@ -171,6 +126,19 @@ RUN = [*EVALUATE[2:], '--dataset', '{some}', '--batch-size', '4', '--timeout', s
        '--results-file', '{folder}/r.json']
 
 
+def counted(args: list[str], env: dict[str, str], shared: dict[str, Any]) -> str:
+    """What is not as expected in the results of a run that, if it was ended, is resumed on one process."""
+    args = [re.sub(r'\{(\w+)\}', lambda m: shared[m[1]], arg) for arg in RUN]
+    file = Path(args[-1])
+    if not file.exists():
+        command = [sys.executable, '-m', 'sformer', *args, '--resume']
+        resumed = subprocess.run(command, env=env, capture_output=True, text=True)
+        if resumed.returncode or not re.search(r'resuming after [1-9]', resumed.stderr):
+            return f'resumed with exit code {resumed.returncode}: {resumed.stderr[-300:]}'
+    different = differing(json.loads(file.read_text()), shared['expected'])
+    return f'{different} differ from those of a run without faults' if different else ''
+
+
 def torchrun_cases(world: int) -> list[Case]:
     """The table of faults of so many processes."""
     start = [*TORCHRUN, str(world), '--master-port', '{port}']
@@ -186,23 +154,23 @@ def torchrun_cases(world: int) -> list[Case]:
     cases = []
     for rank in (0, 1):
         cases += [
-            case(f'rank {rank} killed', f'{told}|{lost}', 5, signal_rank(rank, signal.SIGKILL), counts=True),
+            case(f'rank {rank} killed', f'{told}|{lost}', 5, signal_rank(rank, signal.SIGKILL), then=counted),
             case(f'rank {rank} stopped', f'rank {rank} {lost}', TIMEOUT + 5, signal_rank(rank, signal.SIGSTOP),
-                 rest=ELASTIC + 5, counts=True),
-            case(f'rank {rank} slow', '', 300, slow_rank(rank), counts=True),
+                 rest=ELASTIC + 5, then=counted),
+            case(f'rank {rank} slow', '', 300, slow_rank(rank), then=counted),
         ]
     cases.append(case('rank 1 killed, with loader workers', f'{told}|{lost}', 5, signal_rank(1, signal.SIGKILL),
-                      '--workers', '2', counts=True))
+                      '--workers', '2', then=counted))
     for number, nodes in enumerate(((1, world - 1), (world - 1, 1))):
         args = ['-c', AGENTS, *map(str, nodes), '{port}', '-m', 'sformer', *RUN]
         cases.append(Case(f'torchrun, {world}: computer {number} hangs', args, lost, TIMEOUT + 15,
-                          lose_computer(number), rest=ELASTIC + 5, counts=True))
+                          lose_computer(number), rest=ELASTIC + 5, then=counted))
     starting = 60  # seconds from the command to the first batch on a machine that does other things, too
     return cases + [
-        case('launcher ended', told, 5, signal_launcher(signal.SIGTERM), counts=True),
-        case('launcher killed', f'the launcher {lost}|{told}', 5, signal_launcher(signal.SIGKILL), counts=True),
+        case('launcher ended', told, 5, signal_launcher(signal.SIGTERM), then=counted),
+        case('launcher killed', f'the launcher {lost}|{told}', 5, signal_launcher(signal.SIGKILL), then=counted),
         case('Ctrl-C', 'interrupted. The same command with --resume continues', 5,
-             signal_launcher(signal.SIGINT, all_processes=True), counts=True),
+             signal_launcher(signal.SIGINT, all_processes=True), then=counted),
         case('rank 1 never joins', f'the {world} processes do not find one another', starting + TIMEOUT,
              unlike=['never joins', '', ''], rest=ELASTIC + 5),
         case('rank 1 joins and stops', f'rank 1 {lost}', starting + TIMEOUT, unlike=['joins and stops', '', ''],
@@ -234,7 +202,7 @@ CASES = [
     Case('no memory to convert', [
         '-c', LITTLE_MEMORY, 'convert', 'vit_tiny_patch16_224', '-o', '{folder}/x', '--checkpoint', '{tiny}',
         '--model-kwargs', 'img_size=1792', 'depth=1'], 'out of memory', 300),
-    *(case for world in (2, 3) for case in torchrun_cases(world)),
+    *JOBS, *(case for world in (2, 3) for case in torchrun_cases(world)),
 ]
 
 
@@ -251,6 +219,15 @@ def errors(text: str) -> list[str]:
     """Lines in which sformer tells of an error; and tracebacks but those of torchrun, which tells of every failure."""
     lines = [line for line in text.splitlines() if re.match(r'sformer: error|\[rank\d+\]: ', line)]
     return lines + ['Traceback'] * ('Traceback' in text and 'torch/distributed/run.py' not in text)
+
+
+def ends_right(case: Case, expected: str, code: int, lines: list[str]) -> bool:
+    """Whether a command that ended with this code and these lines about errors did so as it has to."""
+    if not case.expected:
+        return code == 0
+    if case.expected == KILLED:
+        return code == -signal.SIGKILL and not lines
+    return len(lines) == 1 and code != 0 and re.search(expected, lines[0]) is not None
 
 
 def run(case: Case, shared: dict[str, Any]) -> tuple[str, str]:
@@ -295,28 +272,14 @@ def run(case: Case, shared: dict[str, Any]) -> tuple[str, str]:
         text = out.read_text(errors='replace')
         lines = errors(text)
         told = ended if told is None else told
-        when = f'success, over after {ended:.1f} s'
-        if case.expected:
-            when = f'{"; ".join(lines)} (told after {told:.1f} s, over after {ended:.1f} s)'
-        if not case.expected and code:
-            return f'exit code {code}: {text[-300:]}', when
-        if case.expected and (len(lines) != 1 or code == 0 or not re.search(fill(case.expected), lines[0])):
+        when = f'over after {ended:.1f} s'
+        if lines:
+            when = f'{"; ".join(lines)} (told after {told:.1f} s, {when})'
+        if not ends_right(case, fill(case.expected), code, lines):
             return f'exit code {code}: {lines or text[-300:]}', when
         if told > case.seconds:
             return f'told after more than {case.seconds:g} s', when
-        return counted([*map(fill, RUN)], env, shared['expected']) if case.counts else '', when
-
-
-def counted(args: list[str], env: dict[str, str], expected: dict[str, Any]) -> str:
-    """What is not as expected in the results of a run that, if it was ended, is resumed on one process."""
-    file = Path(args[-1])
-    if not file.exists():
-        command = [sys.executable, '-m', 'sformer', *args, '--resume']
-        resumed = subprocess.run(command, env=env, capture_output=True, text=True)
-        if resumed.returncode or not re.search(r'resuming after [1-9]', resumed.stderr):
-            return f'resumed with exit code {resumed.returncode}: {resumed.stderr[-300:]}'
-    different = differing(json.loads(file.read_text()), expected)
-    return f'{different} differ from those of a run without faults' if different else ''
+        return case.then(command[-len(case.args):], env, {**shared, **names}) if case.then else '', when
 
 
 def count_alone(data: Path, folder: str) -> dict[str, Any]:
@@ -357,6 +320,7 @@ def make_shared(folder: Path) -> dict[str, Any]:
     images[100] = dict(bytes=b'no image', path=None)
     write_parquet(shared['damaged'], 'test', 1, rows.features['label'], images, rows['label'][:])
     shared['expected'] = count_alone(shared['some'], folder)
+    shared |= make_jobs(folder, shared['model'])
     return {key: str(value) if isinstance(value, Path) else value for key, value in shared.items()}
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors import SafetensorError
@@ -285,11 +285,21 @@ def _replace_all(new: Path, old: Path, directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Keep other processes that ask for the same lock file from working at the same time, where the file system can."""
+def locked(path: Path, busy: str = '') -> Iterator[None]:
+    """Keep other processes that ask for the same lock file from working at the same time, where the file system can.
+
+    Args:
+        path: The lock file.
+        busy: What is to be said where another process has it; if nothing, it is waited for.
+
+    Raises:
+        SFormerError: If another process has it, and that is to be said.
+    """
     lock = FileLock(path, mode=0o666)
     try:
-        lock.acquire()
+        lock.acquire(timeout=0 if busy else -1)
+    except Timeout:
+        raise SFormerError(busy) from None
     except (OSError, NotImplementedError):
         yield  # what is written is written aside and renamed, so it is whole at least
         return
@@ -325,6 +335,6 @@ def png_values(path: Path) -> dict[str, Any] | None:
     try:
         with Image.open(path, formats=['PNG']) as image:
             values = json.loads(image.info[_CHUNK])
-    except (OSError, SyntaxError, KeyError, ValueError, TypeError, Image.DecompressionBombError):  # as PIL raises
+    except (OSError, SyntaxError, KeyError, ValueError, TypeError, RecursionError, Image.DecompressionBombError):
         return None
     return values if isinstance(values, dict) else None

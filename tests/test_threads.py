@@ -146,6 +146,7 @@ CHANGED = {
     ('sformer.detection.training', 'torch.manual_seed'): "torchvision's losses take no generator",
     ('sformer.errors', 'logger.setLevel'): 'alone',
     ('sformer.errors', 'warnings.catch_warnings'): 'alone',
+    ('sformer.conversion.training_state', 'signal.signal'): 'of the main thread, while it trains, and put back',
     ('sformer.evaluation.launch', 'signal.signal'): 'of the main thread, in a run of several processes',
     ('sformer.execution.onnx', 'pos_embed_sincos.rot'): 'layers of timm are given no function; alone',
     ('sformer.layers.adapters', 'register_module_module_registration_hook'): 'a layer is not told what it is put into',

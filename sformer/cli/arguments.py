@@ -116,5 +116,5 @@ def command_line() -> str:
 
 def check_source(name: str) -> None:
     """Raise SFormerError if the name of a source is one of the Hub's without the prefix that says so."""
-    if re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*(@.+)?', name) and not Path(name).exists():
+    if re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*(@.+)?', name) and not (Path(name).exists() or name.endswith('.onnx')):
         raise SFormerError(f'timm has no model {name!r}. A model on the Hub is hf-hub:{name}.')

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import RunInterruptedError
 from .options import MAX_IMG_SIZE, MAX_SEED
 
 __all__ = ['commands']
@@ -49,6 +50,7 @@ def train_detector(
         overwrite: Annotated[bool, typer.Option('--overwrite', help='Replace a model that is there')] = False,
 ) -> None:
     """Train a detector on a timm backbone. A run that was ended goes on where its last epoch ended."""
+    from ..conversion.training_state import STATE_NAME
     from ..detection import DetectorConfig, TrainingConfig, create_detector, open_coco, train_
     from ..detection.training import remove_state
     from ..evaluation.launch import Group
@@ -62,7 +64,12 @@ def train_detector(
         window_size=window_size)
     detector = create_detector(config, checkpoint, allow_pickle, seed)
     how = TrainingConfig(epochs, batch_size, lr, trained_blocks=trained_blocks, seed=seed, amp=amp)
-    train_(detector, images, how, output, Group(device).device, report=print)
+    try:
+        train_(detector, images, how, output, Group(device).device, report=print)
+    except KeyboardInterrupt:
+        if (output / STATE_NAME).exists():
+            raise RunInterruptedError('interrupted. The same command continues after the last whole epoch.') from None
+        raise
     save_model(detector, output, overwrite)
     remove_state(output)
     print(f'detector of {", ".join(images.categories.values())} on {backbone}, trained on {len(images)} images, saved '

@@ -1,15 +1,18 @@
 """`sformer distill`."""
 import dataclasses
-import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, cast
 
 import typer
 
+from ..errors import RunInterruptedError, SFormerError
 from .arguments import command_line
 from .options import MAX_BATCH_SIZE, MAX_IMAGES, MAX_SEED, Dataset, unfolded
 
 __all__ = ['distill']
+
+SHOWN = 100  # steps of a line
 
 
 @unfolded
@@ -28,35 +31,51 @@ def distill(
         source_model: Annotated[str | None, typer.Option(
             help='Teacher: this model, or the source inside of this SFormer, where its weights have moved')] = None,
         seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help='Seed of the choice and the order of images')] = 0,
-        overwrite: Annotated[bool, typer.Option('--overwrite', help='Replace a model that is there')] = False,
+        resume: Annotated[bool, typer.Option(
+            '--resume', help='Continue a training that was ended, by what it left in the folder')] = False,
+        overwrite: Annotated[bool, typer.Option(
+            '--overwrite', help='Replace a model, or the state of a training, that is there')] = False,
 ) -> None:
     """Train an SFormer to follow its source with fewer spikes. This is training, but reads no labels."""
     from ..conversion import Conversion, another_source, calibration_batches, network_inside
     from ..conversion.distillation import DistillConfig, distill_, shuffled
+    from ..conversion.training_state import STATE_NAME, TrainingState
     from ..data import ImageRequest
     from ..models import SFormerMixin
     from ..saving import check_vacant
     from ..tasks import open_model, save_model
     check_vacant(output, overwrite)
+    state = TrainingState(output / STATE_NAME)
+    if state.path.exists() and not (resume or overwrite):
+        raise SFormerError(f'{output} has the state of a training that was ended: --resume continues it, --overwrite '
+                           f'starts over.')
     network = cast(SFormerMixin, open_model(model, 'distill'))
     teacher = another_source(network, open_model(source_model, 'distill')) if source_model else network_inside(network)
     wanted = ImageRequest(dataset=dataset, split=split, num_images=num_images, seed=seed)
     batches, used, _ = calibration_batches(network, wanted, batch_size, 'Reading')
-    recent: list[tuple[float, float]] = []
 
     def report(step: int, error: float, spikes: float) -> None:
-        recent.append((error, spikes))
-        if step % 100 == 0 or step == steps:
-            error, spikes = (sum(values) / len(recent) for values in zip(*recent, strict=True))
-            print(f'step {step}: relative error {error ** 0.5:.4f}, {spikes:.3f} unary spikes per neuron', flush=True)
-            recent.clear()
+        if step % SHOWN == 0 or step == steps:
+            print(f'step {step}: {said(state.history[(step - 1) // SHOWN * SHOWN:])}', flush=True)
 
-    start = time.perf_counter()
-    config = DistillConfig(learning_rate, price, amp=amp)
-    distill_(network, shuffled(batches, batch_size, seed), steps, config, report, teacher)
-    seconds = time.perf_counter() - start
-    how = (f'{steps} steps of {batch_size} of {num_images} images of {used["name"]} ({used["split"]}), '
-           f'{seconds:.0f} s: {command_line()}')
-    network.conversion = dataclasses.replace(cast(Conversion, network.conversion), distillation=how)
-    save_model(network, output, overwrite)
-    print(f'trained for {seconds:.0f} s, saved to {output}')
+    if not resume:
+        state.remove()
+    try:
+        distill_(network, shuffled(batches, batch_size, seed), steps, DistillConfig(learning_rate, price, amp=amp),
+                 report, teacher, state)
+        how = (f'{steps} steps of {batch_size} of {num_images} images of {used["name"]} ({used["split"]}), '
+               f'{state.seconds:.0f} s: {command_line()}')
+        network.conversion = dataclasses.replace(cast(Conversion, network.conversion), distillation=how)
+        save_model(network, output, overwrite)
+    except KeyboardInterrupt:
+        if state.path.exists():
+            raise RunInterruptedError('interrupted. The same command with --resume continues.') from None
+        raise
+    state.remove()
+    print(f'trained for {state.seconds:.0f} s, from {said(state.history[:1])}; saved to {output}')
+
+
+def said(history: Sequence[Sequence[float]]) -> str:
+    """What was measured in some steps, on average."""
+    error, spikes = (sum(values) / len(history) for values in zip(*history, strict=True))
+    return f'relative error {error ** 0.5:.4f}, {spikes:.3f} unary spikes per neuron'

@@ -43,8 +43,9 @@ def export(
         max_error=max_error, portable=portable, overwrite=overwrite, command=command_line(), calibration=calibration,
         split=split, num_images=num_images, seed=seed, image_column=columns.image_column, image_size=image_size))
     whole = [report for report in reports if report.integer]
+    of = 'products with int8 weights' if calibration else 'int8 weights'
     print(f'{model} -> {output}: {output.stat().st_size / 2 ** 20:.1f} MiB, {len(whole)} of {len(reports)} layers in '
-          f'integers, largest error of int8 weights {max((r.error for r in whole), default=0):.4f}')
+          f'integers, largest error of {of} {max((r.error for r in whole), default=0):.4f}')
     for report in reports:
         if not report.integer:
             print(f'  {report.name} stays in floating point: {report.reason}')

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from ..errors import SFormerError
+from ..errors import RunInterruptedError, SFormerError
 from ..neurons import SFNConfig
 from .arguments import command_line
 from .options import MAX_BATCH_SIZE, MAX_IMAGES, MAX_SEED, Dataset, unfolded
@@ -154,7 +154,12 @@ def search(
         may_write(storage, 'journal of a search', is_search_journal)
         storage.parent.mkdir(parents=True, exist_ok=True)
     bench_, network, used = bench.open(model, 'search')
-    points = search(bench_, network.sfn_config, budget, storage, spikes, bench.seed)
+    try:
+        points = search(bench_, network.sfn_config, budget, storage, spikes, bench.seed)
+    except KeyboardInterrupt:
+        if storage:
+            raise RunInterruptedError('interrupted. The same command continues.') from None
+        raise
     front, best = pareto_front(points, spikes), recommended(points, max_error, spikes)
     closed = [point for point in points if point.origin == 'closed form']
     lambdas = [point for point in points if point.origin == 'lambda']

@@ -6,6 +6,8 @@ source is the teacher, gradients are straight-through (`neurons.functional.strai
 import contextlib
 import copy
 import dataclasses
+import itertools
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -15,12 +17,19 @@ import torch.nn as nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import SFormerError, UncalibratedError, check, check_flag, check_number
+from ..files import state_hash
 from ..layers import is_calibrated, named_neurons, uncalibrated
-from ..neurons import Neuron, ScaleAndFire
+from ..neurons import Neuron, count_spikes
 from .changes import network_inside, recorded_as
 from .record import DISTILLED
+from .training_state import Interrupt, TrainingState, deferred_interrupt
 
 __all__ = ['DistillConfig', 'distill_', 'learn_from_spikes', 'outputs', 'shuffled', 'squared_error', 'unary_spikes']
+
+_logger = logging.getLogger(__name__)
+
+KEPT = 200  # steps between two states on disk
+JUDGED = 10  # last steps that tell whether a training has diverged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +69,7 @@ def distill_(
         config: DistillConfig = DistillConfig(),
         report: Callable[[int, float, float], None] = lambda step, error, spikes: None,
         teacher: nn.Module | None = None,
+        state: TrainingState | None = None,
 ) -> nn.Module:
     """Train the weights of a calibrated SFormer such that its output stays that of its source, in place, no labels.
 
@@ -70,49 +80,94 @@ def distill_(
     Args:
         model: Calibrated SFormer. Afterwards its source is not inside any more, which its record says, also where
             training fails.
-        batches: Normalised images (B, C, H, W), a batch per step.
+        batches: Normalised images (B, C, H, W), a batch per step; where a training goes on, those of its first steps
+            are passed over.
         steps: Number of steps; the learning rate is scheduled over them.
         config: Learning rate, price of spikes.
         report: Called with each step, the squared relative error of its output and its unary spikes per neuron.
         teacher: The source, where it is not what is inside of the model at the start.
+        state: Where the training is kept every `KEPT` steps and when Ctrl-C ends it, and where it goes on from.
 
     Raises:
         UncalibratedError: If thresholds were never fitted.
-        SFormerError: If the loss is NaN, there are fewer batches than steps, or nothing can be trained.
+        SFormerError: If the loss is NaN, there are fewer batches than steps, nothing can be trained, or the state is
+            of another training.
     """
     check(type(steps) is int and steps > 0, f'steps must be an integer of at least 1, got {steps!r}.')
-    if not is_calibrated(model):
-        raise UncalibratedError(f'{uncalibrated(model)}; fit it with sformer.convert() first.')
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if not parameters:
-        raise SFormerError('no weight of the model can be trained: all of them are frozen (requires_grad_).')
+    parameters = _trainable(model)
     taught: Any = (network_inside(model) if teacher is None else copy.deepcopy(teacher)).eval().requires_grad_(False)
     model.eval()
     student: Any = model
-    taught.to(parameters[0].device, parameters[0].dtype)
-    optimizer, schedule = _scheduled(parameters, config.learning_rate, steps)
-    step, handles = 0, [neuron.register_forward_hook(learn_from_spikes) for _, neuron in named_neurons(model)]
-    with torch.enable_grad(), unary_spikes(model) as spikes, contextlib.ExitStack() as stack:
-        for handle in handles:
-            stack.callback(handle.remove)
-        stack.enter_context(recorded_as(model, DISTILLED))
-        for step, batch in zip(range(1, steps + 1), batches, strict=False):  # noqa: B007
+    like = next(iter(parameters.values()))
+    taught.to(like.device, like.dtype)
+    batches = iter(batches)
+    first = next(batches, None)
+    if first is None:
+        raise SFormerError(_too_few(steps, 0))
+    with torch.enable_grad(), recorded_as(model, DISTILLED), contextlib.ExitStack() as stack:
+        for _, neuron in named_neurons(model):  # before spikes are counted, so that what is silent has no price
+            stack.callback(neuron.register_forward_hook(learn_from_spikes).remove)
+        spikes = stack.enter_context(unary_spikes(model))
+        optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=0.)
+        step = 0
+        if state is not None:
+            step = state.open(_training_key(model, taught, first, steps, config), parameters, optimizer)
+        history: list[list[float]] = [] if state is None else state.history
+        schedule = _schedule(optimizer, steps, step)
+        interrupt = stack.enter_context(deferred_interrupt()) if state is not None else Interrupt()
+        for batch in itertools.islice(itertools.chain([first], batches), step, steps):
             spikes.clear()
-            batch = batch.to(parameters[0].device, parameters[0].dtype)
-            error, features = _errors(student, taught, batch, config.amp)
+            error, features = _errors(student, taught, batch.to(like.device, like.dtype), config.amp)
             fired = spikes.mean()
             loss = error + config.features * features + config.price * fired
             if not torch.isfinite(loss):
-                raise SFormerError(f'the loss is not finite in step {step}: choose a smaller learning rate.')
+                raise SFormerError(f'the loss is not finite in step {step + 1}: choose a smaller learning rate.')
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(parameters, config.max_norm)
+            nn.utils.clip_grad_norm_(parameters.values(), config.max_norm)
             optimizer.step()
             schedule.step()
-            report(step, error.item(), fired.item())
+            step += 1
+            history.append([error.item(), fired.item()])
+            report(step, *history[-1])
+            if state is not None and step < steps and (interrupt.asked or step % KEPT == 0):
+                state.save(step)
+            if interrupt.asked and step < steps:
+                raise KeyboardInterrupt
     if step < steps:
-        raise SFormerError(f'{steps} steps need as many batches, got {step}.')
+        raise SFormerError(_too_few(steps, step))
+    _warn_if_diverged(history)
     return model
+
+
+def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Weights of a calibrated model that can be trained, of which there are some."""
+    if not is_calibrated(model):
+        raise UncalibratedError(f'{uncalibrated(model)}; fit it with sformer.convert() first.')
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise SFormerError('no weight of the model can be trained: all of them are frozen (requires_grad_).')
+    return parameters
+
+
+def _training_key(model: nn.Module, taught: nn.Module, first: torch.Tensor, steps: int, config: DistillConfig) -> str:
+    """What tells a training from others: whose weights, towards whose, on which images, how."""
+    of = [state_hash(network.state_dict()) for network in (model, taught)]
+    return ' '.join([*of, state_hash(dict(images=first)), repr(config), str(steps)])
+
+
+def _too_few(steps: int, batches: int) -> str:
+    return f'{steps} steps need as many batches, got {batches}.'
+
+
+def _warn_if_diverged(history: list[list[float]]) -> None:
+    """Say so where the output has less to do with that of the source than nothing has, whose relative error is 1."""
+    begin, last = history[0][0], history[-JUDGED:]
+    end = sum(error for error, _ in last) / len(last)
+    if end > max(1., begin):
+        _logger.warning(
+            f'the training has diverged: the relative error of the output is {end ** 0.5:.3g} in its last steps, and '
+            f'was {begin ** 0.5:.3g} before the first. Start over with a smaller learning rate (--learning-rate).')
 
 
 def _errors(student: Any, taught: Any, batch: torch.Tensor, amp: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -124,14 +179,9 @@ def _errors(student: Any, taught: Any, batch: torch.Tensor, amp: bool) -> tuple[
     return error, torch.stack(features).mean()
 
 
-def _scheduled(
-        parameters: list[nn.Parameter],
-        learning_rate: float,
-        steps: int,
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(
-        (i + 1) / max(1, steps // 10), (1 + math.cos(math.pi * i / steps)) / 2))
+def _schedule(optimizer: torch.optim.Optimizer, steps: int, done: int) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(
+        (i + 1) / max(1, steps // 10), (1 + math.cos(math.pi * i / steps)) / 2), last_epoch=done - 1)
 
 
 def learn_from_spikes(neuron: Neuron, args: object, out: torch.Tensor) -> torch.Tensor:
@@ -168,11 +218,11 @@ def shuffled(batches: Iterable[torch.Tensor], batch_size: int, seed: int = 0) ->
 
 
 class unary_spikes:  # noqa: N801  used as a function
-    """Unary spikes of all forward passes inside of the context, with a straight-through gradient.
+    """Unary spikes of all forward passes inside of the context, as they are counted everywhere, with a straight-through
+    gradient: that of the output over its step.
 
-    The level of a neuron is what it gives over its step; that of a neuron with a factor per token is relative to the
-    largest of the token, which fires the top level. The gradient leaves the largest alone, which it would raise,
-    such that all others seem small.
+    Where thresholds follow the token its factor has no gradient, or spikes would be saved by raising the largest of a
+    token, such that all others seem small.
     """
 
     def __init__(self, model: nn.Module):
@@ -191,21 +241,11 @@ class unary_spikes:  # noqa: N801  used as a function
             handle.remove()
 
     def _add(self, neuron: Neuron, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
-        if not isinstance(neuron, ScaleAndFire):
-            self._add_own(neuron, args[0], out)
-            return
-        levels = (out if neuron.center is None else out - neuron.center.to(out.dtype)).abs() / neuron.step
-        if neuron.token:
-            levels = levels * (neuron.levels[-1] / levels.detach().amax(-1, keepdim=True).clamp_min(1e-30))
-        self.sums.append(levels.sum())
-        self.neurons += out.numel()
-
-    def _add_own(self, neuron: Neuron, x: torch.Tensor, out: torch.Tensor) -> None:
-        """The same of a neuron of one's own, by what it says that it fires."""
-        spikes = neuron.encode(x.detach())
+        spikes = neuron.encode(args[0].detach())
         step = spikes.step if spikes.token_scale is None else spikes.step * spikes.token_scale
-        levels = (out if spikes.center is None else out - spikes.center).abs() / step
-        self.sums.append(levels.sum())
+        current = out if spikes.center is None else out - spikes.center.to(out.dtype)
+        learns = (current.abs() / step).sum()
+        self.sums.append(learns - learns.detach() + count_spikes(spikes.levels)['unary'])
         self.neurons += out.numel()
 
     def clear(self) -> None:

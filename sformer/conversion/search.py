@@ -14,8 +14,8 @@ import torch
 import torch.nn as nn
 
 from ..data import ImageRequest
-from ..errors import SFormerError, needed_packages
-from ..files import Json, state_hash
+from ..errors import SFormerError, first_line, needed_packages
+from ..files import Json, locked, state_hash
 from ..layers.watch import watch_levels
 from ..neurons import CODINGS, FitConfig, SFNConfig, count_spikes
 from .changes import network_inside
@@ -194,8 +194,32 @@ def search(
         Points in the order in which they were measured, the earlier ones of the journal among them.
 
     Raises:
-        SFormerError: If the journal is of another search, or Optuna is missing.
+        SFormerError: If the journal is damaged, of another search, or in use by one, or Optuna is missing.
     """
+    if storage is None:
+        return _search(bench, base, budget, None, spikes, seed, report)
+    with locked(storage.with_name(f'.{storage.name}.lock'), f'another search is at work on {storage}.'):
+        _leave_whole_lines(storage)
+        return _search(bench, base, budget, storage, spikes, seed, report)
+
+
+def _leave_whole_lines(journal: Path) -> None:
+    """Cut off what a process that was killed in the middle of a line has left of it."""
+    if journal.exists():
+        with open(journal, 'rb+') as file:
+            content = file.read()
+            file.truncate(content.rfind(b'\n') + 1)
+
+
+def _search(
+        bench: Bench,
+        base: SFNConfig,
+        budget: int,
+        storage: Path | None,
+        spikes: str,
+        seed: int,
+        report: Callable[[Point], None],
+) -> list[Point]:
     propose: dict[str, Callable[['optuna.Trial'], Json]] = {
         'search': lambda trial: dict(
             silence=trial.suggest_float('silence', *SILENCE_RANGE, log=True),
@@ -206,17 +230,23 @@ def search(
     for name, count, objectives in (
             ('search', budget - budget // 5, ('error', spikes)), ('lambda', budget // 5, ('error',))):
         study, done = _study(name, objectives, count, seed, storage, dict(
-            base=dataclasses.asdict(base), objectives=list(objectives), images=state_hash(
+            base=dataclasses.asdict(base), fit=dataclasses.asdict(bench.fit), objectives=list(objectives),
+            images=state_hash(
                 dict(images=bench.images, calibration=bench.calibration, expected=bench.expected))))
-        points.extend(done)
-        for silence in SILENCES if name == 'search' else ():
-            study.enqueue_trial(dict(silence=silence, levels=base.levels, scale=base.scale),
-                                dict(origin='closed form'), skip_if_exists=True)
+        points.extend(_point(trial) for trial in done)
+        for trial in done:
+            bench.seconds += trial.user_attrs['seconds']
+            bench.forward_passes += trial.user_attrs['forward_passes']
+        closed = [dict(silence=silence, levels=base.levels, scale=base.scale) for silence in SILENCES]
+        _enqueue(study, closed if name == 'search' else [], 'closed form')
 
         def objective(trial: 'optuna.Trial', name: str = name, objectives: tuple[str, ...] = objectives) -> list[float]:
             config = dataclasses.replace(base, **propose[name](trial))
+            before = bench.seconds, bench.forward_passes
             point = bench.measure(config, trial.user_attrs.get('origin', name))
             trial.set_user_attr('point', dataclasses.asdict(point))
+            trial.set_user_attr('seconds', bench.seconds - before[0])
+            trial.set_user_attr('forward_passes', bench.forward_passes - before[1])
             points.append(point)
             report(point)
             return [getattr(point, key) for key in objectives]
@@ -237,11 +267,12 @@ def need_optuna() -> ModuleType:
 
 
 def is_search_journal(path: Path) -> bool:
-    """Whether a file is one in which Optuna journals trials: a line of JSON per operation."""
+    """Whether a file is one in which Optuna journals trials, a line of JSON per operation, or empty."""
     try:
         with open(path, encoding='utf-8') as file:
-            return 'op_code' in json.loads(file.readline())
-    except (OSError, ValueError, TypeError):
+            line = file.readline()
+            return not line or 'op_code' in json.loads(line)
+    except (OSError, ValueError, TypeError, RecursionError):
         return False
 
 
@@ -252,17 +283,42 @@ def _study(
         seed: int,
         storage: Path | None,
         identity: Json,
-) -> tuple['optuna.Study', list[Point]]:
-    """A study, which continues one of this identity, and the points that it has."""
+) -> tuple['optuna.Study', list['optuna.trial.FrozenTrial']]:
+    """A study, which continues one of this identity, and the trials that it has finished. Those that it has not are
+    tried again."""
     optuna = need_optuna()
     from optuna.storages.journal import JournalFileBackend
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        journal = None if storage is None else optuna.storages.JournalStorage(JournalFileBackend(str(storage)))
+    except (ValueError, KeyError) as e:  # as it reads it
+        raise SFormerError(f'{storage} is damaged ({first_line(e)}): choose another file, or remove it.') from e
     study = optuna.create_study(
-        storage=None if storage is None else optuna.storages.JournalStorage(JournalFileBackend(str(storage))),
-        study_name=name, load_if_exists=True, directions=['minimize'] * len(objectives),
-        sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=min(10, count // 2)))
+        storage=journal, study_name=name, load_if_exists=True, directions=['minimize'] * len(objectives))
+    # a sampler of the same seed would propose the same again
+    study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials), n_startup_trials=min(10, count // 2))
     if study.user_attrs.get('identity', identity) != identity:
         raise SFormerError(f'{storage} has trials of another search: choose another file, or remove it.')
     study.set_user_attr('identity', identity)
-    points = [trial.user_attrs['point'] for trial in study.trials if trial.state.name == 'COMPLETE']
-    return study, [Point(**{**point, 'config': SFNConfig(**point['config'])}) for point in points]
+    for trial in study.trials:
+        if trial.state.name == 'RUNNING':  # when the process was killed
+            study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+    for trial in study.trials:
+        if trial.state.name == 'FAIL':
+            _enqueue(study, [trial.params], trial.user_attrs.get('origin', name))
+    return study, [trial for trial in study.trials if trial.state.name == 'COMPLETE']
+
+
+def _enqueue(study: 'optuna.Study', wanted: Sequence[Json], origin: str) -> None:
+    """Let values be tried next, but for those that have been, or will be. What Optuna skips are also those whose trial
+    has failed."""
+    kept = [trial.params or trial.system_attrs.get('fixed_params') for trial in study.trials
+            if trial.state.name in ('COMPLETE', 'WAITING')]
+    for values in wanted:
+        if values and values not in kept:
+            study.enqueue_trial(values, dict(origin=origin))
+
+
+def _point(trial: 'optuna.trial.FrozenTrial') -> Point:
+    point = trial.user_attrs['point']
+    return Point(**{**point, 'config': SFNConfig(**point['config'])})

@@ -23,8 +23,8 @@ from ..layers import named_neurons
 from ..models import set_pixel_range_
 
 __all__ = [
-    'CAME_ALONG', 'LOCATIONS', 'Source', 'check_weights', 'checkpoint_config', 'create_source', 'label_names_of',
-    'load_source_weights_', 'set_data_config_', 'set_label_names_',
+    'CAME_ALONG', 'LOCATIONS', 'Source', 'check_no_graph', 'check_weights', 'checkpoint_config', 'create_source',
+    'label_names_of', 'load_source_weights_', 'set_data_config_', 'set_label_names_',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -76,6 +76,7 @@ def create_source(
         SFormerError: If there is no such model, its arguments are wrong, the weights cannot be had, or some of its
             parameters would stay random.
     """
+    check_no_graph(name)
     if not name.startswith(('hf-hub:', 'local-dir:')) and not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f' Did you mean {", ".join(close)}?' if close else " timm.list_models('vit*') lists names."
@@ -120,6 +121,13 @@ def create_source(
     return Source(model.eval(), (cfg.get('hf_hub_id') or cfg.get('url') or None) if described else None, normalisation)
 
 
+def check_no_graph(name: str) -> None:
+    """Raise SFormerError for the file of a graph, which few commands take for a model."""
+    if name.endswith('.onnx'):
+        raise SFormerError(f'{name} is a graph, as sformer export writes it; what is wanted here is the model that it '
+                           f'was exported of.')
+
+
 def _check_trained(model: nn.Module, name: str, kwargs: Json) -> None:
     """Raise SFormerError if timm has left parameters of a pretrained model random, as it does without a word where the
     number of classes is another one."""
@@ -155,7 +163,7 @@ def checkpoint_config(
     Names may be torchvision's, too: a list `classes`, or numbers by name in `class_to_idx`.
     """
     places = [('its metadata', _said_beside_weights(path, allow_pickle))]
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         config = json.loads((path.parent / 'config.json').read_text(encoding='utf-8'))
         if isinstance(config, dict) and config.get('architecture') == architecture:
             places.append(('config.json beside it', config))
@@ -201,7 +209,7 @@ def _said_beside_weights(path: Path, allow_pickle: bool) -> Json:
 def _value(text: str) -> object:
     """What a text of metadata says: as JSON has it, or Python; else the text itself."""
     for read in (json.loads, ast.literal_eval):
-        with contextlib.suppress(ValueError, SyntaxError):
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):  # of lists in lists
             return read(text)
     return text
 

@@ -2,7 +2,6 @@
 import copy
 import dataclasses
 import itertools
-import random
 from collections.abc import Iterator
 
 import torch
@@ -15,7 +14,7 @@ from ..conversion.sources import check_weights
 from ..data import ImageRequest, dead_leaves
 from ..data.batches import progress
 from ..errors import SFormerError, enough_memory
-from ..layers import ordinary_, ordinary_tensors, revert_, spiking_
+from ..layers import check_weights_are_parameters, ordinary_, ordinary_tensors, revert_, spiking_
 from ..models import set_pixel_range_
 from ..neurons import FitConfig, SFNConfig
 from .coco import CocoData
@@ -76,6 +75,7 @@ def convert_detector(
     """
     if config.silence:
         raise SFormerError('a detector has no price of activity (silence) yet: it needs gradients of one output.')
+    check_weights_are_parameters(detector)
     kept = kept_record(detector)
     model: FasterRCNN = revert_(ordinary_(detector if inplace else copy.deepcopy(detector)))
     check_weights(model, 'the detector')
@@ -115,8 +115,9 @@ def image_batches(
 
 
 def _drawn(data: CocoData, wanted: ImageRequest) -> Iterator[torch.Tensor]:
-    """Random images, those of one size after one another; all of them where there are fewer."""
-    ids = random.Random(wanted.seed).sample(sorted(data.images), min(wanted.num_images or len(data), len(data)))
+    """The images that are wanted, those of one size after one another."""
+    every = list(data.images)
+    ids = [every[i] for i in wanted.choose(len(every))]
     for id in sorted(ids, key=lambda id: (data.images[id].height, data.images[id].width)):
         yield data.image(id)
 

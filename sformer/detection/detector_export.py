@@ -15,7 +15,7 @@ from ..conversion.record import library_versions
 from ..errors import SFormerError, first_line, quiet
 from ..execution.graph import to_graph_
 from ..execution.integer import MAX_WEIGHT_ERROR, IntegerReport, to_integer_
-from ..execution.onnx import graph_hash, writable, write_graph
+from ..execution.onnx import check_graph_size, graph_hash, writable, write_graph
 from ..files import state_hash
 from ..layers import named_neurons, unwrapped
 
@@ -57,12 +57,14 @@ def export_detector(
     Raises:
         UncalibratedError: If thresholds were never fitted.
         SFormerError: If it has no neurons, the file is there, packages are missing, a fire function has no form in
-            ONNX, or torch's exporter does not manage the backbone: rotary embeddings (EVA, EVA-02).
+            ONNX, weights are more than a file of ONNX can hold, or torch's exporter does not manage the backbone:
+            rotary embeddings (EVA, EVA-02).
     """
     path = writable(path, overwrite)
     if not any(True for _ in named_neurons(detector)):
         raise SFormerError('the detector has no neurons: convert it first.')
     detector = unwrapped(detector)
+    check_graph_size(detector, of_bytes=True)
     network: FasterRCNN = copy.deepcopy(detector).eval().to('cpu', torch.float32)
     size = tuple(image_size or network.config.image_size)
     image = torch.rand(3, *size, generator=torch.Generator().manual_seed(0))
@@ -70,6 +72,7 @@ def export_detector(
     network.backbone.vit.set_input_size(img_size=tuple(network.transform([image])[0].tensors.shape[-2:]))
     reports = to_integer_(network, max_error, portable=portable)
     to_graph_(network, early=False, portable=portable)
+    check_graph_size(network)
     exported = _to_onnx(network, image)
     about = dict(
         detector=dataclasses.asdict(network.config), image_size=size, weights_sha256=state_hash(detector.state_dict()),

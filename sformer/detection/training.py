@@ -2,7 +2,6 @@
 import contextlib
 import dataclasses
 import hashlib
-import json
 import logging
 import random
 import shutil
@@ -11,13 +10,13 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils._pytree import tree_map
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.image_list import ImageList
 from torchvision.transforms.v2 import functional as F
 
+from ..conversion.training_state import STATE_NAME, TrainingState
 from ..data.batches import progress
 from ..errors import SFormerError, check_flag, check_integer, check_number
 from ..files import state_hash, write_aside
@@ -26,8 +25,6 @@ from .coco import CocoData
 __all__ = ['TrainingConfig', 'remove_state', 'train_']
 
 _logger = logging.getLogger(__name__)
-
-STATE_NAME = 'training.safetensors'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +95,8 @@ def train_(
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.lr, weight_decay=config.weight_decay)
     steps = sum(1 for _ in epoch_batches(data, config, 0))
     key = _digest([dataclasses.asdict(config), dataclasses.asdict(model.config), data.fingerprint, len(data), backbone])
-    done = _resume(directory / STATE_NAME, key, parameters, optimizer)
+    state = TrainingState(directory / STATE_NAME)
+    done = state.open(key, parameters, optimizer)
     history: list[dict[str, float]] = []
     if done == config.epochs:
         return history
@@ -119,7 +117,7 @@ def train_(
                 total[name] = total.get(name, 0.) + value.item() / steps
         history.append(total)
         report(f'epoch {epoch + 1}: ' + ', '.join(f'{name} {value:.4f}' for name, value in total.items()))
-        save_state(directory / STATE_NAME, key, epoch + 1, parameters, optimizer)
+        state.save(epoch + 1)
     return history
 
 
@@ -247,38 +245,3 @@ class _Maps:
 
 def _digest(values: object) -> str:
     return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
-
-
-def save_state(
-        path: Path,
-        key: str,
-        epochs: int,
-        parameters: dict[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-) -> None:
-    state: dict[str, torch.Tensor] = {name: p.detach() for name, p in parameters.items()}
-    for name, p in parameters.items():
-        state.update({f'{name}:{part}': value for part, value in optimizer.state[p].items()})
-    group = {key: value for key, value in optimizer.param_groups[0].items() if key != 'params'}
-    with write_aside(path.parent) as aside:
-        save_file({name: t.cpu().contiguous() for name, t in state.items()}, aside / path.name,
-                  metadata=dict(key=key, epochs=str(epochs), group=json.dumps(group)))
-
-
-def _resume(path: Path, key: str, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
-    """Load the state of a training that was ended; returns the number of epochs that are done."""
-    if not path.exists():
-        return 0
-    with safe_open(path, 'pt') as f:
-        metadata = f.metadata()
-    if metadata.get('key') != key:
-        raise SFormerError(f'{path} is the state of a training with other data or options: repeat that one, or remove '
-                           f'the file to start over.')
-    state = load_file(path)
-    for name, p in parameters.items():
-        p.data.copy_(state[name])
-        for part in ('step', 'exp_avg', 'exp_avg_sq'):
-            value = state[f'{name}:{part}']
-            optimizer.state[p][part] = value if part == 'step' else value.to(p.device)
-    optimizer.param_groups[0].update(json.loads(metadata['group']))  # which the schedule goes on from
-    return int(metadata['epochs'])

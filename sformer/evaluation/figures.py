@@ -38,7 +38,8 @@ __all__ = ['CLASSIFICATION', 'DETECTION', 'PRECISION', 'precision', 'precision_f
 
 MAX_PASSED_OVER = 100  # of the files that are passed over in a folder; an archive of macOS has one for each image
 
-CLASSIFICATION = Schema('classifiers', first='top1', mark='top1')
+CLASSIFICATION = Schema('classifiers', first='top1', mark='top1', begins=(  # as tables of timm's results do
+    'model', 'top1', 'top1_err', 'top5', 'top5_err', 'param_count', 'img_size', 'crop_pct', 'interpolation'))
 DETECTION = Schema('detectors', first='masks', mark='boxes')
 
 

@@ -1,4 +1,4 @@
-"""Results files: JSON, and CSV with the columns of timm's."""
+"""Results files: JSON, and CSV that begins as timm's does, or with what detectors are judged by."""
 import csv
 import io
 import json
@@ -10,13 +10,11 @@ import torch.nn as nn
 from ..errors import SFormerError
 from ..files import locked, may_write, state_hash, write_file, write_json, written_to
 from ..saving.model_config import CONFIG_NAME, WEIGHTS_NAME
-from .schema import Result, is_result, schema_of
+from .schema import SCHEMAS, Result, is_result, schema_of
 
 __all__ = ['check_replaceable', 'check_results_file', 'write_results']
 
 FORMATS = ('json', 'csv')
-TIMM_COLUMNS = (
-    'model', 'top1', 'top1_err', 'top5', 'top5_err', 'param_count', 'img_size', 'crop_pct', 'interpolation')
 
 
 def check_results_file(path: str | Path, format: str | None = None) -> str:
@@ -70,7 +68,7 @@ def _read_json(path: Path) -> list[Result] | None:
         return []
     try:
         found = json.loads(path.read_text(encoding='utf-8'))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     results = found if isinstance(found, list) else [found]
     return results if all(is_result(r) and 'model' in r for r in results) else None
@@ -101,8 +99,8 @@ def _write_format(path: Path, results: list[Result], format: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.with_name(f'.{path.name}.lock')):  # others may append at the same time
         columns, old = _read_csv(path)
-        new = [c for c in TIMM_COLUMNS] + [c for row in rows for c in row]
-        columns = list(dict.fromkeys([*columns, *new]))
+        begins = [column for result in results for column in schema_of(result).begins]
+        columns = list(dict.fromkeys([*columns, *begins, *(column for row in rows for column in row)]))
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, restval='', lineterminator='\n')
         writer.writeheader()
@@ -127,7 +125,7 @@ def _read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
             columns, rows = list(reader.fieldnames or []), list(reader)
     except (UnicodeDecodeError, csv.Error) as e:
         raise SFormerError(f'{path} is no CSV file of results: {e}.') from e
-    if 'model' not in columns or 'top1' not in columns or len(set(columns)) != len(columns):
+    if not any(schema.owns_columns(columns) for schema in SCHEMAS) or len(set(columns)) != len(columns):
         raise SFormerError(
             f'{path} is no CSV file of results: its first line is {", ".join(columns)[:80]!r}. Name another file.')
     if any(None in row or None in row.values() for row in rows):

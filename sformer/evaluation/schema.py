@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from itertools import zip_longest
 from typing import Any
@@ -16,8 +16,8 @@ import torch
 from .metrics import Counted, Scored, column_sums
 
 __all__ = [
-    'COUNT', 'FLAG', 'PERCENT', 'POSITIVE', 'SHARE', 'TEXT', 'TEXTS', 'Check', 'Figure', 'Leaf', 'Result', 'SOURCE',
-    'Schema', 'Score', 'check_values', 'in_line', 'is_result', 'mapping', 'number', 'schema_of',
+    'COUNT', 'FLAG', 'PERCENT', 'POSITIVE', 'SCHEMAS', 'SHARE', 'TEXT', 'TEXTS', 'Check', 'Figure', 'Leaf', 'Result',
+    'SOURCE', 'Schema', 'Score', 'check_values', 'in_line', 'is_result', 'mapping', 'number', 'schema_of',
 ]
 
 Result = dict[str, Any]  # JSON, as `sformer evaluate` writes it
@@ -220,12 +220,14 @@ class Schema:
         name: The task.
         first: Key of the figure that an index compares by, where a result has it.
         mark: Key that results of this task have, and no others.
+        begins: Columns that CSV begins with, whatever a result has.
     """
 
-    def __init__(self, name: str, first: str, mark: str):
+    def __init__(self, name: str, first: str, mark: str, begins: Sequence[str] = ('model',)):
         self.name = name
         self.first = first
         self.mark = mark
+        self.begins = begins
         self.figures: dict[str, Figure] = {}
         SCHEMAS.append(self)
 
@@ -299,6 +301,12 @@ class Schema:
                 found = {key: value}
             row |= {column: _cell(part) for column, part in found.items()}
         return row
+
+    def owns_columns(self, columns: Collection[str]) -> bool:
+        """Whether rows of CSV with these columns may be results of this task."""
+        mark = self.figures.get(self.mark)
+        marks = [leaf.column for leaf in mark.leaves()] if mark else []
+        return 'model' in columns and any(column in columns for column in marks)
 
     def columns(self) -> list[str]:
         """All columns of CSV."""

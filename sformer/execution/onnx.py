@@ -30,10 +30,12 @@ from .integer import MAX_WEIGHT_ERROR, IntegerReport, to_integer_
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-__all__ = ['export_onnx', 'to_onnx', 'check_output', 'graph_hash', 'write_graph', 'writable', 'METADATA']
+__all__ = ['export_onnx', 'to_onnx', 'check_output', 'check_graph_size', 'graph_hash', 'write_graph', 'writable',
+           'METADATA']
 
 OPSET = 20
 BATCH_SIZE = 16
+MAX_GRAPH = 2 ** 31 - 2 ** 24  # bytes of values in a file of ONNX, less than protobuf's 2 GiB by what nodes take
 METADATA = 'sformer'  # key of what is recorded in the file
 
 
@@ -76,11 +78,13 @@ def export_onnx(
 
     Raises:
         UncalibratedError: If thresholds were never fitted.
-        SFormerError: If the file is there, packages are missing, or a fire function or a layer has no form in ONNX.
+        SFormerError: If the file is there, packages are missing, a fire function or a layer has no form in ONNX, or
+            weights are more than a file of ONNX can hold.
     """
     path = writable(path, overwrite)  # before the work
     _check_options(max_error, calibration is None and bool(split or image_column))
     model = unwrapped(model)
+    check_graph_size(model, of_bytes=True)
     network = copy.deepcopy(model).eval().to('cpu', torch.float32)
     batches = images = None
     if calibration is not None:
@@ -110,6 +114,23 @@ def writable(path: str | Path, overwrite: bool) -> Path:
     return path
 
 
+def check_graph_size(network: nn.Module, of_bytes: bool = False) -> None:
+    """Raise SFormerError if a graph would hold more than its file can, which protobuf notices when it is all done.
+
+    Args:
+        network: As `to_graph_` leaves it; or what it is going to be made of.
+        of_bytes: Take all weights of layers for bytes: the least that it can become.
+    """
+    values = network.parameters() if of_bytes else network.state_dict().values()
+    size = sum(value.numel() * (1 if of_bytes and value.ndim > 1 else value.element_size()) for value in values)
+    if size > MAX_GRAPH:
+        remedy = 'No option makes it fit: run it in torch.' if of_bytes else (
+            'Layers in floating point take four times as much as those in integers; --max-error (max_error) says '
+            'which.')
+        raise SFormerError(f'the graph would hold {size / 2 ** 30:.2f} GiB of weights, and a file of ONNX holds no '
+                           f'more than {MAX_GRAPH / 2 ** 30:.2f} GiB. {remedy}')
+
+
 def write_graph(exported: 'ModelProto', about: dict[str, object], path: Path) -> None:
     """Write an `onnx.ModelProto` and what is recorded of it, aside and then renamed."""
     exported.metadata_props.add(key=METADATA, value=json.dumps(about, sort_keys=True))
@@ -130,9 +151,10 @@ def to_onnx(network: nn.Module) -> 'ModelProto':
     """A timm model on the CPU as an `onnx.ModelProto`, with any number of images per batch.
 
     Raises:
-        SFormerError: If packages are missing.
+        SFormerError: If packages are missing, or weights are more than a file of ONNX can hold.
     """
     _check_packages()
+    check_graph_size(network)
     images = torch.zeros(2, *resolve_input_data_config(network)['input_size'])
     with quiet('torch.onnx', 'onnxscript', 'onnx_ir'), torch.no_grad(), rotary_products():
         program = torch.onnx.export(

@@ -1,6 +1,6 @@
 """Layers with weights: their input is spikes, their output a current."""
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn as nn
@@ -156,8 +156,25 @@ class SpikingConvTranspose2d(SpikingConvMixin, nn.ConvTranspose2d):  # type: ign
     def convolution(self) -> functools.partial[torch.Tensor]:
         assert isinstance(self.padding, tuple)
         return functools.partial(
-            F.conv_transpose2d, stride=self.stride, padding=self.padding, output_padding=self.output_padding,
+            _transposed_conv2d, stride=self.stride, padding=self.padding, output_padding=self.output_padding,
             groups=self.groups, dilation=self.dilation)
+
+
+def _transposed_conv2d(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        *,
+        stride: tuple[int, ...],
+        padding: tuple[int, ...],
+        output_padding: tuple[int, ...],
+        groups: int,
+        dilation: tuple[int, ...],
+        more: Sequence[int] = (0, 0),
+) -> torch.Tensor:
+    """With so many `more` rows and columns, which the end of the result would lack."""
+    end = [own + rows for own, rows in zip(output_padding, more, strict=True)]
+    return F.conv_transpose2d(x, weight, bias, stride, padding, end, groups, dilation)
 
 
 @register_spiking(PatchEmbed)

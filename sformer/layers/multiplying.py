@@ -4,8 +4,9 @@ None of them asks of which type a layer is. So a layer of one's own that says wh
 an execution that has no form for its products refuses it by name.
 """
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn as nn
@@ -36,7 +37,8 @@ class Product:
         weight: Weights, rows of which are output channels (D, C / groups, ...).
         bias: Bias (D,).
         groups: Groups of channels that do not see one another.
-        transposed: Whether weights are (C, D / groups, ...) instead.
+        transposed: Whether weights are (C, D / groups, ...) instead; `compute` then takes `more`, rows and columns
+            that the result is to have beyond the usual ones (`output_size` of torch).
         pads: What the product puts around its first factor: `zeros`, another word, or '' for nothing.
     """
     kind: str
@@ -58,6 +60,15 @@ class Product:
     @property
     def in_channels(self) -> int:
         return self.weights.shape[0] if self.transposed else self.weights.shape[1] * self.groups
+
+    def of_size(self, a: torch.Tensor, b: torch.Tensor, size: Sequence[int]) -> 'Product':
+        """The product whose result of two factors has the height and width `size`, which a transposed convolution may
+        be asked for."""
+        usual = self.compute(torch.empty(a.shape, device='meta'), torch.empty(b.shape, device='meta')).shape[-2:]
+        more = [asked - given for asked, given in zip(size, usual, strict=True)]
+        if not any(more):
+            return self
+        return dataclasses.replace(self, compute=functools.partial(self.compute, more=more), total=None)
 
     def count(self, a: torch.Tensor, b: torch.Tensor) -> float:
         """Sum over the result of two factors of whole numbers, exact below 2^53."""

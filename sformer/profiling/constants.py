@@ -87,7 +87,7 @@ def read_constants(path: Path | None = None, pairs: Sequence[str] = ()) -> Const
     if path is not None:
         try:
             given = json.loads(path.read_text(encoding='utf-8'))
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, RecursionError) as e:
             raise SFormerError(f'{path} cannot be read as JSON: {getattr(e, "strerror", None) or e}.') from e
         if not isinstance(given, Mapping):
             raise SFormerError(f'{path} must hold an object of names and values, such as {{"hops": 2}}.')

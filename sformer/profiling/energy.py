@@ -215,11 +215,10 @@ def verdicts(figures: EnergyFigures) -> list[str]:
                 f'times the energy of its bit-matched quantised twin')
         if ratio < 1 - ALIKE:
             line += ', less than that.'
-        elif limit is None:
-            line += ': it does not win, nor would it at any activity.'
         else:
-            line += (f': it does not win, at an activity of {figures["activity"]:.2f}. It would take less below '
-                     f'{limit:.2f}.')
+            line += ': it does not win' if ratio > 1 + ALIKE else f': that is as much, within {ALIKE:.0%}'
+            line += ', and would not take less at any activity.' if limit is None else (
+                f', at an activity of {figures["activity"]:.2f}. It would take less below {limit:.2f}.')
         lines.append(line)
     best = min(('graded', 'binary', 'unary'), key=lambda coding: account[coding]['total'])
     lines.append(f'Hardware that skips zeros, as it skips silent neurons here, would take '

@@ -135,17 +135,21 @@ class _Tally:
         self.seen = 0  # of these, those that torch counts as a product of matrices or a convolution
         self.caused = dict.fromkeys(CODINGS, 0.)
 
-    def add(self, layer: nn.Module, args: object, out: object) -> None:
+    def add(self, layer: nn.Module, args: object, out: torch.Tensor) -> None:
         """Count what the operands fired last."""
         fired = [counts.latest for counts in self.operands if counts.latest is not None]
         if self.product.weight is not None:  # each of which is met
             fired.append(torch.ones((), dtype=torch.int64, device=fired[0].device).expand_as(self.product.weight))
+        product = self.product
+        if product.transposed:
+            with self.watch.aside():
+                product = product.of_size(fired[0], fired[1], out.shape[-2:])
         with self.watch.aside() as flops:
-            result = self.product.compute(*(torch.empty(k.shape, device='meta') for k in fired))
+            result = product.compute(*(torch.empty(k.shape, device='meta') for k in fired))
             self.seen += sum(flops.values()) // 2
             self.macs += sum(flops.values()) // 2 or result.numel()
             for coding in CODINGS:
-                self.caused[coding] += self.product.count(*(spikes_in(k, coding) for k in fired))
+                self.caused[coding] += product.count(*(spikes_in(k, coding) for k in fired))
 
 
 class _ProductWatch(ForwardWatch):

@@ -1,7 +1,10 @@
 """The report of `sformer profile`: JSON, tables as CSV, pictures, and one HTML page that holds all of it."""
 import base64
+import contextlib
 import csv
 import json
+import math
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -21,6 +24,7 @@ __all__ = ['OTHER', 'PARTS', 'REPORT', 'by_kind', 'by_site', 'is_report', 'kind_
 PARTS = dict(operations='products', comparisons='firing', weights='weights', activations='spikes', routing='routing',
              floating='floating')
 OTHER = dict(total='total', low='data - 50 %', high='data + 50 %')
+POINT_RANGES = dict(levels=(1, math.inf), top1=(0, 100), energy=(0, math.inf), source_top1=(0, 100))
 TABLES = ('operations', 'sites', 'floating')
 REPORT = ('profile.json', 'index.html', *(f'{name}.csv' for name in TABLES), 'activity.png', 'levels.png', 'energy.png',
           'accuracy.png', 'maps.png')
@@ -78,12 +82,40 @@ def read_curve(path: Path) -> list[CurvePoint]:
     try:
         content = json.loads(path.read_text(encoding='utf-8'))
         points = content['curve'] if isinstance(content, dict) else content
-        return [{key: float(point[key]) for key in ('levels', 'top1', 'energy', 'source_top1')
-                 if key in point or key in ('levels', 'top1')} for point in points]
+        found = [{key: float(point[key]) for key in POINT_RANGES if key in point or key in ('levels', 'top1')}
+                 for point in points]
     except OSError as e:
         raise SFormerError(f'{path}: {e.strerror or e}') from e
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as e:
         raise SFormerError(f'{path} must hold a list of points with levels and top1: {e!r}.') from e
+    for number, point in enumerate(found):
+        for key, value in point.items():
+            if not POINT_RANGES[key][0] <= value <= POINT_RANGES[key][1] or value == math.inf:  # NaN, too
+                raise SFormerError(f'{path}: {key} of point number {number} is {value}, which it cannot be.')
+    return found
+
+
+def without_folders(name: str) -> str:
+    """A name for a page that others read: of what lies on this computer, the last part of its path."""
+    path = Path(name.removeprefix('local-dir:'))
+    with contextlib.suppress(OSError):  # a name that is too long, say
+        if path.exists() or path.is_absolute():
+            return path.resolve().name or name
+    return name
+
+
+def _command_for_others(command: str) -> str:
+    """A command line whose paths say nothing of whose computer it was."""
+    with contextlib.suppress(ValueError):  # no command line, so nothing that the shell splits
+        arguments = [argument.rpartition('=') for argument in shlex.split(command)]
+        return shlex.join(f'{option}{equals}{without_folders(value) if _is_far(value) else value}'
+                          for option, equals, value in arguments)
+    return command
+
+
+def _is_far(argument: str) -> bool:
+    """Whether an argument names folders above the one that a command was called in."""
+    return argument.removeprefix('local-dir:').startswith(('/', '~', '..')) or Path(argument).is_absolute()
 
 
 def write_profile(
@@ -119,7 +151,9 @@ def write_profile(
         trim_blocks=True, lstrip_blocks=True)
     constants = result['energy']['constants']
     page = environment.get_template('profile.html').render(
-        result=result, profile=profile, kinds=by_kind(profile.operations), sites=by_site(profile.sites),
+        result=result, model=without_folders(result['model']), images=without_folders(result['images']['name']),
+        command=_command_for_others(result['command']), profile=profile,
+        kinds=by_kind(profile.operations), sites=by_site(profile.sites),
         parts={**PARTS, **OTHER}, sources=list(dict.fromkeys(row['source'] for row in constants)),
         # a map of many blocks would be too small to read on a phone, so it scrolls
         pictures=[(title, base64.b64encode(data).decode(), name == 'activity.png')

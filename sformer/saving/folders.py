@@ -14,7 +14,7 @@ from timm.models._hub import save_config_for_hf
 
 from ..conversion import record_of
 from ..conversion.record import Conversion
-from ..conversion.sources import create_source, label_names_of
+from ..conversion.sources import check_no_graph, create_source, label_names_of
 from ..errors import SFormerError, UncalibratedError, first_line
 from ..files import Json, file_hash, may_write, write_aside
 from ..layers import SPIKING_LAYERS, SpikingLayer, is_calibrated, named_neurons, ordinary_tensors, uncalibrated
@@ -157,6 +157,7 @@ def open_classifier(name: str) -> nn.Module:
     """
     if name.startswith(('hf-hub:', 'local-dir:')) or Path(name).is_dir():
         return load_classifier(name)
+    check_no_graph(name)
     if '/' in name or '\\' in name:
         raise SFormerError(f'{name} is no folder. A model on the Hub is hf-hub:{name}.')
     return create_source(name).network

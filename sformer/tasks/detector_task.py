@@ -97,10 +97,8 @@ class Detection(Task):
     def evaluate(self, names: Sequence[str], request: EvaluationRequest) -> list[Result]:
         images, file = request.images, request.results_file
         dataset, split = Path(images.dataset).name, images.split or 'val'
-        if request.results_format == 'csv':
-            raise SFormerError(f'results of a detector are written as JSON, not to {file}.')
         detectors: list[FasterRCNN] = [self.open(name) for name in names]
-        if file and request.results_format and not request.resume:
+        if file and request.results_format == 'json' and not request.resume:
             check_replaceable(file, detectors, dataset)
         masks = any(detector.config.masks for detector in detectors)
         data = open_coco(images.dataset, split, masks, skip_bad=bool(request.max_bad))

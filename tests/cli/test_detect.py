@@ -95,6 +95,27 @@ def test_compare(pair, run_inside):
     assert rows[1]['weights_sha256'] == results[1]['weights_sha256']
 
 
+def test_results_as_csv(pair, run_inside):
+    """They were refused. Rows of several detectors are added, those of classifiers beside them kept."""
+    (pair / 'r.csv').write_text('model,top1,note\nx,81.5,mine\n')
+    for file, options in (('r.json', ()), ('r.csv', ()), ('r.csv', ('--resume',)), ('new.csv', ())):
+        code, out, err = run_inside(
+            'compare', 'boxes', 'masks', '--data', 'shapes', '--results-file', file, *options)
+        assert code == 0 and f'results in {file}' in out, err
+    results = json.loads((pair / 'r.json').read_text())
+    kept, *rows = csv.DictReader((pair / 'r.csv').read_text().splitlines())
+    assert (kept['model'], kept['top1'], kept['note'], kept['boxes_mAP']) == ('x', '81.5', 'mine', '')
+    new = [*csv.DictReader((pair / 'new.csv').read_text().splitlines())]
+    assert len(rows) == 4 and len(new) == 2 and (pair / 'new.csv').read_text().startswith('model,architecture,dataset')
+    assert 'top1' not in new[0] and not (pair / 'r.csv.progress').exists()
+    for row, result in zip((*rows, *new), results * 3, strict=True):
+        assert row['model'] == result['model'] and row['weights_sha256'] == result['weights_sha256']
+        for kind in ('boxes', 'source_boxes', 'masks', 'source_masks'):
+            for name in ('mAP', 'mAP50', 'mAP75'):
+                found = row[f'{kind}_{name}']
+                assert found == '' if kind not in result else float(found) == result[kind][name]
+
+
 def test_compare_goes_on_where_it_ended(pair, run_inside, monkeypatch):
     """Killed in the second of two detectors: neither is begun anew."""
     args = ('compare', 'boxes', 'masks', '--data', 'shapes', '--results-file', 'r.json')
@@ -215,7 +236,10 @@ def test_bad_annotations_are_found_at_once(pair, run_inside, monkeypatch):
 def test_calibration_reads_no_annotation(pair, run_inside, caplog):
     (pair / 'shapes' / 'val.json').write_text(json.dumps(dict(
         json.loads((pair / 'shapes' / 'val.json').read_text()), categories=None, annotations=[dict(bbox='x')])))
-    code, out, _ = run_inside('convert', 'boxes', '-o', 'new', '--calibration', 'shapes', '--split', 'val')
+    args = 'convert', 'boxes', '-o', 'new', '--calibration', 'shapes', '--split', 'val'
+    code, _, err = run_inside(*args)
+    assert code == 1 and "256 images asked for, but 'shapes/val.json' has only 3" in err
+    code, out, _ = run_inside(*args, '--num-images', '3')
     assert code == 0 and 'calibrated on 3 shapes images' in out and not caplog.text
 
 
@@ -278,7 +302,8 @@ def test_mistakes(files, run):
     assert_mistake(run('evaluate', name, '--data', shapes), 'is uncalibrated')
     assert_mistake(run('detect', 'show', name, shapes / 'val' / '0.png', '-o', files / 'o.png'), 'is uncalibrated')
     assert_mistake(run('convert', name, '-o', files / 'x'), 'has no weights: sformer detect train')
-    assert_mistake(run('evaluate', det, '--data', shapes, '--results-file', files / 'r.csv'), 'written as JSON')
+    (files / 'r.csv').write_text('model,mAP\nx,1\n')
+    assert_mistake(run('evaluate', det, '--data', shapes, '--results-file', files / 'r.csv'), 'no CSV file of results')
     assert_mistake(run('convert', det, '--calibration', shapes, '--split', 'no', '-o', files / 'x'), "no split 'no'")
     assert_mistake(run('detect', 'show', det, files / 'backbone.safetensors', '-o', files / 'o.png'), 'as an image')
     assert_mistake(run('detect', 'show', det, shapes / 'val' / '0.png', '-o', files / 'o.txt'), 'neither a PNG nor')

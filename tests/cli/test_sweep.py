@@ -1,9 +1,13 @@
 """`sformer sweep`, `search` and `distill`."""
 import csv
 import json
+import re
+import signal
 import sys
 
 import pytest
+import torch
+from layer_tools import same_state
 
 from sformer import load_model, save_model
 
@@ -94,6 +98,53 @@ def test_distill(run_inside, model, tmp_path):
     code, out, err = run_inside('distill', 'trained', '--dataset', 'digits', '--split', 'train', '--num-images', '40',
                                 '--steps', '2', '--batch-size', '16', '-o', 'more', '--source-model', 'out', '--amp')
     assert code == 0 and 'step 2: relative error' in out, err
+
+
+TRAINED = ('distill', 'out', '--dataset', 'digits', '--split', 'train', '--num-images', '40', '--steps', '6',
+           '--batch-size', '16', '--learning-rate', '0.001', '-o', 'trained')
+
+
+@pytest.fixture
+def interrupted(run_inside, model, tmp_path, monkeypatch):
+    """`distill`, ended by Ctrl-C in its third step."""
+    save_model(model, tmp_path / 'out')
+    clip = torch.nn.utils.clip_grad_norm_
+    calls = []
+
+    def clip_and_interrupt(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return clip(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.utils, 'clip_grad_norm_', clip_and_interrupt)
+        result = run_inside(*TRAINED)
+    assert result == (130, '', 'sformer: error: interrupted. The same command with --resume continues.\n')
+    assert [path.name for path in (tmp_path / 'trained').iterdir()] == ['training.safetensors']
+    return run_inside
+
+
+def test_distill_goes_on_where_it_was_interrupted(interrupted, tmp_path):
+    code, _, err = interrupted(*TRAINED)
+    assert code == 1 and err == ('sformer: error: trained has the state of a training that was ended: --resume '
+                                 'continues it, --overwrite starts over.\n')
+    code, _, err = interrupted(*TRAINED, '--resume', '--price', '0.5')
+    assert code == 1 and 'with other data or options' in err
+    code, resumed, err = interrupted(*TRAINED, '--resume')
+    assert code == 0, err
+    assert sorted(path.name for path in (tmp_path / 'trained').iterdir()) == ['config.json', 'model.safetensors']
+    code, whole, _ = interrupted(*TRAINED[:-1], 'whole')
+    assert code == 0 and resumed.partition('trained for')[0] == whole.partition('trained for')[0] != ''
+    assert re.search(r'trained for \d+ s, from relative error 0\.\d{4}, \d+\.\d{3} unary spikes', whole)
+    models = [load_model(tmp_path / name) for name in ('trained', 'whole')]
+    assert same_state(models[0], models[1].state_dict())
+    assert models[0].conversion.distillation.endswith('--resume')
+
+
+def test_distill_starts_over(interrupted, tmp_path):
+    code, _, err = interrupted(*TRAINED, '--overwrite', '--steps', '2')
+    assert code == 0 and load_model(tmp_path / 'trained').conversion.distillation.startswith('2 steps'), err
+    assert not (tmp_path / 'trained' / 'training.safetensors').exists()
 
 
 def test_missing_optuna_is_named_before_the_work(run_inside, tmp_path, monkeypatch):

@@ -7,10 +7,19 @@ import torch
 from detection_tools import small_detector
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils import prune
 
 from sformer import FitConfig, SFNConfig, source_of
 from sformer.conversion import changed
-from sformer.detection import convert_detector, detect, evaluate_detector, load_detector, save_detector
+from sformer.data import ImageRequest
+from sformer.detection import (
+    convert_detector,
+    detect,
+    evaluate_detector,
+    image_batches,
+    load_detector,
+    save_detector,
+)
 from sformer.detection.drawing import token_activity
 from sformer.errors import SFormerError, UncalibratedError, UnsupportedLayerError
 from sformer.files import state_hash
@@ -66,8 +75,33 @@ def test_what_cannot_spike_is_named_and_nothing_is_changed(data):
     detector = small_detector()
     detector.backbone.pyramid.levels[0].append(Scale())
     with pytest.raises(UnsupportedLayerError, match=r'backbone\.pyramid\.levels\.0\.\d+ \(.*Scale\)'):
-        convert_detector(detector, data)
+        convert_detector(detector, data, num_images=2)
     assert not any(True for m in detector.modules() if hasattr(m, 'neuron'))
+
+
+@pytest.mark.parametrize('inplace', [False, True])
+def test_weights_that_are_computed_are_named(data, inplace):
+    detector = small_detector()
+    prune.l1_unstructured(detector.roi_heads.box_head.fc6, 'weight', amount=0.3)
+    with pytest.raises(UnsupportedLayerError, match=r'box_head\.fc6\.weight is computed anew .*prune\.remove'):
+        convert_detector(detector, data, num_images=2, inplace=inplace)
+    assert not any(True for m in detector.modules() if hasattr(m, 'neuron'))
+
+
+def test_images_are_drawn_as_everywhere(data):
+    """By the rule of `ImageRequest`, as an evaluation draws them: in the order of the data, of one size together."""
+    by_sum = {data.image(id).sum().item(): id for id in data.images}
+    drawn = set()
+    for seed in range(8):
+        wanted = ImageRequest(dataset='shapes', num_images=3, seed=seed).choose(len(data))
+        batches = image_batches(None, data, 3, seed)
+        ids = [by_sum[image.sum().item()] for batch in batches for image in batch]
+        assert {*ids} == {[*data.images][i] for i in wanted} and len(ids) == 3
+        assert all(len({image.shape for image in batch}) == 1 for batch in batches) and len(batches) <= 2
+        drawn.add(tuple(sorted(ids)))
+    assert len(drawn) > 1 and sum(map(len, image_batches(None, data, None))) == len(data) == 6
+    with pytest.raises(SFormerError, match='7 images asked for, but .*train.json. has only 6'):
+        image_batches(None, data, 7)
 
 
 def test_windows_convert_and_load(data, tmp_path):

@@ -7,7 +7,8 @@ import torch
 from detection_tools import small_detector, write_coco
 
 from sformer import SFNConfig, SFormerError, load_onnx, to_integer_
-from sformer.detection import convert_detector, export_detector, open_coco, pyramid
+from sformer.detection import convert_detector, detector_export, export_detector, open_coco, pyramid
+from sformer.execution import onnx as graphs
 from sformer.execution.proof import saturating
 
 onnx = pytest.importorskip('onnx')
@@ -85,6 +86,15 @@ def test_weights_are_bytes_and_the_file_says_what_it_is_of(segmenting):
     quantised = [node for node in graph.graph.node if node.op_type == 'QuantizeLinear']
     assert len(quantised) >= len(products) / 2
     assert not saturating(graph)
+
+
+def test_more_than_a_file_can_hold_is_refused_before_the_work(segmenting, tmp_path, monkeypatch):
+    model, path = segmenting
+    monkeypatch.setattr(detector_export, 'to_integer_', lambda *args, **how: pytest.fail('too late'))
+    monkeypatch.setattr(graphs, 'MAX_GRAPH', sum(p.numel() for p in model.parameters()) - 1)
+    with pytest.raises(SFormerError, match=r'the graph would hold 0\.00 GiB .* run it in torch'):
+        export_detector(model, tmp_path / 'new.onnx')
+    assert not list(tmp_path.iterdir())
 
 
 def test_mistakes(segmenting, data, tmp_path):

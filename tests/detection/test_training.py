@@ -8,6 +8,7 @@ from detection_tools import small_detector, write_annotations, write_coco
 from PIL import Image, ImageOps
 from torchvision.models.detection.roi_heads import RoIHeads
 
+from sformer.conversion.training_state import TrainingState
 from sformer.detection import TrainingConfig, open_coco, train_, training
 from sformer.errors import SFormerError
 
@@ -39,13 +40,13 @@ def test_pyramid_and_heads_learn_on_a_frozen_backbone(trained):
 
 
 def test_a_run_that_was_killed_goes_on(trained, few, tmp_path, monkeypatch):
-    save = training.save_state
+    save = TrainingState.save
 
     def killed(*args):
         save(*args)
         raise KeyboardInterrupt
     with monkeypatch.context() as patch:
-        patch.setattr(training, 'save_state', killed)
+        patch.setattr(TrainingState, 'save', killed)
         with pytest.raises(KeyboardInterrupt):
             train_(small_detector(masks=True), few, CONFIG, tmp_path)
     detector = small_detector(masks=True)

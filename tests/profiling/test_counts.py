@@ -43,6 +43,37 @@ def test_two_layers(coding):
         assert (site.bits, site.signed) == (4, True)  # -4 ... 4
 
 
+@pytest.mark.parametrize('size', [None, (9, 9), (10, 9), (10, 10)])
+@pytest.mark.parametrize('padding', [0, 1])
+def test_a_transposed_convolution_of_the_size_that_is_asked_for(size, padding):
+    """The rows that `output_size` adds at the end are added up, too: it was counted as if it had not been said."""
+    class Enlarged(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.ConvTranspose2d(2, 3, 4, stride=2, padding=padding, output_padding=1)
+
+        def forward(self, x):
+            height, width = (None, None) if size is None else (n - 2 * padding + 1 for n in size)
+            return self.up(x, output_size=None if size is None else (height, width))
+    torch.manual_seed(0)
+    model, x = spiking_(Enlarged().eval(), SFNConfig(4)), torch.randn(3, 2, 4, 4)
+    calibrate_(model, [x])
+    height, width = model(x).shape[-2:]
+    assert height in (10 - 2 * padding, 11 - 2 * padding)
+    k = fired(model, x)['up.neuron']
+    operation, = profile_model(model, [x]).operations
+    for coding in CODINGS:
+        by_hand = 0
+        for image in k:
+            for channel in image:
+                for i, row in enumerate(channel):
+                    for j, level in enumerate(row):
+                        reached = sum(0 <= 2 * i - padding + a < height and 0 <= 2 * j - padding + b < width
+                                      for a in range(4) for b in range(4))
+                        by_hand += 3 * reached * spikes(level, coding)
+        assert round(3 * operation.synaptic_operations[coding]) == by_hand
+
+
 def test_a_dead_neuron_is_seen():
     model = spiking_(nn.Sequential(nn.Linear(4, 2)).eval(), SFNConfig(4, token_scale=False))
     x = torch.randn(16, 4)

@@ -93,10 +93,23 @@ def test_words_follow_the_figures(activity, unary, coding, wins):
     figures = energy(*network(activity, unary=unary))
     ratio = figures['account'][coding]['total'] / figures['account']['quantised']['total']
     line, = (line for line in verdicts(figures) if f'In {coding} coding' in line)
-    assert f'takes {ratio:.2f} ' in line and ('it does not win' in line) is not wins is (ratio < 0.95)
+    assert f'takes {ratio:.2f} ' in line and line.endswith('less than that.') is wins is (ratio < 0.95)
     limit = figures['break_even'][coding]
     if not wins:
         assert f'below {limit:.2f}' in line
+
+
+@pytest.mark.parametrize('ratio, words', [
+    (0.94, ', less than that.'), (0.97, ': that is as much, within 5%, at an activity of 1.00. It would take '),
+    (1.04, ': that is as much, within 5%, at'), (1.06, ': it does not win, at an activity of 1.00. It would take ')])
+def test_what_is_alike_neither_wins_nor_loses(ratio, words):
+    """It said "it does not win" beside 0.97."""
+    figures = energy(*network(1.))
+    for edge in ('total', 'low', 'high'):
+        figures['account']['graded'][edge] = ratio * figures['account']['quantised'][edge]
+    line = verdicts(figures)[1]
+    assert f'takes {ratio:.2f} ' in line and words in line
+    assert ('does not win' in line) == (ratio > 1.05)
 
 
 @pytest.mark.parametrize('coding', ['graded', 'binary', 'unary'])
@@ -111,7 +124,7 @@ def test_at_the_break_even_it_takes_a_little_less(coding):
 def test_where_nothing_would_help():
     figures = energy(*network(0.9), Constants(comparison=1e3))
     assert figures['break_even'] == dict(unary=None, binary=None, graded=None)
-    assert sum('nor would it at any activity' in line for line in verdicts(figures)) == 3
+    assert sum('it does not win, and would not take less at any' in line for line in verdicts(figures)) == 3
 
 
 def test_constants_are_named_sourced_and_open(tmp_path):

@@ -97,7 +97,37 @@ def test_curves(tmp_path):
     path = tmp_path / 'curve.json'
     path.write_text(json.dumps({'curve': [{'levels': 8, 'top1': 90, 'dataset': 'x'}]}))
     assert read_curve(path) == [dict(levels=8., top1=90.)]
-    for content in ('[', '[1]', '{}', '[{"levels": 8}]', '[{"levels": 8, "top1": "high"}]'):
+    for content in ('[', '[1]', '{}', '[{"levels": 8}]', '[{"levels": 8, "top1": "high"}]', '[' * 10 ** 5,
+                    '[{"levels": 8, "top1": 1%s}]' % ('0' * 400)):
         path.write_text(content)
         with pytest.raises(SFormerError, match='curve.json'):
             read_curve(path)
+
+
+@pytest.mark.parametrize('key, value', [
+    ('top1', 'NaN'), ('top1', '101'), ('top1', '-1'), ('levels', 'NaN'), ('levels', '0'), ('levels', 'Infinity'),
+    ('energy', 'NaN'), ('energy', 'Infinity'), ('energy', '-0.1'), ('source_top1', 'NaN'), ('top1', '"nan"')])
+def test_points_that_cannot_be(tmp_path, key, value):
+    """A curve with NaN was drawn without a word."""
+    good = '{"levels": 8, "top1": 90, "energy": 1, "source_top1": 95}'
+    (tmp_path / 'curve.json').write_text(f'[{good}, {good[:-1]}, "{key}": {value}}}]')
+    with pytest.raises(SFormerError, match=f'curve.json: {key} of point number 1 is '):
+        read_curve(tmp_path / 'curve.json')
+
+
+def test_the_page_names_nobodys_folders(report, tmp_path, monkeypatch):
+    """It is made to be shared; its title was a path of whoever made it."""
+    folder, result, counted = report
+    secret = tmp_path / 'me' / 'secret'
+    (secret / 'net').mkdir(parents=True)
+    (secret / 'photos').mkdir()
+    monkeypatch.chdir(secret / 'net')
+    for model in (secret / 'net', '.', '../net', f'local-dir:{secret}/net', 'hf-hub:me/net', 'vit.net'):
+        command = f'sformer profile {model} --dataset {secret}/photos --curve={secret}/c.json -o {tmp_path}/page'
+        write_profile(tmp_path / 'page', dict(result, model=str(model), command=command, images=dict(
+            name=str(secret / 'photos'))), counted)
+        page = Page((tmp_path / 'page' / 'index.html').read_text())
+        title = str(model) if str(model)[:2] in ('hf', 'vi') else 'net'
+        assert f'Profile of {title}\n' in page.text and '4 images of photos;' in ' '.join(page.text.split())
+        assert '--dataset photos --curve=c.json -o page' in page.text and 'secret' not in page.text
+    assert json.loads((tmp_path / 'page' / 'profile.json').read_text())['command'] == command
