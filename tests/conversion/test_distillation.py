@@ -124,7 +124,7 @@ def test_spikes_that_are_paid_for_are_those_that_are_sent(family):
 
 def test_what_cannot_be_trained():
     model = sformer.spiking_(build(), SFNConfig())
-    with pytest.raises(UncalibratedError):
+    with pytest.raises(UncalibratedError, match=r'uncalibrated.*; fit it with sformer\.convert\(\) first\.$'):
         distill_(model, [pixels()], 1)
     model = convert(build(), [pixels()])
     with pytest.raises(SFormerError, match='2 steps need as many batches, got 1'):

@@ -9,6 +9,7 @@ import evaluation_tools
 import pytest
 import timm
 import torch
+from conftest import NANO
 from evaluation_tools import steady
 from PIL import Image
 
@@ -100,12 +101,19 @@ def test_model_serves_while_it_is_evaluated(model, images):
 # refused --------------------------------------------------------------------------------------------------------------
 
 def test_uncalibrated_is_refused(model):
-    with pytest.raises(UncalibratedError, match=r'33 neurons .* blocks\.0\.attn\.qkv\.neuron'):
+    with pytest.raises(UncalibratedError, match=r'33 neurons .* blocks\.0\.attn\.qkv\.neuron.*; its accuracy would mean nothing'):
         evaluate(timm.create_model('sformer_nano', img_size=8, in_chans=1, num_classes=10), 'digits')
     one = copy.deepcopy(model)
     one.head.neuron.calibrated.fill_(False)
     with pytest.raises(UncalibratedError, match=r'1 neurons .* head\.neuron'):
         evaluate(one, 'digits')
+
+
+def test_a_model_without_classes_is_refused(images):
+    features = timm.create_model('vit_tiny_patch16_224', **dict(NANO, num_classes=0))
+    for model in (features, convert(features, [images])):
+        with pytest.raises(SFormerError, match=r'the model has no classes to predict \(num_classes=0\)'):
+            evaluate(model, 'digits')
 
 
 def test_compiled_model_is_refused(model):

@@ -16,6 +16,8 @@ def test_plots_carry_their_numbers(record):
         assert json.loads(image.text['sformer'])['top1'] == {str(r['levels']): r['top1'] for r in record.curve}
     record.curve = []
     assert render_plots(record).keys() == {'activity.png'}
+    record.sfn = {}
+    assert not render_plots(record), 'shares of how many levels'
 
 
 def test_own_plots_are_known(record, tmp_path):
