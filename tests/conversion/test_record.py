@@ -36,7 +36,8 @@ def test_there_and_back():
     (dict(recipe=dict(levels=8)), ".*'recipe'"),
 ], ids=str)
 def test_records_that_sformer_did_not_write(changes, message):
-    with pytest.raises(SFormerError, match=f'^the record of the conversion (is not as sformer wrote it: )?{message}') as caught:
+    message = f'^the record of the conversion (is not as sformer wrote it: )?{message}'
+    with pytest.raises(SFormerError, match=message) as caught:
         Conversion.from_dict(dict(RECORD.to_dict(), **changes))
     assert '\n' not in str(caught.value)
 

@@ -200,7 +200,7 @@ def test_parameters_that_the_pretrained_weights_have_not(source, tmp_path):
                                            'with these arguments'):
         create_source(NAME, **kwargs, pretrained_cfg_overlay=overlay(source, tmp_path))
     kwargs = dict(NANO, num_classes=0, reg_tokens=1)
-    with pytest.raises(SFormerError, match=f'the pretrained weights of {NAME} have no reg_token, which would be random'):
+    with pytest.raises(SFormerError, match=f'pretrained weights of {NAME} have no reg_token, which would be random'):
         create_source(NAME, **kwargs, pretrained_cfg_overlay=overlay(source, tmp_path))
 
 

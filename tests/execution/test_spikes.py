@@ -151,7 +151,8 @@ def test_bad_input(model):
         to_spikes_(spiking_(build()))
     other = copy.deepcopy(model)
     other.blocks[1].mlp.fc1.__class__ = OwnLinear
-    with pytest.raises(SFormerError, match=r'products of blocks\.1\.mlp\.fc1 \(OwnLinear\) are not executed spike by'):  # instead of leaving it as it is
+    # instead of leaving it as it is
+    with pytest.raises(SFormerError, match=r'products of blocks\.1\.mlp\.fc1 \(OwnLinear\) are not executed spike by'):
         to_spikes_(other)
     assert type(other.blocks[0].mlp.fc1) is SpikingLinear
 

@@ -169,7 +169,7 @@ def test_config(model, folder):
 
 
 def test_uncalibrated_is_refused(tmp_path, source, model):
-    with pytest.raises(UncalibratedError, match=r'blocks\.0\.attn\.qkv\.neuron.*; convert it with sformer\.convert\(\) before saving'):
+    with pytest.raises(UncalibratedError, match=r'blocks\.0\.attn\.qkv\.neuron.*sformer\.convert\(\) before saving'):
         save_model(timm.create_model('sformer_nano', img_size=8, in_chans=1), tmp_path / 'x')
     one = copy.deepcopy(model)
     one.blocks[1].mlp.fc2.neuron.calibrated.fill_(False)

@@ -85,7 +85,8 @@ def test_garbage_instead_of_a_config(folder, text):
     (dict(model_args='garbage'), 'cannot be loaded|is not a timm config'),
     (dict(pretrained_cfg='garbage'), 'cannot be loaded|is not a timm config'),
     (dict(sformer='garbage'), 'is not'),
-    (dict(std=[0]), r'config\.json: std must lie in'), (dict(pretrained_cfg=dict(std=[0])), r'config\.json: std must lie in'),
+    (dict(std=[0]), r'config\.json: std must lie in'),
+    (dict(pretrained_cfg=dict(std=[0])), r'config\.json: std must lie in'),
 ], ids=str)
 def test_configs_that_do_not_fit(folder, changes, message):
     edit_config(folder, **changes)

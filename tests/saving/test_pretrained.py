@@ -266,7 +266,7 @@ def flip(data, index=-1000):
     (lambda path: path.write_bytes(path.read_bytes()[:8] + b'x' * 99), ''),
     (lambda path: path.write_bytes(flip(path.read_bytes())), 'its hash is another'),
     (rewrite(with_nan), 'its hash is another'),
-    (rewrite(lambda state: {k: v for k, v in state.items() if not k.startswith('blocks.3.mlp')}), 'its hash is another'),
+    (rewrite(lambda state: {k: v for k, v in state.items() if 'blocks.3.mlp' not in k}), 'its hash is another'),
     (rewrite(conversion=None), "'conversion'"), (rewrite(conversion='{'), ''),
     (rewrite(conversion=json.dumps(dict(version=1, source='vit'))), 'the record of the conversion has version 1'),
     (rewrite(key='0' * 64), 'its hash is another'), (rewrite(sha256=None), 'its hash is another'),
@@ -345,7 +345,8 @@ def test_converted_weights_are_what_their_config_says(converted, monkeypatch, ca
                               folder / 'model.safetensors'), 'SHA-256 differs'),
     (lambda folder: (folder / 'model.safetensors').rename(folder / 'pytorch_model.bin'), 'not in the local cache'),
     (lambda folder: (folder / 'config.json').write_text(
-        (folder / 'config.json').read_text().replace('"sformer_tiny"', '"sformer_small"')), 'on the Hub holds a sformer_small, not a sformer_tiny'),
+        (folder / 'config.json').read_text().replace('"sformer_tiny"', '"sformer_small"')),
+     'on the Hub holds a sformer_small, not a sformer_tiny'),
 ], ids=['weights', 'pickle', 'architecture'])
 def test_converted_weights_are_verified(converted, monkeypatch, damage, message):
     cache, _ = converted
