@@ -101,7 +101,7 @@ def test_model_serves_while_it_is_evaluated(model, images):
 # refused --------------------------------------------------------------------------------------------------------------
 
 def test_uncalibrated_is_refused(model):
-    with pytest.raises(UncalibratedError, match=r'33 neurons .* blocks\.0\.attn\.qkv\.neuron.* accuracy would mean nothing'):
+    with pytest.raises(UncalibratedError, match=r'33 .* blocks\.0\.attn\.qkv\.neuron.* accuracy would mean nothing'):
         evaluate(timm.create_model('sformer_nano', img_size=8, in_chans=1, num_classes=10), 'digits')
     one = copy.deepcopy(model)
     one.head.neuron.calibrated.fill_(False)
