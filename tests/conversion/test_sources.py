@@ -199,14 +199,17 @@ def test_parameters_that_the_pretrained_weights_have_not(source, tmp_path):
     with pytest.raises(SFormerError, match=r'have no blocks\.0\.attn\.q_norm\.weight and 7 more, which would be random '
                                            'with these arguments'):
         create_source(NAME, **kwargs, pretrained_cfg_overlay=overlay(source, tmp_path))
-    kwargs = dict(NANO, num_classes=0, reg_tokens=1)
+    published = overlay(source, tmp_path)
+    position = source.pos_embed.detach()[:, 1:].contiguous()
+    save_file({**source.state_dict(), 'pos_embed': position}, tmp_path / 'published.safetensors')
+    kwargs = dict(NANO, num_classes=0, reg_tokens=1, no_embed_class=True)
     with pytest.raises(SFormerError, match=f'pretrained weights of {NAME} have no reg_token, which would be random'):
-        create_source(NAME, **kwargs, pretrained_cfg_overlay=overlay(source, tmp_path))
+        create_source(NAME, **kwargs, pretrained_cfg_overlay=published)
 
 
 def test_pretrained_weights_that_are_not_there(source, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
-    with pytest.raises(SFormerError, match=f'the pretrained weights of {NAME} cannot be loaded .*Give a checkpoint'):
+    with pytest.raises(SFormerError, match=f'weights of {NAME} cannot be loaded .*or make the Hub reach'):
         create_source(NAME, cache_dir=tmp_path, **NANO)
 
 

@@ -80,7 +80,7 @@ def test_the_page_says_what_was_counted(report):
     assert f'{result["energy"]["account"]["graded"]["total"]:.4g}' in page.text
 
 
-def test_files_beside_it_hold_the_same(report):
+def test_files_beside_it_hold_the_same(report, model):
     folder, result, counted = report
     written = json.loads((folder / 'profile.json').read_text())
     assert written['energy'] == result['energy'] and 'torch' in written['versions']
@@ -91,6 +91,10 @@ def test_files_beside_it_hold_the_same(report):
     with Image.open(folder / 'maps.png') as image:
         maps = json.loads(image.info['sformer'])['spikes_per_neuron']
     assert torch.tensor(maps['blocks.0']).shape == (4, 4)
+    with Image.open(folder / 'activity.png') as image:
+        activity = json.loads(image.info['sformer'])
+    assert activity['levels'] == model.sfn_config.levels
+    assert activity['activity_per_site'] == {site.name: site.activity for site in counted.sites}
 
 
 def test_curves(tmp_path):
