@@ -4,7 +4,6 @@ import dataclasses
 import errno
 import itertools
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -14,6 +13,7 @@ import time
 import pytest
 import timm
 import torch
+from cli_process import FORKS
 from conftest import NANO
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
@@ -400,10 +400,8 @@ def save_slowly(source_folder, folder, reached, where='folders.save_file'):
 
 
 def kill_while_saving(new, folder, where, sent=signal.SIGKILL):
-    context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['sformer'])  # importing it takes seconds, once is enough
-    reached = context.Event()
-    process = context.Process(target=save_slowly, args=(new, folder, reached, where))
+    reached = FORKS.Event()
+    process = FORKS.Process(target=save_slowly, args=(new, folder, reached, where))
     process.start()
     assert reached.wait(120), 'the process never got there'
     os.kill(process.pid, sent)

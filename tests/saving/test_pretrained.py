@@ -3,7 +3,6 @@ import contextlib
 import dataclasses
 import json
 import logging
-import multiprocessing
 import re
 import shutil
 
@@ -11,6 +10,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+from cli_process import FORKS
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.models import _registry, get_pretrained_cfg
@@ -401,10 +401,8 @@ def load_in_process(cache, index, barrier, results):
 
 def test_processes_that_start_at_once_fit_once(warm, published, tmp_path):
     publish(tmp_path, published)
-    context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['sformer'])
-    barrier, results = context.Barrier(3), context.Queue()
-    processes = [context.Process(target=load_in_process, args=(tmp_path, i, barrier, results)) for i in range(3)]
+    barrier, results = FORKS.Barrier(3), FORKS.Queue()
+    processes = [FORKS.Process(target=load_in_process, args=(tmp_path, i, barrier, results)) for i in range(3)]
     for process in processes:
         process.start()
     found = [results.get(timeout=120) for _ in processes]
