@@ -152,7 +152,7 @@ def test_what_a_value_has_to_be(check, right, wrong):
     for values in ({}, dict(x=None)):
         with pytest.raises(ValueError, match='^x is None, not '):
             check_values(values, dict(x=check), ['x'])
-    with pytest.raises(ValueError, match=r"^\[1, 2\] is no record"):
+    with pytest.raises(ValueError, match=r"^\[1, 2\] is no object of JSON"):
         check_values([1, 2], {})
     with pytest.raises(ValueError, match=r"^x is 'a{56}\.\.\., not "):
         check_values(dict(x='a' * 100), dict(x=PERCENT))

@@ -372,6 +372,9 @@ def test_a_filtered_root_is_left_alone():
 def test_new_neurons_are_in_the_mode_and_on_the_device_of_their_layer():
     model = spiking_(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).eval())
     assert not any(m.training for m in model.modules())
+    for family in ('vit', 'eva02', 'glu mlp'):
+        assert not any(m.training for m in spiking_(build(family)).modules())
+        assert all(m.training for m in spiking_(build(family).train()).modules())
     with torch.device('meta'):
         model = nn.Sequential(nn.Linear(4, 4), tl.AttentionPoolPrr(4, 2))
     assert all(t.is_meta for t in spiking_(model).state_dict().values())
