@@ -7,6 +7,7 @@ from layer_tools import build, pixels, relative_error
 
 import sformer
 from sformer import SFNConfig, SFormerError, UncalibratedError, convert
+from sformer.conversion import distillation
 from sformer.conversion.distillation import (
     DistillConfig,
     distill_,
@@ -131,3 +132,13 @@ def test_what_cannot_be_trained():
         distill_(model, [pixels()], 2)
     with pytest.raises(SFormerError, match='not finite in step 1'):
         distill_(model, [pixels() * float('nan')], 1)
+
+
+def test_errors_of_blocks_count_by_their_mean(monkeypatch):
+    """Whatever the depth."""
+    model = convert(build(depth=2), [pixels()])
+    errors, losses, backward = iter([1., 2., 4.]), [], torch.Tensor.backward
+    monkeypatch.setattr(distillation, 'squared_error', lambda actual, expected: 0 * actual.sum() + next(errors))
+    monkeypatch.setattr(torch.Tensor, 'backward', lambda loss: losses.append(loss.item()) or backward(loss))
+    distill_(model, [pixels()], 1, distillation.DistillConfig(features=0.5, price=0))
+    assert losses == [1 + 0.5 * (2 + 4) / 2]

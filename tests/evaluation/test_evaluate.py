@@ -109,6 +109,17 @@ def test_uncalibrated_is_refused(model):
         evaluate(one, 'digits')
 
 
+def test_who_compares_with_what_is_inside_is_told_that_it_moved(model, source, caplog):
+    moved = copy.deepcopy(model)
+    with torch.no_grad():
+        moved.head.bias.add_(0.1)
+    for network, other, told in (
+            (moved, True, True), (moved, False, False), (moved, source, False), (model, True, False)):
+        caplog.clear()
+        evaluate(network, 'digits', num_images=8, source=other)
+        assert ('have moved since it was converted' in caplog.text) == told
+
+
 def test_a_model_without_classes_is_refused(images):
     features = timm.create_model('vit_tiny_patch16_224', **dict(NANO, num_classes=0))
     for model in (features, convert(features, [images])):

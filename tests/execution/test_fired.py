@@ -49,9 +49,9 @@ def test_levels_are_those_of_the_neuron(values, config):
         k = k.round().clamp(-128, 127) if isinstance(neuron, GradedCoding) else k.round()
         assert (k == expected).float().mean() > 0.999, name  # but for currents within rounding of a boundary
         lowest = min(lowest, expected.min().item())
-        assert (row is None) == (spikes.row is None)
+        assert (row is None) == (spikes.token_scale is None)
         if row is not None:
-            torch.testing.assert_close(row, spikes.row)
+            torch.testing.assert_close(row, spikes.token_scale)
         if expected.max() > 127:
             continue  # of a softmax: they meet no int8
         assert relative_error(DecodedLevels(neuron)(x), neuron(x)) < 0.02, name

@@ -16,7 +16,7 @@ def test_a_forward_that_failed_is_watched_when_it_is_repeated():
     def fails(*args):
         raise MemoryError
     with torch.no_grad(), watch_levels(model, lambda name, levels: seen.update({name: levels.long()})):
-        handle = neuron.register_forward_hook(fails)
+        handle = neuron.register_forward_pre_hook(fails)
         with pytest.raises(MemoryError):
             model(images)
         handle.remove()

@@ -7,6 +7,7 @@ from PIL import Image
 
 from sformer.publishing import plots as plots_module
 from sformer.publishing.plots import is_own_plot, plot_accuracy, plot_activity, render_plots
+from sformer.publishing.profile_plots import COLOURS, plot_energy
 
 
 def test_plots_carry_their_numbers(record):
@@ -55,3 +56,14 @@ def test_curves_are_seen_whole_and_noise_is_no_cliff(monkeypatch, accuracy, sour
     line, curve = axes.get_lines()
     assert {*line.get_ydata()} == {source} and [*curve.get_xydata().flatten()] == [
         number for point in accuracy.items() for number in point]
+
+
+def test_a_row_for_each_account():
+    parts = {'products': next(iter(COLOURS))}
+    heights = []
+    for count in (1, 3, 5):
+        names = ['quantised', *map(str, range(count - 1))]
+        account = {name: dict(products=1., total=1., low=0.5, high=1.5) for name in names}
+        with Image.open(io.BytesIO(plot_energy(account, parts))) as image:
+            heights.append(image.height)
+    assert heights[2] - heights[1] == heights[1] - heights[0] > 50

@@ -13,7 +13,7 @@ from PIL import Image
 
 from sformer import SFormerError
 from sformer.profiling import energy, profile_model, spike_maps, verdicts
-from sformer.publishing.profile_page import read_curve, write_profile
+from sformer.publishing.profile_page import kind_of, read_curve, write_profile
 
 VOID = {'meta', 'link', 'img', 'br'}
 
@@ -105,3 +105,10 @@ def test_curves(tmp_path):
         path.write_text(content)
         with pytest.raises(SFormerError, match='curve.json'):
             read_curve(path)
+
+
+@pytest.mark.parametrize('name, kind', [
+    ('blocks.3.mlp.fc2.neuron', 'mlp.fc2'), ('blocks.11.mlp.fc2.neuron', 'mlp.fc2'), ('head.neuron', 'head'),
+    ('blocks.0.attn.products.0.q_neuron', 'attn.q_neuron'), ('patch_embed.proj.neuron', 'patch_embed.proj')])
+def test_sites_of_all_blocks_are_of_one_kind(name, kind):
+    assert kind_of(name) == kind

@@ -21,6 +21,7 @@ from timm.models.vision_transformer import VisionTransformer
 import sformer
 from sformer import SFNConfig, SFormer, SFormerError, UncalibratedError, convert, is_calibrated, load_model, save_model
 from sformer.files import file_hash
+from sformer.saving.folders import write_model
 from sformer.tasks import open_model
 
 FILES = {'model.safetensors', 'config.json'}
@@ -228,6 +229,13 @@ def test_models_that_no_config_rebuilds_are_refused(tmp_path, model, make, messa
         save_model(make(model), tmp_path / 'x')
     assert '\n' not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_tensors_without_values_share_none(tmp_path):
+    state = dict(a=torch.zeros(0), b=torch.zeros(0, 3))
+    write_model(state, tmp_path / 'x', lambda aside, sha256: (aside / 'config.json').write_text('{}'), False)
+    assert {name: value.shape for name, value in load_file(tmp_path / 'x' / 'model.safetensors').items()} == {
+        name: value.shape for name, value in state.items()}
 
 
 # what is there already ------------------------------------------------------------------------------------------------
