@@ -3,6 +3,7 @@ import ast
 import dataclasses
 import hashlib
 import random
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -203,7 +204,9 @@ def _without_words(node: ast.AST) -> Iterator[ast.AST]:
         if field in ('annotation', 'returns', 'decorator_list') or isinstance(node, ast.Raise):
             continue
         for child in value if isinstance(value, list) else [value]:
-            if not isinstance(child, ast.AST) or isinstance(child, ast.JoinedStr) or _speaks(child):
+            if not isinstance(child, ast.AST) or isinstance(child, ast.JoinedStr):
+                continue
+            if _speaks(child) or _names_a_type(child):
                 continue
             yield child
             yield from _without_words(child)
@@ -215,6 +218,11 @@ def _speaks(node: ast.AST) -> bool:
         return False
     name = getattr(call.func, 'attr', getattr(call.func, 'id', ''))
     return name in SPEAKING
+
+
+def _names_a_type(node: ast.AST) -> bool:
+    target = node.targets[0] if isinstance(node, ast.Assign) else None
+    return isinstance(target, ast.Name) and re.match('[A-Z][a-z]', target.id) is not None
 
 
 def drawn(mutants: list[Mutant], seed: int) -> Iterator[Mutant]:

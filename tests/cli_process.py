@@ -31,7 +31,7 @@ def result_of(process, folder):
     return Result(process.exitcode, out, err)
 
 
-def command(args, folder, terminal=None, started=None):
+def command(args, folder, terminal=None, started=None, curve=None):
     """Be `sformer ARGS`, in a process of its own.
 
     Args:
@@ -39,6 +39,7 @@ def command(args, folder, terminal=None, started=None):
         folder: Working directory, and where `out` and `err` are written.
         terminal: Name of a terminal for stderr.
         started: Path of a file that says that calibration images are being read.
+        curve: Numbers of levels that the demo draws, where all of its own take too long.
     """
     from huggingface_hub import constants
 
@@ -57,6 +58,8 @@ def command(args, folder, terminal=None, started=None):
             Path(started).touch()
             return calibrate(*args, **kwargs)
         convert.calibrate_ = announced
+    if curve:
+        importlib.import_module('sformer.cli.demo').CURVE = curve
     cli.main()
 
 

@@ -3,6 +3,7 @@
 `docs/extend.md` says the same in words.
 """
 import ast
+import functools
 import importlib
 import re
 import sys
@@ -11,7 +12,6 @@ import types
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 import yaml
 from torch import nn
 
@@ -90,7 +90,13 @@ def resolve(module: str, path: Path, node: ast.Import | ast.ImportFrom) -> Itera
         yield inner if inner in MODULES else 'sformer.__init__' if base == 'sformer' else base
 
 
-def imports(module: str, path: Path) -> Iterator[tuple[str, bool, int]]:
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding='utf-8'))
+
+
+@functools.cache
+def imports(module: str, path: Path) -> tuple[tuple[str, bool, int], ...]:
     """What a module imports: its name, whether it waits until a function is called (what is not of this package, also
     where it is for types alone), and the line."""
     def visit(node: ast.AST, inside: bool, types_alone: bool = False) -> Iterator[tuple[str, bool, int]]:
@@ -101,7 +107,7 @@ def imports(module: str, path: Path) -> Iterator[tuple[str, bool, int]]:
             yield from visit(
                 child, inside or isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)),
                 types_alone or (isinstance(child, ast.If) and ast.unparse(child.test) == 'TYPE_CHECKING'))
-    yield from visit(ast.parse(path.read_text(encoding='utf-8')), False)
+    return tuple(visit(parsed(path), False))
 
 
 def circle(edges: dict[str, set[str]]) -> list[str]:
@@ -140,7 +146,7 @@ def test_no_module_is_loose():
 def commands() -> dict[str, set[str]]:
     """Files of the commands, and what each, or the tasks that it asks, imports from which wing, as `wing.verb`."""
     def imported(path: Path) -> set[str]:
-        nodes = [node for node in ast.walk(ast.parse(path.read_text(encoding='utf-8')))
+        nodes = [node for node in ast.walk(parsed(path))
                  if isinstance(node, ast.ImportFrom)]
         return {f'{(node.module or "").split(".")[0]}.{alias.name}' for node in nodes for alias in node.names}
 
@@ -182,41 +188,41 @@ def test_no_circle():
     assert not circle(edges), ' -> '.join(circle(edges))
 
 
-@pytest.mark.parametrize('module', MODULES)
-def test_imports_run_downwards(module):
-    part = part_of(module)
-    wrong = [f'{module}:{line} imports {name}' for name, _, line in imports(module, MODULES[module])
-             if name in MODULES and part_of(name) != part and RANK[part_of(name)] >= RANK[part]]
+def all_imports() -> Iterator[tuple[str, str, bool, str]]:
+    """Every import of the package: its module, what is imported, whether inside of a function, all that in words."""
+    for module, path in MODULES.items():
+        for name, inside, line in imports(module, path):
+            yield module, name, inside, f'{module}:{line} imports {name}'
+
+
+def test_imports_run_downwards():
+    wrong = [words for module, name, _, words in all_imports()
+             if name in MODULES and part_of(name) != part_of(module) and RANK[part_of(name)] >= RANK[part_of(module)]]
     assert not wrong
 
 
-@pytest.mark.parametrize('module', MODULES)
-def test_only_what_is_slow_is_imported_inside_of_a_function(module):
+def test_only_what_is_slow_is_imported_inside_of_a_function():
     allowed = SLOW | NOT_EVERYWHERE
-    if part_of(module) == 'cli':  # whose help does not wait for torch
-        allowed = allowed | {'sformer', 'timm', 'torch'}
-    wrong = [f'{module}:{line} imports {name}' for name, inside, line in imports(module, MODULES[module])
-             if inside and name.split('.')[0] not in allowed]
+    of_cli = allowed | {'sformer', 'timm', 'torch'}  # whose help does not wait for torch
+    wrong = [words for module, name, inside, words in all_imports()
+             if inside and name.split('.')[0] not in (of_cli if part_of(module) == 'cli' else allowed)]
     assert not wrong
 
 
-@pytest.mark.parametrize('module', MODULES)
-def test_what_is_slow_is_not_imported_with_the_package(module):
-    if part_of(module) == 'cli':  # which nothing imports but the command
-        return
-    wrong = [f'{module}:{line} imports {name}' for name, inside, line in imports(module, MODULES[module])
-             if not inside and name.split('.')[0] in SLOW]
+def test_what_is_slow_is_not_imported_with_the_package():
+    wrong = [words for module, name, inside, words in all_imports()
+             if part_of(module) != 'cli' and not inside and name.split('.')[0] in SLOW]  # as nothing else imports it
     assert not wrong
 
 
-@pytest.mark.parametrize('path', [path.relative_to(ROOT).as_posix() for path in (
-    *sorted((ROOT / 'scripts').glob('*.py')), *sorted((ROOT / 'tests').rglob('*.py')))])
-def test_scripts_and_tests_import_what_is_there(path):
-    tree = ast.parse((ROOT / path).read_text(encoding='utf-8'))
-    names = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
-    names |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    known = {*MODULES, 'sformer'}
-    assert not {name for name in names if name.split('.')[0] == 'sformer'} - known
+def test_scripts_and_tests_import_what_is_there():
+    wrong = []
+    for path in (*(ROOT / 'scripts').glob('*.py'), *(ROOT / 'tests').rglob('*.py')):
+        nodes = [*ast.walk(parsed(path))]
+        names = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+        names |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        wrong += [f'{path} imports {name}' for name in names - {*MODULES, 'sformer'} if name.split('.')[0] == 'sformer']
+    assert not wrong
 
 
 def defined() -> dict[str, list[str]]:
@@ -224,7 +230,7 @@ def defined() -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for module, path in MODULES.items():
         names = set()
-        for node in ast.parse(path.read_text(encoding='utf-8')).body:
+        for node in parsed(path).body:
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
                 names.add(node.name)
             elif isinstance(node, (ast.Assign, ast.AnnAssign)):
@@ -242,7 +248,7 @@ def test_what_is_defined_twice_has_a_reason():
 
 def layer_types(module: str) -> set[str]:
     """Types of layers, by name, that a module asks of something whether it is one of."""
-    tree, names = ast.parse(MODULES[module].read_text(encoding='utf-8')), vars(importlib.import_module(module))
+    tree, names = parsed(MODULES[module]), vars(importlib.import_module(module))
     asked = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and getattr(node.func, 'id', '') in ('isinstance', 'issubclass'):
@@ -315,7 +321,7 @@ def test_nobody_asks_which_task_it_is():
     """But tasks: everybody else asks the task. A third one is a file in `tasks`."""
     found = [f'{module}:{line}' for module, path in MODULES.items()
              if part_of(module) not in OF_TASKS and module != 'sformer.cli.detect'
-             for line in asking(ast.parse(path.read_text(encoding='utf-8')))]
+             for line in asking(parsed(path))]
     found += [f'{path.name}: {tag}' for path in PACKAGE.rglob('templates/*')
               for tag in re.findall(r'\{[{%].*?\bif\b.*?[}%]\}', path.read_text(encoding='utf-8')) if ASKS.search(tag)]
     assert not found
@@ -378,13 +384,12 @@ EXTRAS = {name: modules_of(requirements) for name, requirements in PROJECT['opti
 def test_what_is_imported_is_declared():
     """Of what is not, a change in another package's dependencies would be noticed by users."""
     known = CORE | set(sys.stdlib_module_names) | {'sformer'}
-    for module, path in MODULES.items():
-        for name, inside, line in imports(module, path):
-            assert name.split('.')[0] in (known | EXTRAS['all'] if inside else known), f'{module}:{line} imports {name}'
+    for _, name, inside, words in all_imports():
+        assert name.split('.')[0] in (known | EXTRAS['all'] if inside else known), words
 
 
 def test_extras():
-    assert EXTRAS['all'] == set().union(*(modules for name, modules in EXTRAS.items() if name != 'test'))
+    assert EXTRAS['all'] == set().union(*(modules for name, modules in EXTRAS.items() if name not in ('test', 'docs')))
     assert not CORE & set().union(*EXTRAS.values())
 
 
@@ -402,6 +407,6 @@ def test_hints_name_the_extra_that_brings_a_package():
             found = isinstance(call, ast.Call) and getattr(call.func, 'id', '') == 'needed_packages'
             visit(child, call.args[0].value if found else extra)
     for path in MODULES.values():
-        visit(ast.parse(path.read_text(encoding='utf-8')), None)
+        visit(parsed(path), None)
     assert len(hinted) > 8 and not {(name, extra) for name, extra in hinted if name not in EXTRAS[extra]}
     assert {name for name, _ in unhinted} <= {name for name, _ in hinted}

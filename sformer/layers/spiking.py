@@ -102,10 +102,11 @@ def spiking_(
             if spiking is not None or isinstance(child, SpikingPatchEmbed):  # whose convolution timm may put in anew
                 assert isinstance(child, SpikingLayer)
                 child.add_neurons(config)
-                for name in child.spiking_parts:
-                    part = getattr(child, name)
-                    if isinstance(part, nn.Module):
-                        part.train(child.training)
+                for layer in (child, *child.children()):  # a parent may have given its children others
+                    for name in getattr(layer, 'spiking_parts', ()):
+                        part = getattr(layer, name)
+                        if isinstance(part, nn.Module):
+                            part.train(layer.training)
     return module
 
 

@@ -145,7 +145,8 @@ def test_weights_that_have_moved_are_told_of(convert_digits, run, tmp_path, capl
     for args, message in (
             ((*evaluate, '--source-model', tmp_path / 'out'), 'convert the source itself'),
             ((*evaluate, '--source-model', 'sformer_nano.digits', '--no-source'), 'leave out --source-model'),
-            ((*evaluate, '--source-model', 'sformer_micro.cifar10'), r'other input: \(3, 32, 32\), not \(1, 8, 8\)'),
+            ((*evaluate, '--source-model', 'sformer_micro.cifar10'), 'the source to compare the '
+             r'model with has other input: \(3, 32, 32\), not \(1, 8, 8\)'),
             ((*evaluate, '--source-model', tmp_path / 'seven'), 'other classes: 7, not 10'),
             (('distill', tmp_path / 'out', '--dataset', 'digits', '-o', tmp_path / 'new', '--source-model',
               tmp_path / 'seven'), 'other classes: 7, not 10'),

@@ -11,7 +11,7 @@ from sformer.cli import demo
 
 
 def test_demo(run_apart, tmp_path):
-    result = run_apart('demo', '-o', tmp_path / 'demo')
+    result = run_apart('demo', '-o', tmp_path / 'demo', curve=(1, 32))
     assert (result.code, result.err) == (0, '')
     assert 'the same logits, bit for bit' in result.out and 'convert [s]' in result.out
     names = {p.name for p in (tmp_path / 'demo').iterdir()}

@@ -48,7 +48,7 @@ def test_evaluate_by_name(run_apart):
     (['{saved}', '--dataset', 'dead-leaves'], 'no labels'),
     (['{saved}', '--dataset', 'digits', '--split', 'val'], "no split 'val'"),
     (['{saved}', '--dataset', 'digits', '--num-images', '541'], '541 images asked for'),
-    (['{saved}', '--dataset', 'digits', '--amp-dtype', 'int3'], "not 'int3'"),
+    (['{saved}', '--dataset', 'digits', '--amp-dtype', 'int3'], "--amp-dtype is bfloat16 or float16, not 'int3'"),
     (['{saved}', '--dataset', 'digits', '--device', 'meta'], 'meta'),
     (['{saved}', '--dataset', 'digits', '--num-images', '0'], "'--num-images'"),
     (['{saved}', '--dataset', 'digits', '--batch-size', '0'], "'--batch-size'"),

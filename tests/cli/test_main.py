@@ -13,7 +13,7 @@ from cli_process import NAME, SCRIPT, Result, assert_mistake
 from evaluation_tools import write_digits
 
 import sformer
-from sformer import cli
+from sformer import cli, neurons
 from sformer.cli import list_models
 from sformer.cli.failure import is_command
 
@@ -65,6 +65,12 @@ def test_versions(run):
     result = run('--version')
     assert (result.code, result.err) == (0, '')
     assert result.out == ', '.join(f'{name} {metadata.version(name)}' for name in ('sformer', 'torch', 'timm')) + '\n'
+
+
+def test_names_that_are_not_there():
+    for module in (sformer, neurons):
+        with pytest.raises(AttributeError, match=f"module '{module.__name__}' has no attribute 'convrt'"):
+            _ = module.convrt
 
 
 def test_importing_the_package_registers_its_models(tmp_path):

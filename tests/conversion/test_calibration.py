@@ -1,5 +1,6 @@
 """Calibration: what is observed of the source does not depend on how images come, and the traps of real networks."""
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -20,6 +21,7 @@ from timm import layers as tl
 
 from sformer import FitConfig, SFNConfig, SFormerError, calibrate_, convert, is_calibrated, spiking_
 from sformer.conversion import calibration, observe
+from sformer.conversion.record import CalibrationRecord, library_versions
 from sformer.models import spiking_model_
 from sformer.neurons import CurrentStatistics, ScaleAndFire
 from sformer.neurons.thresholds import MIN_STEP
@@ -327,3 +329,14 @@ def test_no_images_is_an_error(batches):
 def test_images_that_do_not_fit_are_an_error():
     with pytest.raises(SFormerError, match=r'calibration images \(4, 3, 16, 16\) do not fit the model'):
         observe(spiking_(build()), [torch.zeros(4, 3, 16, 16)])
+
+
+def test_a_second_calibration_is_recorded_as_what_it_was():
+    model = convert(build(), [pixels()], command='sformer convert x')
+    model.conversion = dataclasses.replace(model.conversion, versions=dict(torch='0.1'))
+    before = model.conversion
+    calibrate_(model, [pixels(3, seed=2)], FitConfig('max'))
+    record = model.conversion
+    assert (record.fit, record.calibration, record.command) == (FitConfig('max'), CalibrationRecord(num_images=3), None)
+    assert record.versions == library_versions() and record.source_sha256 == before.source_sha256
+    assert record.source == before.source and record.recipe is None

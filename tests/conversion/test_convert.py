@@ -297,7 +297,7 @@ def test_calibration_does_not_default_to_evaluation_images(source):
 
 @pytest.mark.parametrize('batches', [[], iter(()), [torch.zeros(0, 1, 8, 8)]], ids=['list', 'iterator', 'batch'])
 def test_no_images(source, batches):
-    with pytest.raises(SFormerError, match='at least one image'):
+    with pytest.raises(SFormerError, match='calibration needs at least one image, got none'):
         convert(source, batches)
 
 
@@ -306,7 +306,7 @@ def test_no_images(source, batches):
     'image.png', torch.zeros(2, 1, 16, 16), torch.zeros(2, 3, 8, 8)],
     ids=['3d', '5d', 'numpy', 'dict', 'str', 'size', 'channels'])
 def test_wrong_batches(source, batch):
-    with pytest.raises(SFormerError, match=r'\(B, C, H, W\)|8|channels'):
+    with pytest.raises(SFormerError, match=r'calibration batches must be tensors \(B, 1, 8, 8\), got|not fit'):
         convert(source, [batch])
 
 
@@ -320,9 +320,9 @@ def test_nan_images(source, images):
 def test_preprocessing_that_does_not_fit(own_source):
     with pytest.raises(SFormerError, match='mean needs 1 values for 1 channels, got 3'):
         set_data_config_(own_source, mean=(0.5, 0.5, 0.5))
-    with pytest.raises(TypeError, match='meen'):
+    with pytest.raises(TypeError, match='unknown preprocessing: meen'):
         set_data_config_(own_source, meen=(0.5,))
-    with pytest.raises(SFormerError, match='std'):
+    with pytest.raises(SFormerError, match='std must lie in'):
         set_data_config_(own_source, std=(0.,))
     with pytest.raises(SFormerError, match='interpolation|nearest-ish'):
         set_data_config_(own_source, interpolation='nearest-ish')

@@ -264,7 +264,7 @@ def test_a_training_that_diverged_says_so(trained, whole, caplog):
 
 def test_what_cannot_be_trained():
     model = sformer.spiking_(build(), SFNConfig())
-    with pytest.raises(UncalibratedError):
+    with pytest.raises(UncalibratedError, match=r'uncalibrated.*; fit it with sformer\.convert\(\) first\.$'):
         distill_(model, [pixels()], 1)
     model = convert(build(), [pixels()])
     with pytest.raises(SFormerError, match='2 steps need as many batches, got 1'):
@@ -273,3 +273,13 @@ def test_what_cannot_be_trained():
         distill_(model, [], 2)
     with pytest.raises(SFormerError, match='not finite in step 1'):
         distill_(model, [pixels() * float('nan')], 1)
+
+
+def test_errors_of_blocks_count_by_their_mean(monkeypatch):
+    """Whatever the depth."""
+    model = convert(build(depth=2), [pixels()])
+    errors, losses, backward = iter([1., 2., 4.]), [], torch.Tensor.backward
+    monkeypatch.setattr(distillation, 'squared_error', lambda actual, expected: 0 * actual.sum() + next(errors))
+    monkeypatch.setattr(torch.Tensor, 'backward', lambda loss: losses.append(loss.item()) or backward(loss))
+    distill_(model, [pixels()], 1, distillation.DistillConfig(features=0.5, price=0))
+    assert losses == [1 + 0.5 * (2 + 4) / 2]

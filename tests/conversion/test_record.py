@@ -28,15 +28,16 @@ def test_there_and_back():
     (dict(changed='no'), "changed is 'no'"), (dict(changed=1), 'changed is 1'), (dict(changed=True), 'changed is True'),
     (dict(changed=['moved']), r"changed is \('moved',\)"), (dict(changed=[['distilled']]), 'changed is'),
     (dict(version=2), 'has version 2'), (dict(version=2, changed=1), 'has version 2'),
-    (dict(fit=5), 'mapping'), (dict(fit=dict(estimator='mean')), 'estimator must be'),
-    (dict(fit=dict(levels=8)), 'levels'), (dict(calibration=dict(num_images='8')), "num_images is '8'"),
+    (dict(fit=5), '.* mapping'), (dict(fit=dict(estimator='mean')), 'estimator must be'),
+    (dict(fit=dict(levels=8)), ".*'levels'"), (dict(calibration=dict(num_images='8')), "num_images is '8'"),
     (dict(calibration=dict(num_images=True)), 'num_images is True'), (dict(calibration=dict(seed=1.5)), 'seed is 1.5'),
-    (dict(calibration=dict(name=3)), 'name is 3'), (dict(calibration=None), 'mapping'),
+    (dict(calibration=dict(name=3)), 'name is 3'), (dict(calibration=None), '.* mapping'),
     (dict(versions=['torch']), 'versions is'), (dict(versions=dict(torch=2)), 'versions is'),
-    (dict(recipe=dict(levels=8)), 'recipe'),
+    (dict(recipe=dict(levels=8)), ".*'recipe'"),
 ], ids=str)
 def test_records_that_sformer_did_not_write(changes, message):
-    with pytest.raises(SFormerError, match=f'record of the conversion .*{message}') as caught:
+    message = f'^the record of the conversion (is not as sformer wrote it: )?{message}'
+    with pytest.raises(SFormerError, match=message) as caught:
         Conversion.from_dict(dict(RECORD.to_dict(), **changes))
     assert '\n' not in str(caught.value)
 

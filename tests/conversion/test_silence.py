@@ -48,6 +48,8 @@ def test_what_is_silent_in_a_row_errs_together():
     n = n / n.amax(-1, keepdim=True)
     neuron = ScaleAndFire((2, 1, 1), SFNConfig(silence=0.4), signed=False)
     site = RowSensitivity(neuron)
+    n[0, ..., 1:] = site.thresholds[torch.randint(40, 65, n[0, ..., 1:].shape, generator=rng(2))]  # which fire
+    n[0, ..., 0] = 1.
 
     def attend(x):
         return (x @ v) / x.sum(-1, keepdim=True)

@@ -10,6 +10,7 @@ import timm
 import torch
 from conftest import NANO
 from evaluation_tools import class_folders
+from huggingface_hub import constants
 from safetensors.torch import save_file
 from timm.data import resolve_input_data_config
 
@@ -156,8 +157,13 @@ def test_broken_weights_are_named(source, images, tmp_path, value):
         convert(NAME, checkpoint=path, **NANO)
     broken = copy.deepcopy(source)
     broken.blocks[1].mlp.fc1.weight.data.copy_(weight)
-    with pytest.raises(SFormerError, match=r'blocks\.1\.mlp\.fc1\.weight of the source'):
+    with pytest.raises(SFormerError, match=r'blocks\.1\.mlp\.fc1\.weight of the source network has NaN or infinite'):
         convert(broken, [images])
+
+
+def test_weights_without_values_are_named(source, images):
+    with pytest.raises(SFormerError, match='cls_token of the source network has no values: it is on the meta device'):
+        convert(copy.deepcopy(source).to('meta'), [images])
 
 
 def test_overflow_inside_the_source_is_located(own_source, images):
@@ -190,8 +196,21 @@ def test_classes_that_the_pretrained_weights_have_not(source, tmp_path, classes)
 def test_parameters_that_the_pretrained_weights_have_not(source, tmp_path):
     """Where there is no classifier timm is not strict with any of them."""
     kwargs = dict(NANO, num_classes=0, qk_norm=True)
-    with pytest.raises(SFormerError, match=r'have no blocks\.0\.attn\.q_norm\.weight and 7 more, which would be'):
+    with pytest.raises(SFormerError, match=r'have no blocks\.0\.attn\.q_norm\.weight and 7 more, which would be random '
+                                           'with these arguments'):
         create_source(NAME, **kwargs, pretrained_cfg_overlay=overlay(source, tmp_path))
+    published = overlay(source, tmp_path)
+    position = source.pos_embed.detach()[:, 1:].contiguous()
+    save_file({**source.state_dict(), 'pos_embed': position}, tmp_path / 'published.safetensors')
+    kwargs = dict(NANO, num_classes=0, reg_tokens=1, no_embed_class=True)
+    with pytest.raises(SFormerError, match=f'pretrained weights of {NAME} have no reg_token, which would be random'):
+        create_source(NAME, **kwargs, pretrained_cfg_overlay=published)
+
+
+def test_pretrained_weights_that_are_not_there(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    with pytest.raises(SFormerError, match=f'weights of {NAME} cannot be loaded .*or make the Hub reach'):
+        create_source(NAME, cache_dir=tmp_path, **NANO)
 
 
 def test_a_tag_is_of_published_weights(source, checkpoint, images, tmp_path):

@@ -55,7 +55,7 @@ def broken(data, folder):
 def test_mistakes_are_named_and_left_out_only_if_asked(tmp_path, caplog):
     data, messages = broken(write_coco(tmp_path), tmp_path)
     write_annotations(tmp_path, data)
-    with pytest.raises(SFormerError, match=r'train\.json: image 40 is missing .* and 8 more\. --skip-bad'):
+    with pytest.raises(SFormerError, match=r'image 40 is missing .* and 8 more\. --skip-bad .* leaves them out'):
         open_coco(tmp_path, 'train', masks=True)
     with caplog.at_level(logging.WARNING):
         left = open_coco(tmp_path, 'train', masks=True, skip_bad=True)
@@ -91,7 +91,10 @@ def test_splits_are_found_as_coco_has_them(tmp_path):
 
 
 @pytest.mark.parametrize('text, message', [
-    ('{', 'cannot be read as JSON'), ('{"images": []}', 'no list of annotations'), ('[]', 'no list of images')])
+    ('{', 'cannot be read as JSON'),
+    ('{"images": []}', 'is not in COCO format: it has no list of annotations'),
+    ('[]', 'is not in COCO format: it has no list of images'), ('[' * 10 ** 5, 'lists in lists in lists, without end'),
+    ('{"images": [], "annotations": [], "categories": [{"id": 1, "name": "x"}]}', 'not one image is usable')])
 def test_what_is_no_coco(text, message, tmp_path):
     (tmp_path / 'train').mkdir()
     (tmp_path / 'train.json').write_text(text)

@@ -108,7 +108,8 @@ def test_windows_convert_and_load(data, tmp_path):
     source = small_detector(window_size=2)
     image = data.image(10)
     expected = detect(source, image)
-    converted = convert_detector(copy.deepcopy(source), data, num_images=2)
+    converted = convert_detector(copy.deepcopy(source).train(), data, num_images=2)
+    assert not any(module.training for module in converted.modules())
     assert same(detect(source_view(converted), image), expected)
     whole, _, _ = profile_operations(convert_detector(small_detector(window_size=None), data, num_images=2), [[image]])
     operations, _, _ = profile_operations(converted, [[image]])
@@ -165,7 +166,7 @@ def test_folders(sformer_detector, data, tmp_path):
             save_detector(detector, tmp_path / name)
     record = load_detector(tmp_path / 'sformer').conversion
     assert record.calibration == sformer_detector.conversion.calibration and not record.changed
-    with pytest.raises(UncalibratedError):
+    with pytest.raises(UncalibratedError, match=r'convert it with convert_detector\(\) before saving'):
         save_detector(spiking_(small_detector()), tmp_path / 'none')
     assert not (tmp_path / 'none').exists()
 

@@ -108,4 +108,8 @@ def test_mistakes(segmenting, data, tmp_path):
     rotary = convert_detector(small_detector(backbone='eva02_tiny_patch14_224', depth=1), data, num_images=1)
     with pytest.raises(SFormerError, match='eva02_tiny_patch14_224 that is not valid'):
         export_detector(rotary, tmp_path / 'new.onnx')
+    unknown = copy.deepcopy(model)
+    unknown.roi_heads.box_head.register_forward_hook(lambda module, args, out: torch.special.i0(out))
+    with pytest.raises(SFormerError, match=f"torch's exporter cannot write {model.config.backbone}: .*i0"):
+        export_detector(unknown, tmp_path / 'new.onnx', (64, 96))
     assert not list(tmp_path.iterdir())

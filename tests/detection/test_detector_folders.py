@@ -72,9 +72,9 @@ def test_a_named_detector_is_uncalibrated(data, tmp_path):
     assert task_of(NAME).noun == 'detector' and task_of('vit_tiny_patch16_224').noun == 'classifier'
     detector = torchvision.models.get_model(NAME, sfn=dict(levels=8), **SMALL)
     assert detector.sfn.levels == 8 and not is_calibrated(detector)
-    with pytest.raises(UncalibratedError):
+    with pytest.raises(UncalibratedError, match=r'convert it with convert_detector\(\) before saving'):
         save_detector(detector, tmp_path / 'det')
-    with pytest.raises(UncalibratedError):
+    with pytest.raises(UncalibratedError, match=r'; convert it with convert_detector\(\)\.$'):
         evaluate_detector(detector, data)
     assert not (tmp_path / 'det').exists()
     with pytest.raises(SFormerError, match='no weights are published as those of'):
@@ -134,13 +134,13 @@ def test_wrong_weights_are_not_loaded(hub, saved):
 
 
 @pytest.mark.parametrize('changes, message', [
-    (dict(detector=dict(backbone='../os')), 'not the name of a timm architecture'),
+    (dict(detector=dict(backbone='../os')), r"json: the backbone '\.\./os' is not the name of a timm architecture"),
     (dict(detector=dict(channels=2 ** 40)), 'channels must be an integer from 1 to 16384, got 1099511627776'),
     (dict(detector=dict(hidden=True)), 'hidden must be an integer .* got True'),
     (dict(detector=dict(image_size=[2 ** 20, 32])), 'image_size'),
     (dict(detector=dict(std=[0, 1, 1])), 'std must lie in'),
     (dict(detector=dict(categories={'1': ['x']})), 'categories have names'),
-    (dict(detector=dict(weights='http://x')), 'not as sformer wrote it'),
+    (dict(detector=dict(weights='http://x')), r'config\.json is not as sformer wrote it: .*weights'),
     (dict(sfn=5), 'not as sformer wrote it'), (dict(sfn=dict(levels=10 ** 9)), 'levels'),
     (dict(sformer=dict(version=1)), 'version 1'), (dict(weights_sha256=5), 'weights_sha256 is no text'),
 ], ids=str)

@@ -37,7 +37,10 @@ def test_checkpoint_of_another_network(tmp_path):
 @pytest.mark.parametrize('kwargs, message', [
     (dict(scales=(1, 2)), 'largest first'), (dict(scales=(3,)), 'scales are of 4, 2, 1, 0.5'),
     (dict(image_size=(60, 64)), 'multiples of 32'),
-    (dict(window_size=0), 'window_size must be an integer of at least 1'), (dict(categories={}), 'at least one')])
+    (dict(window_size=0), 'window_size must be an integer of at least 1'),
+    (dict(categories={}), 'categories are names by whole numbers, at least one, not {}'),
+    (dict(image_size=64), 'image_size has several values, not 64'),
+    (dict(backbone=5), 'backbone must be a text, got 5')])
 def test_values_that_make_no_detector(kwargs, message):
     with pytest.raises(SFormerError, match=message):
         small_config(**kwargs)

@@ -9,6 +9,7 @@ import evaluation_tools
 import pytest
 import timm
 import torch
+from conftest import NANO
 from evaluation_tools import steady
 from PIL import Image
 
@@ -100,12 +101,30 @@ def test_model_serves_while_it_is_evaluated(model, images):
 # refused --------------------------------------------------------------------------------------------------------------
 
 def test_uncalibrated_is_refused(model):
-    with pytest.raises(UncalibratedError, match=r'33 neurons .* blocks\.0\.attn\.qkv\.neuron'):
+    with pytest.raises(UncalibratedError, match=r'33 .* blocks\.0\.attn\.qkv\.neuron.* accuracy would mean nothing'):
         evaluate(timm.create_model('sformer_nano', img_size=8, in_chans=1, num_classes=10), 'digits')
     one = copy.deepcopy(model)
     one.head.neuron.calibrated.fill_(False)
     with pytest.raises(UncalibratedError, match=r'1 neurons .* head\.neuron'):
         evaluate(one, 'digits')
+
+
+def test_who_compares_with_what_is_inside_is_told_that_it_moved(model, source, caplog):
+    moved = copy.deepcopy(model)
+    with torch.no_grad():
+        moved.head.bias.add_(0.1)
+    for network, other, told in (
+            (moved, True, True), (moved, False, False), (moved, source, False), (model, True, False)):
+        caplog.clear()
+        evaluate(network, 'digits', num_images=8, source=other)
+        assert ('have moved since it was converted' in caplog.text) == told
+
+
+def test_a_model_without_classes_is_refused(images):
+    features = timm.create_model('vit_tiny_patch16_224', **dict(NANO, num_classes=0))
+    for model in (features, convert(features, [images])):
+        with pytest.raises(SFormerError, match=r'the model has no classes to predict \(num_classes=0\)'):
+            evaluate(model, 'digits')
 
 
 def test_compiled_model_is_refused(model):

@@ -66,6 +66,8 @@ def test_label_sets_that_do_not_match(classifier, model, tmp_path):
         evaluate(model, 'digits', benchmark='imagenet-z')
     with pytest.raises(SFormerError, match='imagenet-v2 has 1000 classes, digits has 10'):
         evaluate(model, 'digits', benchmark='imagenet-v2')
+    with pytest.raises(SFormerError, match='imagenet-1k has 1000 classes, the model has 10'):
+        resolve_benchmark('imagenet-1k', model, 'rows', None)
     with pytest.raises(SFormerError, match='imagenet-a needs a model of ImageNet classes, this one has 10'):
         evaluate(model, 'digits', benchmark='imagenet-a')
     with pytest.raises(SFormerError, match='imagenet-r has 200 classes with names like n0'):

@@ -1,6 +1,8 @@
 """The loop: batches, precision, memory, workers, unreadable images."""
 import copy
+import io
 import multiprocessing
+import sys
 
 import pytest
 import timm
@@ -126,6 +128,18 @@ def test_compiled_networks(images, monkeypatch, backend):
     assert result['activity'] == eager['activity']
     for key in ('nll', 'source_nll', 'relative_logit_error'):
         assert result[key] == pytest.approx(eager[key], rel=1e-2), key
+
+
+def test_a_terminal_is_told_how_far_it_is(model, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+    monkeypatch.setenv('TERM', 'xterm')
+    monkeypatch.setenv('COLUMNS', '200')
+    monkeypatch.setattr(sys, 'stderr', Terminal())
+    result = evaluate(model, 'digits', num_images=64, batch_size=32, source=False)
+    last = [line for line in sys.stderr.getvalue().splitlines() if 'Evaluating' in line][-1]
+    assert '64/64' in last and f'top-1 {result["top1"]:.2f} %' in last and 'images/s' in last
 
 
 def test_networks_that_do_not_compile_are_one_line(model, monkeypatch):

@@ -7,7 +7,7 @@ import torch
 
 from sformer import evaluate
 from sformer.evaluation.figures import CLASSIFICATION
-from sformer.evaluation.metrics import Counted, Scored, calibration_error
+from sformer.evaluation.metrics import Counted, Scored, calibration_error, relative_error
 
 
 def test_likelihood_and_calibration_error_by_hand(model, digits):
@@ -33,6 +33,11 @@ def test_certain_and_uncertain_predictions_have_a_bin():
     bins = score.record()['ece']
     assert bins[-1][:2] == [2, 1] and bins[7][:2] == [1, 1] and sum(b[0] for b in bins) == 3
     assert calibration_error([bins], 3) == pytest.approx(100 * (1 + 0.5) / 3, abs=1e-3)
+
+
+def test_errors_relative_to_nothing_are_none():
+    assert relative_error([9., 4.]) == 1.5 and relative_error([0., 4.]) == 0
+    assert relative_error(None) is None and relative_error([9., 0.]) is None
 
 
 def test_sums_do_not_depend_on_order_or_chunks():

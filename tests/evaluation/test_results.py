@@ -48,9 +48,11 @@ def test_results_files_that_can_not_be(tmp_path):
         check_results_file(tmp_path / 'r.xml')
     with pytest.raises(SFormerError, match='is a folder'):
         check_results_file(tmp_path)
-    for text in ('a,b\n1,2\n', 'model,top1\nx,1,2\n', 'model,top1\nx\n', '\x00\xff', 'model,top1,top1\n'):
+    rows, line = 'has rows with more or fewer fields', 'is no CSV file of results: its first line is'
+    for text, message in (('a,b\n1,2\n', f"{line} 'a, b'"), ('model,top1\nx,1,2\n', rows), ('model,top1\nx\n', rows),
+                          ('\x00\xff', 'is no CSV file of results: .utf-8'), ('model,top1,top1\n', line)):
         (tmp_path / 'foreign.csv').write_bytes(text.encode('latin-1'))
-        with pytest.raises(SFormerError, match='foreign.csv'):
+        with pytest.raises(SFormerError, match=f'foreign.csv {message}'):
             check_results_file(tmp_path / 'foreign.csv')
     assert {p.name for p in tmp_path.iterdir()} == {'foreign.csv'}
 
@@ -106,7 +108,7 @@ def test_home_folder(tmp_path, monkeypatch, format):
     assert check_results_file(f'~/r.{format}') == format
     write_results(f'~/r.{format}', [dict(model='m', top1=1.)], format)
     assert (tmp_path / f'r.{format}').is_file() and not (tmp_path / '~').exists()
-    with pytest.raises(SFormerError, match='~nobody-here/r.csv'):
+    with pytest.raises(SFormerError, match='~nobody-here/r.csv cannot be found: '):
         check_results_file('~nobody-here/r.csv')
 
 

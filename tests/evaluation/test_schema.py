@@ -1,6 +1,7 @@
 """One entry is all that a new figure needs; and what the schema refuses."""
 import csv
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -11,7 +12,20 @@ from sformer import SFormerError, save_model
 from sformer.cli import main
 from sformer.evaluation import figures
 from sformer.evaluation.figures import CLASSIFICATION, DETECTION, PRECISION, precision, precision_figures
-from sformer.evaluation.schema import PERCENT, POSITIVE, Figure, is_result, schema_of
+from sformer.evaluation.schema import (
+    COUNT,
+    FLAG,
+    PERCENT,
+    POSITIVE,
+    SHARE,
+    TEXT,
+    TEXTS,
+    Figure,
+    check_values,
+    is_result,
+    mapping,
+    schema_of,
+)
 from sformer.files import write_json
 from sformer.publishing.cards import render_card
 from sformer.publishing.model_record import load_recorded, read_record, recorded_results
@@ -113,3 +127,32 @@ def test_every_figure_of_an_evaluation_is_checked(result):
         if result.get(key) is not None:
             with pytest.raises(ValueError, match=f'^{key} is '):
                 CLASSIFICATION.check({**result, key: {1: object()}})
+
+
+WRONG = dict(a=True, b='x', c=None, d=[1])
+
+
+@pytest.mark.parametrize('check, right, wrong', [
+    (PERCENT, [0, 100, 99.5], [-0.1, 100.1, math.nan, math.inf, *WRONG.values()]),
+    (SHARE, [0, 1, 0.5], [-0.1, 1.1, *WRONG.values()]),
+    (COUNT, [0, 2 ** 53], [-1, 1.5, 2. ** 3, 2 ** 53 + 1, True, '1']),
+    (POSITIVE, [0, 1e300], [-1, math.inf, math.nan]), (TEXT, ['', 'x'], [1, None, ['x']]),
+    (FLAG, [True, False], [0, 1, '']),
+    (TEXTS, [[], ['x', 'y']], ['x', ['x', 1], [1, 'x'], ('x',)]),
+    (mapping(SHARE), [{}, dict(a=0.5, b=1)], [dict(a=0.5, b=2), dict(a=2, b=0.5), [0.5], 0.5])])
+def test_what_a_value_has_to_be(check, right, wrong):
+    for value in right:
+        check_values(dict(x=value), dict(x=check))
+    for value in wrong:
+        if value is not None:  # which is a value that is missing
+            with pytest.raises(ValueError, match=f'^x is .*, not {check.words}$'):
+                check_values(dict(x=value), dict(x=check))
+    check_values(dict(y=object()), dict(x=check))
+    check_values(dict(x=None), dict(x=check))
+    for values in ({}, dict(x=None)):
+        with pytest.raises(ValueError, match='^x is None, not '):
+            check_values(values, dict(x=check), ['x'])
+    with pytest.raises(ValueError, match=r"^\[1, 2\] is no object of JSON"):
+        check_values([1, 2], {})
+    with pytest.raises(ValueError, match=r"^x is 'a{56}\.\.\., not "):
+        check_values(dict(x='a' * 100), dict(x=PERCENT))

@@ -220,7 +220,7 @@ def test_compiles():
 
 
 def test_an_uncalibrated_model_is_refused():
-    with pytest.raises(UncalibratedError, match='uncalibrated'):
+    with pytest.raises(UncalibratedError, match=r'uncalibrated.*; fit it with sformer\.convert\(\) or calibrate_\(\)'):
         to_integer_(spiking_(build()))
 
 

@@ -60,6 +60,8 @@ def test_the_limit_is_tight():
     for low, high in ((-63, 63), (-64, 64), (-63, 126), (-128, 127), (0, 255), (-127, 127)):
         limit, zero = weight_limit((low, high)), zero_point((low, high))
         assert limit == 127 or 2 * (high + zero) * (limit + 1) >= 2 ** 15
+    with pytest.raises(ValueError, match='levels from -128 to 128 are no byte'):
+        zero_point((-128, 128))
     levels = np.full((1, 2), 255)
     assert pairwise(levels, np.full((2, 1), 65)) != 2 * 255 * 65
 

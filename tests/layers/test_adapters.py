@@ -120,3 +120,12 @@ def test_fine_tuned_model_is_saved_merged(model, images, tmp_path):
     with torch.no_grad():
         assert torch.equal(loaded(images), tuned(images)) and not torch.equal(loaded(images), model(images))
     assert loaded.conversion.changed
+
+
+def test_only_adapters_have_the_neuron_of_a_layer_fire(small):
+    """Layers around a spiking one are left alone, however it is named."""
+    model = spiking(build(), pixels())
+    model.add_module('around', torch.nn.Sequential(model.blocks[0].mlp.fc1))
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    hooked = [name for name, module in adapted(small, lora(['fc1'])).named_modules() if module._forward_pre_hooks]
+    assert [name.rpartition('.')[2] for name in hooked] == ['fc1', 'fc1']

@@ -21,6 +21,15 @@ def test_linear_multiplies_spikes_with_weights(bias):
     assert not torch.allclose(layer(x), nn.Linear.forward(layer, x))
 
 
+@pytest.mark.parametrize('kind, plain, size', [(SpikingLinear, nn.Linear, ()), (SpikingConv2d, nn.Conv2d, (1,))])
+@pytest.mark.parametrize('options', [{}, dict(bias=False), dict(bias=False, dtype=torch.float64), dict(device='meta')])
+def test_layers_that_are_built_by_hand(kind, plain, size, options):
+    layer, plain = kind(4, 6, *size, **options), plain(4, 6, *size, **options)
+    assert state_of(plain).keys() <= state_of(layer).keys() and (layer.bias is None) == (plain.bias is None)
+    assert (layer.weight.shape, layer.weight.dtype) == (plain.weight.shape, plain.weight.dtype)
+    assert layer.weight.device == plain.weight.device
+
+
 CONVOLUTIONS = {
     'strided': nn.Conv2d(4, 6, 3, stride=2, padding=1),
     'grouped': nn.Conv2d(4, 6, 3, groups=2),

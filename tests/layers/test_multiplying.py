@@ -123,8 +123,10 @@ def test_a_layer_of_ones_own_stays_or_is_refused_by_name(neuron, tmp_path):
     with torch.no_grad():
         assert neuron == 'halves' or relative_error(whole(images), model(images)) < 0.1  # which are coarse
     for refused, message in (
-            (lambda: to_spikes_(model), r'norm_pre \(SpikingTokenMixing\) are not .*: they are token mixing, not one'),
-            (lambda: export_onnx(model, tmp_path / 'a.onnx'), r'norm_pre \(SpikingTokenMixing\) has no form in ONNX'
+            (lambda: to_spikes_(model), r'norm_pre \(SpikingTokenMixing\) are not executed spike by spike: '
+             'they are token mixing, not one of'),
+            (lambda: export_onnx(model, tmp_path / 'a.onnx'),
+             r'norm_pre \(SpikingTokenMixing\) has no form in ONNX: it multiplies token mixing'
              if neuron == 'scale_and_fire' else 'a Halves has no form in ONNX')):
         with pytest.raises(SFormerError, match=message):
             refused()

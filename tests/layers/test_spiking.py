@@ -134,9 +134,10 @@ def test_unsupported_model_is_named_and_nothing_changes():
     assert not hasattr(model, 'sfn_config')
 
 
-def test_many_unsupported_layers_are_counted():
-    with pytest.raises(UnsupportedLayerError, match=r'3 \(.*and 2 more\. Register'):
-        spiking_(nn.Sequential(*(nn.BatchNorm1d(4) for _ in range(6))))
+@pytest.mark.parametrize('count, more', [(4, ''), (5, ' and 1 more'), (6, ' and 2 more')])
+def test_many_unsupported_layers_are_counted(count, more):
+    with pytest.raises(UnsupportedLayerError, match=rf', 3 \([\w.]+\){more}\. Register'):
+        spiking_(nn.Sequential(*(nn.BatchNorm1d(4) for _ in range(count))))
 
 
 def test_a_replaced_forward_is_refused():
@@ -371,6 +372,9 @@ def test_a_filtered_root_is_left_alone():
 def test_new_neurons_are_in_the_mode_and_on_the_device_of_their_layer():
     model = spiking_(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).eval())
     assert not any(m.training for m in model.modules())
+    for family in ('vit', 'eva02', 'glu mlp'):
+        assert not any(m.training for m in spiking_(build(family)).modules())
+        assert all(m.training for m in spiking_(build(family).train()).modules())
     with torch.device('meta'):
         model = nn.Sequential(nn.Linear(4, 4), tl.AttentionPoolPrr(4, 2))
     assert all(t.is_meta for t in spiking_(model).state_dict().values())

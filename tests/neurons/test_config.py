@@ -5,6 +5,7 @@ import math
 import pytest
 
 from sformer.neurons import MAX_LEVEL, FitConfig, SFNConfig
+from sformer.neurons.config import recipe_configs
 
 
 @pytest.mark.parametrize('field, value', [
@@ -68,6 +69,18 @@ def test_config_refuses_a_dead_zone_beyond_the_top_level(config, silent):
     with pytest.raises(ValueError, match='dead_zone must not exceed .* nothing would ever fire'):
         SFNConfig(**config, dead_zone=silent)
     SFNConfig(**config, dead_zone=silent - 0.2)
+
+
+def test_a_recipe_and_what_changes_of_it():
+    assert recipe_configs(None) == (SFNConfig(), FitConfig())
+    assert recipe_configs(None, SFNConfig(8), dict(estimator='max')) == (SFNConfig(8), FitConfig('max'))
+    fast = SFNConfig.recipe('fast'), FitConfig.recipe('fast')
+    assert recipe_configs('fast') == fast != recipe_configs(None)
+    changed = dataclasses.replace(fast[0], levels=40), dataclasses.replace(fast[1], estimator='quantile')
+    assert recipe_configs('fast', dict(levels=40), dict(estimator='quantile')) == changed
+    for whole in (dict(config=SFNConfig(8)), dict(fit=FitConfig('max'))):
+        with pytest.raises(ValueError, match="recipe='fast' and a whole .* say two things: give the fields"):
+            recipe_configs('fast', **whole)
 
 
 @pytest.mark.parametrize('config, field', [(SFNConfig(), 'levels'), (FitConfig(), 'estimator')])

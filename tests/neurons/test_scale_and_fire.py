@@ -326,3 +326,14 @@ def test_the_floor_of_the_largest_potential_of_a_token_is_the_top_level(fire_fun
     x = torch.rand(4000, 1, generator=torch.Generator().manual_seed(0)) * 100
     assert (neuron.encode(x).levels == neuron.levels[-1]).all()
     assert (neuron.encode(-x).levels == -neuron.levels[-1]).all()
+
+
+def test_the_factor_of_a_token_is_that_of_its_strongest_current():
+    """Whichever branch it is on."""
+    neuron = ScaleAndFire((4,), SFNConfig(8), token=True)
+    x = torch.tensor([[0., 4., 1., -2.], [0., 2., 1., -4.], [0., 0.4, 0.1, -0.2]])
+    spikes, mirrored = neuron.encode(x), neuron.encode(-x)
+    assert torch.equal(spikes.token_scale, mirrored.token_scale) and torch.equal(spikes.levels, -mirrored.levels)
+    torch.testing.assert_close(spikes.token_scale[0], spikes.token_scale[1])
+    torch.testing.assert_close(spikes.token_scale[0], 10 * spikes.token_scale[2])
+    assert torch.equal(spikes.levels[0], spikes.levels[2])

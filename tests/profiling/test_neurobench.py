@@ -69,9 +69,9 @@ def test_as_it_stands_it_would_be_counted_wrongly(model, images):
 
 
 def test_bad_input(model, monkeypatch):
-    with pytest.raises(SFormerError, match="'unary'"):
+    with pytest.raises(SFormerError, match="coding must be one of binary, graded, got 'unary'"):
         neurobench_view(model, 'unary')
-    with pytest.raises(UncalibratedError):
+    with pytest.raises(UncalibratedError, match='its spikes would mean nothing'):
         neurobench_view(spiking_(build()))
     if 'neurobench' in sys.modules or importlib.util.find_spec('neurobench'):
         other = copy.deepcopy(model)

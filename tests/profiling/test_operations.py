@@ -181,7 +181,7 @@ def test_what_does_not_spike_is_listed():
 
 
 def test_what_has_no_profile():
-    with pytest.raises(UncalibratedError):
+    with pytest.raises(UncalibratedError, match='its spikes would mean nothing'):
         profile_operations(spiking_(build()), [pixels()])
     with pytest.raises(SFormerError, match='at least one image'):
         profile_operations(convert(build(), [pixels()]), [])

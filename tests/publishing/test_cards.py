@@ -56,6 +56,13 @@ def test_license_that_the_hub_has_no_name_for(record):
         render_card(replace(record, license='fair-noncommercial', base_model=None))
 
 
+def test_names_that_yaml_does_not_keep(record):
+    """A folder may have a line break of Unicode in its name."""
+    record.evaluations['eval.json'].update(dataset='a\x85b')
+    with pytest.raises(SFormerError, match='the metadata of sformer_nano.digits do not survive YAML; see its records'):
+        render_card(record)
+
+
 @pytest.mark.parametrize('base_model', ['a/b/c', 'no spaces', 'x/..', ''])
 def test_base_model_that_can_not_be(record, base_model):
     if base_model:

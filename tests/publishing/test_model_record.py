@@ -26,6 +26,14 @@ def test_results_files(saved):
         recorded_results(saved, own)
 
 
+def test_results_files_come_by_name(tmp_path):
+    names = [f'{i * 7 % 12:02d}.json' for i in range(12)]  # none of a file system's orders is that by name
+    for name in names:
+        write_json(tmp_path / name, dict(weights_sha256='ab' if name < '06' else 'cd', dataset='digits', top1=1.))
+    results, others = recorded_results(tmp_path, 'ab')
+    assert [*results, *others] == sorted(names)
+
+
 def test_source_that_was_not_published_is_no_base_model(saved, model):
     """The config of a ViT that timm builds has the tag and the license of timm's weights, whoever trained it."""
     assert model.conversion.source_tag is None

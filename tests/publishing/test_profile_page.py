@@ -13,7 +13,7 @@ from PIL import Image
 
 from sformer import SFormerError
 from sformer.profiling import energy, profile_model, spike_maps, verdicts
-from sformer.publishing.profile_page import read_curve, write_profile
+from sformer.publishing.profile_page import kind_of, read_curve, write_profile
 
 VOID = {'meta', 'link', 'img', 'br'}
 
@@ -80,7 +80,7 @@ def test_the_page_says_what_was_counted(report):
     assert f'{result["energy"]["account"]["graded"]["total"]:.4g}' in page.text
 
 
-def test_files_beside_it_hold_the_same(report):
+def test_files_beside_it_hold_the_same(report, model):
     folder, result, counted = report
     written = json.loads((folder / 'profile.json').read_text())
     assert written['energy'] == result['energy'] and 'torch' in written['versions']
@@ -91,6 +91,10 @@ def test_files_beside_it_hold_the_same(report):
     with Image.open(folder / 'maps.png') as image:
         maps = json.loads(image.info['sformer'])['spikes_per_neuron']
     assert torch.tensor(maps['blocks.0']).shape == (4, 4)
+    with Image.open(folder / 'activity.png') as image:
+        activity = json.loads(image.info['sformer'])
+    assert activity['levels'] == model.sfn_config.levels
+    assert activity['activity_per_site'] == {site.name: site.activity for site in counted.sites}
 
 
 def test_curves(tmp_path):
@@ -131,3 +135,10 @@ def test_the_page_names_nobodys_folders(report, tmp_path, monkeypatch):
         assert f'Profile of {title}\n' in page.text and '4 images of photos;' in ' '.join(page.text.split())
         assert '--dataset photos --curve=c.json -o page' in page.text and 'secret' not in page.text
     assert json.loads((tmp_path / 'page' / 'profile.json').read_text())['command'] == command
+
+
+@pytest.mark.parametrize('name, kind', [
+    ('blocks.3.mlp.fc2.neuron', 'mlp.fc2'), ('blocks.11.mlp.fc2.neuron', 'mlp.fc2'), ('head.neuron', 'head'),
+    ('blocks.0.attn.products.0.q_neuron', 'attn.q_neuron'), ('patch_embed.proj.neuron', 'patch_embed.proj')])
+def test_sites_of_all_blocks_are_of_one_kind(name, kind):
+    assert kind_of(name) == kind

@@ -167,7 +167,7 @@ def test_results_of_other_weights_are_left_out(hub, folder, other_folder, run_he
 def test_uncalibrated(hub, tmp_path, run_here):
     model = timm.create_model('sformer_nano', img_size=8, in_chans=1, num_classes=10)
     timm.models.save_for_hf(model, str(tmp_path / 'x'), safe_serialization=True)
-    with pytest.raises(UncalibratedError, match=r'uncalibrated .* --force'):
+    with pytest.raises(UncalibratedError, match=r'uncalibrated .* it is not published without --force\.$'):
         prepare(tmp_path / 'x', REPO)
     result = run_here('publish', tmp_path / 'x', REPO)
     assert result.code == 1 and hub.log == []

@@ -4,7 +4,6 @@ import dataclasses
 import errno
 import itertools
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -14,6 +13,7 @@ import time
 import pytest
 import timm
 import torch
+from cli_process import FORKS
 from conftest import NANO
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
@@ -21,6 +21,7 @@ from timm.models.vision_transformer import VisionTransformer
 import sformer
 from sformer import SFNConfig, SFormer, SFormerError, UncalibratedError, convert, is_calibrated, load_model, save_model
 from sformer.files import file_hash
+from sformer.saving.folders import write_model
 from sformer.tasks import open_model
 
 FILES = {'model.safetensors', 'config.json'}
@@ -169,7 +170,7 @@ def test_config(model, folder):
 
 
 def test_uncalibrated_is_refused(tmp_path, source, model):
-    with pytest.raises(UncalibratedError, match=r'blocks\.0\.attn\.qkv\.neuron'):
+    with pytest.raises(UncalibratedError, match=r'blocks\.0\.attn\.qkv\.neuron.*sformer\.convert\(\) before saving'):
         save_model(timm.create_model('sformer_nano', img_size=8, in_chans=1), tmp_path / 'x')
     one = copy.deepcopy(model)
     one.blocks[1].mlp.fc2.neuron.calibrated.fill_(False)
@@ -220,7 +221,7 @@ def feature_extractor(model):
     (not_made_by_timm, 'not built by timm.create_model'),
     (with_an_argument_that_json_does_not_know, "no config can rebuild this model: .*'norm_layer' is not serializable"),
     (tied, r'blocks\.1\.mlp\.fc1\.weight and blocks\.0\.mlp\.fc1\.weight share their values'),
-    (on_the_meta_device, 'cls_token has no values: it is on the meta device'),
+    (on_the_meta_device, 'cls_token has no values: it is on the meta device, or offloaded'),
     (partly_offloaded, r'head\.weight has no values'),
     (feature_extractor, 'no config can rebuild a FeatureGetterNet')])
 def test_models_that_no_config_rebuilds_are_refused(tmp_path, model, make, message):
@@ -228,6 +229,13 @@ def test_models_that_no_config_rebuilds_are_refused(tmp_path, model, make, messa
         save_model(make(model), tmp_path / 'x')
     assert '\n' not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_tensors_without_values_share_none(tmp_path):
+    state = dict(a=torch.zeros(0), b=torch.zeros(0, 3))
+    write_model(state, tmp_path / 'x', lambda aside, sha256: (aside / 'config.json').write_text('{}'), False)
+    assert {name: value.shape for name, value in load_file(tmp_path / 'x' / 'model.safetensors').items()} == {
+        name: value.shape for name, value in state.items()}
 
 
 # what is there already ------------------------------------------------------------------------------------------------
@@ -400,10 +408,8 @@ def save_slowly(source_folder, folder, reached, where='folders.save_file'):
 
 
 def kill_while_saving(new, folder, where, sent=signal.SIGKILL):
-    context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['sformer'])  # importing it takes seconds, once is enough
-    reached = context.Event()
-    process = context.Process(target=save_slowly, args=(new, folder, reached, where))
+    reached = FORKS.Event()
+    process = FORKS.Process(target=save_slowly, args=(new, folder, reached, where))
     process.start()
     assert reached.wait(120), 'the process never got there'
     os.kill(process.pid, sent)

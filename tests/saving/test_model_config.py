@@ -85,6 +85,9 @@ def test_garbage_instead_of_a_config(folder, text):
     (dict(model_args='garbage'), 'cannot be loaded|is not a timm config'),
     (dict(pretrained_cfg='garbage'), 'cannot be loaded|is not a timm config'),
     (dict(sformer='garbage'), 'is not'),
+    (dict(model_args=dict(NANO, sfn=SFN, pruned=True, cache_dir='x', scriptable=True, exportable=True, no_jit=True)),
+     'model_args sets cache_dir, exportable, no_jit, pruned, scriptable, which is no argument of a network'),
+    (dict(pretrained_cfg=dict(std=[0])), r'config\.json: std must lie in'),
 ], ids=str)
 def test_configs_that_do_not_fit(folder, changes, message):
     edit_config(folder, **changes)

@@ -3,7 +3,6 @@ import contextlib
 import dataclasses
 import json
 import logging
-import multiprocessing
 import re
 import shutil
 
@@ -11,6 +10,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+from cli_process import FORKS
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.models import _registry, get_pretrained_cfg
@@ -260,17 +260,18 @@ def flip(data, index=-1000):
     return bytes(data)
 
 
-@pytest.mark.parametrize('damage', [
-    lambda path: path.write_bytes(path.read_bytes()[:1000]),
-    lambda path: path.write_bytes(b''),
-    lambda path: path.write_bytes(path.read_bytes()[:8] + b'x' * 99),
-    lambda path: path.write_bytes(flip(path.read_bytes())),
-    rewrite(with_nan),
-    rewrite(lambda state: {k: v for k, v in state.items() if not k.startswith('blocks.3.mlp')}),
-    rewrite(conversion=None), rewrite(conversion='{'), rewrite(conversion=json.dumps(dict(version=1, source='vit'))),
-    rewrite(key='0' * 64), rewrite(sha256=None),
+@pytest.mark.parametrize('damage, message', [
+    (lambda path: path.write_bytes(path.read_bytes()[:1000]), ''),
+    (lambda path: path.write_bytes(b''), ''),
+    (lambda path: path.write_bytes(path.read_bytes()[:8] + b'x' * 99), ''),
+    (lambda path: path.write_bytes(flip(path.read_bytes())), 'its hash is another'),
+    (rewrite(with_nan), 'its hash is another'),
+    (rewrite(lambda state: {k: v for k, v in state.items() if 'blocks.3.mlp' not in k}), 'its hash is another'),
+    (rewrite(conversion=None), "'conversion'"), (rewrite(conversion='{'), ''),
+    (rewrite(conversion=json.dumps(dict(version=1, source='vit'))), 'the record of the conversion has version 1'),
+    (rewrite(key='0' * 64), 'its hash is another'), (rewrite(sha256=None), 'its hash is another'),
 ], ids=['truncated', 'empty', 'header', 'a bit', 'NaN', 'missing', 'no record', 'no JSON', 'old record', 'key', 'hash'])
-def test_damaged_cache_is_fitted_again(warm, published, offline, tmp_path, monkeypatch, caplog, damage):
+def test_damaged_cache_is_fitted_again(warm, published, offline, tmp_path, monkeypatch, caplog, damage, message):
     publish(tmp_path, published)
     folder = pretrained.cache_folder(tmp_path)
     folder.mkdir()
@@ -290,7 +291,7 @@ def test_damaged_cache_is_fitted_again(warm, published, offline, tmp_path, monke
         assert conversion == warm[1].conversion and state_hash(state) == state_hash(whole)
     assert len(fits) == 1, 'what was fitted again is whole'
     assert len(caplog.messages) == 1 and 'fitting neurons' in caplog.text
-    assert f'{folder / file.name} is damaged (' in caplog.text
+    assert f'{folder / file.name} is damaged ({message}' in caplog.text
 
 
 @pytest.mark.parametrize('name', ['sformer_tiny', 'sformer_small.augreg_in1k'])
@@ -344,7 +345,8 @@ def test_converted_weights_are_what_their_config_says(converted, monkeypatch, ca
                               folder / 'model.safetensors'), 'SHA-256 differs'),
     (lambda folder: (folder / 'model.safetensors').rename(folder / 'pytorch_model.bin'), 'not in the local cache'),
     (lambda folder: (folder / 'config.json').write_text(
-        (folder / 'config.json').read_text().replace('"sformer_tiny"', '"sformer_small"')), 'holds a sformer_small'),
+        (folder / 'config.json').read_text().replace('"sformer_tiny"', '"sformer_small"')),
+     'on the Hub holds a sformer_small, not a sformer_tiny'),
 ], ids=['weights', 'pickle', 'architecture'])
 def test_converted_weights_are_verified(converted, monkeypatch, damage, message):
     cache, _ = converted
@@ -399,10 +401,8 @@ def load_in_process(cache, index, barrier, results):
 
 def test_processes_that_start_at_once_fit_once(warm, published, tmp_path):
     publish(tmp_path, published)
-    context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['sformer'])
-    barrier, results = context.Barrier(3), context.Queue()
-    processes = [context.Process(target=load_in_process, args=(tmp_path, i, barrier, results)) for i in range(3)]
+    barrier, results = FORKS.Barrier(3), FORKS.Queue()
+    processes = [FORKS.Process(target=load_in_process, args=(tmp_path, i, barrier, results)) for i in range(3)]
     for process in processes:
         process.start()
     found = [results.get(timeout=120) for _ in processes]
