@@ -69,8 +69,8 @@ def by_site(sites: Sequence[Site]) -> list[tuple[str, ...]]:
 
 
 def read_curve(path: Path) -> list[CurvePoint]:
-    """Points `levels`, `top1` and perhaps `energy` [mJ] and `source_top1` of a JSON file: a list of them, or an object
-    with such a list as its `curve`.
+    """Points `levels`, `top1` and perhaps `energy` [mJ], `source_top1` and `num_images` of a JSON file: a list of them,
+    or an object with such a list as its `curve`.
 
     Raises:
         SFormerError: If it is not that.
@@ -78,7 +78,7 @@ def read_curve(path: Path) -> list[CurvePoint]:
     try:
         content = json.loads(path.read_text(encoding='utf-8'))
         points = content['curve'] if isinstance(content, dict) else content
-        return [{key: float(point[key]) for key in ('levels', 'top1', 'energy', 'source_top1')
+        return [{key: float(point[key]) for key in ('levels', 'top1', 'energy', 'source_top1', 'num_images')
                  if key in point or key in ('levels', 'top1')} for point in points]
     except OSError as e:
         raise SFormerError(f'{path}: {e.strerror or e}') from e
