@@ -160,14 +160,14 @@ class Detection(Task):
         pixels = pixels_of_picture(read_rgb(image))
         drawn = {}
         if source is not None:
-            drawn['source'] = _drawn(source, pixels, detect(source, pixels), prediction.source or ())
+            drawn['source'] = _pictured(source, pixels, detect(source, pixels), prediction.source or ())
         spikes, limits = None, (0., 1.)
         if any(True for _ in named_neurons(model)):
             found, spikes = token_activity(model, pixels)
             limits = share_range(spikes.flatten().tolist())
-            drawn['SFormer'] = _drawn(model, pixels, found, prediction.found)
+            drawn['SFormer'] = _pictured(model, pixels, found, prediction.found)
         else:
-            drawn[self.noun] = _drawn(model, pixels, detect(model, pixels), prediction.found)
+            drawn[self.noun] = _pictured(model, pixels, detect(model, pixels), prediction.found)
         large, _ = enlarged(pixels)
         return Look(pixels=large, drawn=drawn, spikes=spikes, limits=limits, unit='share of neurons that fire')
 
@@ -246,7 +246,7 @@ class Detection(Task):
         return f'{what}: {picture["image"]}'
 
 
-def _drawn(
+def _pictured(
         detector: FasterRCNN,
         pixels: torch.Tensor,
         found: dict[str, torch.Tensor],
