@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .models import SFormer
     from .neurons import FitConfig, SFNConfig
     from .profiling import neurobench_view
-    from .tasks import load_model, save_model
+    from .tasks import load_model, predict, save_model
 else:
     _WINGS = ('neurons', 'layers', 'models', 'conversion', 'execution', 'saving', 'evaluation', 'profiling', 'tasks')
 
@@ -38,9 +38,9 @@ else:
 
 __version__ = _metadata.version('sformer')
 __all__ = [
-    'convert', 'evaluate', 'evaluate_all', 'activity', 'save_model', 'load_model', 'spiking_', 'calibrate_',
-    'to_integer_', 'to_spikes_', 'export_onnx', 'load_onnx', 'is_calibrated', 'named_neurons', 'source_of',
-    'source_view', 'neurobench_view', 'SFNConfig', 'FitConfig', 'EvaluationConfig', 'SFormer',
+    'convert', 'predict', 'evaluate', 'evaluate_all', 'activity', 'save_model', 'load_model', 'spiking_',
+    'calibrate_', 'to_integer_', 'to_spikes_', 'export_onnx', 'load_onnx', 'is_calibrated', 'named_neurons',
+    'source_of', 'source_view', 'neurobench_view', 'SFNConfig', 'FitConfig', 'EvaluationConfig', 'SFormer',
     'SFormerError', 'UncalibratedError', 'UnsupportedLayerError',
 ]
 

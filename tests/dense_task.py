@@ -15,7 +15,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from sformer.conversion import CalibrationRecord, Conversion, calibrate_, calibration_batches
+from sformer.data.image_files import name_of_image
 from sformer.evaluation.figures import CLASSIFICATION
+from sformer.evaluation.predictions import Finding, Prediction, Reader
 from sformer.evaluation.schema import PERCENT, Figure, Schema
 from sformer.execution import export_onnx
 from sformer.files import state_hash
@@ -109,6 +111,18 @@ class Dense(Task):
                 {}, model='segmenter', dataset=used['name'], split=used['split'], num_images=len(same),
                 pixel_agreement=round(100 * sum(same) / len(same), 4), weights_sha256=state_hash(model.state_dict())))
         return results
+
+    def predict(self, model, source, images, topk, batch_size):
+        for index, image in enumerate(images):
+            batch = Reader(model)(image)[None]
+            with torch.inference_mode():
+                pixels = model(batch)[0].softmax(0).mean((1, 2)).topk(min(topk, model.num_classes))
+            yield Prediction(image=name_of_image(image, index), found=tuple(
+                Finding(name=str(i), index=i, probability=share)
+                for share, i in zip(pixels.values.tolist(), pixels.indices.tolist(), strict=True)))
+
+    def compared_with(self, model, source):
+        return source_view(source)
 
     def export(self, name, output, options):
         return export_onnx(self.open(name), output, max_error=options.max_error, command=options.command)

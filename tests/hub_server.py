@@ -17,7 +17,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import yaml
 
 WHEN = '2026-01-01T00:00:00.000Z'
-LFS_SUFFIXES = ('.safetensors', '.bin', '.png')
+LFS_SUFFIXES = ('.safetensors', '.bin', '.png', '.onnx', '.wasm')
 LICENSES = {'apache-2.0', 'mit', 'cc-by-nc-4.0', 'cc-by-4.0', 'other'}
 RELATIONS = {'adapter', 'finetune', 'merge', 'quantized'}
 REPO_ID = re.compile(r'[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}')
@@ -44,6 +44,7 @@ def git_oid(data: bytes) -> str:
 @dataclass
 class Repo:
     private: bool = False
+    sdk: Optional[str] = None  # of a Space
     refs: Dict[str, str] = field(default_factory=dict)  # branch, tag or refs/pr/N -> commit
     commits: Dict[str, Dict[str, str]] = field(default_factory=dict)  # commit -> path -> oid
     messages: Dict[str, str] = field(default_factory=dict)  # commit -> summary
@@ -221,18 +222,18 @@ class _Handler(BaseHTTPRequestHandler):
             ('GET', r'/api/whoami-v2', self.whoami),
             ('POST', r'/api/repos/create', self.create),
             ('POST', r'/api/validate-yaml', self.validate_yaml),
-            ('POST', r'/(?P<repo_id>[^/]+/[^/]+)\.git/info/lfs/objects/batch', self.lfs_batch),
+            ('POST', r'/(?:spaces/)?(?P<repo_id>[^/]+/[^/]+)\.git/info/lfs/objects/batch', self.lfs_batch),
             ('PUT', r'/lfs/(?P<oid>\w{64})', self.lfs_put),
             ('PUT', r'/lfs/(?P<oid>\w{64})/(?P<part>\d+)', self.lfs_part),
             ('POST', r'/lfs/(?P<oid>\w{64})/complete', self.lfs_complete),
             ('POST', r'/lfs/(?P<oid>\w{64})/verify', self.lfs_verify),
-            ('POST', r'/api/models/(?P<repo_id>[^/]+/[^/]+)/preupload/(?P<rev>[^/]+)', self.preupload),
-            ('POST', r'/api/models/(?P<repo_id>[^/]+/[^/]+)/commit/(?P<rev>[^/]+)', self.commit),
-            ('POST', r'/api/models/(?P<repo_id>[^/]+/[^/]+)/paths-info/(?P<rev>[^/]+)', self.paths_info),
-            ('GET', r'/api/models/(?P<repo_id>[^/]+/[^/]+)/tree/(?P<rev>[^/]+)', self.tree),
-            ('GET', r'/api/models/(?P<repo_id>[^/]+/[^/]+)/refs', self.refs),
-            ('GET', r'/api/models/(?P<repo_id>[^/]+/[^/]+)/discussions', self.discussions),
-            ('GET', r'/api/models/(?P<repo_id>[^/]+/[^/]+)(/revision/(?P<rev>[^/]+))?', self.info),
+            ('POST', r'/api/(?:models|spaces)/(?P<repo_id>[^/]+/[^/]+)/preupload/(?P<rev>[^/]+)', self.preupload),
+            ('POST', r'/api/(?:models|spaces)/(?P<repo_id>[^/]+/[^/]+)/commit/(?P<rev>[^/]+)', self.commit),
+            ('POST', r'/api/(?:models|spaces)/(?P<repo_id>[^/]+/[^/]+)/paths-info/(?P<rev>[^/]+)', self.paths_info),
+            ('GET', r'/api/(?:models|spaces)/(?P<repo_id>[^/]+/[^/]+)/tree/(?P<rev>[^/]+)', self.tree),
+            ('GET', r'/api/(?:models|spaces)/(?P<repo_id>[^/]+/[^/]+)/refs', self.refs),
+            ('GET', r'/api/(?:models|spaces)/(?P<repo_id>[^/]+/[^/]+)/discussions', self.discussions),
+            ('GET', r'/api/(?:models|spaces)/(?P<repo_id>[^/]+/[^/]+)(/revision/(?P<rev>[^/]+))?', self.info),
             ('GET', r'/cdn/(?P<oid>\w+)', self.cdn),
             ('GET', r'/(?P<repo_id>[^/]+/[^/]+)/resolve/(?P<rev>[^/]+)/(?P<file>.+)', self.resolve),
         ]
@@ -278,7 +279,7 @@ class _Handler(BaseHTTPRequestHandler):
         url = {'url': f'{self.hub.url}/{repo_id}', 'name': repo_id, 'id': repo_id}
         if repo_id in self.hub.repos:
             return self.reply(409, dict(url, error='You already created this model repo'))
-        repo = self.hub.repos[repo_id] = Repo(private=asked.get('visibility') == 'private')
+        repo = self.hub.repos[repo_id] = Repo(asked.get('visibility') == 'private', asked.get('sdk'))
         data = b'*.safetensors filter=lfs diff=lfs merge=lfs -text\n'
         self.hub.blobs[git_oid(data)] = data
         repo.commit({'.gitattributes': git_oid(data)}, 'initial commit')
@@ -437,7 +438,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.reply(200, {
                 '_id': sha[:24], 'id': repo_id, 'modelId': repo_id, 'author': repo_id.split('/')[0], 'sha': sha,
                 'lastModified': WHEN, 'createdAt': WHEN, 'private': repo.private, 'disabled': False, 'gated': False,
-                'downloads': 0, 'likes': 0, 'tags': card.get('tags', []), 'cardData': card,
+                'sdk': repo.sdk, 'downloads': 0, 'likes': 0, 'tags': card.get('tags', []), 'cardData': card,
                 'library_name': card.get('library_name'), 'pipeline_tag': card.get('pipeline_tag'),
                 'siblings': [{'rfilename': p} for p in sorted(files)], 'spaces': []})
 

@@ -21,6 +21,8 @@ from . import (
     evaluate,
     export,
     list_models,
+    page,
+    predict,
     profile,
     publish,
     sweep,
@@ -40,6 +42,7 @@ COMMANDS: dict[str, tuple[tuple[Callable[..., None], str], ...]] = {
         (list_models.list_models, 'sformer list --format csv')),
     'Convert and measure': (
         (convert.convert, 'sformer convert vit_base_patch16_224 -o out/'),
+        (predict.predict, 'sformer predict out/ photo.jpg -o seen.png'),
         (evaluate.evaluate, 'sformer evaluate out/ --dataset my-images/ --split val'),
         (compare.compare, 'sformer compare out-n4/ out-n32/ --dataset my-images/ --split val'),
         (profile.profile, 'sformer profile out/ --dataset my-images/ -o report/')),
@@ -52,6 +55,7 @@ COMMANDS: dict[str, tuple[tuple[Callable[..., None], str], ...]] = {
         (benchmark.benchmark, 'sformer benchmark out/ --execution openvino --batch-size 1 8')),
     'Publish': (
         (card.card, 'sformer card out/ --license apache-2.0'),
+        (page.page, 'sformer page out-n4/ out-n63/ -o page/'),
         (publish.publish, 'sformer publish out/ my-org/sformer_base.mine --dry-run')),
 }
 

@@ -140,6 +140,6 @@ def _draw(output: Path, results: dict[int, 'Result']) -> str:
     best = results[SHOWN_LEVELS[-1]]
     with write_aside(output) as aside:
         accuracy = {levels: results[levels]['top1'] for levels in CURVE}
-        (aside / ACCURACY).write_bytes(plot_accuracy(accuracy, best['source_top1']))
+        (aside / ACCURACY).write_bytes(plot_accuracy(accuracy, best['source_top1'], best['num_images']))
         (aside / ACTIVITY).write_bytes(plot_activity(best['activity_per_site'], SHOWN_LEVELS[-1]))
     return f'Pictures: {output / ACCURACY}, {output / ACTIVITY}'

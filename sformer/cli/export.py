@@ -31,6 +31,8 @@ def export(
             min=1, max=MAX_IMG_SIZE, help="Height and width of images of a detector, if not its own")] = None,
         portable: Annotated[bool, typer.Option(
             help='Products that every processor sums exactly, or 8-bit weights everywhere, which want VNNI')] = True,
+        spikes: Annotated[bool, typer.Option(
+            '--spikes', help='Also give where it spikes, per block and token, for `sformer page`')] = False,
         overwrite: Annotated[bool, typer.Option('--overwrite', help='Replace a file that is there')] = False,
 ) -> None:
     """Write an SFormer as ONNX with int8 levels and int8 weights, for OpenVINO and ONNX Runtime."""
@@ -41,7 +43,8 @@ def export(
     task.check_options('export', model, given)
     reports = task.export(model, output, ExportOptions(
         max_error=max_error, portable=portable, overwrite=overwrite, command=command_line(), calibration=calibration,
-        split=split, num_images=num_images, seed=seed, image_column=columns.image_column, image_size=image_size))
+        split=split, num_images=num_images, seed=seed, image_column=columns.image_column, image_size=image_size,
+        spikes=spikes))
     whole = [report for report in reports if report.integer]
     of = 'products with int8 weights' if calibration else 'int8 weights'
     print(f'{model} -> {output}: {output.stat().st_size / 2 ** 20:.1f} MiB, {len(whole)} of {len(reports)} layers in '

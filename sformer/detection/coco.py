@@ -4,16 +4,16 @@ import logging
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
-from ..data.pixels import as_rgb, open_picture
-from ..data.preprocessing import unreadable
+from ..data.image_files import read_rgb
 from ..errors import SFormerError, UnreadableImageError
 from .annotations import read_annotations
 from .masks import mask_tools
 
-__all__ = ['CocoData', 'open_coco', 'read_image']
+__all__ = ['CocoData', 'open_coco', 'pixels_of_picture', 'read_image']
 
 _logger = logging.getLogger(__name__)
 
@@ -106,9 +106,13 @@ def read_image(path: Path, upright: bool = True) -> torch.Tensor:
         UnreadableImageError: If it is missing or unreadable, or its pixels have no known range.
     """
     try:
-        picture = as_rgb(open_picture(path), upright)
-    except Exception as e:  # damaged files raise about anything
-        raise UnreadableImageError(f'{path} cannot be read as an image: {unreadable(e)}') from e
+        return pixels_of_picture(read_rgb(path, upright))
+    except UnreadableImageError as e:
+        raise UnreadableImageError(f'{path} cannot be read as an image: {e}') from e
+
+
+def pixels_of_picture(picture: Image.Image) -> torch.Tensor:
+    """A picture in RGB as detectors read it, (3, H, W) in [0, 1]."""
     return F.to_dtype(F.to_image(picture), torch.float32, scale=True).as_subclass(torch.Tensor)
 
 

@@ -1,7 +1,7 @@
 """Graphs that `export_onnx` wrote, run by an engine behind the interface of a timm classifier."""
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TypedDict, cast
+from typing import TYPE_CHECKING, NoReturn, NotRequired, TypedDict, cast
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from .proof import saturating
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-__all__ = ['EngineNetwork', 'GraphRecord', 'load_onnx', 'check_exact']
+__all__ = ['EngineNetwork', 'GraphRecord', 'load_onnx', 'read_graph', 'check_exact']
 
 
 class GraphRecord(TypedDict):
@@ -27,6 +27,11 @@ class GraphRecord(TypedDict):
     input_size: list[int]
     num_classes: int
     param_count: int
+    levels: list[int]
+    recipe: NotRequired[str | None]
+    blocks: NotRequired[list[str]]  # these three of graphs that say where they spike
+    neurons_per_token: NotRequired[list[int]]
+    grid_size: NotRequired[list[int] | None]
 
 
 class EngineNetwork(nn.Module):
@@ -97,7 +102,21 @@ def load_onnx(path: str | Path, engine: str | None = None) -> EngineNetwork:
         SFormerError: If the file is missing, damaged or of another origin, or the engine is missing, cannot run it, or
             would sum its products wrongly on this processor.
     """
-    path, engine = Path(path), find_engine(engine)
+    engine = find_engine(engine)
+    model, about = read_graph(path)
+    check_exact(model, engine, path)
+    without_vnni = engine == 'openvino' and not sums_exactly(engine)
+    run = compile_graph(model.SerializeToString(), engine, unfused=without_vnni)
+    return EngineNetwork(run, about, engine)
+
+
+def read_graph(path: str | Path) -> 'tuple[ModelProto, GraphRecord]':
+    """An `onnx.ModelProto` of a classifier that `export_onnx` wrote, and what was recorded of it.
+
+    Raises:
+        SFormerError: If the file is missing, damaged or of another origin.
+    """
+    path = Path(path)
     if not path.is_file():
         raise SFormerError(f'no graph at {path}.')
     with needed_packages('onnx'):
@@ -108,17 +127,14 @@ def load_onnx(path: str | Path, engine: str | None = None) -> EngineNetwork:
         about = json.loads(recorded) if recorded else None
     except Exception as e:  # protobuf's own, of which each version has others
         raise SFormerError(f'{path} is damaged, or no ONNX file ({first_line(e)}).') from None
-    read = GraphRecord.__annotations__.keys()
+    read = GraphRecord.__required_keys__
     if isinstance(about, dict) and about.get('graph_sha256') and not read <= about.keys():
         raise SFormerError(f'{path} is the graph of no classifier, with inputs of its own: run it with onnxruntime.')
     if not isinstance(about, dict) or not read <= about.keys():
         raise SFormerError(f'{path} was not written by `sformer export`.')
     if about['graph_sha256'] != graph_hash(model):
         raise SFormerError(f'{path} is not as it was written: its hash differs from its record. Export it again.')
-    check_exact(model, engine, path)
-    without_vnni = engine == 'openvino' and not sums_exactly(engine)
-    run = compile_graph(model.SerializeToString(), engine, unfused=without_vnni)
-    return EngineNetwork(run, cast(GraphRecord, about), engine)
+    return model, cast(GraphRecord, about)
 
 
 def check_exact(model: 'ModelProto', engine: str, where: str | Path) -> None:

@@ -148,6 +148,10 @@ class FiredLevels(nn.Module):
             k = torch.where(u.abs() >= dead_zone, k, 0.)
         return k if self.signed else k.clamp(min=0)
 
+    def whole(self, k: torch.Tensor) -> torch.Tensor:
+        """Levels of `forward` as the whole numbers that `encode` has, but for signs that `flip` changed."""
+        return k.round() if self.zeros is None or not self.stands_up else k.round() - self.zeros
+
     def _fire_shared(self, u: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
         """Levels of branches that share their thresholds."""
         if self.config.initial_potential != 0.5 or self.config.dead_zone:

@@ -20,7 +20,7 @@ from .integer import folded_bias
 from .operators import onnx_operator
 from .saturation import fits, zero_point
 
-__all__ = ['to_graph_']
+__all__ = ['linear_neurons', 'to_graph_']
 
 
 def to_graph_(network: nn.Module, early: bool = True, portable: bool = True) -> None:
@@ -61,6 +61,11 @@ def to_graph_(network: nn.Module, early: bool = True, portable: bool = True) -> 
             network.set_submodule(name, new)
     for name, neuron in list(named_neurons(network)):  # of gates, whose product is elementwise
         network.set_submodule(name, DecodedLevels(neuron))
+
+
+def linear_neurons(network: nn.Module) -> dict[str, FiredLevels]:
+    """Neurons that linear layers of a network of `to_graph_` read from, by the path of the layer."""
+    return {name: layer.neuron for name, layer in network.named_modules() if isinstance(layer, _Linear)}
 
 
 GRAPH_FORMS = ((LINEAR,), (CONVOLUTION,), (QK, AV), (GATE,))

@@ -8,7 +8,7 @@ import copy
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,14 +24,15 @@ from ..errors import SFormerError, alone, needed_packages, quiet
 from ..files import may_write, state_hash, write_file
 from ..layers import named_neurons, unwrapped
 from ..neurons import ScaleAndFire
-from .graph import to_graph_
+from .graph import linear_neurons, to_graph_
 from .integer import MAX_WEIGHT_ERROR, IntegerReport, to_integer_
+from .spike_outputs import SPIKE_OUTPUTS, SpikeOutputs
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-__all__ = ['export_onnx', 'to_onnx', 'check_output', 'check_graph_size', 'graph_hash', 'write_graph', 'writable',
-           'METADATA']
+__all__ = ['export_onnx', 'to_onnx', 'check_output', 'check_graph_size', 'graph_hash', 'grid_of', 'write_graph',
+           'writable', 'METADATA']
 
 OPSET = 20
 BATCH_SIZE = 16
@@ -50,13 +51,15 @@ def export_onnx(
         image_column: str | None = None,
         max_error: float = MAX_WEIGHT_ERROR,
         portable: bool = True,
+        spikes: bool = False,
         overwrite: bool = False,
         command: str | None = None,
 ) -> list[IntegerReport]:
     """Write a calibrated SFormer as ONNX with int8 levels and int8 weights.
 
     The graph takes `images` (batch, C, H, W), normalised, float32, of the model's size, and gives `logits` (batch,
-    classes), or features. What was exported is recorded in the file, with a hash of its graph.
+    classes), or features; with `spikes`, also where it spikes, as of `SpikeOutputs`. What
+    was exported is recorded in the file, with a hash of its graph.
 
     Args:
         model: Calibrated SFormer, compiled or not; it is not changed.
@@ -70,6 +73,7 @@ def export_onnx(
         portable: Sum products exactly on every processor: where levels are many, weights have fewer bits, and what
             meets other levels is multiplied in float32. Otherwise the graph wants VNNI, and `load_onnx` refuses it on a
             processor that has none.
+        spikes: Give where it spikes, too: `spikes` and `activity` (batch, blocks, tokens).
         overwrite: Replace a file that is there.
         command: Command line to record.
 
@@ -94,9 +98,15 @@ def export_onnx(
         images = dict(images, num_images=sum(map(len, batches)))
     reports = to_integer_(network, max_error, batches, portable)
     to_graph_(network, portable=portable)
-    exported = to_onnx(network)
+    maps: dict[str, object] = {}
+    if spikes:
+        network = SpikeOutputs(network, linear_neurons(network)).eval()
+        with torch.no_grad():  # which finds its blocks, and says so itself if there are none
+            network(torch.zeros(1, *resolve_input_data_config(network)['input_size']))
+        maps = dict(blocks=network.blocks, neurons_per_token=network.neurons_per_token, grid_size=grid_of(model))
+    exported = to_onnx(network, ('logits', *(SPIKE_OUTPUTS if spikes else ())))
     about = dict(
-        _record_of(model), max_error=max_error, portable=portable, calibration=images, command=command,
+        _record_of(model), **maps, max_error=max_error, portable=portable, calibration=images, command=command,
         graph_sha256=graph_hash(exported),
         floating=[report.name for report in reports if not report.integer])
     write_graph(exported, about, path)
@@ -139,16 +149,27 @@ def write_graph(exported: 'ModelProto', about: dict[str, object], path: Path) ->
 
 def _record_of(model: nn.Module) -> dict[str, object]:
     """What a file says of the model that it was made of."""
+    conversion = getattr(model, 'conversion', None)
     return dict(
-        pretrained_cfg=_plain(getattr(model, 'pretrained_cfg', None) or {}),
+        recipe=getattr(conversion, 'recipe', None), pretrained_cfg=_plain(getattr(model, 'pretrained_cfg', None) or {}),
         input_size=list(resolve_input_data_config(model)['input_size']), num_classes=getattr(model, 'num_classes', 0),
         param_count=sum(p.numel() for p in model.parameters()),
         weights_sha256=state_hash(model.state_dict()), versions=library_versions(),
         levels=sorted({neuron.config.levels for _, neuron in named_neurons(model) if isinstance(neuron, ScaleAndFire)}))
 
 
-def to_onnx(network: nn.Module) -> 'ModelProto':
+def grid_of(model: nn.Module) -> list[int] | None:
+    """Rows and columns of the patches of a model, which are its last tokens; None where tokens are no grid."""
+    grid = getattr(getattr(model, 'patch_embed', None), 'grid_size', None) or ()
+    return [*grid] if len(grid) == 2 else None
+
+
+def to_onnx(network: nn.Module, outputs: Sequence[str] = ('logits',)) -> 'ModelProto':
     """A timm model on the CPU as an `onnx.ModelProto`, with any number of images per batch.
+
+    Args:
+        network: The model.
+        outputs: Names of what it gives.
 
     Raises:
         SFormerError: If packages are missing, or weights are more than a file of ONNX can hold.
@@ -158,7 +179,7 @@ def to_onnx(network: nn.Module) -> 'ModelProto':
     images = torch.zeros(2, *resolve_input_data_config(network)['input_size'])
     with quiet('torch.onnx', 'onnxscript', 'onnx_ir'), torch.no_grad(), rotary_products():
         program = torch.onnx.export(
-            network, (images,), dynamo=True, opset_version=OPSET, input_names=['images'], output_names=['logits'],
+            network, (images,), dynamo=True, opset_version=OPSET, input_names=['images'], output_names=[*outputs],
             dynamic_shapes=({0: torch.export.Dim('batch')},), verbose=False)
     assert program is not None
     model = program.model_proto

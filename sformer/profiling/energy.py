@@ -13,7 +13,7 @@ from .constants import ConstantRow, Constants, constants_table
 from .floating import FUNCTIONS, Floating
 from .operations import Operation, Site
 
-__all__ = ['MOVEMENT', 'EnergyFigures', 'energy', 'traffic', 'verdicts']
+__all__ = ['MOVEMENT', 'TWIN', 'EnergyFigures', 'energy', 'ratio_to', 'traffic', 'verdicts']
 
 STORED_BITS, FLOAT_BITS = 8, 32
 MOVEMENT = ('weights', 'activations', 'routing')  # data that is moved, of which figures are +- 50 %
@@ -201,6 +201,13 @@ def _root(function: Callable[[float], float], low: float, high: float) -> float:
     return (low + high) / 2
 
 
+def ratio_to(parts: dict[str, float], twin: dict[str, float]) -> tuple[float, float, float]:
+    """How much of the energy of its twin a network takes; and the least and the most of it, where moving data takes
+    half and half as much again in both."""
+    ratio, low, high = (parts[edge] / twin[edge] for edge in ('total', 'low', 'high'))
+    return ratio, min(low, ratio, high), max(low, ratio, high)
+
+
 def verdicts(figures: EnergyFigures) -> list[str]:
     """What the figures of `energy` say, in words: who wins, by how much, and from which activity on it would."""
     account, proxy = figures['account'], figures['proxy']
@@ -210,8 +217,8 @@ def verdicts(figures: EnergyFigures) -> list[str]:
     twin, skipping = account[TWIN], account[SKIPPING]
     for coding in ('graded', 'binary', 'unary'):
         parts, limit = account[coding], figures['break_even'][coding]
-        ratio, low, high = (parts[edge] / twin[edge] for edge in ('total', 'low', 'high'))
-        line = (f'In {coding} coding it takes {ratio:.2f} ({min(low, ratio, high):.2f} to {max(low, ratio, high):.2f}) '
+        ratio, low, high = ratio_to(parts, twin)
+        line = (f'In {coding} coding it takes {ratio:.2f} ({low:.2f} to {high:.2f}) '
                 f'times the energy of its bit-matched quantised twin')
         if ratio < 1 - ALIKE:
             line += ', less than that.'

@@ -24,7 +24,8 @@ __all__ = ['OTHER', 'PARTS', 'REPORT', 'by_kind', 'by_site', 'is_report', 'kind_
 PARTS = dict(operations='products', comparisons='firing', weights='weights', activations='spikes', routing='routing',
              floating='floating')
 OTHER = dict(total='total', low='data - 50 %', high='data + 50 %')
-POINT_RANGES = dict(levels=(1, math.inf), top1=(0, 100), energy=(0, math.inf), source_top1=(0, 100))
+POINT_RANGES = dict(levels=(1, math.inf), top1=(0, 100), energy=(0, math.inf), source_top1=(0, 100),
+                    num_images=(1, math.inf))
 TABLES = ('operations', 'sites', 'floating')
 REPORT = ('profile.json', 'index.html', *(f'{name}.csv' for name in TABLES), 'activity.png', 'levels.png', 'energy.png',
           'accuracy.png', 'maps.png')
@@ -73,8 +74,8 @@ def by_site(sites: Sequence[Site]) -> list[tuple[str, ...]]:
 
 
 def read_curve(path: Path) -> list[CurvePoint]:
-    """Points `levels`, `top1` and perhaps `energy` [mJ] and `source_top1` of a JSON file: a list of them, or an object
-    with such a list as its `curve`.
+    """Points `levels`, `top1` and perhaps `energy` [mJ], `source_top1` and `num_images` of a JSON file: a list of them,
+    or an object with such a list as its `curve`.
 
     Raises:
         SFormerError: If it is not that.

@@ -6,12 +6,14 @@ import importlib as _importlib
 import pkgutil as _pkgutil
 
 from .door import load_model, one_task, open_model, register_task, save_model, task_named, task_of, tasks
-from .task import OPTIONS, ConversionOptions, Description, EvaluationRequest, ExportOptions, Task
+from .predicting import Predictor, open_predictor, predict
+from .task import OPTIONS, ConversionOptions, Description, EvaluationRequest, ExportOptions, Look, Task
 
 for _found in _pkgutil.iter_modules(__path__):
     _importlib.import_module(f'{__name__}.{_found.name}')
 
 __all__ = [
-    'OPTIONS', 'ConversionOptions', 'Description', 'EvaluationRequest', 'ExportOptions', 'Task', 'load_model',
-    'one_task', 'open_model', 'register_task', 'save_model', 'task_named', 'task_of', 'tasks',
+    'OPTIONS', 'ConversionOptions', 'Description', 'EvaluationRequest', 'ExportOptions', 'Look', 'Predictor', 'Task',
+    'load_model', 'one_task', 'open_model', 'open_predictor', 'predict', 'register_task', 'save_model', 'task_named',
+    'task_of', 'tasks',
 ]

@@ -1,5 +1,5 @@
 """Classification, by timm's models: the task of what no other claims."""
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -8,18 +8,23 @@ import torch.nn as nn
 from ..conversion import another_source, calibration_batches, convert, warn_of_changes
 from ..conversion.sources import CAME_ALONG, create_source, label_names_of
 from ..data import ImageRequest
+from ..data.image_files import ImageSource
 from ..errors import SFormerError
 from ..evaluation import EvaluationConfig, check_replaceable, evaluate_all
 from ..evaluation.figures import CLASSIFICATION
 from ..evaluation.labels import DATASETS
+from ..evaluation.networks import device_of
+from ..evaluation.predictions import Prediction, Reader, predict_classes
 from ..evaluation.schema import SOURCE, Result
 from ..execution import export_onnx, load_onnx
 from ..execution.integer import IntegerReport
 from ..files import Json
+from ..layers import named_neurons
 from ..models import SFormerMixin
 from ..neurons import FitConfig, SFNConfig
 from ..profiling import compare_codings, pixels_of, spike_maps
 from ..profiling.executed import CodingsCompared
+from ..profiling.scales import shown_range
 from ..saving import load_classifier, open_classifier, save_classifier
 from ..saving.model_config import read_config
 from .door import register_task
@@ -30,6 +35,7 @@ from .task import (
     EvaluationRequest,
     ExportOptions,
     Inputs,
+    Look,
     Maps,
     Recorded,
     Task,
@@ -54,7 +60,7 @@ class Classification(Task):
     library = 'timm'
     metric = 'accuracy'
     source_is_base = True
-    verbs = ('benchmark', 'distill', 'search', 'sweep')
+    verbs = ('benchmark', 'distill', 'page', 'search', 'sweep')
     options = {**OPTIONS, 'export': tuple(option for option in OPTIONS['export'] if option != 'image_size')}
 
     def owns(self, model: nn.Module) -> bool:
@@ -74,6 +80,9 @@ class Classification(Task):
 
     def open(self, name: str) -> nn.Module:
         return open_classifier(name)
+
+    def open_to_run(self, name: str, engine: str | None = None) -> nn.Module:
+        return load_onnx(name, engine) if name.endswith('.onnx') else super().open_to_run(name, engine)
 
     def save(self, model: nn.Module, directory: str | Path, overwrite: bool = False) -> Path:
         return save_classifier(model, directory, overwrite)
@@ -107,23 +116,46 @@ class Classification(Task):
         assert engine is None or isinstance(engine, str)
         config = EvaluationConfig(**_settings(request), device=request.group.device)
         _check_engine(names, request.options)
-        models = [load_onnx(name, engine) if name.endswith('.onnx') else self.open(name) for name in names]
+        models = [self.open_to_run(name, engine if name.endswith('.onnx') else None) for name in names]
         if request.results_file and request.results_format == 'json' and not request.resume:
             check_replaceable(request.results_file, models, config.dataset)
         sources: list[bool | nn.Module] = [request.source] * len(models)
         if request.source_model:
             source = self.open(request.source_model)
-            sources = [another_source(model, source) for model in models]
+            sources = [self.compared_with(model, source) for model in models]
         elif request.source:
             for name, model in zip(names, models, strict=True):
                 warn_of_changes(name, model)
         return evaluate_all(models, config, sources=sources, group=request.group, journal=request.new_journal())
 
+    def predict(
+            self,
+            model: nn.Module,
+            source: nn.Module | None,
+            images: Iterable[ImageSource],
+            topk: int,
+            batch_size: int,
+    ) -> Iterator[Prediction]:
+        return predict_classes(model, source, images, topk, batch_size)
+
+    def compared_with(self, model: nn.Module, source: nn.Module) -> nn.Module:
+        return another_source(model, source)
+
+    def look(self, model: nn.Module, source: nn.Module | None, image: ImageSource, prediction: Prediction) -> Look:
+        tensor = Reader(model)(image)
+        pixels = pixels_of(model, tensor).clamp(0, 1).expand(3, -1, -1)
+        spiking = any(True for _ in named_neurons(model))
+        maps = spike_maps(model, tensor.to(device_of(model))) if spiking else {}
+        spikes = torch.stack([*maps.values()]).sum(0).cpu() if maps else None
+        limits = (0., 1.) if spikes is None else shown_range(spikes.flatten().tolist())
+        return Look(pixels=pixels, drawn={'as the network sees it': pixels}, spikes=spikes, limits=limits,
+                    unit='spikes per neuron, summed over blocks')
+
     def export(self, name: str, output: Path, options: ExportOptions) -> list[IntegerReport]:
         return export_onnx(
             self.open(name), output, options.calibration, split=options.split, num_images=options.num_images,
             seed=options.seed, image_column=options.image_column, max_error=options.max_error,
-            portable=options.portable, overwrite=options.overwrite, command=options.command)
+            portable=options.portable, spikes=options.spikes, overwrite=options.overwrite, command=options.command)
 
     def batches(self, model: nn.Module, images: ImageRequest, batch_size: int) -> tuple[Iterable[Inputs], Json]:
         return calibration_batches(model, images, batch_size, 'Counting')[:2]

@@ -1,16 +1,19 @@
 """Object detection and instance segmentation, by torchvision's detectors."""
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import torch
 import torch.nn as nn
 from torchvision.models.detection import FasterRCNN
 
 from ..conversion import network_inside, warn_of_changes
 from ..data import GENERATED, ImageRequest
+from ..data.image_files import ImageSource, read_rgb
 from ..detection import (
     CocoData,
     DetectorConfig,
     convert_detector,
+    detect,
     detector_names,
     evaluate_detector,
     export_detector,
@@ -19,19 +22,24 @@ from ..detection import (
     open_coco,
     save_detector,
 )
+from ..detection.coco import pixels_of_picture
 from ..detection.detector_entrypoints import detector_name, is_detector_name
 from ..detection.detector_evaluation import check_evaluable
 from ..detection.detector_folders import DETECTOR_KEY, read_detector_config
+from ..detection.detector_predictions import predict_objects
+from ..detection.drawing import draw_detections, enlarged, token_activity
 from ..errors import SFormerError
 from ..evaluation import check_replaceable
 from ..evaluation.figures import DETECTION, PRECISION
+from ..evaluation.predictions import Finding, Prediction
 from ..evaluation.schema import SOURCE, Result, in_line
 from ..execution.integer import IntegerReport
 from ..files import Json
 from ..layers import named_neurons
 from ..neurons import FitConfig, SFNConfig
+from ..profiling.scales import share_range
 from .door import register_task
-from .task import ConversionOptions, Description, EvaluationRequest, ExportOptions, Inputs, Recorded, Task
+from .task import ConversionOptions, Description, EvaluationRequest, ExportOptions, Inputs, Look, Recorded, Task
 
 __all__ = ['Detection']
 
@@ -124,6 +132,43 @@ class Detection(Task):
                 by_position=request.by_position, group=request.group, journal=request.new_journal()))
             for detector in detectors]
 
+    def predict(
+            self,
+            model: nn.Module,
+            source: nn.Module | None,
+            images: Iterable[ImageSource],
+            topk: int,
+            batch_size: int,
+    ) -> Iterator[Prediction]:
+        return predict_objects(model, source, images, topk)
+
+    def compared_with(self, model: FasterRCNN, source: FasterRCNN) -> nn.Module:
+        inside: FasterRCNN = network_inside(source)
+        if [*inside.config.categories.values()] != [*model.config.categories.values()]:
+            raise SFormerError('the source to compare the detector with finds other categories.')
+        return inside
+
+    def look(
+            self,
+            model: FasterRCNN,
+            source: FasterRCNN | None,
+            image: ImageSource,
+            prediction: Prediction,
+    ) -> Look:
+        pixels = pixels_of_picture(read_rgb(image))
+        drawn = {}
+        if source is not None:
+            drawn['source'] = _pictured(source, pixels, detect(source, pixels), prediction.source or ())
+        spikes, limits = None, (0., 1.)
+        if any(True for _ in named_neurons(model)):
+            found, spikes = token_activity(model, pixels)
+            limits = share_range(spikes.flatten().tolist())
+            drawn['SFormer'] = _pictured(model, pixels, found, prediction.found)
+        else:
+            drawn[self.noun] = _pictured(model, pixels, detect(model, pixels), prediction.found)
+        large, _ = enlarged(pixels)
+        return Look(pixels=large, drawn=drawn, spikes=spikes, limits=limits, unit='share of neurons that fire')
+
     def export(self, name: str, output: Path, options: ExportOptions) -> list[IntegerReport]:
         return export_detector(
             self.open(name), output, options.image_size, max_error=options.max_error, portable=options.portable,
@@ -197,6 +242,17 @@ class Detection(Task):
         what = 'Detections of the source, of the SFormer, and the share of neurons that fire at each patch' \
             if picture.get('side_by_side') else 'Detections'
         return f'{what}: {picture["image"]}'
+
+
+def _pictured(
+        detector: FasterRCNN,
+        pixels: torch.Tensor,
+        found: dict[str, torch.Tensor],
+        said: Sequence[Finding],
+) -> torch.Tensor:
+    """Those of the objects that were found which a prediction names, over the image in [0, 1]."""
+    least = min((finding.probability for finding in said), default=1.)
+    return draw_detections(detector, pixels, found, least) / 255
 
 
 def _unlabelled(images: ImageRequest) -> tuple[CocoData | str, str | None]:

@@ -3,7 +3,7 @@
 Nothing outside of such files asks which task a model is of: it asks the task.
 """
 import abc
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -12,9 +12,11 @@ import torch
 import torch.nn as nn
 
 from ..data import ImageRequest
+from ..data.image_files import ImageSource
 from ..errors import SFormerError
 from ..evaluation import Journal
 from ..evaluation.launch import Group
+from ..evaluation.predictions import Prediction
 from ..evaluation.schema import Result
 from ..execution.integer import MAX_WEIGHT_ERROR, IntegerReport
 from ..files import Json
@@ -22,7 +24,7 @@ from ..layers import named_neurons
 from ..neurons import FitConfig, SFNConfig
 from ..profiling.executed import CodingsCompared
 
-__all__ = ['OPTIONS', 'ConversionOptions', 'Description', 'EvaluationRequest', 'ExportOptions', 'Task']
+__all__ = ['OPTIONS', 'ConversionOptions', 'Description', 'EvaluationRequest', 'ExportOptions', 'Look', 'Task']
 
 Inputs = torch.Tensor | list[torch.Tensor]  # a batch, as models of a task read it
 Maps = tuple[torch.Tensor | None, dict[str, torch.Tensor] | None]
@@ -55,6 +57,7 @@ class ExportOptions:
     seed: int = 0
     image_column: str | None = None
     image_size: tuple[int, int] | None = None
+    spikes: bool = False
 
 
 # command -> options that only some tasks take; the others say something to each
@@ -62,7 +65,7 @@ OPTIONS: Mapping[str, tuple[str, ...]] = {
     'convert': (*(option.name for option in fields(ConversionOptions)), 'image_column'),
     'evaluate': ('batch_size', 'workers', 'image_column', 'label_column', 'streaming', 'benchmark', 'img_size',
                  'crop_pct', 'interpolation', 'amp', 'amp_dtype', 'channels_last', 'torchcompile', 'retry', 'engine'),
-    'export': ('calibration', 'split', 'num_images', 'seed', 'image_column', 'image_size'),
+    'export': ('calibration', 'split', 'num_images', 'seed', 'image_column', 'image_size', 'spikes'),
     'profile': ('batch_size', 'execute', 'image_column'),
 }
 
@@ -95,6 +98,24 @@ class EvaluationRequest:
     resume: bool
     new_journal: Callable[[], Journal | None]
     options: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """What there is to see of a prediction.
+
+    Args:
+        pixels: The image as a network reads it, (3, H, W) in [0, 1].
+        drawn: Title -> the same with what was found drawn over it; the image alone where nothing is drawn.
+        spikes: Spikes per neuron at each patch, (rows, columns); None where a network has no patches, or no neurons.
+        limits: Which of them the ends of a scale stand for.
+        unit: What these are, in words.
+    """
+    pixels: torch.Tensor
+    drawn: Mapping[str, torch.Tensor]
+    spikes: torch.Tensor | None
+    limits: tuple[float, float] = (0., 1.)
+    unit: str = ''
 
 
 class Recorded(Protocol):
@@ -181,6 +202,16 @@ class Task(abc.ABC):
         """A model by its folder or its name, in eval mode."""
         return self.load(name)
 
+    def open_to_run(self, name: str, engine: str | None = None) -> nn.Module:
+        """A model as `open` has it, or one that was exported, to be run only; `engine` is of exported ones.
+
+        Raises:
+            SFormerError: If an engine is named, and the model is none that was exported.
+        """
+        if engine:
+            raise SFormerError('--engine is for models that `sformer export` wrote, which end in .onnx.')
+        return self.open(name)
+
     @abc.abstractmethod
     def save(self, model: nn.Module, directory: str | Path, overwrite: bool = False) -> Path:
         """Save a model as a folder."""
@@ -202,6 +233,33 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def evaluate(self, names: Sequence[str], request: EvaluationRequest) -> list[Result]:
         """Open models and evaluate them: a result for each."""
+
+    @abc.abstractmethod
+    def predict(
+            self,
+            model: nn.Module,
+            source: nn.Module | None,
+            images: Iterable[ImageSource],
+            topk: int,
+            batch_size: int,
+    ) -> Iterator[Prediction]:
+        """What a model, and its source if there is one, says of each image; as many classes, or objects, as `topk`."""
+
+    @abc.abstractmethod
+    def compared_with(self, model: nn.Module, source: nn.Module) -> nn.Module:
+        """The network that a model is compared with, of another model that is taken for its source.
+
+        Raises:
+            SFormerError: If it reads or gives something else.
+        """
+
+    def look(self, model: nn.Module, source: nn.Module | None, image: ImageSource, prediction: Prediction) -> Look:
+        """What there is to see of the prediction for an image.
+
+        Raises:
+            SFormerError: If nothing is drawn of models of this task.
+        """
+        raise SFormerError(f'nothing is drawn of what a {self.noun} predicts.')
 
     @abc.abstractmethod
     def export(self, name: str, output: Path, options: ExportOptions) -> list[IntegerReport]:

@@ -46,7 +46,7 @@ def test_train_convert_evaluate_show(files, run_inside):
     assert result['source_boxes']['mAP50'] > 50  # of images that it was trained on
     assert result['boxes']['mAP50'] > result['source_boxes']['mAP50'] - 10
     code, out, _ = run_inside('detect', 'show', 'det-s', 'shapes/train/0.png', '-o', 'o.png')
-    assert code == 0 and Image.open(files / 'o.png').size == (3 * 96, 64)
+    assert code == 0 and Image.open(files / 'o.png').width > 3 * 4 * 96
 
 
 def test_train(files, run_inside):
@@ -201,7 +201,7 @@ def test_show_replaces_no_image_of_others(pair, run_inside):
         assert run_inside('detect', 'show', 'boxes', 'img.png', '-o', 'out.png', *options)[0] == 0
     for name in ('other.png', 'other.jpg'):
         assert run_inside('detect', 'show', 'boxes', 'img.png', '-o', name, '--overwrite')[0] == 0
-        assert Image.open(pair / name).size == (3 * 96, 64)
+        assert Image.open(pair / name).width > 3 * 4 * 96
 
 
 def test_show_turns_photographs_and_scales_sixteen_bits(pair, run_inside):

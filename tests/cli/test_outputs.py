@@ -19,6 +19,9 @@ FILES = {
     'search, journal': ('search {saved} --dataset digits --storage {out}', 'trials'),
     'benchmark': ('benchmark {saved} --results-file {out}', 'r.json'),
     'export': ('export {saved} {out}', 'm.onnx'),
+    'predict, CSV': ('predict {saved} nothing.png -o {out}', 'p.csv'),
+    'predict, JSON': ('predict {saved} nothing.png -o {out}', 'p.json'),
+    'predict, PNG': ('predict {saved} nothing.png -o {out}', 'p.png'),
     'detect show': ('detect show nowhere nothing.png -o {out}', 'p.png'),
     'detect show, JPEG': ('detect show nowhere nothing.png -o {out}', 'p.jpg'),
 }

@@ -22,7 +22,7 @@ from sformer.detection import (
     save_detector,
     train_,
 )
-from sformer.detection.drawing import picture, token_activity
+from sformer.detection.drawing import enlarged, picture, token_activity
 from sformer.errors import SFormerError
 from sformer.evaluation import Journal
 from sformer.evaluation.launch import Group
@@ -236,7 +236,8 @@ def test_images_as_narrow_as_a_line(sformer_detector, tmp_path, size):
     assert (boxes >= 0).all() and (boxes[:, 2] <= width).all() and (boxes[:, 3] <= height).all()
     resized = sformer_detector.transform([found.image(99)])[0].image_sizes[0]
     assert min(resized) >= 1 and max(resized) <= 96
-    assert picture(sformer_detector, found.image(99), 0.).shape == (3, height, 3 * width)
+    large, _ = enlarged(found.image(99))
+    assert picture(sformer_detector, found.image(99), 0.).shape[2] > 3 * large.shape[2]
     history = train_(small_detector(masks=True), found, TrainingConfig(epochs=1), tmp_path / 'state')
     assert all(map(math.isfinite, history[0].values()))
 
@@ -244,13 +245,20 @@ def test_images_as_narrow_as_a_line(sformer_detector, tmp_path, size):
 def test_pictures(sformer_detector, data):
     image = data.image(10)
     drawn = picture(sformer_detector, image, min_score=0.)
-    assert drawn.shape == (3, 64, 3 * 96) and drawn.dtype == torch.uint8
-    plain = (image * 255).round().to(torch.uint8)
-    source, spiking, activity = drawn.split(96, dim=-1)
+    large, times = enlarged(image)
+    assert times == 4 and large.shape == (3, 256, 384) and drawn.dtype == torch.uint8
+    title, gap = (drawn.shape[1] - 256) // 2, (drawn.shape[2] - 3 * 384) // 2  # as high as the line of the scale
+    assert drawn.shape == (3, 256 + 2 * title, 3 * 384 + 2 * gap) and title > 12 and gap > 4
+    panels = [drawn[..., i * (384 + gap):i * (384 + gap) + 384] for i in range(3)]
+    plain = (large * 255).round().to(torch.uint8)
+    source, spiking, activity = (panel[:, title:-title] for panel in panels)
     assert all(not torch.equal(part, plain) for part in (source, spiking, activity))
     assert torch.equal(picture(small_detector(masks=True), image, min_score=0.), source)
     assert torch.equal(picture(sformer_detector, image, min_score=0., side_by_side=False), spiking)
     assert torch.equal(picture(sformer_detector, image, min_score=1., side_by_side=False), plain)
+    for part in (*(panel[:, :title] for panel in panels), panels[2][:, -title:]):  # three titles and the scale
+        assert (part == 255).float().mean() < 0.98
+    assert (drawn[:, -title:, :-384] == 255).all()
     _, shares = token_activity(sformer_detector, image)
     assert shares.shape == (4, 6) and 0 < shares.min() < shares.max() < 1
 
