@@ -100,6 +100,19 @@ def test_distill(run_inside, model, tmp_path):
     assert code == 0 and 'step 2: relative error' in out, err
 
 
+@pytest.mark.parametrize('storage, message', [
+    (('--storage', 'trials.log'), 'error: interrupted. The same command continues.\n'), ((), 'interrupted')])
+def test_a_search_that_is_interrupted(run_inside, model, tmp_path, monkeypatch, storage, message):
+    pytest.importorskip('optuna')
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+    save_model(model, tmp_path / 'out')
+    monkeypatch.setattr('sformer.conversion.search.search', interrupt)
+    code, out, err = run_inside('search', 'out', *DIGITS, *storage)
+    assert (code, out) == (130, '') and message in err and ('same command' in err) == bool(storage)
+
+
 TRAINED = ('distill', 'out', '--dataset', 'digits', '--split', 'train', '--num-images', '40', '--steps', '6',
            '--batch-size', '16', '--learning-rate', '0.001', '-o', 'trained')
 

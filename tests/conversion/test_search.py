@@ -134,7 +134,7 @@ def test_a_journal_in_use_and_a_damaged_one(quick, tmp_path):
     journal.write_bytes(whole + b'{"op_code": 4, "wor')  # killed as it wrote
     assert search(quick(), SFNConfig(), 5, journal) == points and is_search_journal(journal)
     journal.write_bytes(whole[:300] + b'\n' + whole[300:])
-    with pytest.raises(SFormerError, match='journal is damaged .*: choose another file'):
+    with pytest.raises(SFormerError, match='journal is damaged .*: choose another file, or remove it'):
         search(quick(), SFNConfig(), 5, journal)
     journal.write_bytes(b'')
     assert is_search_journal(journal) and len(search(quick(), SFNConfig(), 5, journal)) == 5

@@ -50,4 +50,6 @@ def test_entries_say_what_is_known(monkeypatch):
     tiny, nano = found['sformer_tiny.augreg_in21k_ft_in1k'], found['sformer_nano.digits']
     assert tiny['source'] == 'vit_tiny_patch16_224.augreg_in21k_ft_in1k' and tiny['param_count'] == 5.7
     assert tiny['weights'] == 'converted on first use' and tiny['results'] == ''
+    assert (tiny['input_size'], tiny['num_classes'], nano['input_size'], nano['num_classes']) == (
+        [3, 224, 224], 1000, [1, 8, 8], 10)
     assert nano['weights'] == 'in the package' and nano['results'].endswith('N = 63')
