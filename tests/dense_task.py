@@ -124,8 +124,8 @@ class Dense(Task):
     def compared_with(self, model, source):
         return source_view(source)
 
-    def export(self, name, output, options):
-        return export_onnx(self.open(name), output, max_error=options.max_error, command=options.command)
+    def export(self, model, output, options):
+        return export_onnx(model, output, max_error=options.max_error, command=options.command)
 
     def batches(self, model, images, batch_size):
         return calibration_batches(model, images, batch_size)[:2]

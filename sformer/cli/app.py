@@ -41,7 +41,7 @@ COMMANDS: dict[str, tuple[tuple[Callable[..., None], str], ...]] = {
         (demo.demo, 'sformer demo'),
         (list_models.list_models, 'sformer list --format csv')),
     'Convert and measure': (
-        (convert.convert, 'sformer convert vit_base_patch16_224 -o out/'),
+        (convert.convert, 'sformer convert my-vit/ -o out/ --calibration my-images/'),
         (predict.predict, 'sformer predict out/ photo.jpg -o seen.png'),
         (evaluate.evaluate, 'sformer evaluate out/ --dataset my-images/ --split val'),
         (compare.compare, 'sformer compare out-n4/ out-n32/ --dataset my-images/ --split val'),

@@ -10,7 +10,7 @@ from ..errors import SFormerError
 from .failure import fail
 
 __all__ = [
-    'spread', 'expand_home', 'parse_kwargs', 'parse_names', 'parse_dataset_ids', 'command_line', 'check_source',
+    'spread', 'expand_home', 'parse_kwargs', 'parse_names', 'parse_dataset_ids', 'command_line',
 ]
 
 
@@ -112,9 +112,3 @@ def parse_dataset_ids(pairs: list[str] | None) -> dict[str, str]:
 def command_line() -> str:
     """This command, as a record of it."""
     return shlex.join(['sformer', *sys.argv[1:]])
-
-
-def check_source(name: str) -> None:
-    """Raise SFormerError if the name of a source is one of the Hub's without the prefix that says so."""
-    if re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*(@.+)?', name) and not (Path(name).exists() or name.endswith('.onnx')):
-        raise SFormerError(f'timm has no model {name!r}. A model on the Hub is hf-hub:{name}.')

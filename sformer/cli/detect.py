@@ -24,7 +24,7 @@ def train_detector(
         data: Annotated[Path, typer.Option(help=Data)],
         output: Annotated[Path, typer.Option('--output', '-o', help='Folder for the detector')],
         checkpoint: Annotated[Path | None, typer.Option(
-            help='Weights of the backbone (safetensors); its published ones if not given')] = None,
+            help='Weights of the backbone; its published ones if not given')] = None,
         split: Annotated[str, typer.Option(help='Split to train on')] = 'train',
         masks: Annotated[bool, typer.Option(help='Segment what is detected: Mask R-CNN, not Faster R-CNN')] = False,
         image_size: Annotated[tuple[int, int], typer.Option(
@@ -45,7 +45,6 @@ def train_detector(
         amp: Annotated[bool, typer.Option('--amp', help='Mixed precision: what is trained, in bfloat16')] = False,
         seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help='Seed of weights, images and sampling')] = 0,
         device: Annotated[str | None, typer.Option(help='cpu, cuda, ...; an accelerator if there is one')] = None,
-        allow_pickle: Annotated[bool, typer.Option('--allow-pickle', help='Load a pickled checkpoint')] = False,
         skip_bad: SkipBad = False,
         overwrite: Annotated[bool, typer.Option('--overwrite', help='Replace a model that is there')] = False,
 ) -> None:
@@ -62,7 +61,7 @@ def train_detector(
         backbone, images.categories, masks, image_size, channels,
         tuple(16 / stride for stride in (4, 8, 16, 32) if stride >= finest_stride), max_detections=max_detections,
         window_size=window_size)
-    detector = create_detector(config, checkpoint, allow_pickle, seed)
+    detector = create_detector(config, checkpoint, seed)
     how = TrainingConfig(epochs, batch_size, lr, trained_blocks=trained_blocks, seed=seed, amp=amp)
     try:
         train_(detector, images, how, output, Group(device).device, report=print)

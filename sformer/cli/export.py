@@ -7,6 +7,7 @@ import typer
 from ..errors import SFormerError
 from .arguments import command_line
 from .options import MAX_IMAGES, MAX_IMG_SIZE, MAX_SEED, ColumnOptions, Dataset, Given, unfolded
+from .source_options import KINDS_OF_SOURCE, NeuronOptions, SourceOptions, convert_source, options_of_conversion
 
 __all__ = ['export']
 
@@ -15,17 +16,22 @@ WEIGHT_ERROR = 0.03  # of `to_integer_`; a test holds them together
 
 @unfolded
 def export(
-        model: Annotated[str, typer.Argument(help='Folder of an SFormer, hf-hub:ID, or name of one with weights')],
+        model: Annotated[str, typer.Argument(
+            help=f'Folder of an SFormer, hf-hub:ID, or name of one with weights; to convert first: {KINDS_OF_SOURCE}')],
         output: Annotated[Path, typer.Argument(help='ONNX file to write')],
+        neurons: NeuronOptions,
+        source: SourceOptions,
         columns: ColumnOptions,
         given: Given,
         max_error: Annotated[float, typer.Option(
             min=0, help='Relative error of int8 weights beyond which a layer stays in floating point')
         ] = WEIGHT_ERROR,
         calibration: Annotated[str | None, typer.Option(
-            help=f'Round weights such that errors cancel on images of this kind: dead-leaves, {Dataset}')] = None,
+            help='Round weights such that errors cancel on images of this kind, and fit thresholds to them: '
+                 f'dead-leaves, {Dataset}')] = None,
         split: Annotated[str | None, typer.Option(help='Split of these images')] = None,
-        num_images: Annotated[int, typer.Option(min=1, max=MAX_IMAGES, help='Number of these images')] = 128,
+        num_images: Annotated[int | None, typer.Option(
+            min=1, max=MAX_IMAGES, help='Number of these images  [default: 128; to fit thresholds 256]')] = None,
         seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help='Seed of the choice of these images')] = 0,
         image_size: Annotated[tuple[int, int] | None, typer.Option(
             min=1, max=MAX_IMG_SIZE, help="Height and width of images of a detector, if not its own")] = None,
@@ -35,15 +41,32 @@ def export(
             '--spikes', help='Also give where it spikes, per block and token, for `sformer page`')] = False,
         overwrite: Annotated[bool, typer.Option('--overwrite', help='Replace a file that is there')] = False,
 ) -> None:
-    """Write an SFormer as ONNX with int8 levels and int8 weights, for OpenVINO and ONNX Runtime."""
-    from ..execution.onnx import check_output
+    """Write an SFormer as ONNX with int8 levels and int8 weights, for OpenVINO and ONNX Runtime.
+
+    A source is converted first, and so is an SFormer where an option says how neurons fire.
+    """
+    from ..data import ImageRequest
+    from ..execution.onnx import writable
+    from ..layers import named_neurons
     from ..tasks import ExportOptions, task_of
-    check_output(output, overwrite)
+    writable(output, overwrite)
     task = task_of(model)
-    task.check_options('export', model, given)
-    reports = task.export(model, output, ExportOptions(
+    converts = bool(given & options_of_conversion())
+    network = None if converts else task.open(model)
+    if network is None or not any(True for _ in named_neurons(network)):
+        # calibration images of a detector fit its thresholds, and round no weights
+        task.check_options('convert', model, given)
+        task.check_options('export', model, given - {'calibration', 'split', 'num_images', 'seed', 'image_column'})
+        network = convert_source(task, model, ImageRequest(
+            dataset=calibration or 'dead-leaves', split=split, num_images=num_images or 256, seed=seed,
+            image_column=columns.image_column), neurons, source)
+        for line in task.remarks(network):
+            print(line)
+    else:
+        task.check_options('export', model, given)
+    reports = task.export(network, output, ExportOptions(
         max_error=max_error, portable=portable, overwrite=overwrite, command=command_line(), calibration=calibration,
-        split=split, num_images=num_images, seed=seed, image_column=columns.image_column, image_size=image_size,
+        split=split, num_images=num_images or 128, seed=seed, image_column=columns.image_column, image_size=image_size,
         spikes=spikes))
     whole = [report for report in reports if report.integer]
     of = 'products with int8 weights' if calibration else 'int8 weights'

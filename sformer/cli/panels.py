@@ -10,7 +10,7 @@ PANELS: dict[str, tuple[str, ...]] = {
     'Neurons': ('fire', 'attention_fire', 'activation_fire', 'initial_potential', 'dead_zone', 'scale', 'token_scale',
                 'silence'),
     'Thresholds': ('estimator', 'quantile', 'floor', 'margin', 'unbiased', 'compensate'),
-    'Source': ('model_kwargs', 'label_names', 'source', 'source_model', 'allow_pickle'),
+    'Source': ('model_kwargs', 'label_names', 'source', 'source_model'),
     'Images': ('seed', 'batch_size', 'workers', 'image_column', 'label_column', 'streaming', 'benchmark',
                'by_position', 'max_bad', 'skip_bad'),
     'Preprocessing': ('mean', 'std', 'img_size', 'crop_pct', 'interpolation'),

@@ -21,14 +21,19 @@ from ..neurons import FitConfig, SFNConfig, recipe_configs
 from .calibration import calibrate_
 from .changes import kept_record
 from .record import CalibrationRecord, Conversion, set_record_
-from .sources import LOCATIONS, Source, check_weights, create_source, label_names_of, set_label_names_
+from .sources import (
+    LOCATIONS,
+    OF_WEIGHTS,
+    Source,
+    check_weights,
+    create_source,
+    label_names_of,
+    set_label_names_,
+)
 
 __all__ = ['Images', 'all_tokens', 'calibration_batches', 'convert']
 
 _logger = logging.getLogger(__name__)
-
-# of a config of timm: what it says of its weights
-OF_WEIGHTS = ('tag', 'license', 'description', 'origin_url', 'paper_name', 'paper_ids', 'notes')
 
 Images = str | Path | Iterable[torch.Tensor]
 
@@ -56,8 +61,9 @@ def convert(
     Thresholds are fitted to the currents of the source network (arXiv 2510.23383, post-training); no labels are read.
 
     Args:
-        source: timm model, or the name of one, which is created with its pretrained weights. An SFormer stands for
-            what its weights are without neurons, unless they compensate for these.
+        source: timm model, or the name of one, which is created with its pretrained weights, or of weights of one's
+            own, as of `create_source`. An SFormer stands for what its weights are without neurons, unless they
+            compensate for these.
         calibration: `dead-leaves` (generated images), `digits`, a folder of parquet files, an image folder, a Hugging
             Face data set id, or an iterable of normalised image batches (B, C, H, W), all of which are used.
         config: How neurons fire, as a config or as its fields.
@@ -73,7 +79,7 @@ def convert(
             have none, those of the calibration data where these have as many.
         inplace: Convert the given model itself instead of a copy; where that fails it is the source network.
         command: Command line to record.
-        **source_kwargs: Passed to `timm.create_model` where `source` is a name.
+        **source_kwargs: Passed to `create_source` where `source` is a name.
 
     Returns:
         A timm model in eval mode; `model.conversion` records how it came about.
@@ -103,18 +109,22 @@ def convert(
         model = revert_(model)  # converting again starts from the network that is inside
     check_weights(model)
     record = kept or _record_of_source(source, model)
-    record = dataclasses.replace(record, normalisation=source.normalisation or record.normalisation)
+    origins = {**record.origins, **source.origins}
     training = model.training
     before = {k: model.__dict__.get(k) for k in ('pretrained_cfg', 'default_cfg', '_model_args')}
     try:
         _name_architecture(model, bool(record.source_weights))
         model = spiking_model_(model, config).eval()
         batches, images, class_names = calibration_batches(model, wanted, batch_size)
-        if label_names is None and not record.source_weights and are_names_of(model, class_names):
+        if label_names is not None:
+            origins['label_names'] = 'given'
+        elif not record.source_weights and are_names_of(model, class_names):
             label_names = class_names
+            origins['label_names'] = 'classes of the calibration images'
         if label_names is not None:
             set_label_names_(model, label_names)
-        set_record_(model, dataclasses.replace(record, global_pool=getattr(model, 'global_pool', None)))
+        set_record_(model, dataclasses.replace(
+            record, global_pool=getattr(model, 'global_pool', None), origins=origins))
         with enough_memory('the source is observed on 16 images at a time, whatever the batch size. Choose a smaller '
                            'input (img_size) or a device with more memory.'):
             count = calibrate_(model, batches, fit, None if model.num_classes else all_tokens)

@@ -17,7 +17,7 @@ __all__ = [
     'FINE_TUNED', 'ADAPTED', 'library_versions', 'set_record_',
 ]
 
-RECORD_VERSION = 3
+RECORD_VERSION = 4
 
 # why weights are not those of the source any more
 COMPENSATED = 'compensated'  # they make up for what neurons leave out
@@ -70,7 +70,7 @@ class Conversion:
         zoo_entry: Line of a table of conversions that this one is of, as `scripts/publish_zoo.py` has one.
         state_sha256: State hash of the weights that this record speaks of.
         layout_sha256: Hash of their names, shapes and dtypes.
-        normalisation: Where mean and std of the source's config are from, in words; None if they came with its weights.
+        origins: Where what is known of the source is from, in words, as of `sources.Source`.
     """
     source: str
     source_tag: str | None = None
@@ -88,7 +88,7 @@ class Conversion:
     zoo_entry: str | None = None
     state_sha256: str | None = None
     layout_sha256: str | None = None
-    normalisation: str | None = None
+    origins: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> Json:
         """The record as JSON data, with its version."""
@@ -105,6 +105,9 @@ class Conversion:
         version = values.pop('version', 1)
         if version == 2 and isinstance(values.get('changed', False), bool):
             values['changed'] = _reasons_of_version_2(values)
+        elif version == 3:
+            said = values.pop('normalisation', None)
+            values['origins'] = dict(mean=said, std=said) if said else {}
         elif version != RECORD_VERSION:
             raise SFormerError(f'the record of the conversion has version {version!r}, this sformer reads '
                                f'{RECORD_VERSION}: convert the source again.')

@@ -1,40 +1,41 @@
-"""Source networks: timm models with trained weights, and the preprocessing that they were trained with."""
-import argparse
-import ast
-import contextlib
+"""Source networks: timm models with trained weights, and the preprocessing that they were trained with.
+
+Every command opens sources here, of whatever kind: names of timm, checkpoints, folders, repositories on the Hub.
+"""
 import dataclasses
 import difflib
-import json
 import logging
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 import torch.nn as nn
-from safetensors import safe_open
-from timm.models import clean_state_dict
 
 from ..data.preprocessing import check_preprocessing
-from ..errors import SFormerError, alone, first_line, quiet
-from ..files import Json, check_content, is_safetensors, read_safetensors
+from ..errors import SFormerError, first_line
+from ..files import Json
 from ..layers import named_neurons
-from ..models import set_pixel_range_
+from ..models import HEADS, SPIKING_MODELS, set_norm_eps_, set_pixel_range_
+from ..models.sformer import State
+from .checkpoints import Checkpoint, class_names, read_checkpoint, read_file, said_of
+from .places import named_place, place_of
+from .preprocessors import PREPROCESSING
 
 __all__ = [
-    'CAME_ALONG', 'LOCATIONS', 'Source', 'check_no_graph', 'check_weights', 'checkpoint_config', 'create_source',
-    'label_names_of', 'load_source_weights_', 'set_data_config_', 'set_label_names_',
+    'CAME_ALONG', 'LOCATIONS', 'OF_WEIGHTS', 'Source', 'check_no_graph', 'check_weights', 'create_source',
+    'label_names_of', 'load_checkpoint_', 'set_data_config_', 'set_label_names_',
 ]
 
 _logger = logging.getLogger(__name__)
 
-Said = dict[str, tuple[Any, str]]  # by a checkpoint: values by key, and where each stands
-PREPROCESSING = ('mean', 'std', 'crop_pct', 'crop_mode', 'interpolation')
-NAMES = ('label_names', 'classes', 'class_to_idx')  # of classes, in a checkpoint
 CAME_ALONG = 'of the config of its weights'
 # of a config of timm: where it finds weights, and how it reads them
 LOCATIONS = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'custom_load', 'source')
+# of a config of timm: what it says of its weights
+OF_WEIGHTS = ('tag', 'license', 'description', 'origin_url', 'paper_name', 'paper_ids', 'notes')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,31 +45,29 @@ class Source:
     Args:
         network: timm model in eval mode.
         weights: Where its published weights are from, a Hub id or a URL; None for weights of the user's own.
-        normalisation: Where the mean and the std of its config are from, in words; None if they came with its weights.
+        origins: Where what is known of it is from, in words: `architecture`, `weights`, `num_classes`, `label_names`,
+            `img_size`, `mean`, `std` ...; what is not in here came with its weights.
     """
     network: nn.Module
     weights: str | None = None
-    normalisation: str | None = None
+    origins: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def create_source(
         name: str,
         checkpoint: str | Path | None = None,
-        allow_pickle: bool = False,
-        filter_fn: Callable[[dict[str, torch.Tensor], nn.Module], dict[str, torch.Tensor]] | None = None,
         preprocessing: Json | None = None,
         **kwargs: Any,
 ) -> Source:
     """Create a timm model with trained weights.
 
-    A checkpoint may say how it was trained (`checkpoint_config`); where it says nothing of mean and std, those that
-    timm has for the architecture are taken, with a warning: they are those of other weights.
+    A checkpoint may say how it was trained; where it says nothing of mean and std, those that timm has for the
+    architecture are taken, with a warning: they are those of other weights.
 
     Args:
-        name: Model name, as for `timm.create_model`.
-        checkpoint: Weights to load; the published pretrained ones if None.
-        allow_pickle: Load a pickled checkpoint, with torch's `weights_only` unpickler.
-        filter_fn: Adapts the state dict of a checkpoint to the model.
+        name: Model name, as for `timm.create_model`; or weights that say what they are of: a checkpoint of timm's
+            training, a folder that timm, transformers or open_clip wrote, `hf-hub:org/name`.
+        checkpoint: Weights to load, in a file; the published pretrained ones if None.
         preprocessing: How it was trained, as of `set_data_config_`: mean, std, crop_pct, crop_mode, interpolation.
         **kwargs: Passed to `timm.create_model`.
 
@@ -77,48 +76,22 @@ def create_source(
             parameters would stay random.
     """
     check_no_graph(name)
-    if not name.startswith(('hf-hub:', 'local-dir:')) and not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f' Did you mean {", ".join(close)}?' if close else " timm.list_models('vit*') lists names."
-        if Path(name).is_dir():
-            hint = f' A model in a folder is local-dir:{name}.'
-        raise SFormerError(f'timm has no model {name!r}.{hint}')
-    try:
-        model = timm.create_model(name, pretrained=checkpoint is None, **kwargs)
-    except SFormerError:
-        raise
-    except (OSError, RuntimeError) as e:
-        if checkpoint is not None:
-            raise SFormerError(f'{name} cannot be built with {kwargs}: {first_line(e)}') from e
-        raise SFormerError(
-            f'the pretrained weights of {name} cannot be loaded ({first_line(e)}). '
-            f'Give a checkpoint, or make the Hub reachable.') from e
-    except KeyError as e:
-        if e.args != ('architecture',):
-            raise SFormerError(f'{name} cannot be built with {kwargs}: KeyError: {first_line(e)}') from e
-        raise SFormerError(
-            f'{name} is no model of timm: its config.json names no architecture. Of a model of transformers, take the '
-            f'one that timm has of the same weights.') from e
-    except Exception as e:  # timm leaves it to whatever a wrong value breaks first
-        raise SFormerError(f'{name} cannot be built with {kwargs}: {type(e).__name__}: {first_line(e)}') from e
-    cfg: Json = vars(model)['pretrained_cfg']
-    overlay = kwargs.get('pretrained_cfg_overlay') or {}
-    own = checkpoint or kwargs.get('checkpoint_path') or overlay.get('file')
+    given = {key: value for key, value in (preprocessing or {}).items() if value is not None}
     if checkpoint is not None:
-        load_source_weights_(model, checkpoint, allow_pickle, filter_fn)
+        _check_name(name)
+        return _of_checkpoint(read_file(Path(checkpoint), name, kwargs), kwargs, given)
+    if not name.startswith('hf-hub:') and Path(name).is_file():
+        return _of_checkpoint(read_file(Path(name), None, kwargs), kwargs, given)
+    place = named_place(name, kwargs.get('cache_dir'))
+    if place is not None:
+        place, config = place_of(place)
+        if 'architecture' not in config:
+            return _of_checkpoint(read_checkpoint(place, config, kwargs), kwargs, given)
+        if place.folder is not None:
+            name = f'local-dir:{place.folder}'
     else:
-        _check_trained(model, name, kwargs)
-    said = checkpoint_config(Path(own), cfg.get('architecture'), allow_pickle) if own else {}
-    names, _ = said.pop('label_names', ((), ''))
-    if names and len(names) == getattr(model, 'num_classes', 0):
-        set_label_names_(model, names)
-    given = {key: overlay[key] for key in ('mean', 'std') if overlay.get(key)}
-    given |= {key: value for key, value in (preprocessing or {}).items() if value is not None}
-    set_data_config_(model, **{**{key: value for key, (value, _) in said.items()}, **given})
-    normalisation = _normalisation(model, own or overlay.get('state_dict') and 'the state dict', given, said)
-    described = checkpoint is None and not (own or cfg.get('file') or cfg.get('state_dict')) \
-        and getattr(model, 'num_classes', 0) == cfg.get('num_classes')  # else these are not the weights that it is of
-    return Source(model.eval(), (cfg.get('hf_hub_id') or cfg.get('url') or None) if described else None, normalisation)
+        _check_name(name)
+    return _of_timm(name, kwargs, given)
 
 
 def check_no_graph(name: str) -> None:
@@ -128,17 +101,100 @@ def check_no_graph(name: str) -> None:
                            f'was exported of.')
 
 
-def _check_trained(model: nn.Module, name: str, kwargs: Json) -> None:
+def _check_name(name: str) -> None:
+    """Raise SFormerError if timm has no model of a name."""
+    if timm.is_model(name):
+        return
+    close = difflib.get_close_matches(name, timm.list_models(), n=3)
+    hint = f' Did you mean {", ".join(close)}?' if close else " timm.list_models('vit*') lists names."
+    if '/' in name or '\\' in name:
+        hint = f' {name} is no folder and no file, either.'
+        if re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*(@.+)?', name):
+            hint = f' A model on the Hub is hf-hub:{name}.'
+    raise SFormerError(f'timm has no model {name!r}.{hint}')
+
+
+def _of_checkpoint(checkpoint: Checkpoint, kwargs: Json, given: Json) -> Source:
+    """The network of a checkpoint."""
+    asked = {key: value for key, value in kwargs.items() if key != 'cache_dir'}
+    model: Any = _created(checkpoint.architecture, {**checkpoint.arguments, **asked})
+    load_checkpoint_(model, checkpoint, resized=asked.keys())
+    cfg = model.pretrained_cfg
+    for key in (*LOCATIONS, *OF_WEIGHTS, 'label_names', 'label_descriptions'):
+        cfg.pop(key, None)
+    said = dict(checkpoint.said)
+    names, names_from = said.pop('label_names', ((), ''))
+    origins = {**checkpoint.origins, **dict.fromkeys(asked, 'given')}
+    if names and len(names) == model.num_classes:
+        set_label_names_(model, names)
+        origins['label_names'] = names_from
+    set_data_config_(model, **{**{key: value for key, (value, _) in said.items()}, **given})
+    origins.update(_preprocessing_origins(model, given, {key: where for key, (_, where) in said.items()},
+                                          f'default of {checkpoint.architecture}, nothing in the file says otherwise'))
+    origins.setdefault('img_size', f'default of {checkpoint.architecture}')
+    _warn_of_defaults(model, checkpoint.path, origins, given, said)
+    return Source(model.eval(), checkpoint.weights, origins)
+
+
+def _of_timm(name: str, kwargs: Json, given: Json) -> Source:
+    """A network that timm knows the weights of, by its name or by a config that lies beside them."""
+    model: Any = _created(name, kwargs, pretrained=True)
+    cfg = model.pretrained_cfg
+    overlay = kwargs.get('pretrained_cfg_overlay') or {}
+    own = kwargs.get('checkpoint_path') or overlay.get('file')
+    _check_trained(model, name, kwargs)
+    said = said_of(Path(own), cfg.get('architecture')) if own else {}
+    names, names_from = said.pop('label_names', ((), ''))
+    origins: dict[str, str] = {}
+    if names and len(names) == model.num_classes:
+        set_label_names_(model, names)
+        origins['label_names'] = names_from
+    given = {**{key: overlay[key] for key in ('mean', 'std') if overlay.get(key)}, **given}
+    set_data_config_(model, **{**{key: value for key, (value, _) in said.items()}, **given})
+    default = f'default of {cfg.get("architecture")}, nothing in the file says otherwise' \
+        if own or overlay.get('state_dict') else None
+    origins.update(_preprocessing_origins(model, given, {key: where for key, (_, where) in said.items()}, default))
+    if default:
+        _warn_of_defaults(model, str(own or 'the state dict'), origins, given, said)
+    described = not (own or cfg.get('file') or cfg.get('state_dict')) \
+        and model.num_classes == cfg.get('num_classes')  # else these are not the weights that the config is of
+    return Source(model.eval(), (cfg.get('hf_hub_id') or cfg.get('url') or None) if described else None, origins)
+
+
+def _created(name: str, kwargs: Json, pretrained: bool = False) -> nn.Module:
+    """A timm model.
+
+    Raises:
+        SFormerError: If timm cannot build it, or has no weights for it.
+    """
+    arguments = {key: value for key, value in kwargs.items() if key != 'norm_eps'}
+    try:
+        model = timm.create_model(name, pretrained=pretrained, **arguments)
+    except SFormerError:
+        raise
+    except (OSError, RuntimeError) as e:
+        if not pretrained:
+            raise SFormerError(f'{name} cannot be built with {arguments}: {first_line(e)}') from e
+        raise SFormerError(
+            f'the pretrained weights of {name} cannot be loaded ({first_line(e)}). '
+            f'Give a checkpoint, or make the Hub reachable.') from e
+    except Exception as e:  # timm leaves it to whatever a wrong value breaks first
+        raise SFormerError(f'{name} cannot be built with {arguments}: {type(e).__name__}: {first_line(e)}') from e
+    if kwargs.get('norm_eps') is not None:
+        set_norm_eps_(model, kwargs['norm_eps'])
+    return model
+
+
+def _check_trained(model: Any, name: str, kwargs: Json) -> None:
     """Raise SFormerError if timm has left parameters of a pretrained model random, as it does without a word where the
     number of classes is another one."""
-    cfg: Json = vars(model)['pretrained_cfg']
-    given, classes = getattr(model, 'num_classes', 0), cfg.get('num_classes')
-    if kwargs.get('checkpoint_path') or given == classes:
+    classes = model.pretrained_cfg.get('num_classes')
+    if kwargs.get('checkpoint_path') or model.num_classes == classes:
         return  # all of them were loaded, or timm has refused
-    if given:
+    if model.num_classes:
         raise SFormerError(
-            f'num_classes={given}, but the pretrained weights of {name} are of {classes} classes: its '
-            f'{cfg.get("classifier")} would be random. Give a checkpoint that has one, or leave '
+            f'num_classes={model.num_classes}, but the pretrained weights of {name} are of {classes} classes: its '
+            f'{model.pretrained_cfg.get("classifier")} would be random. Give a checkpoint that has one, or leave '
             f'num_classes out.')
     architecture = name.partition('.')[0]
     if timm.is_model(architecture):
@@ -150,89 +206,25 @@ def _check_trained(model: nn.Module, name: str, kwargs: Json) -> None:
                                f'these arguments: {kwargs}.')
 
 
-def checkpoint_config(
-        path: Path,
-        architecture: str | None,
-        allow_pickle: bool = False,
-) -> Said:
-    """What a checkpoint says of the preprocessing that its network was trained with, values as of `set_data_config_`,
-    and of the names of its classes (`label_names`), each with where it stands.
-
-    It says so as `mean`, `std` ... or in a `pretrained_cfg`: in the metadata of a safetensors file, in the entries of a
-    pickled checkpoint or in the `args` of timm's training, or in timm's `config.json` of this architecture beside it.
-    Names may be torchvision's, too: a list `classes`, or numbers by name in `class_to_idx`.
-    """
-    places = [('its metadata', _said_beside_weights(path, allow_pickle))]
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        config = json.loads((path.parent / 'config.json').read_text(encoding='utf-8'))
-        if isinstance(config, dict) and config.get('architecture') == architecture:
-            places.append(('config.json beside it', config))
-    said: Said = {}
-    for where, values in places:
-        nested = values.get('pretrained_cfg')
-        for content in (values, nested if isinstance(nested, dict) else {}):
-            for key in PREPROCESSING:  # timm's training has empty ones for what was not asked for
-                if content.get(key) not in (None, '', [], ()):
-                    said.setdefault(key, (content[key], where))
-            names = next((names for names in map(content.get, NAMES) if names), None)
-            if isinstance(names, (list, tuple, dict)):
-                said.setdefault('label_names', (_in_their_order(names), where))
-    return {key: found for key, found in said.items() if found[0] is not None}
-
-
-def _in_their_order(names: Sequence[object] | dict[object, object]) -> list[str] | None:
-    """Names of classes in their order, of a list, of names by number or of numbers by name; None if they are none."""
-    if isinstance(names, dict):
-        if all(isinstance(number, int) for number in names.values()):
-            names = {number: name for name, number in names.items()}
-        names = [names.get(i, names.get(str(i))) for i in range(len(names))]
-    texts = [name for name in names if isinstance(name, str) and name.strip()]
-    return texts if len(texts) == len(names) else None
-
-
-def _said_beside_weights(path: Path, allow_pickle: bool) -> Json:
-    """What a checkpoint holds beside its weights."""
-    if is_safetensors(path):
-        with safe_open(path, framework='pt') as f:
-            return {key: _value(text) for key, text in (f.metadata() or {}).items()}
-    if not allow_pickle:
-        return {}
-    with alone, torch.serialization.safe_globals([argparse.Namespace]):
-        content = torch.load(path, map_location='cpu', weights_only=True)
-    if not isinstance(content, dict):
-        return {}
-    args = content.get('args')
-    return {**(vars(args) if isinstance(args, argparse.Namespace) else {}),
-            **{key: content[key] for key in (*PREPROCESSING, *NAMES, 'pretrained_cfg') if key in content}}
-
-
-def _value(text: str) -> object:
-    """What a text of metadata says: as JSON has it, or Python; else the text itself."""
-    for read in (json.loads, ast.literal_eval):
-        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):  # of lists in lists
-            return read(text)
-    return text
-
-
-def _normalisation(
-        model: nn.Module,
-        own: str | Path | None,
+def _preprocessing_origins(
+        model: Any,
         given: Json,
-        said: Said,
-) -> str | None:
-    """Where the mean and the std of a network are from, in words, None where its config came with its weights; warns
-    where they are those that timm has for other weights."""
-    cfg = vars(model)['pretrained_cfg']
-    default = f'timm\'s default for {cfg.get("architecture")}' if own else CAME_ALONG
-    origins = {key: 'given' if key in given else f'of the checkpoint ({said[key][1]})' if key in said else default
-               for key in ('mean', 'std')}
-    if own and default in origins.values():
-        values = ' and '.join(f'{key} {tuple(cfg[key])}' for key in origins if origins[key] == default)
-        _logger.warning(f'{own} does not say which mean and std it was trained with: {values} are taken, {default}. '
-                        f'--mean and --std (preprocessing) say otherwise.')
-    if {*origins.values()} == {CAME_ALONG}:
-        return None
-    return origins['mean'] if len({*origins.values()}) == 1 else f'mean {origins["mean"]}, std {origins["std"]}'
+        said: dict[str, str],
+        default: str | None,
+) -> dict[str, str]:
+    """Where the preprocessing in the config of a model is from; what came with its weights (no default) is left out."""
+    origins = {key: 'given' if key in given else said.get(key, default)
+               for key in PREPROCESSING if key in given or key in said or model.pretrained_cfg.get(key)}
+    return {key: where for key, where in origins.items() if where is not None}
+
+
+def _warn_of_defaults(model: Any, where: str, origins: dict[str, str], given: Json, said: Json) -> None:
+    """Say so if the mean or the std of a model are those that timm has for other weights."""
+    unsaid = [key for key in ('mean', 'std') if key not in given and key not in said]
+    if unsaid:
+        values = ' and '.join(f'{key} {tuple(model.pretrained_cfg[key])}' for key in unsaid)
+        _logger.warning(f'{where} does not say which mean and std it was trained with: {values} are taken, '
+                        f'{origins[unsaid[0]]}. --mean and --std (preprocessing) say otherwise.')
 
 
 def set_data_config_(
@@ -264,7 +256,7 @@ def set_label_names_(model: nn.Module, names: Sequence[str]) -> None:
         SFormerError: If there are more or fewer names than classes, or one of them is empty.
     """
     count, cfg = getattr(model, 'num_classes', 0), getattr(model, 'pretrained_cfg', None)
-    if isinstance(names, str) or _in_their_order(names) is None:
+    if isinstance(names, str) or class_names(names) is None:
         raise SFormerError('names of classes (label_names) are a list of texts, none of them empty.')
     if len(names) != count:
         raise SFormerError(f'{len(names)} names of classes (label_names) for a model of {count}.')
@@ -276,66 +268,66 @@ def set_label_names_(model: nn.Module, names: Sequence[str]) -> None:
 def label_names_of(model: nn.Module) -> list[str] | None:
     """Names of a model's classes that its config states; None if it has none."""
     names = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names')
-    names = _in_their_order(names) if isinstance(names, (list, tuple, dict)) else None
+    names = class_names(names) if isinstance(names, (list, tuple, dict)) else None
     return names if names and len(names) == getattr(model, 'num_classes', 0) else None
 
 
-def load_source_weights_(
-        model: nn.Module,
-        path: str | Path,
-        allow_pickle: bool = False,
-        filter_fn: Callable[[dict[str, torch.Tensor], nn.Module], dict[str, torch.Tensor]] | None = None,
-) -> None:
-    """Load a checkpoint of exactly this architecture, in place.
+def load_checkpoint_(model: nn.Module, checkpoint: Checkpoint, resized: Collection[str] = ()) -> None:
+    """Load a checkpoint of exactly this architecture, in place, by timm's own filter of its names.
 
     Args:
         model: Model to load it into.
-        path: Checkpoint.
-        allow_pickle: Load a pickled one, with torch's `weights_only` unpickler.
-        filter_fn: Adapts the state dict to the model, as timm's filters resize embeddings.
+        checkpoint: The checkpoint.
+        resized: Arguments that the user asked for: to `img_size` and `patch_size` among them embeddings are resized, as
+            timm does it.
 
     Raises:
-        SFormerError: If the file is missing, damaged, pickled, of another architecture, or has NaN or infinity in it.
+        SFormerError: If it is of another architecture, or has NaN or infinity in it.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise SFormerError(f'no checkpoint at {path}.')
-    check_content(path)
-    if path.suffix == '.safetensors' or is_safetensors(path):
-        state = read_safetensors(path)
-    elif not allow_pickle:
-        raise SFormerError(
-            f'{path} is not a safetensors file. A pickled checkpoint can run code when it is opened, so it is refused; '
-            f'--allow-pickle (allow_pickle=True) loads it with torch\'s weights_only unpickler.')
-    else:
-        try:
-            with quiet():
-                state = timm.models.load_state_dict(str(path), weights_only=True)
-        except Exception as e:  # torch's own message ends in advice to unpickle without protection
-            raise SFormerError(
-                f'{path} cannot be unpickled safely: it is damaged, or holds more than tensors. Save the state dict '
-                f'as safetensors.') from e
-    state = clean_state_dict(state)  # DataParallel and torch.compile put prefixes before names
-    if filter_fn is not None:
-        state = filter_fn(state, model)
     expected = model.state_dict()
-    missing = [f'{k} is missing' for k in expected if k not in state]
-    foreign = [f'{k} is not part of the model' for k in state if k not in expected]
-    wrong = [*missing[:2], *foreign[:1], *missing[2:], *foreign[1:]]  # a prefix shows in the first of both
-    for k, v in expected.items():
-        if k in state and not isinstance(state[k], torch.Tensor):
-            wrong.append(f'{k} is no tensor')
-        elif k in state and state[k].is_floating_point() != v.is_floating_point():
-            wrong.append(f'{k} holds {str(state[k].dtype).removeprefix("torch.")} values')
-        elif k in state and state[k].shape != v.shape:
-            wrong.append(f'{k} is {tuple(state[k].shape)} instead of {tuple(v.shape)}')
+    state = checkpoint.state
+    kept = [] if 'patch_size' in resized else ['patch_embed.proj.weight']
+    if not {'img_size', 'patch_size'} & {*resized} and 'register_tokens' not in state:
+        kept.append('pos_embed')
+    fits = all(isinstance(value, torch.Tensor) for value in state.values()) and not any(
+        _wrong_tensor(name, state[name], expected) for name in kept if name in state)
+    unread = []
+    if fits and type(model) in SPIKING_MODELS:
+        try:
+            state = SPIKING_MODELS[type(model)][1](dict(state), model)
+        except (RuntimeError, ValueError, KeyError, AttributeError, AssertionError) as e:
+            unread = [f'timm cannot read it ({first_line(e)})']
+    absent = [part for part in HEADS if not any(name.startswith(f'{part}.') for name in expected)]
+    state = {name: tensor for name, tensor in state.items() if name.partition('.')[0] not in absent}
+    missing = [f'{_their_name(checkpoint, name)} is missing' for name in expected if name not in state]
+    foreign = [f'{name} is not part of the model' for name in state if name not in expected]
+    wrong = [*unread, *missing[:2], *foreign[:1], *missing[2:], *foreign[1:]]  # a prefix shows in the first of both
+    wrong += [line for name in expected if name in state for line in _wrong_tensor(name, state[name], expected)]
     if wrong:
-        name = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture', 'the model')
         raise SFormerError(
-            f'{path} is not a checkpoint of {name} with these arguments: {"; ".join(wrong[:3])}'
-            f'{f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""}.')
+            f'{checkpoint.path} is not a checkpoint of {checkpoint.architecture} with these arguments: '
+            f'{"; ".join(wrong[:3])}{f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""}.')
     model.load_state_dict(state)
-    check_weights(model, str(path))
+    check_weights(model, checkpoint.path)
+
+
+def _wrong_tensor(name: str, value: object, expected: State) -> list[str]:
+    """What is wrong with a tensor of a checkpoint, a line or none."""
+    if name not in expected:
+        return []
+    if not isinstance(value, torch.Tensor):
+        return [f'{name} is no tensor']
+    if value.is_floating_point() != expected[name].is_floating_point():
+        return [f'{name} holds {str(value.dtype).removeprefix("torch.")} values']
+    if value.shape != expected[name].shape:
+        return [f'{name} is {tuple(value.shape)} instead of {tuple(expected[name].shape)}']
+    return []
+
+
+def _their_name(checkpoint: Checkpoint, name: str) -> str:
+    """What a checkpoint calls what timm calls `name`."""
+    theirs = checkpoint.family.from_timm(name) if checkpoint.family else []
+    return ', '.join(theirs) or name
 
 
 def check_weights(model: nn.Module, where: str = 'the source network') -> None:

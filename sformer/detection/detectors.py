@@ -19,7 +19,7 @@ from ..conversion.sources import create_source
 from ..data.preprocessing import check_preprocessing
 from ..errors import SFormerError, alone, check, check_flag, check_integer, check_text
 from ..layers import register_floating
-from ..models import HEADS, SPIKING_MODELS
+from ..models import SPIKING_MODELS
 from .pyramid import SCALES, SimpleFeaturePyramid, ViTDetBackbone, window_
 
 __all__ = ['DetectorConfig', 'build_detector', 'create_detector']
@@ -161,7 +161,6 @@ def build_detector(config: DetectorConfig, vit: nn.Module | None = None) -> nn.M
 def create_detector(
         config: DetectorConfig,
         checkpoint: str | Path | None = None,
-        allow_pickle: bool = False,
         seed: int = 0,
 ) -> nn.Module:
     """A detector on a trained backbone, with a new pyramid and new heads, which are to be trained.
@@ -172,7 +171,6 @@ def create_detector(
     Args:
         config: What it is built of; mean and std become those that the backbone was trained with.
         checkpoint: Weights of the backbone; its published ones if None.
-        allow_pickle: Load a pickled checkpoint, with torch's `weights_only` unpickler.
         seed: Seed of the new weights.
 
     Raises:
@@ -180,7 +178,7 @@ def create_detector(
     """
     with alone, torch.random.fork_rng(devices=[]):  # torchvision's layers take no generator
         torch.manual_seed(seed)
-        vit: Any = create_backbone(config, True, checkpoint, allow_pickle)
+        vit: Any = create_backbone(config, True, checkpoint)
         cfg = vit.pretrained_cfg
         return build_detector(dataclasses.replace(config, mean=cfg['mean'], std=cfg['std']), vit)
 
@@ -189,12 +187,11 @@ def create_backbone(
         config: DetectorConfig,
         pretrained: bool,
         checkpoint: str | Path | None = None,
-        allow_pickle: bool = False,
 ) -> nn.Module:
     arguments: dict[str, Any] = dict(
         num_classes=0, img_size=config.image_size, patch_size=PATCH_SIZE, dynamic_img_size=True)
     if pretrained:
-        vit = create_source(config.backbone, checkpoint, allow_pickle, _resize, **arguments).network
+        vit = create_source(config.backbone, checkpoint, **arguments).network
     else:
         try:
             vit = timm.create_model(config.backbone, pretrained=False, **arguments)
@@ -203,10 +200,3 @@ def create_backbone(
     if type(vit) not in SPIKING_MODELS:
         raise SFormerError(f'{config.backbone} is no plain vision transformer, which a simple feature pyramid needs.')
     return vit
-
-
-def _resize(state: dict[str, torch.Tensor], vit: nn.Module) -> dict[str, torch.Tensor]:
-    """A state dict without a classifier, its embeddings resized to the backbone, as timm does it."""
-    kind = type(vit)
-    state = {key: value for key, value in state.items() if key.split('.')[0] not in HEADS}
-    return SPIKING_MODELS[kind][1](state, vit) if kind in SPIKING_MODELS else state

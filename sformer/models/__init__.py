@@ -7,6 +7,7 @@ from .sformer import (
     SFormerDistilled,
     SFormerEva,
     SFormerMixin,
+    set_norm_eps_,
     set_pixel_range_,
     spiking_model_,
     state_input_size_,
@@ -14,5 +15,5 @@ from .sformer import (
 
 __all__ = [
     'HEADS', 'SPIKING_MODELS', 'SFormer', 'SFormerBeit', 'SFormerDistilled', 'SFormerEva', 'SFormerMixin',
-    'set_pixel_range_', 'spiking_model_', 'state_input_size_',
+    'set_norm_eps_', 'set_pixel_range_', 'spiking_model_', 'state_input_size_',
 ]

@@ -31,7 +31,7 @@ from .zoo import CUSTOM, ENTRYPOINTS, SMALL, SOURCES
 
 __all__ = [
     'SFormer', 'SFormerBeit', 'SFormerDistilled', 'SFormerEva', 'SFormerMixin', 'SPIKING_MODELS', 'HEADS',
-    'spiking_model_', 'set_pixel_range_', 'state_input_size_', 'checkpoint_filter_fn',
+    'spiking_model_', 'set_norm_eps_', 'set_pixel_range_', 'state_input_size_', 'checkpoint_filter_fn',
 ]
 
 HEADS = ('head', 'head_dist')  # what timm's reset_classifier() puts in anew
@@ -196,6 +196,15 @@ def set_pixel_range_(model: nn.Module, mean: Pixel, std: Pixel) -> None:
             coding = module.proj.neuron
             assert isinstance(coding, GradedCoding)
             coding.set_range(-mean_ / std_, (1 - mean_) / std_)
+
+
+def set_norm_eps_(model: nn.Module, eps: float) -> None:
+    """Let the layer norms of a timm model add `eps` to variances, and its recorded arguments say so (`norm_eps`), which
+    timm has no argument of plain data for."""
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = eps
+    vars(model)['_model_args'] = dict(vars(model).get('_model_args', {}), norm_eps=eps)
 
 
 def state_input_size_(model: nn.Module, size: int | tuple[int, int] | None) -> None:

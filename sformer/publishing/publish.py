@@ -7,10 +7,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..conversion.repositories import hub_errors, redact
 from ..errors import SFormerError, UncalibratedError
 from ..files import file_hash
 from ..layers import is_calibrated, uncalibrated
-from ..saving.hub import hub_errors, redact
 from ..saving.model_config import CONFIG_NAME, WEIGHTS_NAME
 from .cards import render_card, render_eval_results
 from .model_record import ModelRecord, load_recorded, read_record

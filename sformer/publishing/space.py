@@ -3,8 +3,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from ..conversion.repositories import hub_errors, redact
 from ..errors import SFormerError
-from ..saving.hub import hub_errors, redact
 from .page import MODELS, is_page
 from .publish import check_repo_id
 

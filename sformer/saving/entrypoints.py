@@ -13,7 +13,7 @@ from ..conversion.record import set_record_
 from ..data.batches import progress
 from ..files import Json
 from ..layers import named_neurons
-from ..models import HEADS, set_pixel_range_, spiking_model_, state_input_size_
+from ..models import HEADS, set_norm_eps_, set_pixel_range_, spiking_model_, state_input_size_
 from ..models.sformer import checkpoint_filter_fn
 from ..models.zoo import CUSTOM, SMALL, SOURCES, ZOO, source_name
 from ..neurons import SFNConfig
@@ -24,8 +24,11 @@ __all__ = ['default_cfgs', 'entries']
 WEIGHTS = Path(__file__).parent / 'weights'
 
 
-def _build(source: str, sfn: SFNConfig | Json | None = None, **kwargs) -> nn.Module:
-    return spiking_model_(timm.models.model_entrypoint(source)(pretrained=False, **kwargs), sfn)
+def _build(source: str, sfn: SFNConfig | Json | None = None, norm_eps: float | None = None, **kwargs) -> nn.Module:
+    model = timm.models.model_entrypoint(source)(pretrained=False, **kwargs)
+    if norm_eps is not None:
+        set_norm_eps_(model, norm_eps)
+    return spiking_model_(model, sfn)
 
 
 def _create_sformer(variant: str, source: str, pretrained: bool = False, **kwargs) -> nn.Module:

@@ -13,14 +13,16 @@ from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 
 from ..conversion import record_of
+from ..conversion.places import named_place
 from ..conversion.record import Conversion
-from ..conversion.sources import check_no_graph, create_source, label_names_of
+from ..conversion.repositories import redact
+from ..conversion.sources import create_source, label_names_of
 from ..errors import SFormerError, UncalibratedError, first_line
 from ..files import Json, file_hash, may_write, write_aside
 from ..layers import SPIKING_LAYERS, SpikingLayer, is_calibrated, named_neurons, ordinary_tensors, uncalibrated
 from ..models import SFormerMixin
 from ..neurons import NEURON_TYPES, GradedCoding, ScaleAndFire, SharedScaleAndFire
-from .hub import locate, redact
+from .hub import locate
 from .model_config import CONFIG_NAME, WEIGHTS_NAME, conversion_of, read_config
 
 __all__ = ['save_classifier', 'load_classifier', 'open_classifier', 'check_vacant', 'weights_of', 'write_model']
@@ -150,16 +152,15 @@ def check_vacant(directory: Path, overwrite: bool = False) -> None:
 
 
 def open_classifier(name: str) -> nn.Module:
-    """Model by the folder of an SFormer, `local-dir:` or `hf-hub:` name, or name of a timm model with weights.
+    """An SFormer by its folder, `local-dir:` or `hf-hub:` name; or whatever `create_source` takes for a source.
 
     Raises:
         SFormerError: If there is no such model or its weights can't be loaded.
     """
-    if name.startswith(('hf-hub:', 'local-dir:')) or Path(name).is_dir():
+    place = named_place(name)
+    config = place.read(CONFIG_NAME, optional=False) if place else None
+    if str((config or {}).get('architecture')).startswith('sformer'):
         return load_classifier(name)
-    check_no_graph(name)
-    if '/' in name or '\\' in name:
-        raise SFormerError(f'{name} is no folder. A model on the Hub is hf-hub:{name}.')
     return create_source(name).network
 
 

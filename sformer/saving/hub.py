@@ -1,33 +1,17 @@
-"""The Hugging Face Hub: fetching a checked SFormer from it, and saying in one line what went wrong."""
+"""The Hugging Face Hub: fetching a checked SFormer from it."""
 import contextlib
-import errno
-import re
-import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
-from urllib.parse import urlsplit
 
 import timm
 
+from ..conversion.repositories import hub_errors, split_revision
 from ..errors import SFormerError
 from ..files import Json
 from .model_config import CONFIG_NAME, WEIGHTS_NAME, check_weights_file, read_config
 
-__all__ = ['fetch', 'locate', 'split_revision', 'hub_errors', 'redact']
-
-E = TypeVar('E', bound=BaseException)
-
-LOGIN = 'hf auth login, or HF_TOKEN'
-
-
-def split_revision(name: str) -> tuple[str, str | None]:
-    """`org/name@revision` -> `('org/name', 'revision')`."""
-    repo_id, at, revision = name.partition('@')
-    if not repo_id or (at and not revision) or '@' in revision:
-        raise SFormerError(f'{name!r} does not name a repository; org/name or org/name@revision does.')
-    return repo_id, revision or None
+__all__ = ['fetch', 'locate']
 
 
 def locate(
@@ -117,92 +101,3 @@ def fetch(
                 except SFormerError as e:
                     raise SFormerError(f'{where} on the Hub, downloaded twice: {e}') from None
     return folder
-
-
-def redact(text: str, token: str | None = None) -> str:
-    """Text without access tokens."""
-    from huggingface_hub import get_token
-    for secret in filter(None, (token, get_token())):
-        text = text.replace(secret, '***')
-    return re.sub(r'\bhf_[A-Za-z0-9]{8,}', '***', text)
-
-
-@contextlib.contextmanager
-def hub_errors(where: str, token: str | None = None) -> Iterator[None]:
-    """Turn what goes wrong between here and the Hub into one clear line without secrets.
-
-    Args:
-        where: Repository, with or without a revision.
-        token: Access token in use, if it is not the one that the Hub client finds.
-
-    Raises:
-        SFormerError: For every error of the Hub, of the connection or of the disk.
-    """
-    from huggingface_hub import errors
-    http_error: type[Exception] = errors.HfHubHTTPError.__mro__[1]  # httpx's own, whichever httpx the client uses
-    xet_error: type[Exception] = getattr(errors, 'XetDownloadError', OSError)
-    try:
-        with _progress_on_terminals():
-            yield
-    except (http_error, OSError, ValueError, RuntimeError, errors.EntryNotFoundError, xet_error) as e:
-        raise SFormerError(redact(' '.join(_explain(e, where, http_error).split()), token)) from None
-
-
-@contextlib.contextmanager
-def _progress_on_terminals() -> Iterator[None]:
-    """The client draws progress bars into files, too; this package does not."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-    if sys.stderr.isatty() or are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()
-
-
-def _refusal(status: int, said: str) -> str:
-    """What it means that the Hub refuses, by the status of its answer and what it says there."""
-    if status == 401 and 'credentials' in said:
-        return f'the Hub does not accept the access token ({LOGIN})'
-    if status in (401, 404):
-        return (f'there is no such repository on the Hub, or it is private and no access token that may read it is at '
-                f'hand ({LOGIN})')
-    if status == 403:
-        return f'the access token does not permit this ({said})'
-    if status >= 500 or status == 429:
-        return f'the Hub is not able to answer just now ({status} {said}). Try again later'
-    return f'the Hub refuses ({status} {said})'
-
-
-def _explain(e: BaseException, where: str, http_error: type[Exception]) -> str:
-    from huggingface_hub import constants, errors
-    chain = [e]  # the client wraps what happened, once or twice
-    while chain[-1].__cause__ is not None:
-        chain.append(chain[-1].__cause__)
-
-    def find(kind: type[E]) -> E | None:
-        return next((cause for cause in chain if isinstance(cause, kind)), None)
-
-    if find(errors.HFValidationError):
-        return f'{where!r} is not a name that the Hub allows: {find(errors.HFValidationError)}'
-    if find(errors.GatedRepoError):
-        return f'{where} is gated: ask for access on its page, and be logged in ({LOGIN}).'
-    if find(errors.RevisionNotFoundError):
-        return f'{where}: there is no such revision on the Hub.'
-    refused = find(errors.HfHubHTTPError)
-    if refused:
-        said = str(refused.server_message or refused.response.reason_phrase)
-        return f'{where}: {_refusal(refused.response.status_code, said)}.'
-    if find(errors.OfflineModeIsEnabled):
-        return f'{where} is not in the local cache, and the Hub client is in offline mode (HF_HUB_OFFLINE).'
-    lost = find(http_error)
-    if lost:
-        host = urlsplit(constants.ENDPOINT).hostname
-        return f'{where}: the connection to {host} failed ({str(lost) or type(lost).__name__}). Try again.'
-    for cause in chain:
-        if isinstance(cause, OSError) and cause.errno is not None:
-            what = 'the disk is full' if cause.errno == errno.ENOSPC else cause.strerror
-            return f'{where}: {what}{f" ({cause.filename})" if cause.filename else ""}.'
-    return f'{where}: {str(e) or type(e).__name__}'

@@ -5,13 +5,12 @@ the weights must be the safetensors file whose SHA-256 the config records, and a
 code or a loader's own switches is refused.
 """
 import dataclasses
-import inspect
 import json
 from pathlib import Path
 
 import timm
-from timm.models import build_model_with_cfg
 
+from ..conversion.checkpoints import factory_arguments
 from ..conversion.record import Conversion
 from ..conversion.sources import LOCATIONS
 from ..data.preprocessing import check_preprocessing
@@ -21,19 +20,12 @@ from ..neurons import SFNConfig
 
 __all__ = [
     'WEIGHTS_NAME', 'CONFIG_NAME', 'read_config', 'check_firing_config', 'check_weights_file', 'conversion_of',
-    'factory_arguments',
 ]
 
 WEIGHTS_NAME = 'model.safetensors'
 CONFIG_NAME = 'config.json'
 
 LATER_FIELDS = {'silence', 'neuron'}  # of SFNConfig: models that were saved before have them as by default
-
-
-def factory_arguments() -> set[str]:
-    """Arguments that mean something to timm's factory instead of the network."""
-    names = {*inspect.signature(timm.create_model).parameters, *inspect.signature(build_model_with_cfg).parameters}
-    return names - {'kwargs'} | {'pruned', 'features_only', 'feature_cls'}
 
 
 def read_config(folder: Path) -> Json:

@@ -26,13 +26,14 @@ from timm.models._hub import load_model_config_from_hf
 
 from ..conversion import convert
 from ..conversion.record import Conversion
+from ..conversion.repositories import hub_errors, redact, split_revision
 from ..conversion.sources import create_source
 from ..errors import SFormerError, alone, first_line
 from ..files import Json, locked, state_hash, write_aside
 from ..layers import named_neurons
 from ..models.sformer import State, is_neuron_key
 from ..neurons import SFNConfig, as_config
-from .hub import fetch, hub_errors, redact, split_revision
+from .hub import fetch
 from .model_config import WEIGHTS_NAME, check_weights_file, conversion_of, read_config
 
 __all__ = ['Pretrained', 'find_pretrained', 'neuron_state', 'RECIPE', 'NAMESPACE_VARIABLE']

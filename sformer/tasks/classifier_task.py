@@ -4,8 +4,9 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
+from timm.data import resolve_input_data_config
 
-from ..conversion import another_source, calibration_batches, convert, warn_of_changes
+from ..conversion import Conversion, another_source, calibration_batches, convert, warn_of_changes
 from ..conversion.sources import CAME_ALONG, create_source, label_names_of
 from ..data import ImageRequest
 from ..data.image_files import ImageSource
@@ -97,7 +98,7 @@ class Classification(Task):
             options: ConversionOptions,
     ) -> nn.Module:
         trained = create_source(
-            source, options.checkpoint, options.allow_pickle, **options.model_kwargs,
+            source, options.checkpoint, **options.model_kwargs,
             preprocessing={key: getattr(options, key) for key in ('mean', 'std', 'crop_pct', 'interpolation')})
         return convert(
             trained, images.dataset, config, fit, split=images.split, num_images=images.num_images,
@@ -105,11 +106,25 @@ class Classification(Task):
             label_names=options.label_names, inplace=True, command=command)
 
     def remarks(self, model: nn.Module) -> list[str]:
-        cfg, names = vars(model)['pretrained_cfg'], label_names_of(model)
-        normalisation = vars(model)['conversion'].normalisation or CAME_ALONG
-        lines = [f'pixels are normalised by mean {tuple(cfg["mean"])} and std {tuple(cfg["std"])}, '
-                 f'{normalisation}']
-        return [*lines, f'classes: {", ".join(names[:5])}{" ..." if len(names) > 5 else ""}'] if names else lines
+        cfg: Json = vars(model)['pretrained_cfg']
+        record: Conversion = vars(model)['conversion']
+        names = label_names_of(model)
+        classes = getattr(model, 'num_classes', 0)
+
+        def where(key: str) -> str:
+            return record.origins.get(key, CAME_ALONG)
+        lines = [f'architecture {record.source}: {record.origins["architecture"]}; weights: {where("weights")}'] \
+            if 'architecture' in record.origins else []
+        lines.append(f'head of {classes} classes: {where("num_classes")}' if classes else
+                     f'no head, features alone: {where("num_classes")}')
+        if names:
+            lines.append(f'classes: {", ".join(names[:5])}{" ..." if len(names) > 5 else ""}: {where("label_names")}')
+        height, width = resolve_input_data_config(model)['input_size'][1:]
+        lines.append(f'image size {height} x {width}: {where("img_size")}')
+        mean, std = (f'{key} {" ".join(f"{value:.4g}" for value in cfg[key])}' for key in ('mean', 'std'))
+        if where('mean') == where('std'):
+            return [*lines, f'{mean}, {std}: {where("mean")}']
+        return [*lines, f'{mean}: {where("mean")}', f'{std}: {where("std")}']
 
     def evaluate(self, names: Sequence[str], request: EvaluationRequest) -> list[Result]:
         engine = request.options['engine']
@@ -151,9 +166,9 @@ class Classification(Task):
         return Look(pixels=pixels, drawn={'as the network sees it': pixels}, spikes=spikes, limits=limits,
                     unit='spikes per neuron, summed over blocks')
 
-    def export(self, name: str, output: Path, options: ExportOptions) -> list[IntegerReport]:
+    def export(self, model: nn.Module, output: Path, options: ExportOptions) -> list[IntegerReport]:
         return export_onnx(
-            self.open(name), output, options.calibration, split=options.split, num_images=options.num_images,
+            model, output, options.calibration, split=options.split, num_images=options.num_images,
             seed=options.seed, image_column=options.image_column, max_error=options.max_error,
             portable=options.portable, spikes=options.spikes, overwrite=options.overwrite, command=options.command)
 

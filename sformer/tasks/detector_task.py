@@ -169,9 +169,9 @@ class Detection(Task):
         large, _ = enlarged(pixels)
         return Look(pixels=large, drawn=drawn, spikes=spikes, limits=limits, unit='share of neurons that fire')
 
-    def export(self, name: str, output: Path, options: ExportOptions) -> list[IntegerReport]:
+    def export(self, model: nn.Module, output: Path, options: ExportOptions) -> list[IntegerReport]:
         return export_detector(
-            self.open(name), output, options.image_size, max_error=options.max_error, portable=options.portable,
+            model, output, options.image_size, max_error=options.max_error, portable=options.portable,
             overwrite=options.overwrite, command=options.command)
 
     def batches(self, model: nn.Module, images: ImageRequest, batch_size: int) -> tuple[Iterable[Inputs], Json]:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch.nn as nn
 
+from ..conversion.places import named_place
 from ..errors import SFormerError
 from ..files import Json
-from ..saving.hub import locate
 from ..saving.model_config import CONFIG_NAME
 from .task import Task
 
@@ -53,14 +53,17 @@ def task_of(
     known = next((task for task in tasks() if name in task.names()), None)
     if known and not Path(name).is_dir():
         return known
-    config = _config(locate(name, revision, cache_dir, weights=False, read=lambda _: {}))
+    config = _config(name, revision, cache_dir)
     return next(task for task in tasks() if task.key in config or not task.key)
 
 
-def _config(folder: Path) -> Json:
-    """The config in a folder; nothing where there is none, of which whoever reads it says what is wrong."""
+def _config(name: str, revision: str | None, cache_dir: str | Path | None) -> Json:
+    """The config in a folder or a repository; nothing where there is none, of which whoever reads it says what is
+    wrong."""
+    place = named_place(f'{name}@{revision}' if revision and '@' not in name else name, cache_dir)
+    path = place.find(CONFIG_NAME, optional=False) if place else None
     try:
-        config = json.loads((folder / CONFIG_NAME).read_text(encoding='utf-8'))
+        config = json.loads(path.read_text(encoding='utf-8')) if path else {}
     except (OSError, ValueError, RecursionError):
         return {}
     return config if isinstance(config, dict) else {}

@@ -40,7 +40,6 @@ class ConversionOptions:
     std: Sequence[float] | None = None
     crop_pct: float | None = None
     interpolation: str | None = None
-    allow_pickle: bool = False
     batch_size: int = 32
 
 
@@ -262,8 +261,8 @@ class Task(abc.ABC):
         raise SFormerError(f'nothing is drawn of what a {self.noun} predicts.')
 
     @abc.abstractmethod
-    def export(self, name: str, output: Path, options: ExportOptions) -> list[IntegerReport]:
-        """Open a model and write it as ONNX: what became of each layer."""
+    def export(self, model: nn.Module, output: Path, options: ExportOptions) -> list[IntegerReport]:
+        """Write a model as ONNX: what became of each layer."""
 
     @abc.abstractmethod
     def batches(self, model: nn.Module, images: ImageRequest, batch_size: int) -> tuple[Iterable[Inputs], Json]:

@@ -30,7 +30,8 @@ def test_convert_and_evaluate(convert_digits, run_apart, model, tmp_path):
     result = convert_digits(*PREPROCESSING, run=run_apart)
     assert (result.code, result.err) == (0, '')
     assert re.fullmatch(rf'{NAME} -> sformer_tiny: N = 63, calibrated on 256 digits images, saved to \S+out\n'
-                        r'pixels are normalised by mean \(0\.5,\) and std \(0\.5,\), given\n', result.out)
+                        rf'architecture {NAME}: given; weights: digits.safetensors\n'
+                        r'head of 10 classes: given\nimage size 8 x 8: given\nmean 0\.5, std 0\.5: given\n', result.out)
     assert {p.name for p in (tmp_path / 'out').iterdir()} == {'model.safetensors', 'config.json'}
     config = json.loads((tmp_path / 'out' / 'config.json').read_text())
     assert config['sformer']['command'].startswith(f'sformer convert {NAME} --checkpoint ')
@@ -53,7 +54,7 @@ def test_names_of_classes(convert_digits, run, tmp_path, files):
     names = [f'digit {i}' for i in range(9, -1, -1)]
     (tmp_path / 'names.txt').write_text('\ufeff' + '\n'.join(names) + '\n', encoding='utf-8')
     result = convert_digits(*PREPROCESSING, '--num-images', 20, '--label-names', tmp_path / 'names.txt')
-    assert result.code == 0 and 'classes: digit 9, digit 8, digit 7, digit 6, digit 5 ...\n' in result.out
+    assert result.code == 0 and 'classes: digit 9, digit 8, digit 7, digit 6, digit 5 ...: given\n' in result.out
     config = json.loads((tmp_path / 'out' / 'config.json').read_text())
     assert config['label_names'] == names and config['id2label']['9'] == 'digit 0'
     folder = class_folders(tmp_path / 'x', ['Digit_3', 'digit-7'])
@@ -170,8 +171,8 @@ def test_what_is_no_image_is_told(convert_digits, tmp_path, caplog):
     assert '1 files or folders are no images and were passed over (a/notes.txt)' in caplog.text
 
 
-def test_allowed_pickle(convert_digits):
-    result = convert_digits('--allow-pickle', '--num-images', 4, checkpoint='digits.pth')
+def test_pickle_of_tensors(convert_digits):
+    result = convert_digits('--num-images', 4, checkpoint='digits.pth')
     assert (result.code, result.err) == (0, '')
 
 
@@ -272,7 +273,7 @@ def test_progress_bar_on_a_terminal_only(convert_digits, run_apart):
     (['--model-kwargs', 'global_pool=map'], 'attn_pool'),
     (['--model-kwargs', 'pretrained=True'], 'pretrained'),
     (['--model-kwargs', 'checkpoint=x'], 'checkpoint'),
-    (['--model-kwargs', 'allow_pickle=True'], 'allow_pickle'),
+    (['--model-kwargs', 'preprocessing=x'], 'preprocessing'),
     (['--model-kwargs', 'name=x'], 'name'),
 ], ids=lambda v: ' '.join(v) if isinstance(v, list) else '')
 def test_bad_options_of_convert(convert_digits, options, message, tmp_path):
@@ -283,7 +284,7 @@ def test_bad_options_of_convert(convert_digits, options, message, tmp_path):
 @pytest.mark.parametrize('checkpoint, message', [
     ('nothing.safetensors', 'no checkpoint at .*nothing'),
     ('empty', 'no checkpoint at .*empty'),
-    ('digits.pth', 'not a safetensors file.*--allow-pickle'),
+    ('file', 'file cannot be unpickled safely'),
     ('truncated.safetensors', 'truncated or corrupted'),
     ('nan.safetensors', r'norm\.bias .* NaN'),
 ])

@@ -15,6 +15,7 @@ from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import save_file
 
+from sformer import source_of
 from sformer.detection import convert_detector, detect, detector_evaluation, load_detector, open_coco, save_detector
 
 
@@ -175,6 +176,10 @@ def test_export(pair, run_inside):
         pytest.importorskip(package)
     code, out, _ = run_inside('export', 'boxes', 'b.onnx', '--image-size', '64', '64')
     assert code == 0 and re.match(r'boxes -> b.onnx: \d\.\d MiB, (\d+) of \1 layers in integers', out)
+    save_detector(source_of(load_detector(pair / 'boxes')), pair / 'plain')
+    code, out, err = run_inside('export', 'plain', 'at-once.onnx', '--image-size', '64', '64', '--recipe', 'fast',
+                                '--calibration', 'shapes', '--split', 'val', '--num-images', '2')
+    assert code == 0 and re.search(r'plain -> at-once.onnx: \d\.\d MiB, (\d+) of \1 layers in integers', out), err
     code, _, err = run_inside('evaluate', 'b.onnx', '--data', 'shapes')
     assert code == 1 and err.startswith('sformer: error: b.onnx is the graph of no classifier, with inputs of its own')
     code, _, err = run_inside('export', 'sformer_nano.digits', 'd.onnx', '--image-size', '64', '64')
@@ -262,7 +267,7 @@ def test_options_that_say_nothing_to_a_detector(pair, run_inside):
                  ('profile', 'boxes', '--dataset', 'shapes', '--image-column', 'img'),
                  ('profile', 'boxes', '--dataset', 'shapes', '--execute', '3'),
                  ('convert', 'boxes', '-o', 'x', '--batch-size', '2'),
-                 ('convert', 'boxes', '-o', 'x', '--allow-pickle'),
+                 ('convert', 'boxes', '-o', 'x', '--batch-size', '4'),
                  ('convert', 'boxes', '-o', 'x', '--image-column', 'img'),
                  ('export', 'boxes', 'x.onnx', '--seed', '3'), ('export', 'boxes', 'x.onnx', '--num-images', '3'),
                  ('evaluate', 'boxes', '--data', 'shapes', '--crop-pct', '0.5')):
@@ -307,8 +312,8 @@ def test_mistakes(files, run):
     assert_mistake(run('convert', det, '--calibration', shapes, '--split', 'no', '-o', files / 'x'), "no split 'no'")
     assert_mistake(run('detect', 'show', det, files / 'backbone.safetensors', '-o', files / 'o.png'), 'as an image')
     assert_mistake(run('detect', 'show', det, shapes / 'val' / '0.png', '-o', files / 'o.txt'), 'neither a PNG nor')
-    assert_mistake(run('export', det, files / 'o.onnx'), 'has no neurons: convert it first')
-    assert_mistake(run('export', det, files / 'o.onnx', '--calibration', shapes), 'leave out --calibration')
+    assert_mistake(run('export', det, files / 'o.onnx', '--calibration', shapes, '--split', 'no'), "no split 'no'")
+    assert_mistake(run('export', det, files / 'o.onnx', '--crop-pct', '0.9'), 'is a detector: leave out --crop-pct')
     for args in (('sweep', det), ('distill', det, '--dataset', shapes, '-o', files / 'x'), ('benchmark', det)):
         assert_mistake(run(*args), f'det is a detector, which sformer {args[0]} does not take')
     assert_mistake(run('detect', 'show', 'sformer_nano.digits', shapes / 'val' / '0.png', '-o', files / 'o.png'),

@@ -37,10 +37,10 @@ def test_evaluate_by_name(run_apart):
 
 
 @pytest.mark.parametrize('args, message', [
-    (['{files}/empty', '--dataset', 'digits'], 'holds no SFormer: there is no config.json'),
+    (['{files}/empty', '--dataset', 'digits'], 'empty has no config.json'),
     (['{files}/nowhere', '--dataset', 'digits'], 'is no folder'),
-    (['local-dir:{files}/nowhere', '--dataset', 'digits'], 'holds no SFormer'),
-    (['{files}/digits.safetensors', '--dataset', 'digits'], 'digits.safetensors is no folder'),
+    (['local-dir:{files}/nowhere', '--dataset', 'digits'], 'is no folder'),
+    (['{files}/digits.safetensors', '--dataset', 'digits'], 'digits.safetensors does not say which timm model it'),
     (['sformer_tiny', '--dataset', 'digits'], 'sformer_tiny'),
     (['no_such_model', '--dataset', 'digits'], "no model 'no_such_model'"),
     (['{saved}', '--dataset', 'no/such/dataset'], "'no/such/dataset' is not a folder"),

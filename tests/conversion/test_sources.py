@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from timm.data import resolve_input_data_config
 
 from sformer import SFormerError, UnsupportedLayerError, convert, load_model, save_model
-from sformer.conversion.sources import create_source, load_source_weights_
+from sformer.conversion.checkpoints import read_file
+from sformer.conversion.sources import create_source, load_checkpoint_
 from sformer.detection import DetectorConfig, create_detector
 from sformer.execution import export_onnx, load_onnx
 from sformer.files import state_hash
@@ -53,18 +54,15 @@ def test_model_without_spiking_counterpart(images):
 
 
 def test_checkpoint_of_another_architecture(source, checkpoint, tmp_path):
-    model = timm.create_model(NAME, **dict(NANO, depth=4))
-    with pytest.raises(SFormerError, match=r'blocks\.2\.norm1\.weight is missing.*; and 21 more'):
-        load_source_weights_(model, checkpoint)
-    model = timm.create_model(NAME, **dict(NANO, depth=1))
-    with pytest.raises(SFormerError, match=r'blocks\.1\.\S+ is not part of the model'):
-        load_source_weights_(model, checkpoint)
-    model = timm.create_model(NAME, **dict(NANO, num_classes=5))
-    with pytest.raises(SFormerError, match=r'head\.weight is \(10, 64\) instead of \(5, 64\)'):
-        load_source_weights_(model, checkpoint)
+    for changes, message in ((dict(depth=4), r'blocks\.2\.norm1\.weight is missing.*; and 21 more'),
+                             (dict(depth=1), r'blocks\.1\.\S+ is not part of the model'),
+                             (dict(num_classes=5), r'head\.weight is \(10, 64\) instead of \(5, 64\)'),
+                             (dict(embed_dim=32), r'cls_token is \(1, 1, 64\) instead of \(1, 1, 32\)')):
+        with pytest.raises(SFormerError, match=message):
+            create_source(NAME, checkpoint, **dict(NANO, **changes))
     one = save_changed(tmp_path / 'one.safetensors', source, **{'norm.bias': None})
     with pytest.raises(SFormerError, match=r'one\.safetensors .*: norm\.bias is missing\.$'):
-        load_source_weights_(timm.create_model(NAME, **NANO), one)
+        create_source(NAME, one, **NANO)
 
 
 def test_refused_checkpoint_leaves_the_model_alone(source, tmp_path):
@@ -72,23 +70,20 @@ def test_refused_checkpoint_leaves_the_model_alone(source, tmp_path):
     before = state_hash(model.state_dict())
     bad = save_changed(tmp_path / 'bad.safetensors', source, **{'norm.bias': None})
     with pytest.raises(SFormerError):
-        load_source_weights_(model, bad)
+        load_checkpoint_(model, read_file(bad, NAME, NANO))
     assert state_hash(model.state_dict()) == before
 
 
-@pytest.mark.parametrize('suffix', ['.pth', '.pt', '.bin', '.ckpt', ''])
-def test_pickle_is_refused(source, tmp_path, suffix):
-    path = tmp_path / f'digits{suffix}'
-    torch.save(source.state_dict(), path)
-    with pytest.raises(SFormerError, match='not a safetensors file.*allow-pickle'):
-        convert(NAME, checkpoint=path, **NANO)
-
-
-def test_pickle_of_tensors_is_accepted_when_allowed(source, images, tmp_path):
-    for name, content in (('plain.pth', source.state_dict()), ('wrapped.pth', {'state_dict': source.state_dict()})):
-        torch.save(content, tmp_path / name)
-        model = convert(NAME, [images], checkpoint=tmp_path / name, allow_pickle=True, **NANO)
-        assert model.conversion.source_sha256 == state_hash(source.state_dict())
+@pytest.mark.parametrize('wrapped', ['', 'model', 'state_dict', 'state_dict_ema', 'model.state_dict'])
+@pytest.mark.parametrize('suffix', ['.pth', '.bin', ''])
+def test_pickle_of_tensors(source, images, tmp_path, suffix, wrapped):
+    content = source.state_dict()
+    for name in reversed(wrapped.split('.')) if wrapped else ():
+        content = {name: content, 'epoch': 3}
+    torch.save(content, tmp_path / f'digits{suffix}')
+    found = create_source(NAME, tmp_path / f'digits{suffix}', **NANO)
+    assert state_hash(found.network.state_dict()) == state_hash(source.state_dict())
+    assert found.origins['weights'].startswith(wrapped.rpartition('.')[2])
 
 
 @pytest.mark.parametrize('name', ['parallel.safetensors', 'parallel.pth'])
@@ -97,7 +92,7 @@ def test_checkpoint_of_a_parallel_model(source, images, tmp_path, name):
     state = torch.nn.DataParallel(source).state_dict()
     assert all(k.startswith('module.') for k in state)
     (save_file if name.endswith('safetensors') else torch.save)(state, tmp_path / name)
-    model = convert(NAME, [images], checkpoint=tmp_path / name, allow_pickle=True, **NANO)
+    model = convert(NAME, [images], checkpoint=tmp_path / name, **NANO)
     assert model.conversion.source_sha256 == state_hash(source.state_dict())
 
 
@@ -105,7 +100,7 @@ def test_checkpoint_of_a_parallel_model(source, images, tmp_path, name):
 def test_checkpoint_that_is_a_git_lfs_pointer(tmp_path, name):
     (tmp_path / name).write_text(LFS_POINTER)
     with pytest.raises(SFormerError, match=rf'{name} is a Git-LFS pointer, not the file itself: git lfs pull'):
-        convert(NAME, checkpoint=tmp_path / name, allow_pickle=True, **NANO)
+        convert(NAME, checkpoint=tmp_path / name, **NANO)
 
 
 class Payload:
@@ -125,7 +120,7 @@ def test_code_in_a_pickle_never_runs(tmp_path, save, name):
     owned = tmp_path / 'owned'
     save({'head.weight': Payload(owned)}, tmp_path / name)
     with pytest.raises(SFormerError, match=f'{name} (cannot be unpickled safely|is truncated or corrupted)'):
-        convert(NAME, checkpoint=tmp_path / name, allow_pickle=True, **NANO)
+        convert(NAME, checkpoint=tmp_path / name, **NANO)
     assert not owned.exists()
 
 
@@ -241,27 +236,26 @@ def said_by(path, source, metadata=None, **content):
 
 
 CHECKPOINTS = {
-    'values': ('a.safetensors', dict(metadata=dict(mean='[0.4]', std='[0.3]', crop_pct='1.0')), 'its metadata'),
-    'config': ('a.safetensors', dict(metadata=dict(pretrained_cfg='{"mean": [0.4], "std": [0.3], "crop_pct": 1.0}')),
-               'its metadata'),
+    'values': ('a.safetensors', dict(metadata=dict(mean='[0.4]', std='[0.3]', crop_pct='1.0'))),
+    'config': ('a.safetensors', dict(metadata=dict(pretrained_cfg='{"mean": [0.4], "std": [0.3], "crop_pct": 1.0}'))),
     'args of timm': ('a.pth', dict(args=argparse.Namespace(
-        mean=MEAN, std=STD, crop_pct=1., lr=0.1, interpolation='', crop_mode=None)), 'its metadata'),
-    'tuples': ('a.safetensors', dict(metadata=dict(mean='(0.4,)', std='(0.3,)', crop_pct='1.0')), 'its metadata'),
-    'entries': ('a.pth', dict(mean=MEAN, std=STD, crop_pct=1.), 'its metadata'),
+        mean=MEAN, std=STD, crop_pct=1., lr=0.1, interpolation='', crop_mode=None))),
+    'tuples': ('a.safetensors', dict(metadata=dict(mean='(0.4,)', std='(0.3,)', crop_pct='1.0'))),
+    'entries': ('a.pth', dict(mean=MEAN, std=STD, crop_pct=1.)),
 }
 
 
 @pytest.mark.parametrize('name', CHECKPOINTS)
 def test_normalisation_of_a_checkpoint(name, source, images, tmp_path, caplog):
-    file, said, where = CHECKPOINTS[name]
+    file, said = CHECKPOINTS[name]
     path = said_by(tmp_path / file, source, **said)
-    model = convert(NAME, [images], checkpoint=path, allow_pickle=True, **NANO)
+    model = convert(NAME, [images], checkpoint=path, **NANO)
     assert ([*model.pretrained_cfg['mean']], [*model.pretrained_cfg['std']]) == (MEAN, STD)
-    assert model.pretrained_cfg['crop_pct'] == 1. and model.conversion.normalisation == f'of the checkpoint ({where})'
+    assert model.pretrained_cfg['crop_pct'] == 1. and model.conversion.origins['mean'] == file
     assert torch.allclose(model.patch_embed.proj.neuron.step, torch.tensor(1 / (255 * 0.3)))
-    given = convert(NAME, [images], checkpoint=path, allow_pickle=True, preprocessing=dict(mean=(0.2,)), **NANO)
+    given = convert(NAME, [images], checkpoint=path, preprocessing=dict(mean=(0.2,)), **NANO)
     assert given.pretrained_cfg['mean'] == (0.2,) and [*given.pretrained_cfg['std']] == STD
-    assert given.conversion.normalisation == f'mean given, std of the checkpoint ({where})'
+    assert (given.conversion.origins['mean'], given.conversion.origins['std']) == ('given', file)
     assert 'does not say which mean and std' not in caplog.text
 
 
@@ -270,32 +264,31 @@ def test_normalisation_of_the_config_beside_a_checkpoint(source, checkpoint, arc
     (checkpoint.parent / 'config.json').write_text(json.dumps(
         dict(architecture=architecture, pretrained_cfg=dict(mean=MEAN, std=STD))))
     found = create_source(NAME, checkpoint, **NANO)
-    assert (found.normalisation == 'of the checkpoint (config.json beside it)') == taken
+    assert (found.origins['mean'] == f'config.json beside {checkpoint.name}') == taken
     assert (found.network.pretrained_cfg['mean'] == MEAN) == taken != bool(caplog.text)
 
 
 def test_normalisation_that_a_checkpoint_does_not_say_is_told_of(source, images, checkpoint, tmp_path, caplog):
     """Which it is, and where it is from: a drop of 0.00 hides that both networks see other pixels than in training."""
     model = convert(NAME, [images], checkpoint=checkpoint, **NANO)
-    assert model.conversion.normalisation == f"timm's default for {NAME}"
+    default = f'default of {NAME}, nothing in the file says otherwise'
+    assert model.conversion.origins['mean'] == model.conversion.origins['std'] == default
     assert f'does not say which mean and std it was trained with: mean (0.5, 0.5, 0.5) and std (0.5, 0.5, 0.5) are ' \
-           f"taken, timm's default for {NAME}. --mean and --std" in caplog.text
+           f'taken, {default}. --mean and --std' in caplog.text
     caplog.clear()
     given = convert(NAME, [images], checkpoint=checkpoint, preprocessing=dict(mean=(0.4,), std=(0.3,)), **NANO)
-    assert given.conversion.normalisation == 'given' and given.pretrained_cfg['std'] == (0.3,)
+    assert given.conversion.origins['mean'] == 'given' and given.pretrained_cfg['std'] == (0.3,)
     assert 'does not say' not in caplog.text
     pickled = said_by(tmp_path / 'args.pth', source, args=argparse.Namespace(mean=None, std=None))
-    create_source(NAME, pickled, True, **NANO)
+    create_source(NAME, pickled, **NANO)
     assert caplog.text.count('does not say') == 1
     saved = load_model(save_model(given, tmp_path / 'saved'))
-    assert saved.conversion.normalisation == 'given'
+    assert saved.conversion.origins == given.conversion.origins
     overlaid = create_source(NAME, **NANO, pretrained_cfg_overlay=overlay(source, tmp_path))
-    assert overlaid.normalisation == f"timm's default for {NAME}"  # of a file of one's own, likewise
+    assert overlaid.origins['mean'] == default  # of a file of one's own, likewise
     again = convert(create_source(f'local-dir:{tmp_path / "saved"}'), [images])
-    assert again.conversion.normalisation == 'given' and again.pretrained_cfg['mean'] == [0.4]
-    other = convert(create_source(f'local-dir:{tmp_path / "saved"}', preprocessing=dict(std=(0.2,))), [images])
-    assert other.conversion.normalisation == 'mean of the config of its weights, std given'
-    assert create_source('sformer_nano.digits').normalisation is None  # weights and config in the package
+    assert again.conversion.origins['mean'] == 'given' and again.pretrained_cfg['mean'] == [0.4]
+    assert not create_source('sformer_nano.digits').origins  # weights and config in the package
 
 
 def test_each_value_is_of_where_it_is_said_first(source, checkpoint, tmp_path):
@@ -305,21 +298,6 @@ def test_each_value_is_of_where_it_is_said_first(source, checkpoint, tmp_path):
         dict(architecture=NAME, pretrained_cfg=dict(mean=[0.9], crop_pct=0.7, interpolation='bilinear'))))
     cfg = create_source(NAME, checkpoint, **NANO).network.pretrained_cfg
     assert (cfg['mean'], cfg['std'], cfg['crop_pct'], cfg['interpolation']) == ([0.4], [0.3], 0.7, 'bilinear')
-
-
-@pytest.mark.filterwarnings('ignore')
-def test_folders_of_transformers_are_no_models_of_timm(tmp_path):
-    """It ended in KeyError: 'architecture'."""
-    transformers = pytest.importorskip('transformers')
-    config = transformers.ViTConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-                                    image_size=32)
-    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / 'hf')
-    with pytest.raises(SFormerError, match='is no model of timm: its config.json names no architecture'):
-        create_source(f'local-dir:{tmp_path / "hf"}')
-    with pytest.raises(SFormerError, match='is not a timm config: it names no architecture'):
-        load_model(tmp_path / 'hf')
-    with pytest.raises(SFormerError, match=r'cls_token is missing.*; classifier\.bias is not part'):
-        create_source(NAME, tmp_path / 'hf' / 'model.safetensors')
 
 
 NAMES = ['zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine']
@@ -335,7 +313,7 @@ NAMED = {
 @pytest.mark.parametrize('name', NAMED)
 def test_names_of_classes_of_a_checkpoint(name, source, images, tmp_path):
     file, said = NAMED[name]
-    model = convert(NAME, [images], checkpoint=said_by(tmp_path / file, source, **said), allow_pickle=True, **NANO)
+    model = convert(NAME, [images], checkpoint=said_by(tmp_path / file, source, **said), **NANO)
     assert model.pretrained_cfg['label_names'] == NAMES
     given = convert(model, [images], label_names=NAMES[::-1])
     assert (given.pretrained_cfg['label_names'], model.pretrained_cfg['label_names']) == (NAMES[::-1], NAMES)

@@ -162,11 +162,14 @@ def test_a_config_without_neurons_of_its_own(hub, saved):
 
 def test_what_is_not_there(hub, saved, tmp_path):
     hub.put(REPO, {'README.md': b'mine'})
-    for load in (load_detector, task_of, sformer.load_model):
+    for load in (load_detector, sformer.load_model):
         with pytest.raises(SFormerError, match=f'{REPO} on the Hub holds no SFormer: there is no config.json'):
             load(f'hf-hub:{REPO}')
         with pytest.raises(SFormerError, match='there is no such repository'):
             load('hf-hub:my-org/nothing')
+    with pytest.raises(SFormerError, match='there is no such repository'):
+        task_of('hf-hub:my-org/nothing')
+    assert task_of(f'hf-hub:{REPO}').noun == 'classifier'  # of weights that no config.json is beside, it may be one
     with pytest.raises(SFormerError, match='only a model on the Hub has revisions'):
         load_detector(saved, 'main')
     with pytest.raises(SFormerError, match='holds no detector'):

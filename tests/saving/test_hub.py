@@ -293,7 +293,7 @@ def test_pickle_by_the_name_of_weights(published, tmp_path, load):
     (dict(pretrained_cfg=dict(std=[0])), 'std must lie in'),
     (dict(pretrained_cfg=dict(mean='0.5')), "mean must be a list of numbers, got '0.5'"),
     (dict(pretrained_cfg=dict(crop_pct='x')), "crop_pct must lie in .* got 'x'"),
-    (dict(sformer=dict(version=1)), 'has version 1, this sformer reads 3'),
+    (dict(sformer=dict(version=1)), 'has version 1, this sformer reads 4'),
     (dict(model_args=dict(pruned=True)), 'model_args sets pruned'),
     (dict(model_args=dict(features_only=True)), 'model_args sets features_only'),
     (dict(architecture='sformer_custom', model_args=dict(source='hf-hub:their-org/x')), "source 'hf-hub:"),
