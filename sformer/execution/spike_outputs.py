@@ -68,8 +68,8 @@ class SpikeOutputs(nn.Module):
             if not of_tokens or (spikes and of_tokens[0].shape[1] != spikes[0].shape[1]):
                 continue
             width = sum(k.shape[2] for k in of_tokens)
-            spikes.append(sum(k.sum(2) for k in of_tokens) / width)
-            activity.append(sum(k.clamp(max=1).sum(2) for k in of_tokens) / width)
+            spikes.append(torch.stack([k.sum(2) for k in of_tokens]).sum(0) / width)
+            activity.append(torch.stack([k.clamp(max=1).sum(2) for k in of_tokens]).sum(0) / width)
             self.blocks.append(block)
             self.neurons_per_token.append(width)
         if not spikes:
