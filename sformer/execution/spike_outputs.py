@@ -60,7 +60,8 @@ class SpikeOutputs(nn.Module):
                 hook.remove()
         self.blocks.clear()
         self.neurons_per_token.clear()
-        spikes, activity = [], []
+        spikes: list[torch.Tensor] = []
+        activity: list[torch.Tensor] = []
         for block, neurons in self.counted.items():
             # of what is pooled or in windows, tokens are others than those of the patches
             of_tokens = [levels[neuron] for neuron in neurons if neuron in levels and levels[neuron].ndim == 3]
