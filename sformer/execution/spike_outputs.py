@@ -60,7 +60,8 @@ class SpikeOutputs(nn.Module):
                 hook.remove()
         self.blocks.clear()
         self.neurons_per_token.clear()
-        spikes, activity = [], []
+        spikes: list[torch.Tensor] = []
+        activity: list[torch.Tensor] = []
         for block, neurons in self.counted.items():
             # of what is pooled or in windows, tokens are others than those of the patches
             of_tokens = [levels[neuron] for neuron in neurons if neuron in levels and levels[neuron].ndim == 3]
@@ -68,8 +69,8 @@ class SpikeOutputs(nn.Module):
             if not of_tokens or (spikes and of_tokens[0].shape[1] != spikes[0].shape[1]):
                 continue
             width = sum(k.shape[2] for k in of_tokens)
-            spikes.append(sum(k.sum(2) for k in of_tokens) / width)
-            activity.append(sum(k.clamp(max=1).sum(2) for k in of_tokens) / width)
+            spikes.append(torch.stack([k.sum(2) for k in of_tokens]).sum(0) / width)
+            activity.append(torch.stack([k.clamp(max=1).sum(2) for k in of_tokens]).sum(0) / width)
             self.blocks.append(block)
             self.neurons_per_token.append(width)
         if not spikes:
