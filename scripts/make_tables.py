@@ -142,7 +142,6 @@ TABLES: dict[str, Callable[[], str]] = {
     'figures of a detector': DETECTION.documented,
     'recipes': recipes,
     'photographs and generated images': generated,
-    'fine-tuned ViT-S': fine_tuned,
     'networks in the package': embedded,
     'int8': int8,
     'speed': speed,

@@ -149,7 +149,7 @@ def test_first_screen():
     lines = (ROOT / 'README.md').read_text(encoding='utf-8').splitlines()
     assert len(lines) <= 150
     assert next(i for i, line in enumerate(lines, 1) if line.startswith('![')) <= 15
-    assert next(i for i, line in enumerate(lines, 1) if line.startswith('| `')) <= 80
+    assert next(i for i, line in enumerate(lines, 1) if line.startswith('| `')) <= 60
 
 
 def test_site_builds(tmp_path):
