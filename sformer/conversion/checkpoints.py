@@ -28,7 +28,7 @@ from .renaming import Family, without_logits
 from .weights import Weights, read_weights
 
 __all__ = [
-    'Checkpoint', 'class_names', 'factory_arguments', 'read_checkpoint', 'read_file', 'said_of',
+    'Checkpoint', 'factory_arguments', 'names_in_order', 'read_checkpoint', 'read_file', 'said_of',
 ]
 
 WEIGHT_FILES = (
@@ -116,7 +116,7 @@ def _of_transformers(place: Place, config: Json, asked: Json, path: Path | None)
                    num_classes=f'{"" if "head.weight" in state else "no "}classifier in {path.name}')
     arguments['num_classes'] = state['head.weight'].shape[0] if 'head.weight' in state else 0
     names = config.get('id2label')
-    names = class_names(names) if isinstance(names, dict) else None
+    names = names_in_order(names) if isinstance(names, dict) else None
     if names and not all(name == f'LABEL_{i}' for i, name in enumerate(names)):
         said['label_names'] = (names, f'id2label of {CONFIG}')
     if size is not None and family.follows_size:
@@ -327,11 +327,11 @@ def said_of(path: Path, architecture: str | None, entries: Json | None = None) -
                     said.setdefault(key, (content[key], where))
             names = next((names for names in map(content.get, NAMES) if names), None)
             if isinstance(names, (list, tuple, dict)):
-                said.setdefault('label_names', (class_names(names), where))
+                said.setdefault('label_names', (names_in_order(names), where))
     return {key: found for key, found in said.items() if found[0] is not None}
 
 
-def class_names(names: Sequence[object] | dict[object, object]) -> list[str] | None:
+def names_in_order(names: Sequence[object] | dict[object, object]) -> list[str] | None:
     """Names of classes in their order, of a list, of names by number or of numbers by name; None if they are none."""
     if isinstance(names, dict):
         if all(isinstance(number, int) for number in names.values()):

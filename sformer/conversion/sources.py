@@ -20,7 +20,7 @@ from ..files import Json
 from ..layers import named_neurons
 from ..models import HEADS, SPIKING_MODELS, set_norm_eps_, set_pixel_range_
 from ..models.sformer import State
-from .checkpoints import Checkpoint, class_names, read_checkpoint, read_file, said_of
+from .checkpoints import Checkpoint, names_in_order, read_checkpoint, read_file, said_of
 from .places import named_place, place_of
 from .preprocessors import PREPROCESSING
 
@@ -256,7 +256,7 @@ def set_label_names_(model: nn.Module, names: Sequence[str]) -> None:
         SFormerError: If there are more or fewer names than classes, or one of them is empty.
     """
     count, cfg = getattr(model, 'num_classes', 0), getattr(model, 'pretrained_cfg', None)
-    if isinstance(names, str) or class_names(names) is None:
+    if isinstance(names, str) or names_in_order(names) is None:
         raise SFormerError('names of classes (label_names) are a list of texts, none of them empty.')
     if len(names) != count:
         raise SFormerError(f'{len(names)} names of classes (label_names) for a model of {count}.')
@@ -268,7 +268,7 @@ def set_label_names_(model: nn.Module, names: Sequence[str]) -> None:
 def label_names_of(model: nn.Module) -> list[str] | None:
     """Names of a model's classes that its config states; None if it has none."""
     names = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names')
-    names = class_names(names) if isinstance(names, (list, tuple, dict)) else None
+    names = names_in_order(names) if isinstance(names, (list, tuple, dict)) else None
     return names if names and len(names) == getattr(model, 'num_classes', 0) else None
 
 

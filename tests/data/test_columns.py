@@ -60,3 +60,8 @@ def test_chosen_columns_are_known(write_parquet, streaming):
     assert all_images(images)[1].tolist() == [0, 1, 2, 0, 1, 2]
     digits = open_images('digits', data_config=RGB)
     assert digits.image_column is None and digits.label_column is None
+
+
+def test_a_table_without_images():
+    with pytest.raises(SFormerError, match='^no image column found in x: name one of id, name$'):
+        find_columns('x', dict(id=INTEGER, name=TEXT), needs_labels=False)

@@ -1,6 +1,7 @@
 """The page that runs SFormers in the browser: what is written, and what Chromium makes of it."""
 import base64
 import copy
+import hashlib
 import json
 import os
 import re
@@ -171,6 +172,32 @@ def test_the_runtime_is_what_it_was(tmp_path, stand_in, monkeypatch):
     with pytest.raises(sformer.SFormerError, match='SHA-512 differs'):
         find_runtime(cache_dir=tmp_path / 'cache')
     assert not (tmp_path / 'cache').exists()
+
+
+@pytest.mark.parametrize('content, code, message', [
+    (b'no archive', 0, 'onnxruntime-web cannot be kept in .*: npm install'),
+    (None, 0, 'npm cannot fetch onnxruntime-web .* .no reason given.. Elsewhere: npm install'),
+    (b'no archive', 1, 'npm cannot fetch onnxruntime-web .* .npm error 404.. Elsewhere: npm install')])
+def test_what_npm_cannot_fetch(tmp_path, monkeypatch, content, code, message):
+    def pack(command, cwd, **how):
+        if content:
+            (Path(cwd) / 'p.tgz').write_bytes(content)
+        return subprocess.CompletedProcess(command, code, '', '\nnpm error 404\nmore' if code else '')
+    monkeypatch.setattr(shutil, 'which', lambda name: name)
+    monkeypatch.setattr(subprocess, 'run', pack)
+    digest = base64.b64encode(hashlib.sha512(content or b'').digest()).decode()
+    monkeypatch.setattr(web_runtime, 'INTEGRITY', f'sha512-{digest}')
+    with pytest.raises(sformer.SFormerError, match=message):
+        find_runtime(cache_dir=tmp_path / 'cache')
+
+
+def test_a_model_without_classes_has_no_page(source, stand_in, tmp_path):
+    source = copy.deepcopy(source)
+    source.reset_classifier(0)
+    export_onnx(sformer.convert(source, 'digits', split='train', num_images=8), tmp_path / 'features.onnx')
+    with pytest.raises(sformer.SFormerError, match=r'features.onnx has no classes to show \(num_classes=0\)'):
+        write_page([str(tmp_path / 'features.onnx')], tmp_path / 'page', runtime=stand_in)
+    assert not (tmp_path / 'page').exists()
 
 
 # in a browser ---------------------------------------------------------------------------------------------------------

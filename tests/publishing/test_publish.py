@@ -232,7 +232,7 @@ def test_token_in_the_records(hub, folder, run_here):
     (folder / 'eval.json').rename(folder / 'leak.json')
     write_json(folder / 'leak.json', dict(result, command=f'HF_TOKEN={TOKEN} sformer evaluate out'))
     result = run_here('publish', folder, REPO)
-    assert result.code == 1 and 'would publish an access token' in result.err and hub.log == []
+    assert result.code == 1 and 'access token of the Hub; remove it from the records in' in result.err and hub.log == []
 
 
 # faults of the Hub and of the connection while publishing -----------------------------------------------------------

@@ -52,7 +52,7 @@ def test_what_is_no_page_is_refused(hub, page, tmp_path, monkeypatch):
     with pytest.raises(SFormerError, match='sformer page --space'):
         publish_space(page, SPACE)
     (page / 'README.md').write_text(f'---\nsdk: static\n---\n{TOKEN}')
-    with pytest.raises(SFormerError, match='README.md would publish an access token'):
+    with pytest.raises(SFormerError, match='README.md would publish an access token of the Hub; remove it'):
         publish_space(page, SPACE)
     with pytest.raises(SFormerError, match='is no page'):
         publish_space(tmp_path, SPACE)
