@@ -57,7 +57,7 @@ def simulate(
     import timm
 
     import sformer
-    from sformer.execution.timing import normalised_images
+    from sformer.execution.executions import normalised_images
     source = timm.create_model(model).eval()
     images = normalised_images(batch_size, source.pretrained_cfg)
     spiking = sformer.convert(source, [images], sformer.SFNConfig(levels=levels))
@@ -75,7 +75,7 @@ def convert(model: str = 'vit_base_patch16_224', num_images: int = 128, batch_si
     import timm
 
     import sformer
-    from sformer.execution.timing import normalised_images
+    from sformer.execution.executions import normalised_images
     source = timm.create_model(model).eval()
 
     def batches():
@@ -100,8 +100,8 @@ def engine(model: str = 'vit_base_patch16_224', batch_size: int = 8, levels: int
     import timm
 
     import sformer
+    from sformer.execution.executions import normalised_images
     from sformer.execution.quantisers import plain_int8
-    from sformer.execution.timing import normalised_images
     torch.set_num_threads(threads or torch.get_num_threads())
     source = timm.create_model(model).eval()
     images = normalised_images(batch_size, source.pretrained_cfg)
@@ -126,9 +126,11 @@ def profiled(graphs: list[bytes], images: Any, rounds: int) -> list[dict[str, fl
     """Milliseconds per kind of operation of each graph, run in turn: medians."""
     import openvino
 
-    from sformer.execution.engines import openvino_config
+    from sformer.execution.engines import openvino_config, unfuse
+    from sformer.execution.processor import unfuses
     core = openvino.Core()
-    requests = [core.compile_model(core.read_model(graph), 'CPU', dict(openvino_config(), PERF_COUNT=True))
+    read = unfuse if unfuses('openvino') else core.read_model  # as `load_onnx` opens graphs here
+    requests = [core.compile_model(read(graph), 'CPU', dict(openvino_config(), PERF_COUNT=True))
                 .create_infer_request() for graph in graphs]
     times: list[dict[str, list[float]]] = [collections.defaultdict(list) for _ in requests]
     for i in range(rounds + 1):

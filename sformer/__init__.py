@@ -15,7 +15,7 @@ from .errors import SFormerError, UncalibratedError, UnsupportedLayerError
 if TYPE_CHECKING:
     from .conversion import calibrate_, convert, source_of
     from .evaluation import EvaluationConfig, activity, evaluate, evaluate_all
-    from .execution import export_onnx, load_onnx, to_integer_, to_spikes_
+    from .execution import export_onnx, export_safetensors, load_onnx, to_integer_, to_spikes_
     from .layers import is_calibrated, named_neurons, source_view, spiking_
     from .models import SFormer
     from .neurons import FitConfig, SFNConfig
@@ -39,9 +39,9 @@ else:
 __version__ = _metadata.version('sformer')
 __all__ = [
     'convert', 'predict', 'evaluate', 'evaluate_all', 'activity', 'save_model', 'load_model', 'spiking_',
-    'calibrate_', 'to_integer_', 'to_spikes_', 'export_onnx', 'load_onnx', 'is_calibrated', 'named_neurons',
-    'source_of', 'source_view', 'neurobench_view', 'SFNConfig', 'FitConfig', 'EvaluationConfig', 'SFormer',
-    'SFormerError', 'UncalibratedError', 'UnsupportedLayerError',
+    'calibrate_', 'to_integer_', 'to_spikes_', 'export_onnx', 'export_safetensors', 'load_onnx', 'is_calibrated',
+    'named_neurons', 'source_of', 'source_view', 'neurobench_view', 'SFNConfig', 'FitConfig', 'EvaluationConfig',
+    'SFormer', 'SFormerError', 'UncalibratedError', 'UnsupportedLayerError',
 ]
 
 if not _is_command():

@@ -10,7 +10,7 @@ from ..execution import quantisers
 from ..execution.engines import compile_graph
 from ..execution.onnx import to_onnx
 
-__all__ = ['nncf_int8', 'openvino_float', 'torchao_int8']
+__all__ = ['Inference', 'nncf_int8', 'openvino_float', 'torchao_int8']
 
 Inference = Callable[[torch.Tensor], torch.Tensor]
 

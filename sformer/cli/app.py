@@ -11,6 +11,7 @@ import typer
 
 from ..errors import RunInterruptedError, SFormerError
 from . import (
+    baselines,
     benchmark,
     card,
     compare,
@@ -45,7 +46,8 @@ COMMANDS: dict[str, tuple[tuple[Callable[..., None], str], ...]] = {
         (predict.predict, 'sformer predict out/ photo.jpg -o seen.png'),
         (evaluate.evaluate, 'sformer evaluate out/ --dataset my-images/ --split val'),
         (compare.compare, 'sformer compare out-n4/ out-n32/ --dataset my-images/ --split val'),
-        (profile.profile, 'sformer profile out/ --dataset my-images/ -o report/')),
+        (profile.profile, 'sformer profile out/ --dataset my-images/ -o report/'),
+        (baselines.baselines, 'sformer baselines out/ --dataset my-images/ --split val --timesteps 1 2 4 8')),
     'Fewer spikes': (
         (sweep.sweep, 'sformer sweep out/ --dataset my-images/ --levels 4 8 16 32'),
         (sweep.search, 'sformer search out/ --dataset my-images/ --budget 40'),

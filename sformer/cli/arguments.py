@@ -17,7 +17,8 @@ __all__ = [
 # options that take several values up to the next option, as in timm's own scripts
 MULTI_VALUE = ('--model-kwargs', '--mean', '--std', '--label-names')
 MULTI_VALUE_OF = {  # of one command only
-    'benchmark': ('--execution', '--against', '--batch-size'), 'sweep': ('--levels',)}
+    'benchmark': ('--execution', '--against', '--batch-size'), 'sweep': ('--levels',),
+    'baselines': ('--levels', '--timesteps', '--only')}
 AMP_NAMES = ('bfloat16', 'bf16', 'float16', 'fp16', 'half')
 
 

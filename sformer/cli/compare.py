@@ -1,12 +1,11 @@
 """`sformer compare`."""
-import sys
 from typing import Annotated
 
 import typer
 
 from .evaluate import run_evaluation
-from .options import EvaluationOptions, Format, Given, TableFormat, unfolded
-from .tables import print_csv, print_table
+from .options import EvaluationOptions, Given, unfolded
+from .tables import Format, TableFormat, said_beside, show_table
 
 __all__ = ['compare']
 
@@ -25,12 +24,10 @@ def compare(
     from ..evaluation.schema import schema_of
     first = results[0]
     schema = schema_of(first)
-    if format == Format.csv:
-        print_csv(schema.columns(), [schema.row(result) for result in results])
-    else:
-        split = f' ({first["split"]})' if first['split'] else ''
-        heads, rows = schema.table(results)
-        print_table(f'{first["num_images"]} images of {first["dataset"]}{split}', ['model', *heads], [
-            [result['model'], *row] for result, row in zip(results, rows, strict=True)])
+    split = f' ({first["split"]})' if first['split'] else ''
+    heads, cells = schema.table(results)
+    show_table(format, f'{first["num_images"]} images of {first["dataset"]}{split}', ['model', *heads],
+               [[result['model'], *row] for result, row in zip(results, cells, strict=True)],
+               schema.columns(), map(schema.row, results))
     if options.results_file:
-        print(f'results in {options.results_file}', file=sys.stderr if format == Format.csv else sys.stdout)
+        print(f'results in {options.results_file}', file=said_beside(format))

@@ -1,4 +1,5 @@
 """`sformer export`."""
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -14,15 +15,23 @@ __all__ = ['export']
 WEIGHT_ERROR = 0.03  # of `to_integer_`; a test holds them together
 
 
+class FileFormat(str, Enum):
+    onnx = 'onnx'
+    safetensors = 'safetensors'
+
+
 @unfolded
 def export(
         model: Annotated[str, typer.Argument(
             help=f'Folder of an SFormer, hf-hub:ID, or name of one with weights; to convert first: {KINDS_OF_SOURCE}')],
-        output: Annotated[Path, typer.Argument(help='ONNX file to write')],
+        output: Annotated[Path, typer.Argument(help='File to write: .onnx or .safetensors')],
         neurons: NeuronOptions,
         source: SourceOptions,
         columns: ColumnOptions,
         given: Given,
+        format: Annotated[FileFormat | None, typer.Option(
+            help='onnx, a graph for engines, or safetensors, plain tensors for whoever builds hardware; goes by the '
+                 'suffix')] = None,
         max_error: Annotated[float, typer.Option(
             min=0, help='Relative error of int8 weights beyond which a layer stays in floating point')
         ] = WEIGHT_ERROR,
@@ -39,17 +48,27 @@ def export(
             help='Products that every processor sums exactly, or 8-bit weights everywhere, which want VNNI')] = True,
         spikes: Annotated[bool, typer.Option(
             '--spikes', help='Also give where it spikes, per block and token, for `sformer page`')] = False,
+        uint8_input: Annotated[bool, typer.Option(
+            '--uint8-input', help='Let the graph take bytes as decoders give them, (batch, height, width, channels), '
+                                  'RGB, and normalise them')] = False,
         overwrite: Annotated[bool, typer.Option('--overwrite', help='Replace a file that is there')] = False,
 ) -> None:
-    """Write an SFormer as ONNX with int8 levels and int8 weights, for OpenVINO and ONNX Runtime.
+    """Write an SFormer with int8 levels and int8 weights: as ONNX, for OpenVINO and ONNX Runtime, or as tensors.
 
     A source is converted first, and so is an SFormer where an option says how neurons fire.
     """
     from ..data import ImageRequest
     from ..execution.onnx import writable
+    from ..execution.prepared import check_output
     from ..layers import named_neurons
     from ..tasks import ExportOptions, task_of
-    writable(output, overwrite)
+    if format is None:
+        format = FileFormat.safetensors if output.suffix == '.safetensors' else FileFormat.onnx
+    if format == FileFormat.onnx:
+        writable(output, overwrite)
+    else:
+        check_output(output, '.safetensors', overwrite)
+        given = {*given, 'format'}
     task = task_of(model)
     converts = bool(given & options_of_conversion())
     network = None if converts else task.open(model)
@@ -67,7 +86,7 @@ def export(
     reports = task.export(network, output, ExportOptions(
         max_error=max_error, portable=portable, overwrite=overwrite, command=command_line(), calibration=calibration,
         split=split, num_images=num_images or 128, seed=seed, image_column=columns.image_column, image_size=image_size,
-        spikes=spikes))
+        spikes=spikes, format=format.value, uint8_input=uint8_input))
     whole = [report for report in reports if report.integer]
     of = 'products with int8 weights' if calibration else 'int8 weights'
     print(f'{model} -> {output}: {output.stat().st_size / 2 ** 20:.1f} MiB, {len(whole)} of {len(reports)} layers in '
@@ -75,7 +94,8 @@ def export(
     for report in reports:
         if not report.integer:
             print(f'  {report.name} stays in floating point: {report.reason}')
-    print_verdict()
+    if format == FileFormat.onnx:
+        print_verdict()
 
 
 def print_verdict() -> None:

@@ -2,8 +2,7 @@
 import json
 from pathlib import Path
 
-from .options import Format, TableFormat
-from .tables import print_csv, print_table
+from .tables import Format, TableFormat, print_table, show_table
 
 __all__ = ['list_models']
 
@@ -18,17 +17,18 @@ def list_models(format: TableFormat = Format.table) -> None:
     known = json.loads(KNOWN.read_text(encoding='utf-8'))
     found = [
         dict(entry, input_size='x'.join(map(str, entry['input_size']))) for entry in known['models']]
-    if format == Format.csv:
-        print_csv(LIST_COLUMNS, found)
+    if format != Format.table:
+        rows = [[str(entry.get(column) or '') for column in LIST_COLUMNS] for entry in found]
+        show_table(format, 'models of timm', LIST_COLUMNS, rows, LIST_COLUMNS, found)
         return
     for weights in dict.fromkeys(entry['weights'] for entry in found):
-        rows = []
+        named = []
         for entry in found:
             if entry['weights'] == weights:
                 lines = [entry['name'], f'  {entry["source"]}', f'  top-1 [%]: {entry["results"]}']
-                rows.append(('\n'.join(lines if entry['results'] else lines[:2]), str(entry['param_count']),
+                named.append(('\n'.join(lines if entry['results'] else lines[:2]), str(entry['param_count']),
                              entry['input_size'], entry['license']))
-        print_table(f'Weights: {weights}', ('model and its source', 'param. [M]', 'input', 'licence'), rows)
+        print_table(f'Weights: {weights}', ('model and its source', 'param. [M]', 'input', 'licence'), named)
         print()
     for other in known['others']:
         print_table(other['heading'], ('name',), [(name,) for name in other['names']])

@@ -4,7 +4,6 @@ import functools
 import inspect
 from collections.abc import Callable, Set
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, TypedDict
 
@@ -13,7 +12,7 @@ import typer
 from ..errors import SFormerError
 from .arguments import AMP_NAMES, parse_dataset_ids
 
-__all__ = ['unfolded', 'ColumnOptions', 'EvaluationOptions', 'Given', 'RecordOptions', 'Format', 'TableFormat']
+__all__ = ['unfolded', 'ColumnOptions', 'EvaluationOptions', 'Given', 'RecordOptions']
 
 Given = Set[str]
 
@@ -51,13 +50,6 @@ def unfolded(command: Callable[..., None]) -> Callable[..., None]:
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return run
 
-
-class Format(str, Enum):
-    table = 'table'
-    csv = 'csv'
-
-
-TableFormat = Annotated[Format, typer.Option('--format', help='A table to read, or CSV with more columns')]
 
 # What is beyond these is no size at all, and would be no clear error later on
 MAX_IMAGES = 10 ** 9

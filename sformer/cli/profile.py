@@ -8,7 +8,7 @@ import typer
 
 from .arguments import command_line
 from .options import MAX_BATCH_SIZE, MAX_IMAGES, MAX_SEED, ColumnOptions, Dataset, Given, unfolded
-from .tables import print_table
+from .tables import Format, print_table, said_beside, show_table
 
 if TYPE_CHECKING:
     from ..files import Json
@@ -40,6 +40,8 @@ def profile(
             help='JSON with points (levels, top1, perhaps energy) to draw in the page')] = None,
         output: Annotated[Path | None, typer.Option(
             '--output', '-o', help='Folder for index.html, profile.json, CSV and PNG')] = None,
+        format: Annotated[Format, typer.Option(
+            help='All tables to read; or that of energies alone as Markdown, LaTeX or CSV')] = Format.table,
 ) -> None:
     """Count what an SFormer computes and fires, product by product, and what that would cost."""
     if output:
@@ -66,10 +68,13 @@ def profile(
     executed = task.executed(network, first[:execute]) if execute else None
     result = report(counted, figures, energies, model=model, images=dict(images, num_images=counted.images),
                     executed=executed, executed_line=executed_line(executed), command=command_line())
-    print_profile(result, counted, what_is_spiking)
+    if format == Format.table:
+        print_profile(result, counted, what_is_spiking)
+    else:
+        show_energy(result, format)
     if output:
         names = write_profile(output, result, counted, *task.maps(network, first[0]), points)
-        print(f'written to {output}: {", ".join(names)}')
+        print(f'written to {output}: {", ".join(names)}', file=said_beside(format))
 
 
 def report(counted: 'Profile', figures: 'EnergyFigures', energies: 'Constants', **rest: object) -> 'Json':
@@ -95,9 +100,20 @@ def executed_line(executed: 'CodingsCompared | None') -> str:
             f'of the largest.')
 
 
+def show_energy(result: 'Json', format: Format) -> None:
+    """Print the table of energies, as CSV with all digits."""
+    from ..publishing.profile_page import OTHER, PARTS, energy_rows
+    account = result['energy']['account']
+    records = energy_rows(account)
+    heads = ('', *(name.replace('quantised, ', '') for name in account))
+    rows = [(label, *(f'{parts[part]:.4g}' for parts in account.values()))
+            for part, label in {**PARTS, **OTHER}.items()]
+    show_table(format, 'energy per image [mJ], estimated', heads, rows, [*records[0]], records)
+
+
 def print_profile(result: 'Json', counted: 'Profile', what_is_spiking: bool) -> None:
     """Print tables and what they say."""
-    from ..publishing.profile_page import OTHER, PARTS, by_kind, by_site
+    from ..publishing.profile_page import by_kind, by_site
     figures = result['energy']
     if what_is_spiking:
         print_table('every product', ('product', 'kind', 'MACs [M]', 'spikes enter'), [
@@ -112,9 +128,7 @@ def print_profile(result: 'Json', counted: 'Profile', what_is_spiking: bool) -> 
     print_table('neurons', (
         'site', 'neurons [k]', 'activity', 'dead', 'top level', 'unary', 'binary'), by_site(counted.sites))
     print()
-    account = figures['account']
-    print_table('energy per image [mJ], estimated', ('', *(name.replace('quantised, ', '') for name in account)), [
-        (label, *(f'{parts[part]:.4g}' for parts in account.values())) for part, label in {**PARTS, **OTHER}.items()])
+    show_energy(result, Format.table)
     print()
     for line in [*result['verdicts'], *filter(None, [result['executed_line']])]:
         print(line)

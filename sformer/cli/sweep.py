@@ -12,7 +12,7 @@ from ..errors import RunInterruptedError, SFormerError
 from ..neurons import SFNConfig
 from .arguments import command_line
 from .options import MAX_BATCH_SIZE, MAX_IMAGES, MAX_SEED, Dataset, unfolded
-from .tables import append_csv, print_table
+from .tables import Format, TableFormat, append_csv, said_beside, show_table
 
 if TYPE_CHECKING:
     from ..conversion.search import Bench, Point
@@ -58,28 +58,44 @@ class BenchOptions:
         bench, used = Bench.open(network, wanted, self.num_calibration, self.batch_size)
         return bench, cast('SFormerMixin', network), used
 
-    def write(self, model: str, used: 'Json', bench: 'Bench', points: Sequence['Point'], **more: object) -> None:
+    def write(
+            self,
+            model: str,
+            used: 'Json',
+            bench: 'Bench',
+            points: Sequence['Point'],
+            format: Format,
+            **more: object,
+    ) -> None:
         """Write results, if they are wanted: all as JSON, or a row per point as CSV."""
         from ..conversion.record import library_versions
         from ..files import write_json
         if not self.results_file:
             return
-        found = [dataclasses.asdict(point) for point in points]
         if self.results_file.suffix.lower() == '.csv':
-            append_csv(self.results_file, POINT_COLUMNS, [
-                dict(point.pop('config'), model=model, dataset=used['name'], split=used['split'],
-                     num_images=used['num_images'], **point) for point in found])
+            append_csv(self.results_file, POINT_COLUMNS, records(model, used, points))
         else:
             write_json(self.results_file, dict(
-                model=model, images=used, fit=dataclasses.asdict(bench.fit), points=found, seconds=bench.seconds,
+                model=model, images=used, fit=dataclasses.asdict(bench.fit),
+                points=[dataclasses.asdict(point) for point in points], seconds=bench.seconds,
                 forward_passes=bench.forward_passes, **more, command=command_line(), versions=library_versions()))
-        print(f'written to {self.results_file}')
+        print(f'written to {self.results_file}', file=said_beside(format))
 
 
 # of a CSV file of points
 POINT_COLUMNS = (
     'model', 'dataset', 'split', 'num_images', 'origin', *(field.name for field in dataclasses.fields(SFNConfig)),
     'error', 'agreement', 'activity', 'unary', 'binary')
+
+
+def records(model: str, used: 'Json', points: Sequence['Point']) -> list[dict[str, object]]:
+    """Rows of CSV."""
+    images = dict(model=model, dataset=used['name'], split=used['split'], num_images=used['num_images'])
+    found = []
+    for point in points:
+        row = dataclasses.asdict(point)
+        found.append(dict(row.pop('config'), **images, **row))
+    return found
 
 
 def are_points(path: Path) -> bool:
@@ -115,6 +131,7 @@ def sweep(
         levels: Annotated[list[int] | None, typer.Option(
             help='Numbers of levels N  [default: 2 4 8 16 32 63]')] = None,
         silence: Annotated[float | None, typer.Option(help="Price of activity, if not the model's own")] = None,
+        format: TableFormat = Format.table,
 ) -> None:
     """Convert the source of an SFormer with several numbers of levels, and compare each with it."""
     for count in levels or ():
@@ -126,10 +143,10 @@ def sweep(
     bench_, network, used = bench.open(model, 'sweep')
     base = network.sfn_config if silence is None else dataclasses.replace(network.sfn_config, silence=silence)
     points = list(sweep(bench_, base, levels or SWEPT_LEVELS))
-    print_table(f'{model}: {used["num_images"]} images of {used["name"]}, beside the source',
-                POINT_HEADS, [cells(point) for point in points])
-    print(f'\n{cost(bench_)}')
-    bench.write(model, used, bench_, points)
+    show_table(format, f'{model}: {used["num_images"]} images of {used["name"]}, beside the source', POINT_HEADS,
+               [cells(point) for point in points], POINT_COLUMNS, records(model, used, points))
+    print(f'\n{cost(bench_)}', file=said_beside(format))
+    bench.write(model, used, bench_, points, format)
 
 
 @unfolded
@@ -142,6 +159,7 @@ def search(
             min=0, help='Relative error of the logits that the recommended point may have')] = 0.1,
         storage: Annotated[Path | None, typer.Option(
             help='Journal of the trials; a search that was ended continues from it')] = None,
+        format: TableFormat = Format.table,
 ) -> None:
     """Search for neurons that fire little and stay close to the source (an extra: pip install '.[search]')."""
     if spikes not in ('activity', 'unary', 'binary'):
@@ -166,8 +184,10 @@ def search(
     rows = [('front', point) for point in front] + [('closed form', point) for point in closed]
     rows += [('lambda alone', min(lambdas, key=lambda p: p.error))] if lambdas else []
     rows += [('recommended', best)]
-    print_table(f'{model}: {used["num_images"]} images of {used["name"]}, beside the source',
-                ('', *POINT_HEADS), [(name, *cells(point)) for name, point in rows])
-    print(f'\n{len(points)} trials, {cost(bench_)}')
-    bench.write(model, used, bench_, points, spikes=spikes, budget=budget, max_error=max_error,
+    shown = [point for _, point in rows]
+    show_table(format, f'{model}: {used["num_images"]} images of {used["name"]}, beside the source', ('', *POINT_HEADS),
+               [(name, *cells(point)) for name, point in rows], ('row', *POINT_COLUMNS),
+               [dict(record, row=name) for (name, _), record in zip(rows, records(model, used, shown), strict=True)])
+    print(f'\n{len(points)} trials, {cost(bench_)}', file=said_beside(format))
+    bench.write(model, used, bench_, points, format, spikes=spikes, budget=budget, max_error=max_error,
                 front=[dataclasses.asdict(point) for point in front], recommended=dataclasses.asdict(best))

@@ -20,16 +20,16 @@ __all__ = [
 Run = Callable[[np.ndarray], np.ndarray]  # of images (B, C, H, W), float32
 
 
-def openvino_config() -> dict[str, str | int]:
+def openvino_config(precision: str = 'f32') -> dict[str, str | int]:
     """Properties that OpenVINO compiles with: where it may, it computes norms in bfloat16, which moves spikes."""
-    return dict(INFERENCE_PRECISION_HINT='f32', INFERENCE_NUM_THREADS=torch.get_num_threads())
+    return dict(INFERENCE_PRECISION_HINT=precision, INFERENCE_NUM_THREADS=torch.get_num_threads())
 
 
-def _openvino(graph: 'bytes | Model') -> Run:
+def _openvino(graph: 'bytes | Model', precision: str = 'f32') -> Run:
     import openvino
     core = openvino.Core()
     model = core.read_model(graph) if isinstance(graph, bytes) else graph
-    compiled = core.compile_model(model, 'CPU', openvino_config())
+    compiled = core.compile_model(model, 'CPU', openvino_config(precision))
     local = threading.local()  # a request serves one thread
 
     def run(images: np.ndarray) -> np.ndarray:
@@ -77,7 +77,7 @@ def _is_int8_constant(node: 'Node') -> bool:
     return node.get_type_name() == 'Constant' and node.get_element_type().get_type_name() == 'i8'
 
 
-def _onnxruntime(graph: bytes) -> Run:
+def _onnxruntime(graph: bytes, precision: str = 'f32') -> Run:
     import onnxruntime
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -111,7 +111,12 @@ def engine_version(name: str) -> str:
     return getattr(importlib.import_module(name), '__version__', 'of unknown version')
 
 
-def compile_graph(graph: 'bytes | Model', engine: str | None = None, unfused: bool = False) -> Run:
+def compile_graph(
+        graph: 'bytes | Model',
+        engine: str | None = None,
+        unfused: bool = False,
+        precision: str = 'f32',
+) -> Run:
     """Let an engine compile a serialised ONNX model; OpenVINO takes one of its own, too.
 
     Args:
@@ -119,6 +124,7 @@ def compile_graph(graph: 'bytes | Model', engine: str | None = None, unfused: bo
         engine: Its name; the first one that is installed if None.
         unfused: Keep elementwise operations out of OpenVINO's kernels of int8 products, which are faster so without
             VNNI. Values are the same.
+        precision: `f32` or, of OpenVINO alone, `bf16`: what floating-point operations compute in.
 
     Raises:
         SFormerError: If the engine is missing or too old for the graph.
@@ -126,7 +132,7 @@ def compile_graph(graph: 'bytes | Model', engine: str | None = None, unfused: bo
     name = find_engine(engine)
     try:
         unfuses = unfused and name == 'openvino' and isinstance(graph, bytes)
-        return ENGINES[name](unfuse(graph) if unfuses else graph)
+        return ENGINES[name](unfuse(graph) if unfuses else graph, precision)
     except ImportError as e:
         raise SFormerError(f'{name} is installed and does not load ({first_line(e)}): '
                            f'pip install --force-reinstall {name}.') from e

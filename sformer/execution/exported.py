@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, NoReturn, NotRequired, TypedDict, cast
 import numpy as np
 import torch
 import torch.nn as nn
+from timm.data import resolve_input_data_config
 
 from ..errors import SFormerError, first_line, needed_packages
 from .engines import Run, compile_graph, engine_version, find_engine
-from .onnx import METADATA, graph_hash
-from .processor import instruction_set, sums_exactly
+from .onnx import graph_hash
+from .prepared import METADATA
+from .processor import instruction_set, sums_exactly, unfuses
 from .proof import saturating
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ class GraphRecord(TypedDict):
     blocks: NotRequired[list[str]]  # these three of graphs that say where they spike
     neurons_per_token: NotRequired[list[int]]
     grid_size: NotRequired[list[int] | None]
+    uint8_input: NotRequired[bool]  # of graphs that take pixels
 
 
 class EngineNetwork(nn.Module):
@@ -62,7 +65,16 @@ class EngineNetwork(nn.Module):
         # one pass; integers would hide what is no number. By numpy: threads of torch would go on spinning for a while
         if not np.isfinite(images.sum()):
             raise SFormerError('images have NaN or infinity in them.')
+        if self.about.get('uint8_input'):
+            images = self._pixels(images)
         return torch.from_numpy(self.run(images)).to(x.device)
+
+    def _pixels(self, images: np.ndarray) -> np.ndarray:
+        """Pixels (B, H, W, C), uint8, that were normalised."""
+        cfg = resolve_input_data_config(self)
+        mean, std = (np.array(cfg[key], np.float32)[:, None, None] for key in ('mean', 'std'))
+        pixels = np.clip(np.round(255 * (images * std + mean)), 0, 255)
+        return np.ascontiguousarray(pixels.astype(np.uint8).transpose(0, 2, 3, 1))
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         raise ValueError(f'the graph was exported for images {tuple(self.about["input_size"])}; export it of a model '
@@ -105,8 +117,7 @@ def load_onnx(path: str | Path, engine: str | None = None) -> EngineNetwork:
     engine = find_engine(engine)
     model, about = read_graph(path)
     check_exact(model, engine, path)
-    without_vnni = engine == 'openvino' and not sums_exactly(engine)
-    run = compile_graph(model.SerializeToString(), engine, unfused=without_vnni)
+    run = compile_graph(model.SerializeToString(), engine, unfused=unfuses(engine))
     return EngineNetwork(run, about, engine)
 
 

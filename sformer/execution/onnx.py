@@ -4,9 +4,9 @@ Linear layers, the patch embedding and QK^T multiply int8, and so does AV where 
 softmax and activation functions stay in float32.
 """
 import contextlib
-import copy
 import hashlib
 import json
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,27 +17,24 @@ import torch.nn as nn
 from timm.data import resolve_input_data_config
 from timm.layers import pos_embed_sincos
 
-from ..conversion import Images, calibration_batches
-from ..conversion.record import library_versions
-from ..data import requested
+from ..conversion import Images
 from ..errors import SFormerError, alone, needed_packages, quiet
-from ..files import may_write, state_hash, write_file
-from ..layers import named_neurons, unwrapped
-from ..neurons import ScaleAndFire
+from ..files import write_file
+from ..layers import unwrapped
 from .graph import linear_neurons, to_graph_
-from .integer import MAX_WEIGHT_ERROR, IntegerReport, to_integer_
+from .integer import MAX_WEIGHT_ERROR, IntegerReport
+from .prepared import METADATA, check_output, integer_copy, slow_neurons
 from .spike_outputs import SPIKE_OUTPUTS, SpikeOutputs
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-__all__ = ['export_onnx', 'to_onnx', 'check_output', 'check_graph_size', 'graph_hash', 'grid_of', 'write_graph',
-           'writable', 'METADATA']
+__all__ = ['export_onnx', 'to_onnx', 'check_graph_size', 'graph_hash', 'grid_of', 'write_graph', 'writable']
+
+_logger = logging.getLogger(__name__)
 
 OPSET = 20
-BATCH_SIZE = 16
 MAX_GRAPH = 2 ** 31 - 2 ** 24  # bytes of values in a file of ONNX, less than protobuf's 2 GiB by what nodes take
-METADATA = 'sformer'  # key of what is recorded in the file
 
 
 def export_onnx(
@@ -52,14 +49,16 @@ def export_onnx(
         max_error: float = MAX_WEIGHT_ERROR,
         portable: bool = True,
         spikes: bool = False,
+        uint8_input: bool = False,
         overwrite: bool = False,
         command: str | None = None,
 ) -> list[IntegerReport]:
     """Write a calibrated SFormer as ONNX with int8 levels and int8 weights.
 
     The graph takes `images` (batch, C, H, W), normalised, float32, of the model's size, and gives `logits` (batch,
-    classes), or features; with `spikes`, also where it spikes, as of `SpikeOutputs`. What
-    was exported is recorded in the file, with a hash of its graph.
+    classes), or features; with `spikes`, also where it spikes, as of `SpikeOutputs`. What was exported is recorded in
+    the file, with a hash of its graph. Neurons that engines take longer for than for those of recipe `fast` are worth a
+    warning.
 
     Args:
         model: Calibrated SFormer, compiled or not; it is not changed.
@@ -74,6 +73,8 @@ def export_onnx(
             meets other levels is multiplied in float32. Otherwise the graph wants VNNI, and `load_onnx` refuses it on a
             processor that has none.
         spikes: Give where it spikes, too: `spikes` and `activity` (batch, blocks, tokens).
+        uint8_input: Let the graph take pixels as decoders give them, and normalise them itself: `images` (batch, H, W,
+            C), uint8, RGB of colour models.
         overwrite: Replace a file that is there.
         command: Command line to record.
 
@@ -86,17 +87,14 @@ def export_onnx(
             weights are more than a file of ONNX can hold.
     """
     path = writable(path, overwrite)  # before the work
-    _check_options(max_error, calibration is None and bool(split or image_column))
     model = unwrapped(model)
     check_graph_size(model, of_bytes=True)
-    network = copy.deepcopy(model).eval().to('cpu', torch.float32)
-    batches = images = None
-    if calibration is not None:
-        wanted = requested(calibration, split=split, num_images=num_images, seed=seed, image_column=image_column)
-        read, images, _ = calibration_batches(network, wanted, BATCH_SIZE, 'Rounding')
-        batches = list(read)
-        images = dict(images, num_images=sum(map(len, batches)))
-    reports = to_integer_(network, max_error, batches, portable)
+    network, reports, about = integer_copy(
+        model, calibration, split=split, num_images=num_images, seed=seed, image_column=image_column,
+        max_error=max_error, portable=portable, command=command)
+    if slow_neurons(network):
+        _logger.warning('thresholds follow tokens, or softmax levels are no bytes: engines run the recipe fast faster '
+                        '(sformer convert --recipe fast; sformer benchmark measures it).')
     to_graph_(network, portable=portable)
     maps: dict[str, object] = {}
     if spikes:
@@ -104,13 +102,26 @@ def export_onnx(
         with torch.no_grad():  # which finds its blocks, and says so itself if there are none
             network(torch.zeros(1, *resolve_input_data_config(network)['input_size']))
         maps = dict(blocks=network.blocks, neurons_per_token=network.neurons_per_token, grid_size=grid_of(model))
-    exported = to_onnx(network, ('logits', *(SPIKE_OUTPUTS if spikes else ())))
-    about = dict(
-        _record_of(model), **maps, max_error=max_error, portable=portable, calibration=images, command=command,
-        graph_sha256=graph_hash(exported),
-        floating=[report.name for report in reports if not report.integer])
-    write_graph(exported, about, path)
+    exported = to_onnx(network, ('logits', *(SPIKE_OUTPUTS if spikes else ())), uint8_input)
+    write_graph(exported, dict(about, **maps, uint8_input=uint8_input, graph_sha256=graph_hash(exported)), path)
     return reports
+
+
+class _OfPixels(nn.Module):
+    """A network that normalises pixels (B, H, W, C), uint8, itself."""
+    scale: torch.Tensor
+    offset: torch.Tensor
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        cfg = resolve_input_data_config(network)
+        mean, std = (torch.tensor(cfg[key]).view(-1, 1, 1) for key in ('mean', 'std'))
+        self.network = network
+        self.register_buffer('scale', 1 / (255 * std))
+        self.register_buffer('offset', -mean / std)
+
+    def forward(self, images: torch.Tensor) -> object:
+        return self.network(images.permute(0, 3, 1, 2).to(torch.float32) * self.scale + self.offset)
 
 
 def writable(path: str | Path, overwrite: bool) -> Path:
@@ -119,7 +130,7 @@ def writable(path: str | Path, overwrite: bool) -> Path:
     Raises:
         SFormerError: If it cannot be, or packages are missing.
     """
-    path = check_output(Path(path), overwrite)
+    path = check_output(path, '.onnx', overwrite)
     _check_packages()
     return path
 
@@ -147,36 +158,34 @@ def write_graph(exported: 'ModelProto', about: dict[str, object], path: Path) ->
     write_file(path, exported.SerializeToString())
 
 
-def _record_of(model: nn.Module) -> dict[str, object]:
-    """What a file says of the model that it was made of."""
-    conversion = getattr(model, 'conversion', None)
-    return dict(
-        recipe=getattr(conversion, 'recipe', None), pretrained_cfg=_plain(getattr(model, 'pretrained_cfg', None) or {}),
-        input_size=list(resolve_input_data_config(model)['input_size']), num_classes=getattr(model, 'num_classes', 0),
-        param_count=sum(p.numel() for p in model.parameters()),
-        weights_sha256=state_hash(model.state_dict()), versions=library_versions(),
-        levels=sorted({neuron.config.levels for _, neuron in named_neurons(model) if isinstance(neuron, ScaleAndFire)}))
-
-
 def grid_of(model: nn.Module) -> list[int] | None:
     """Rows and columns of the patches of a model, which are its last tokens; None where tokens are no grid."""
     grid = getattr(getattr(model, 'patch_embed', None), 'grid_size', None) or ()
     return [*grid] if len(grid) == 2 else None
 
 
-def to_onnx(network: nn.Module, outputs: Sequence[str] = ('logits',)) -> 'ModelProto':
+def to_onnx(
+        network: nn.Module,
+        outputs: Sequence[str] = ('logits',),
+        uint8_input: bool = False,
+) -> 'ModelProto':
     """A timm model on the CPU as an `onnx.ModelProto`, with any number of images per batch.
 
     Args:
         network: The model.
         outputs: Names of what it gives.
+        uint8_input: As of `export_onnx`.
 
     Raises:
         SFormerError: If packages are missing, or weights are more than a file of ONNX can hold.
     """
     _check_packages()
     check_graph_size(network)
-    images = torch.zeros(2, *resolve_input_data_config(network)['input_size'])
+    channels, height, width = resolve_input_data_config(network)['input_size']
+    images = torch.zeros(2, channels, height, width)
+    if uint8_input:
+        images = torch.zeros(2, height, width, channels, dtype=torch.uint8)
+        network = _OfPixels(network)
     with quiet('torch.onnx', 'onnxscript', 'onnx_ir'), torch.no_grad(), rotary_products():
         program = torch.onnx.export(
             network, (images,), dynamo=True, opset_version=OPSET, input_names=['images'], output_names=[*outputs],
@@ -212,14 +221,6 @@ def rotary_products() -> Iterator[None]:
             pos_embed_sincos.rot = rot
 
 
-def _check_options(max_error: float, unread: bool) -> None:
-    """Raise SFormerError if options mean nothing."""
-    if unread:
-        raise SFormerError('split and image_column are of images to round weights for: name them (calibration).')
-    if not max_error >= 0:
-        raise SFormerError(f'max_error is a relative error, 0 or more, not {max_error}.')
-
-
 def _check_packages() -> None:
     """Raise SFormerError if what torch exports by is missing."""
     with needed_packages('onnx'):
@@ -227,17 +228,6 @@ def _check_packages() -> None:
         import onnxscript  # noqa: F401
 
 
-def check_output(path: Path, overwrite: bool = False) -> Path:
-    """Where a graph will be written: what a link points to. Raises SFormerError if none can be."""
-    if path.suffix != '.onnx':
-        raise SFormerError(f'{path} is no name for a graph, which ends in .onnx.')
-    return may_write(path, 'graph', overwrite=overwrite)
-
-
 def graph_hash(model: 'ModelProto') -> str:
     """SHA-256 of the graph of an `onnx.ModelProto`, weights included, without what is recorded beside it."""
     return hashlib.sha256(model.graph.SerializeToString(deterministic=True)).hexdigest()
-
-
-def _plain(cfg: dict[str, object]) -> dict[str, object]:
-    return {key: value for key, value in cfg.items() if isinstance(value, (str, int, float, bool, list, tuple))}

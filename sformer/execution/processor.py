@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from .engines import compile_graph
 
-__all__ = ['processor', 'instruction_set', 'sums_exactly', 'int8_gain', 'slowdown', 'int8_verdict']
+__all__ = ['processor', 'instruction_set', 'sums_exactly', 'unfuses', 'int8_gain', 'slowdown', 'int8_verdict']
 
 INSTRUCTION_SETS = (
     'amx_int8', 'amx_bf16', 'avx512_vnni', 'avx_vnni', 'avx512_bf16', 'avx512f', 'avx2', 'asimddp', 'i8mm')
@@ -80,6 +80,11 @@ def sums_exactly(engine: str) -> bool:
     """Whether an engine sums products of the largest signed bytes exactly on this processor."""
     run = compile_graph(_product_graph(np.full((64, 16), 127, np.int8), np.int8), engine)
     return bool((run(np.full((1, 16, 64), 127, np.float32)) == 64 * 127 * 127).all())
+
+
+def unfuses(engine: str) -> bool:
+    """Whether an engine is faster here if elementwise operations are kept out of its products (`compile_graph`)."""
+    return engine == 'openvino' and not sums_exactly(engine)
 
 
 @functools.cache

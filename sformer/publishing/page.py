@@ -170,6 +170,9 @@ def _graph(name: str) -> 'tuple[ModelProto, GraphRecord, bool]':
     yet."""
     if name.endswith('.onnx'):
         graph, record = read_graph(name)
+        if record.get('uint8_input'):
+            raise SFormerError(f'{name} takes bytes, and a page gives it normalised pixels: export it without '
+                               f'--uint8-input.')
     else:
         model = task_of(name).open(name)
         if not is_calibrated(model):

@@ -18,7 +18,10 @@ from ..profiling import Operation, Profile, Site
 from .plots import need_pages, plot_activity
 from .profile_plots import CurvePoint, plot_energy, plot_levels, plot_maps, plot_trade_off
 
-__all__ = ['OTHER', 'PARTS', 'REPORT', 'by_kind', 'by_site', 'is_report', 'kind_of', 'read_curve', 'write_profile']
+__all__ = [
+    'OTHER', 'PARTS', 'REPORT', 'by_kind', 'by_site', 'energy_rows', 'is_report', 'kind_of', 'read_curve',
+    'write_profile',
+]
 
 # parts of the account, and what a reader finds them called
 PARTS = dict(operations='products', comparisons='firing', weights='weights', activations='spikes', routing='routing',
@@ -26,7 +29,7 @@ PARTS = dict(operations='products', comparisons='firing', weights='weights', act
 OTHER = dict(total='total', low='data - 50 %', high='data + 50 %')
 POINT_RANGES = dict(levels=(1, math.inf), top1=(0, 100), energy=(0, math.inf), source_top1=(0, 100),
                     num_images=(1, math.inf))
-TABLES = ('operations', 'sites', 'floating')
+TABLES = ('operations', 'sites', 'floating', 'energy')
 REPORT = ('profile.json', 'index.html', *(f'{name}.csv' for name in TABLES), 'activity.png', 'levels.png', 'energy.png',
           'accuracy.png', 'maps.png')
 
@@ -71,6 +74,11 @@ def by_site(sites: Sequence[Site]) -> list[tuple[str, ...]]:
                 for column in zip(*values, strict=True)]
         rows.append((kind, f'{neurons / 1e3:.1f}', *(f'{value:.3f}' for value in mean)))
     return rows
+
+
+def energy_rows(account: Mapping[str, Mapping[str, float]]) -> list[dict[str, str | float]]:
+    """The account of `profiling.energy` [mJ] as rows, a part each, with a column per way of computing."""
+    return [{'part': part, **{name: parts[part] for name, parts in account.items()}} for part in (*PARTS, *OTHER)]
 
 
 def read_curve(path: Path) -> list[CurvePoint]:
@@ -163,7 +171,8 @@ def write_profile(
         (aside / 'index.html').write_text(page, encoding='utf-8')
         (aside / 'profile.json').write_text(json.dumps(result, indent=2, allow_nan=False) + '\n', encoding='utf-8')
         for name in TABLES:
-            _write_csv(aside / f'{name}.csv', result[name])
+            rows = energy_rows(result['energy']['account']) if name == 'energy' else result[name]
+            _write_csv(aside / f'{name}.csv', rows)
         for name, (_, data) in pictures.items():
             (aside / name).write_bytes(data)
         return sorted(path.name for path in aside.iterdir())

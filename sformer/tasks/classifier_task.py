@@ -17,8 +17,9 @@ from ..evaluation.labels import DATASETS
 from ..evaluation.networks import device_of
 from ..evaluation.predictions import Prediction, Reader, predict_classes
 from ..evaluation.schema import SOURCE, Result
-from ..execution import export_onnx, load_onnx
+from ..execution import export_onnx, export_safetensors, load_onnx
 from ..execution.integer import IntegerReport
+from ..execution.prepared import Rounding
 from ..files import Json
 from ..layers import named_neurons
 from ..models import SFormerMixin
@@ -61,7 +62,7 @@ class Classification(Task):
     library = 'timm'
     metric = 'accuracy'
     source_is_base = True
-    verbs = ('benchmark', 'distill', 'page', 'search', 'sweep')
+    verbs = ('baselines', 'benchmark', 'distill', 'page', 'search', 'sweep')
     options = {**OPTIONS, 'export': tuple(option for option in OPTIONS['export'] if option != 'image_size')}
 
     def owns(self, model: nn.Module) -> bool:
@@ -167,10 +168,17 @@ class Classification(Task):
                     unit='spikes per neuron, summed over blocks')
 
     def export(self, model: nn.Module, output: Path, options: ExportOptions) -> list[IntegerReport]:
-        return export_onnx(
-            model, output, options.calibration, split=options.split, num_images=options.num_images,
-            seed=options.seed, image_column=options.image_column, max_error=options.max_error,
-            portable=options.portable, spikes=options.spikes, overwrite=options.overwrite, command=options.command)
+        rounding = Rounding(
+            split=options.split, num_images=options.num_images, seed=options.seed, image_column=options.image_column,
+            max_error=options.max_error, portable=options.portable, command=options.command)
+        if options.format == 'onnx':
+            return export_onnx(model, output, options.calibration, spikes=options.spikes,
+                               uint8_input=options.uint8_input, overwrite=options.overwrite, **rounding)
+        for given, option in ((options.spikes, '--spikes'), (options.uint8_input, '--uint8-input')):
+            if given:
+                raise SFormerError(f'{option} is of graphs, and tensors are none: leave it out.')
+        return export_safetensors(
+            model, output, options.calibration, overwrite=options.overwrite, **rounding)
 
     def batches(self, model: nn.Module, images: ImageRequest, batch_size: int) -> tuple[Iterable[Inputs], Json]:
         return calibration_batches(model, images, batch_size, 'Counting')[:2]

@@ -57,6 +57,8 @@ class ExportOptions:
     image_column: str | None = None
     image_size: tuple[int, int] | None = None
     spikes: bool = False
+    format: str = 'onnx'
+    uint8_input: bool = False
 
 
 # command -> options that only some tasks take; the others say something to each
@@ -64,7 +66,8 @@ OPTIONS: Mapping[str, tuple[str, ...]] = {
     'convert': (*(option.name for option in fields(ConversionOptions)), 'image_column'),
     'evaluate': ('batch_size', 'workers', 'image_column', 'label_column', 'streaming', 'benchmark', 'img_size',
                  'crop_pct', 'interpolation', 'amp', 'amp_dtype', 'channels_last', 'torchcompile', 'retry', 'engine'),
-    'export': ('calibration', 'split', 'num_images', 'seed', 'image_column', 'image_size', 'spikes'),
+    'export': ('calibration', 'split', 'num_images', 'seed', 'image_column', 'image_size', 'spikes', 'format',
+               'uint8_input'),
     'profile': ('batch_size', 'execute', 'image_column'),
 }
 
@@ -262,7 +265,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def export(self, model: nn.Module, output: Path, options: ExportOptions) -> list[IntegerReport]:
-        """Write a model as ONNX: what became of each layer."""
+        """Write a model as an option says: what became of each layer."""
 
     @abc.abstractmethod
     def batches(self, model: nn.Module, images: ImageRequest, batch_size: int) -> tuple[Iterable[Inputs], Json]:

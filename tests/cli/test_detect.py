@@ -314,6 +314,7 @@ def test_mistakes(files, run):
     assert_mistake(run('detect', 'show', det, shapes / 'val' / '0.png', '-o', files / 'o.txt'), 'neither a PNG nor')
     assert_mistake(run('export', det, files / 'o.onnx', '--calibration', shapes, '--split', 'no'), "no split 'no'")
     assert_mistake(run('export', det, files / 'o.onnx', '--crop-pct', '0.9'), 'is a detector: leave out --crop-pct')
+    assert_mistake(run('export', det, files / 'o.safetensors'), 'leave out --format')
     for args in (('sweep', det), ('distill', det, '--dataset', shapes, '-o', files / 'x'), ('benchmark', det)):
         assert_mistake(run(*args), f'det is a detector, which sformer {args[0]} does not take')
     assert_mistake(run('detect', 'show', 'sformer_nano.digits', shapes / 'val' / '0.png', '-o', files / 'o.png'),

@@ -1,12 +1,14 @@
 """`sformer export`, `sformer evaluate X.onnx` and `sformer benchmark`."""
+import csv
 import json
 import sys
 
 import pytest
 import timm
 from conftest import NANO, trained_state
+from safetensors import safe_open
 
-from sformer import convert, evaluate, save_model, to_integer_
+from sformer import convert, evaluate, named_neurons, save_model, to_integer_
 from sformer.cli import export
 from sformer.execution.integer import MAX_WEIGHT_ERROR
 from sformer.files import state_hash
@@ -80,12 +82,13 @@ def assert_refused(result, message, code=1):
 def test_more_than_a_file_can_hold_is_refused(run_inside, model, folder, tmp_path, monkeypatch):
     """Protobuf said so at the very end, after hours. A graph of at most its bytes is written, of one less is not."""
     from sformer.execution import onnx as graphs
+    from sformer.execution import prepared
     sizes = []
-    to_onnx, to_integer = graphs.to_onnx, graphs.to_integer_
+    to_onnx = graphs.to_onnx
 
-    def written(network):
+    def written(network, *args):
         sizes.append(sum(value.numel() * value.element_size() for value in network.state_dict().values()))
-        return to_onnx(network)
+        return to_onnx(network, *args)
     monkeypatch.setattr(graphs, 'to_onnx', written)
     code, out, err = run_inside('export', folder, 'm.onnx')
     assert code == 0 and 'largest error of int8 weights 0.' in out, err
@@ -95,17 +98,32 @@ def test_more_than_a_file_can_hold_is_refused(run_inside, model, folder, tmp_pat
     monkeypatch.setattr('torch.onnx.export', lambda *args, **how: pytest.fail('too late'))
     monkeypatch.setattr(graphs, 'MAX_GRAPH', sizes[0] - 1)
     assert_refused(run_inside('export', folder, 'n.onnx'), 'file of ONNX holds no more than 0.00 GiB. Layers in')
-    monkeypatch.setattr(graphs, 'to_integer_', lambda *args: pytest.fail('too late'))
+    monkeypatch.setattr(prepared, 'to_integer_', lambda *args: pytest.fail('too late'))
     monkeypatch.setattr(graphs, 'MAX_GRAPH', sum(p.numel() for p in model.parameters()))
     assert_refused(run_inside('export', folder, 'n.onnx'), 'No option makes it fit: run it in torch.')
-    monkeypatch.setattr(graphs, 'to_integer_', to_integer)
     assert not (tmp_path / 'n.onnx').exists()
+
+
+def test_export_of_tensors(run_inside, folder, model, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'onnx', None)  # nobody needs it
+    code, out, err = run_inside('export', folder, 'm.safetensors', '--max-error', '0.02', '--no-portable')
+    assert code == 0 and '10 of 10 layers in integers' in out and 'VNNI' not in out, err
+    with safe_open(tmp_path / 'm.safetensors', 'pt') as file:
+        about = json.loads(file.metadata()['sformer'])
+        assert {name for name, _ in named_neurons(model)} == {*about['neurons']}
+        assert file.get_tensor('blocks.0.attn.qkv.weight').abs().max() == 127
+    assert about['weights_sha256'] == state_hash(model.state_dict()) and about['format_version'] == 1
+    assert about['max_error'] == 0.02 and about['portable'] is False and about['floating'] == []
+    assert about['command'].startswith('sformer export ')
+    assert_refused(run_inside('export', folder, 'm.safetensors'), 'm.safetensors is there already; --overwrite')
+    assert_refused(run_inside('export', folder, 'm.txt', '--format', 'safetensors'), 'ends in .safetensors')
+    assert_refused(run_inside('export', folder, 'm.safetensors', '--format', 'onnx'), 'ends in .onnx')
 
 
 @pytest.mark.parametrize('missing', ['onnx', 'onnxscript'])
 def test_a_missing_package_is_noticed_before_the_work(run_inside, folder, tmp_path, monkeypatch, missing):
     monkeypatch.setitem(sys.modules, missing, None)  # importing it fails
-    monkeypatch.setattr('sformer.execution.onnx.to_integer_', lambda *args: pytest.fail('too late'))
+    monkeypatch.setattr('sformer.execution.prepared.to_integer_', lambda *args: pytest.fail('too late'))
     assert_refused(run_inside('export', folder, 'm.onnx'), f"{missing} is missing: pip install '.[onnx]' in a clone")
     assert not list(tmp_path.iterdir())
 
@@ -152,8 +170,18 @@ def test_benchmark(run_inside, folder, tmp_path, monkeypatch):
     code, out, err = run_inside('benchmark', folder, '--execution', 'simulate', 'integer', '--against', 'source:fp32',
                                 '--batch-size', '1', '--pairs', '1', '--results-file', 'b.json')
     assert code == 0 and 'batch 1' in out, err
-    found = [row['execution'] for row in json.loads((tmp_path / 'b.json').read_text())['results']]
-    assert found == ['simulate', 'integer', 'source:fp32']
+    result = json.loads((tmp_path / 'b.json').read_text())
+    assert [row['execution'] for row in result['results']] == ['simulate', 'integer', 'source:fp32']
+    for row in result['results']:
+        assert row['seconds'] <= row['p95'] and row['images_per_second'] == pytest.approx(1 / row['seconds'])
+        assert row['size'] > 0 and row['memory'] is None
+    assert out.endswith(f'{result["verdict"]}\n') and 'This processor has' in result['verdict']
+    code, out, err = run_inside('benchmark', folder, '--execution', 'simulate', '--against', 'source:fp32',
+                                '--pairs', '3', '--batch-size', '1', '2', '--threads', '1', '--format', 'csv')
+    rows = list(csv.DictReader(out.splitlines()))
+    assert code == 0 and [(row['execution'], row['batch_size'], row['threads']) for row in rows] == [
+        ('simulate', '1', '1'), ('source:fp32', '1', '1'), ('simulate', '2', '1'), ('source:fp32', '2', '1')], err
+    assert float(rows[0]['times_source:fp32']) > 0 == len(rows[1]['times_source:fp32']) and 'Take ' in err
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ FILES = {
     'sweep': ('sweep {saved} --dataset digits --results-file {out}', 'r.json'),
     'search': ('search {saved} --dataset digits --results-file {out}', 'r.json'),
     'search, journal': ('search {saved} --dataset digits --storage {out}', 'trials'),
+    'baselines': ('baselines {saved} --dataset digits --results-file {out}', 'r.json'),
     'benchmark': ('benchmark {saved} --results-file {out}', 'r.json'),
     'export': ('export {saved} {out}', 'm.onnx'),
     'predict, CSV': ('predict {saved} nothing.png -o {out}', 'p.csv'),

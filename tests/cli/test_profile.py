@@ -19,15 +19,32 @@ def test_profile(run_inside, model, tmp_path):
     result = json.loads((tmp_path / 'report' / 'profile.json').read_text())
     assert result['executed']['equal'] and result['executed']['images'] == 1
     assert {path.name for path in (tmp_path / 'report').iterdir()} == {
-        'index.html', 'profile.json', 'operations.csv', 'sites.csv', 'floating.csv', 'activity.png', 'levels.png',
-        'energy.png', 'maps.png'}
+        'index.html', 'profile.json', 'operations.csv', 'sites.csv', 'floating.csv', 'energy.csv', 'activity.png',
+        'levels.png', 'energy.png', 'maps.png'}
     assert result['images']['num_images'] == 20 and result['command'].startswith('sformer profile out --dataset digits')
     rows = list(csv.DictReader((tmp_path / 'report' / 'operations.csv').open()))
     assert [row['name'] for row in rows] == [o['name'] for o in result['operations']]
     assert float(rows[1]['synaptic_operations_unary']) == result['operations'][1]['synaptic_operations']['unary']
     assert len(list(csv.DictReader((tmp_path / 'report' / 'sites.csv').open()))) == len(result['sites'])
+    rows = {row['part']: row for row in csv.DictReader((tmp_path / 'report' / 'energy.csv').open())}
+    account = result['energy']['account']
+    assert {row['part']: float(row['graded']) for row in rows.values()} == account['graded']
+    assert float(rows['total']['quantised']) == account['quantised']['total']
     assert run_inside('profile', 'out', '--num-images', '1', '-o', 'report')[0] == 0, 'its own is replaced'
     assert json.loads((tmp_path / 'report' / 'profile.json').read_text())['images']['num_images'] == 1
+
+
+def test_energies_for_programs_and_papers(run_inside, model, tmp_path):
+    save_model(model, tmp_path / 'out')
+    code, out, err = run_inside('profile', 'out', '--num-images', '1', '--format', 'csv')
+    rows = list(csv.DictReader(out.splitlines()))
+    assert code == 0, err
+    assert [*rows[0]] == ['part', 'quantised', 'quantised, skipping zeros', 'graded', 'binary', 'unary']
+    assert sum(float(row['graded']) for row in rows[:6]) == pytest.approx(float(rows[6]['graded']))
+    code, latex, _ = run_inside('profile', 'out', '--num-images', '1', '--format', 'latex')
+    lines = latex.splitlines()
+    assert code == 0 and lines[1] == r'\begin{tabular}{lrrrrr}' and lines[-1] == r'\end{tabular}'
+    assert f'{float(rows[0]["graded"]):.4g}' in lines[5] and len(lines) == 6 + 9 + 1
 
 
 def test_what_is_spiking(run_inside, model, tmp_path):

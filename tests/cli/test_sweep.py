@@ -39,6 +39,16 @@ def test_points_as_csv(run_inside, model, tmp_path):
     assert float(few['error']) > float(many['error']) and few['num_images'] == '16' and few['origin'] == 'sweep'
 
 
+def test_points_in_formats(run_inside, model, tmp_path):
+    save_model(model, tmp_path / 'out')
+    code, out, err = run_inside('sweep', 'out', *DIGITS, '--levels', '4', '--format', 'csv', '--results-file', 'p.csv')
+    assert code == 0 and out == (tmp_path / 'p.csv').read_text() and 'written to p.csv' in err
+    code, out, _ = run_inside('sweep', 'out', *DIGITS, '--levels', '4', '--format', 'md')
+    comment, heads, _, row = out.splitlines()
+    assert code == 0 and comment.startswith('<!-- out: 16 images of digits') and heads.count('|') == row.count('|') == 9
+    assert row.startswith('| 4 | ')
+
+
 @pytest.mark.parametrize('command', ['sweep', 'search'])
 def test_files_of_others_stay(run_inside, model, tmp_path, command):
     if command == 'search':

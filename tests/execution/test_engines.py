@@ -19,7 +19,8 @@ from sformer import SFNConfig, SFormerError, UncalibratedError, convert, export_
 from sformer.execution import EXECUTIONS, benchmark, engines
 from sformer.execution.engines import openvino_config
 from sformer.execution.graph import to_graph_
-from sformer.execution.onnx import METADATA, to_onnx
+from sformer.execution.onnx import to_onnx
+from sformer.execution.prepared import METADATA
 from sformer.layers import is_calibrated
 from sformer.neurons import Neuron
 
@@ -287,7 +288,7 @@ def test_engines_that_are_not_there(graph, monkeypatch):
 
 
 def test_an_engine_that_does_not_know_an_operator(graph, tmp_path, monkeypatch):
-    def old(graph):
+    def old(graph, precision):
         raise RuntimeError('opset 20 is not supported\nand more')
     monkeypatch.setitem(engines.ENGINES, 'onnxruntime', old)
     with pytest.raises(SFormerError, match=r'onnxruntime \d.* cannot run this graph \(opset 20 is not supported\)'):
@@ -328,6 +329,27 @@ def test_layers_that_stay_floating_are_listed(model, tmp_path):
     assert onnx.load(tmp_path / 'model.onnx').metadata_props[0].key == METADATA
 
 
+def test_bytes_in(exported, tmp_path, caplog):
+    model, plain = exported('vit', SFNConfig.recipe('fast'), 1)
+    export_onnx(model, tmp_path / 'm.onnx', uint8_input=True)
+    assert not caplog.records  # fast neurons are no reason to warn
+    images = pixels(5)
+    decoded = ((images + 1) * 127.5).round().to(torch.uint8).movedim(1, -1).contiguous().numpy()
+    given, = onnx.load(tmp_path / 'm.onnx').graph.input
+    assert given.type.tensor_type.elem_type == onnx.TensorProto.UINT8
+    assert [d.dim_value for d in given.type.tensor_type.shape.dim][1:] == [32, 32, 3]
+    for engine in ENGINES:
+        run = engines.compile_graph((tmp_path / 'm.onnx').read_bytes(), engine)
+        expected = load_onnx(plain, engine)(images).numpy()
+        assert np.abs(run(decoded) - expected).max() < 1e-3 * np.abs(expected).max()
+        assert np.array_equal(load_onnx(tmp_path / 'm.onnx', engine)(images).numpy(), run(decoded))
+
+
+def test_slow_neurons_are_named(model, tmp_path, caplog):
+    export_onnx(model, tmp_path / 'm.onnx')
+    assert [record.message for record in caplog.records if 'recipe fast' in record.message]
+
+
 def test_benchmark_names_what_there_is(model):
     with pytest.raises(SFormerError, match="no execution 'gpu': there are source:fp32"):
         benchmark(model, ['gpu'])
@@ -337,6 +359,9 @@ def test_benchmark_names_what_there_is(model):
 @pytest.mark.slow
 def test_benchmark(model):
     result = benchmark(model, ['openvino', 'integer'], ['source:fp32', 'openvino:int8'], [1, 3], pairs=2)
+    for row in result['results']:
+        by_engine = row['execution'].startswith('openvino')
+        assert row['size'] > 1e4 and (1e7 < row['memory'] < 1e9 if by_engine else row['memory'] is None)
     assert [(row['batch_size'], row['execution']) for row in result['results']] == [
         (size, name) for size in (1, 3) for name in ('openvino', 'integer', 'source:fp32', 'openvino:int8')]
     for row in result['results']:
