@@ -49,12 +49,12 @@ class LateralFired(NamedTuple):
 
     Args:
         levels: Before they are multiplied, as of `ScaleAndFire`.
-        row: Factor per token.
+        token_scale: Factor per token.
         spikes: Lateral spikes, whole numbers in float32, in the shape of levels: what each channel tells those that
             fire after it.
     """
     levels: torch.Tensor
-    row: torch.Tensor | None
+    token_scale: torch.Tensor | None
     spikes: torch.Tensor
 
 
@@ -175,11 +175,11 @@ class LateralScaleAndFire(ScaleAndFire):
         """Spikes on a current, as of `ScaleAndFire`, and lateral spikes, int8."""
         fired = self._fire_in_groups(x.detach(), self.threshold)
         k = self._multiplied_(fired.levels, self.multiplier)
-        return Spikes(k.to(torch.int8), self.step, fired.row, self.center, fired.spikes.to(torch.int8))
+        return Spikes(k.to(torch.int8), self.step, fired.token_scale, self.center, fired.spikes.to(torch.int8))
 
     def _fire(self, x: torch.Tensor, threshold: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         fired = self._fire_in_groups(x, threshold)
-        return fired.levels, fired.row
+        return fired.levels, fired.token_scale
 
     def _fire_in_groups(self, x: torch.Tensor, threshold: torch.Tensor) -> LateralFired:
         row = self._row(self._divided(self._loud(x), threshold))

@@ -39,7 +39,7 @@ def test_a_layer_is_its_simulation(config):
     report, = to_integer_(integer)
     assert report.integer and torch.equal(integer[0].neuron.encode(x).levels, spikes.levels)
     sums = spikes.levels.double() @ integer[0].weight.double().T * integer[0].weight_step
-    expected = sums * (1 if spikes.row is None else spikes.row) + integer[0].bias
+    expected = sums * (1 if spikes.token_scale is None else spikes.token_scale) + integer[0].bias
     torch.testing.assert_close(integer(x), expected.float(), rtol=1e-5, atol=1e-5)
 
 
@@ -59,7 +59,7 @@ def test_a_graph_fires_the_same_levels(config, stand_up, monkeypatch):
     assert same > 0.999  # but where a potential lies within float rounding of a boundary
     assert levels.range[0] <= k.min() and k.max() <= levels.range[1]
     if row is not None:
-        torch.testing.assert_close(row, spikes.row)
+        torch.testing.assert_close(row, spikes.token_scale)
 
 
 @pytest.mark.usefixtures('operators_read_once')

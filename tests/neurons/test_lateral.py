@@ -54,7 +54,7 @@ def test_channels_fire_one_after_the_other_as_they_are_told(seed, token, zone, s
     x = 3 * torch.randn(5, 12, generator=rng(seed + 3))
     spikes = neuron.encode(x)
     alone = plain(neuron)
-    row = torch.ones(5, 1) if spikes.row is None else spikes.row
+    row = torch.ones(5, 1) if spikes.token_scale is None else spikes.token_scale
     v = neuron._potential(x) / row
     for group, feedback in neuron.groups():
         for i in range(group.start, group.stop):
