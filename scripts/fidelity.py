@@ -33,9 +33,13 @@ from sformer.execution.processor import instruction_set
 from sformer.execution.quantisers import nncf_graph, plain_int8
 from sformer.files import file_hash, state_hash, write_json
 from sformer.layers import named_neurons, shared_copy
-from sformer.neurons import SFNConfig, recipe_configs
+from sformer.layers.multiplying import LINEAR
+from sformer.neurons import CODINGS, SFNConfig, recipe_configs
+from sformer.profiling import profile_operations
+from sformer.profiling.operations import FEEDBACK
 
 BATCH_SIZE = 16
+PROFILED_IMAGES = 2
 SITES_IMAGES = 16  # a dozen kinds of sites, each a network of its own
 
 
@@ -112,6 +116,8 @@ def measure(
           f'blocks {" ".join(f"{e:.3f}" for e in errors[:-1])}', flush=True)
     result: dict[str, Any] = dict(
         tokens=errors[-1], patch_tokens=patches, blocks=errors[:-1], spikes_per_neuron=spikes)
+    if model.sfn_config.lateral:
+        result['feedback'] = feedback_share(model, images[:PROFILED_IMAGES])
     if sites:
         result['sites'], few = {}, images[:SITES_IMAGES]
         for kind in sorted({kind_of(name) for name, _ in named_neurons(model)}):
@@ -141,6 +147,20 @@ def measure_integer(
           f'columns, in floating point: {", ".join(floating) or "none"}', flush=True)
     return dict(tokens=error, tokens_nearest=plain, columns=columns, floating=floating,
                 weight_errors={report.name: report.error for report in reports})
+
+
+def feedback_share(model: nn.Module, images: torch.Tensor) -> dict[str, float]:
+    """What neurons feed back to one another, as a share of the linear layers: synaptic operations that lateral spikes
+    cause, by coding, and weights, which is the share of operations if each is met (dense)."""
+    operations, _, _ = profile_operations(model, [images])
+    feedback = [o for o in operations if o.kind == FEEDBACK]
+    linear = [o for o in operations if o.kind == LINEAR]
+    share = {coding: sum(o.synaptic_operations[coding] for o in feedback)
+             / sum(o.synaptic_operations[coding] for o in linear) for coding in CODINGS}
+    share['dense'] = sum(o.weights for o in feedback) / sum(o.weights for o in linear)
+    print(f'  feedback, as a share of the linear layers: {share["dense"]:.1%} of weights; of synaptic operations '
+          f'{", ".join(f"{share[coding]:.1%} {coding}" for coding in CODINGS)}', flush=True)
+    return share
 
 
 class Tokens(nn.Module):

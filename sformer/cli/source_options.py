@@ -61,6 +61,14 @@ class NeuronOptions:
              'fast]')] = None
     silence: Annotated[float | None, typer.Option(
         help='Price of activity: the higher, the fewer neurons fire; 0.003 to 0.1 are usual')] = None
+    lateral: Annotated[int | None, typer.Option(
+        help='Groups in which the channels of a site fire, each of which takes up what those before left out; 4 or 8 '
+             'are usual  [default: 0, none]')] = None
+    lateral_zone: Annotated[float | None, typer.Option(
+        help='No lateral spike for less than this share of the distance between two levels  [default: 0.125]')] = None
+    lateral_cost: Annotated[float | None, typer.Option(
+        help='No lateral spikes where they take more than so many times the weights of the layer  [default: 2]'
+    )] = None
     estimator: Annotated[str | None, typer.Option(
         help='Threshold estimator: mse, quantile or max  [default: mse, of fast max]')] = None
     quantile: Annotated[float | None, typer.Option(
@@ -75,6 +83,9 @@ class NeuronOptions:
     compensate: Annotated[bool | None, typer.Option(
         '--compensate', help='Let weights make up for what neurons leave out: closer to the source, whose weights they '
         'are no longer')] = None
+    balance: Annotated[bool | None, typer.Option(
+        '--balance', help='Write queries, keys and values such that neurons make the least noise: the same function by '
+        'other weights')] = None
 
     def configs(self) -> tuple[SFNConfig, FitConfig]:
         """How neurons fire and how they are fitted, as `sformer.convert` takes both.

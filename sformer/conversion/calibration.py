@@ -18,21 +18,24 @@ from ..data.batches import num_images
 from ..errors import SFormerError, UnsupportedLayerError, check
 from ..files import Json
 from ..layers import Product, named_neurons, named_products, shared_copy
+from ..layers.heads import head_weights
 from ..layers.spiking import fit_neurons, multiplies_currents
 from ..layers.watch import ForwardWatch
-from ..neurons import FitConfig, Neuron, ScaleAndFire, recipe_name
+from ..neurons import FitConfig, LateralScaleAndFire, Neuron, ScaleAndFire, recipe_name
 from ..neurons.base import Observer
 from ..neurons.statistics import CurrentStatistics, check_finite
+from .balance import Moments, balance_
 from .changes import in_words, record_of, recorded_as
 from .compensation import Correlation, compensable, compensated
-from .record import BALANCED, COMPENSATED, CalibrationRecord, library_versions, set_record_
-from .silence import RowSensitivity, Sensitivity, set_quiet_
+from .feedback import ErrorCost, cost_bytes
+from .record import BALANCED, COMPENSATED, CalibrationRecord, Conversion, library_versions, set_record_
+from .silence import RowSensitivity, Sensitivity, add_gradients, set_quiet_
 
 __all__ = ['calibrate_', 'correct', 'observe', 'OBSERVED_IMAGES']
 
 SENSITIVITY_BATCHES = 8
 COMPENSATED_IMAGES = 1024  # that are held in memory for it
-CORRELATED_BYTES = 2 ** 31  # of what is summed up at a time
+SUMMED_BYTES = 2 ** 31  # of what is summed up at a time
 OBSERVED_IMAGES = 16  # at a time; small enough that currents of a large network at 500 pixels are no burden
 
 ForwardFn = Callable[[nn.Module, Any], object]  # of a network and a batch, of whatever it reads
@@ -50,8 +53,8 @@ def calibrate_(
         module: A module that `spiking_` converted.
         batches: What the module reads. Tensors (B, ...) are observed in batches of `OBSERVED_IMAGES`; anything else,
             such as lists of images, as it comes. The first batch is read twice where the fit is `unbiased`, the first
-            eight where neurons have a price of activity, then with gradients; the first 1,024 images where weights
-            compensate.
+            eight where weights are balanced and, with gradients, where neurons have a price of activity or send lateral
+            spikes; the first 1,024 images where weights compensate.
         fit: How thresholds are fitted.
         forward_fn: Called with the source network and a batch; `network(batch)` if None.
 
@@ -65,37 +68,45 @@ def calibrate_(
             multiplies its spikes by; names it.
     """
     record = record_of(module)
-    if {COMPENSATED, BALANCED} & {*record.changed}:
+    if COMPENSATED in record.changed:
         raise SFormerError(f'the weights of this module {in_words(record.changed)} that were fitted before, so they '
                            f'are not those of the source: start from the source itself.')
     products = list(named_products(module))  # which names a layer that does not say what it multiplies
     batches = iter(_rebatched(batches))
     silent = _check_silence(module)
-    first = list(itertools.islice(batches, SENSITIVITY_BATCHES if silent else 1))
-    if silent:
-        _fit_silence(module, first, forward_fn)
-    held: list[object] = []
-    batches = itertools.chain(first, batches)
-    statistics, count = observe(module, _kept(batches, held) if fit.compensate else batches, forward_fn)
-    unmet = [name for name, seen in statistics.items() if isinstance(seen, CurrentStatistics) and not seen.counted]
-    if unmet:
-        raise SFormerError(
-            f'no current reached {unmet[0]}{f" and {len(unmet) - 1} more" if len(unmet) > 1 else ""}, so no threshold '
-            f'can be fitted. Use images on which all of the network runs, such as ones with objects that a detector '
-            f'finds, or leave that part out (filter_fn of spiking_).')
-    with torch.device('cpu'):  # where statistics are, whatever the default device is
-        fit_neurons(module, statistics, fit)
-        _widen([product for _, _, found in products for product in found], fit)
-    if fit.unbiased:
-        correct(module, first[0], forward_fn)
-    set_record_(module, dataclasses.replace(
-        record, source_sha256=record.source_sha256 or record.state_sha256, fit=fit,
-        recipe=_recipe_followed(module, fit), calibration=CalibrationRecord(num_images=count),
-        versions=library_versions(), command=None))
-    if fit.compensate:
-        with recorded_as(module, COMPENSATED):
-            _compensate(module, held, forward_fn)
-    return count
+    lateral = any(isinstance(neuron, LateralScaleAndFire) for _, neuron in named_neurons(module))
+    first = list(itertools.islice(batches, SENSITIVITY_BATCHES if silent or lateral or fit.balance else 1))
+    with contextlib.ExitStack() as undo:  # what was folded into weights, where anything fails
+        if fit.balance:
+            record = _balance(module, record, first, forward_fn, undo)
+        if silent:
+            _fit_silence(module, first, forward_fn)
+        held: list[object] = []
+        batches = itertools.chain(first, batches)
+        statistics, count = observe(module, _kept(batches, held) if fit.compensate else batches, forward_fn)
+        unmet = [name for name, seen in statistics.items() if isinstance(seen, CurrentStatistics) and not seen.counted]
+        if unmet:
+            more = f' and {len(unmet) - 1} more' if len(unmet) > 1 else ''
+            raise SFormerError(
+                f'no current reached {unmet[0]}{more}, so no threshold can be fitted. Use images on which all of the '
+                f'network runs, such as ones with objects that a detector finds, or leave that part out (filter_fn of '
+                f'spiking_).')
+        with torch.device('cpu'):  # where statistics are, whatever the default device is
+            fit_neurons(module, statistics, fit)
+            _widen([product for _, _, found in products for product in found], fit)
+        if fit.unbiased:
+            correct(module, first[0], forward_fn)
+        if lateral:
+            _fit_feedback(module, first, forward_fn)
+        set_record_(module, dataclasses.replace(
+            record, source_sha256=record.source_sha256 or record.state_sha256, fit=fit,
+            recipe=_recipe_followed(module, fit), calibration=CalibrationRecord(num_images=count),
+            versions=library_versions(), command=None))
+        if fit.compensate:
+            with recorded_as(module, COMPENSATED):
+                _compensate(module, held, forward_fn)
+        undo.pop_all()
+        return count
 
 
 def _widen(products: list[Product], fit: FitConfig) -> None:
@@ -135,6 +146,40 @@ def _kept(batches: Iterable[object], held: list[object]) -> Iterator[object]:
         yield batch
 
 
+@torch.inference_mode()
+def _balance(
+        module: nn.Module,
+        record: Conversion,
+        batches: list[object],
+        forward_fn: ForwardFn | None,
+        undo: contextlib.ExitStack,
+) -> Conversion:
+    """Let neurons of attention make less noise, by the source's currents on some batches; the record, which says so,
+    and what undoes it.
+
+    Raises:
+        SFormerError: If there is nothing to balance.
+    """
+    layers = [layer for _, layer in head_weights(module)]
+    names = {neuron: name for name, neuron in named_neurons(module)}
+    heads = {names[neuron]: layer.heads for layer in layers for neuron in layer.neurons}
+    if not layers:
+        raise SFormerError('no attention layer of this network can be balanced: leave out balance.')
+    view, seen = _view(module, lambda name, neuron: (
+        Moments(heads[name]) if name in heads else _Observer(name, None)))
+    for batch in batches:
+        _forward(module, view, copy.deepcopy(batch), forward_fn)
+    undo.callback(set_record_, module, vars(module).get('conversion'))
+    set_record_(module, dataclasses.replace(record, source_sha256=record.source_sha256 or record.state_sha256))
+    for tensor in (tensor for layer in layers for tensor in layer.tensors()):
+        undo.callback(tensor.copy_, tensor.clone())
+    with recorded_as(module, BALANCED):
+        for layer in layers:
+            queries, keys, values, outputs = (seen[names[neuron]] for neuron in layer.neurons)
+            balance_(layer, (queries, keys, values, outputs))
+    return record_of(module)
+
+
 def _fit_silence(module: nn.Module, batches: list[object], forward_fn: ForwardFn | None) -> None:
     """Say below which current each neuron is silent, by the gradients of the source on some batches."""
     def stand_in(name: str, neuron: Neuron) -> nn.Module:
@@ -142,12 +187,45 @@ def _fit_silence(module: nn.Module, batches: list[object], forward_fn: ForwardFn
             return _Observer(name, None)
         return Sensitivity(neuron) if neuron.signed else RowSensitivity(neuron)
 
-    view, sites = _view(module, stand_in)
-    for layer in list(view.modules()):  # gradients of currents alone, and none left on what others train
-        for name, parameter in list(layer.named_parameters(recurse=False)):
-            setattr(layer, name, nn.Parameter(parameter.detach(), requires_grad=False))
+    view, sites = _gradient_view(module, stand_in)
     set_quiet_([site for site in sites.values() if isinstance(site, Sensitivity)], batches,
                lambda batch: _forward(module, view, batch, forward_fn))
+
+
+def _fit_feedback(module: nn.Module, batches: list[object], forward_fn: ForwardFn | None) -> None:
+    """Set what neurons feed back to one another, by the gradients of the source on some batches."""
+    neurons = {name: neuron for name, neuron in named_neurons(module) if isinstance(neuron, LateralScaleAndFire)}
+    for group in _in_groups({name: cost_bytes(neuron) for name, neuron in neurons.items()}):
+        def stand_in(name: str, neuron: Neuron, group: list[str] = group) -> nn.Module:
+            if name in group and isinstance(neuron, LateralScaleAndFire):
+                return ErrorCost(neuron)
+            return _Observer(name, None)
+
+        view, sites = _gradient_view(module, stand_in)
+        add_gradients(batches, lambda batch, view=view: _forward(module, view, batch, forward_fn))
+        for name in group:
+            neurons[name].set_feedback(sites[name].cost)
+
+
+def _in_groups(sizes: dict[str, int]) -> Iterator[list[str]]:
+    """Names in groups for whose sums there is memory at a time, by the bytes that each takes."""
+    left = dict(sizes)
+    while left:
+        group: list[str] = []
+        while left and (not group or sum(sizes[name] for name in (*group, next(iter(left)))) <= SUMMED_BYTES):
+            name = next(iter(left))
+            group.append(name)
+            del left[name]
+        yield group
+
+
+def _gradient_view(module: nn.Module, stand_in: Callable[[str, Neuron], nn.Module]) -> tuple[nn.Module, Json]:
+    """As `_view`, for gradients of currents alone, of which none are left on what others train."""
+    view, sites = _view(module, stand_in)
+    for layer in list(view.modules()):
+        for name, parameter in list(layer.named_parameters(recurse=False)):
+            setattr(layer, name, nn.Parameter(parameter.detach(), requires_grad=False))
+    return view, sites
 
 
 @torch.inference_mode()
@@ -185,15 +263,9 @@ def _compensate(module: nn.Module, batches: list[object], forward_fn: ForwardFn 
     """Let weights make up for what neurons leave out of the source's currents, as far as other neurons know of it."""
     found = {product.operands[0]: product for _, product in compensable(module)}
     products = {name: found[neuron] for name, neuron in named_neurons(module) if neuron in found}
-    left = {name: 8 * product.in_channels ** 2 for name, product in products.items()}
     made: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
-    while left:  # as many layers at a time as memory is meant for
-        group: dict[str, int] = {}
-        while left and (not group or sum(group.values()) + next(iter(left.values())) <= CORRELATED_BYTES):
-            name = next(iter(left))
-            group[name] = left.pop(name)
-
-        def stand_in(name: str, neuron: Neuron, group: dict[str, int] = group) -> nn.Module:
+    for group in _in_groups({name: 8 * product.in_channels ** 2 for name, product in products.items()}):
+        def stand_in(name: str, neuron: Neuron, group: list[str] = group) -> nn.Module:
             return Correlation(neuron) if name in group and isinstance(neuron, ScaleAndFire) else _Observer(name, None)
 
         view, seen = _view(module, stand_in)

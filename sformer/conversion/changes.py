@@ -33,7 +33,7 @@ WORDS = {
     FINE_TUNED: 'were trained or set to other values since it was converted',
     ADAPTED: 'have other names, shapes or precision than those of its source',
 }
-SUITED = (COMPENSATED, BALANCED)  # to neurons: without them the network is another one
+SAME_FUNCTION = (BALANCED, ADAPTED)  # of which the network is what it was, as far as can be told
 
 
 def changed(model: nn.Module) -> tuple[str, ...]:
@@ -87,7 +87,7 @@ def source_of(model: nn.Module) -> nn.Module:
         SFormerError: If its weights are not those of the source any more; says why.
     """
     network, reasons = without_neurons(model), changed(model)
-    if {*reasons} - {ADAPTED}:
+    if {*reasons} - {ADAPTED}:  # bit for bit
         raise SFormerError(f'the weights of this model {in_words(reasons)}, so its source is not inside. Use the '
                            f'source itself; source_view() is the network that these weights are without neurons.')
     if reasons:
@@ -105,7 +105,7 @@ def network_inside(model: nn.Module) -> nn.Module:
         SFormerError: If they are fitted to its neurons, without which they are no network that anybody trained.
     """
     reasons = _check_inside(model)
-    if {*reasons} - {ADAPTED}:
+    if {*reasons} - {*SAME_FUNCTION}:
         _logger.warning(f'the weights of this model {in_words(reasons)}: what they are without neurons is taken for '
                         f'its source.')
     return without_neurons(model)
@@ -121,19 +121,18 @@ def kept_record(model: nn.Module) -> Conversion | None:
     reasons = _check_inside(model)
     if not vars(model).get('conversion'):
         return None
-    if {*reasons} - {ADAPTED}:
+    if {*reasons} - {*SAME_FUNCTION}:
         _logger.warning(f'the weights of this SFormer {in_words(reasons)}: what they are without neurons is converted, '
                         f'and its record goes on saying so.')
     return dataclasses.replace(record_of(model), weights_sha256=None, zoo_entry=None)
 
 
 def _check_inside(model: nn.Module) -> tuple[str, ...]:
-    """Why weights have moved; an SFormerError if they are fitted to neurons."""
+    """Why weights have moved; an SFormerError if they are another network without neurons."""
     reasons = changed(model)
-    fitted = [reason for reason in reasons if reason in SUITED]
-    if fitted:
-        raise SFormerError(f'the weights of this SFormer {in_words(fitted)}, so its source is not inside: convert the '
-                           f'source itself.')
+    if COMPENSATED in reasons:
+        raise SFormerError(f'the weights of this SFormer {in_words([COMPENSATED])}, so its source is not inside: '
+                           f'convert the source itself.')
     return reasons
 
 
@@ -166,7 +165,7 @@ def another_source(model: nn.Module, source: nn.Module) -> nn.Module:
 def warn_of_changes(name: str, model: nn.Module) -> None:
     """Warn where the network inside of an SFormer, which it is compared with, is not what it was converted from."""
     reasons = changed(model)
-    if reasons:
+    if {*reasons} - {BALANCED}:
         _logger.warning(f'the weights of {name} have moved since it was converted ({", ".join(reasons)}), and it is '
                         f'compared with what they are without neurons. --source-model names what it was converted '
                         f'from.')

@@ -16,8 +16,9 @@ import torch.nn as nn
 from ..data import ImageRequest
 from ..errors import SFormerError, first_line, needed_packages
 from ..files import Json, locked, state_hash
-from ..layers.watch import watch_levels
-from ..neurons import CODINGS, FitConfig, SFNConfig, count_spikes
+from ..layers.watch import watch_spikes
+from ..neurons import CODINGS, FitConfig, SFNConfig, Spikes
+from ..neurons.coding import count_all_spikes
 from .changes import network_inside
 from .convert import all_tokens, calibration_batches, convert
 
@@ -121,22 +122,24 @@ class Bench:
         """The SFormer of a config, beside its source."""
         start, before = time.perf_counter(), self.forward_passes
         model = convert(self.source, [self.calibration], config, self.fit)
-        spikes, neurons = dict.fromkeys(CODINGS, 0), 0
+        spikes = dict.fromkeys(CODINGS, 0)
+        neurons = fired = 0
 
-        def count(name: str, levels: torch.Tensor) -> None:
-            nonlocal neurons
-            neurons += levels.numel()
-            for coding, number in count_spikes(levels).items():
+        def count(name: str, sent: Spikes) -> None:
+            nonlocal neurons, fired
+            neurons += sent.levels.numel()
+            fired += int(sent.levels.count_nonzero())
+            for coding, number in count_all_spikes(sent).items():
                 spikes[coding] += number
 
-        with watch_levels(model, count):
+        with watch_spikes(model, count):
             out = self._outputs(model)
         error = ((out - self.expected).norm() / self.expected.norm()).item()
         agreement = (out.argmax(-1) == self.expected.argmax(-1)).float().mean().item() if out.ndim == 2 else None
         self.forward_passes = before + len(self.images) + len(self.calibration)
         self.seconds += time.perf_counter() - start
-        return Point(config, origin, error, agreement, *(
-            spikes[coding] / neurons for coding in ('graded', 'unary', 'binary')))
+        return Point(
+            config, origin, error, agreement, fired / neurons, spikes['unary'] / neurons, spikes['binary'] / neurons)
 
 
 def sweep(bench: Bench, base: SFNConfig, levels: Sequence[int] = SWEPT_LEVELS) -> Iterable[Point]:

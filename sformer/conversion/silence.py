@@ -17,8 +17,7 @@ from ..errors import SFormerError
 from ..neurons import ScaleAndFire
 from ..neurons.scale_and_fire import TINY
 
-__all__ = ['RowSensitivity', 'Sensitivity', 'set_quiet_']
-
+__all__ = ['RowSensitivity', 'Sensitivity', 'add_gradients', 'set_quiet_']
 
 
 class Sensitivity(nn.Module):
@@ -93,20 +92,16 @@ class RowSensitivity(Sensitivity):
         return quiet.view(self.squares.shape)
 
 
-def set_quiet_(
-        sites: list[Sensitivity],
-        batches: list[object],
-        outputs: Callable[[object], object],
-) -> None:
-    """Set the magnitude below which each neuron is silent, by the price of activity in its config.
-
-    The squared gradient of all outputs together is estimated without bias by that of a sum of them with random signs
-    (Hutchinson).
+def add_gradients(batches: list[object], outputs: Callable[[object], object]) -> float:
+    """Let what stands in a network see the gradient of its output on some batches, of which all sites together have a
+    squared one that is estimated without bias by that of a sum of outputs with random signs (Hutchinson).
 
     Args:
-        sites: Where neurons are in the network that `outputs` runs.
         batches: Images, or whatever the network reads.
         outputs: Output of the source network on a batch, with a graph.
+
+    Returns:
+        Sum of squares of all outputs.
 
     Raises:
         SFormerError: If the output is no tensor.
@@ -116,11 +111,30 @@ def set_quiet_(
         for batch in batches:
             out = outputs(batch.clone() if isinstance(batch, torch.Tensor) and batch.is_inference() else batch)
             if not isinstance(out, torch.Tensor):
-                raise SFormerError(f'a price of activity (silence) needs an output that is one tensor, got a '
-                                   f'{type(out).__name__}: let forward_fn return it.')
+                raise SFormerError(f'a price of activity (silence) and lateral spikes need an output that is one '
+                                   f'tensor, got a {type(out).__name__}: let forward_fn return it.')
             power += out.detach().double().square().sum().item()
             signs = torch.randint(0, 2, out.shape, generator=generator) * 2 - 1
             out.backward(signs.to(out))
+    return power
+
+
+def set_quiet_(
+        sites: list[Sensitivity],
+        batches: list[object],
+        outputs: Callable[[object], object],
+) -> None:
+    """Set the magnitude below which each neuron is silent, by the price of activity in its config.
+
+    Args:
+        sites: Where neurons are in the network that `outputs` runs.
+        batches: As of `add_gradients`.
+        outputs: Likewise.
+
+    Raises:
+        SFormerError: If the output is no tensor.
+    """
+    power = add_gradients(batches, outputs)
     if not math.isfinite(power):
         return  # whoever observes the network next says where
     total = sum(site.count for site in sites)

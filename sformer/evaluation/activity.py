@@ -6,12 +6,13 @@ import torch
 import torch.nn as nn
 
 from ..layers import shared_copy
-from ..layers.watch import watch_levels
-from ..neurons import count_spikes
+from ..layers.watch import watch_spikes
+from ..neurons import Spikes
+from ..neurons.coding import count_all_spikes
 
 __all__ = ['Activity', 'activity']
 
-_COUNTS = ('total', 'fired', 'unary', 'binary')
+_COUNTS = ('total', 'fired', 'unary', 'binary', 'lateral')
 
 
 class Activity:
@@ -21,7 +22,8 @@ class Activity:
 
     Args:
         counts: Per site `total` neurons, those that `fired` a level k other than 0, and the spikes that send their
-            levels in `unary` code, |k|, and in `binary` code, the number of set bits of |k|.
+            levels in `unary` code, |k|, and in `binary` code, the number of set bits of |k|, those among them by which
+            neurons told one another what they left out; and of these in graded code, `lateral`.
     """
 
     def __init__(self, counts: dict[str, dict[str, int]] | None = None) -> None:
@@ -30,7 +32,7 @@ class Activity:
     @contextlib.contextmanager
     def observe(self, model: nn.Module) -> Iterator[None]:
         """Count the spikes of all forward passes inside of the context, whoever calls the model."""
-        with watch_levels(model, lambda name, levels: self._add(name, firing_counts(levels))):
+        with watch_spikes(model, lambda name, spikes: self._add(name, firing_counts(spikes))):
             yield
 
     def add(self, other: 'Activity') -> None:
@@ -41,7 +43,7 @@ class Activity:
     def _add(self, name: str, site: dict[str, int]) -> None:
         counts = self.counts.setdefault(name, dict.fromkeys(_COUNTS, 0))
         for key in _COUNTS:
-            counts[key] += site[key]
+            counts[key] += site.get(key, 0)  # of a journal that knew no lateral spikes
 
     def per_site(self) -> dict[str, float]:
         """Activity per site, in [0, 1]."""
@@ -49,23 +51,28 @@ class Activity:
 
     def mean(self) -> float | None:
         """Activity of all neurons of the model taken together, in [0, 1]; None if none was counted."""
-        return self._per_neuron('fired')
+        total = sum(site['total'] for site in self.counts.values())
+        return sum(site['fired'] for site in self.counts.values()) / total if total else None
 
     def spikes_per_neuron(self) -> dict[str, float] | None:
         """Mean number of spikes per neuron of the model in `unary`, `binary` and `graded` code; None if none was
-        counted. In graded code one spike carries k, so its figure is the activity."""
-        figures = {code: self._per_neuron(key) for code, key in
-                   (('unary', 'unary'), ('binary', 'binary'), ('graded', 'fired'))}
-        return {code: figure for code, figure in figures.items() if figure is not None} or None
-
-    def _per_neuron(self, key: str) -> float | None:
+        counted. In graded code one spike carries k, so its figure is the activity, plus that of `lateral` spikes where
+        there are some, which are in all of them."""
         total = sum(site['total'] for site in self.counts.values())
-        return sum(site[key] for site in self.counts.values()) / total if total else None
+        if not total:
+            return None
+        sums = {key: sum(site[key] for site in self.counts.values()) for key in _COUNTS}
+        spikes = dict(unary=sums['unary'], binary=sums['binary'], graded=sums['fired'] + sums['lateral'])
+        if sums['lateral']:
+            spikes['lateral'] = sums['lateral']
+        return {code: count / total for code, count in spikes.items()}
 
 
-def firing_counts(levels: torch.Tensor) -> dict[str, int]:
-    spikes = count_spikes(levels)
-    return dict(total=levels.numel(), fired=spikes['graded'], unary=spikes['unary'], binary=spikes['binary'])
+def firing_counts(spikes: Spikes) -> dict[str, int]:
+    counts = count_all_spikes(spikes)
+    fired = int(spikes.levels.count_nonzero())
+    return dict(total=spikes.levels.numel(), fired=fired, unary=counts['unary'], binary=counts['binary'],
+                lateral=counts['graded'] - fired)
 
 
 @torch.inference_mode()

@@ -132,10 +132,12 @@ CLASSIFICATION.register(
         'activity_per_site', 'the same per site', mapping(SHARE), column=None, where=_spiking,
         make=lambda c: c.activity.per_site()),
     Figure(
-        'spikes_per_neuron', 'spikes per neuron by coding', mapping(POSITIVE), label='spikes per neuron',
-        column='spikes', where=_spiking, make=lambda c: c.activity.spikes_per_neuron(),
-        parts={coding: Figure(coding, '', POSITIVE, digits=3, label=f'{coding} coding')
-               for coding in ('unary', 'binary', 'graded')}),
+        'spikes_per_neuron', 'spikes per neuron by coding, lateral ones among them', mapping(POSITIVE),
+        label='spikes per neuron', column='spikes', where=_spiking, make=lambda c: c.activity.spikes_per_neuron(),
+        parts={
+            **{coding: Figure(coding, '', POSITIVE, digits=3, label=f'{coding} coding')
+               for coding in ('unary', 'binary', 'graded')},
+            'lateral': Figure('lateral', '', POSITIVE, digits=3, label='of them lateral, in graded coding')}),
     Figure(
         'activity_images',
         'images on which spikes were counted: the first 512, in whole batches (of a stream, the first of each shard)',

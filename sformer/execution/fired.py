@@ -7,12 +7,24 @@ import torch
 import torch.nn as nn
 
 from ..errors import SFormerError
-from ..neurons import GradedCoding, Neuron, ScaleAndFire, SharedScaleAndFire, fire, firing_boundaries
+from ..neurons import (
+    GradedCoding,
+    LateralScaleAndFire,
+    Neuron,
+    ScaleAndFire,
+    SharedScaleAndFire,
+    fire,
+    firing_boundaries,
+)
+from ..neurons.lateral import SPIKES_PER_LEVEL
 from ..neurons.scale_and_fire import TINY
 from .operators import onnx_operator
 from .saturation import Range, upright, zero_point
 
-__all__ = ['DecodedLevels', 'FiredLevels', 'PixelLevels', 'beside_levels', 'beside_weights', 'fired_levels']
+__all__ = [
+    'DecodedLevels', 'FiredLevels', 'LateralLevels', 'PixelLevels', 'beside_levels', 'beside_weights', 'fired_levels',
+    'signed_levels',
+]
 
 
 def _as_bytes(k: torch.Tensor, dtype: torch.dtype, zero: int = 0, left: int = 0) -> torch.Tensor:
@@ -113,17 +125,27 @@ class FiredLevels(nn.Module):
         return torch.cat([torch.zeros(1), self.values])[index]
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        u = self.potentials(x)
+        row = self.factor(u)
+        return self.levels_at(u if row is None else u * (1 / row)), row
+
+    def potentials(self, x: torch.Tensor) -> torch.Tensor:
+        """Membrane potentials in thresholds, of a branch that stands up."""
         h = x if self.center is None else x - self.center
         if self.quiet is not None:
             h = torch.where(h.abs() < self.quiet, 0., h)
-        u = _by_branch(h * self.inverse, self.inward)
-        row = None
-        if self.token:
-            largest = torch.maximum(u.amax(-1, keepdim=True), -u.amin(-1, keepdim=True)).clamp_min(TINY)
-            row = largest * (self.token_reach / self.largest)
-            u = u * (1 / row)
+        return _by_branch(h * self.inverse, self.inward)
+
+    def factor(self, u: torch.Tensor) -> torch.Tensor | None:
+        """Factor per token of potentials in thresholds."""
+        if not self.token:
+            return None
+        largest = torch.maximum(u.amax(-1, keepdim=True), -u.amin(-1, keepdim=True)).clamp_min(TINY)
+        return largest * (self.token_reach / self.largest)
+
+    def levels_at(self, u: torch.Tensor) -> torch.Tensor:
         k = _by_branch(self._fire(u), self.outward)
-        return k if self.multiplier is None else k * self.multiplier, row
+        return k if self.multiplier is None else k * self.multiplier
 
     def _fire(self, u: torch.Tensor) -> torch.Tensor:
         rounds = self.config.initial_potential == 0.5
@@ -160,6 +182,89 @@ class FiredLevels(nn.Module):
         return k if self.stands_up else k.round() - zeros
 
 
+class LateralLevels(FiredLevels):
+    """Levels of neurons that feed back to one another: a group after the other, with sums of lateral spikes in float32,
+    which are exact.
+
+    Args:
+        neuron: The neurons.
+        stand_up: As of `FiredLevels`.
+    """
+    order: torch.Tensor
+    back: torch.Tensor
+    lowest: torch.Tensor
+    highest: torch.Tensor
+    amplitude: torch.Tensor
+    parts: torch.Tensor
+    moved: torch.Tensor
+
+    def __init__(self, neuron: LateralScaleAndFire, stand_up: bool = False):
+        channels = torch.arange(len(neuron.order))
+        whole = _alone(neuron, channels)
+        whole.token = neuron.token
+        super().__init__(whole, stand_up)
+        self.token_reach = neuron.token_reach
+        self.sizes = neuron.sizes
+        self.largest_spike = neuron.largest_spike
+        order = neuron.order
+        spacing = neuron.spacing[..., order]
+        step = neuron.step if self.flip is None else neuron.step * self.flip
+        self.register_buffer('order', order)
+        self.register_buffer('back', torch.argsort(order))
+        self.register_buffer('amplitude', step[..., order])
+        self.register_buffer('parts', SPIKES_PER_LEVEL / spacing)
+        self.register_buffer('moved', neuron.feedback_step * spacing / SPIKES_PER_LEVEL)
+        tops = neuron.top_levels
+        if self.flip is not None:
+            tops = torch.where(self.flip < 0, tops.flip(0), tops)
+        self.register_buffer('lowest', -tops[1])
+        self.register_buffer('highest', tops[0].clone())
+        self.groups = nn.ModuleList()
+        for i, (group, feedback) in enumerate(neuron.groups()):
+            levels = FiredLevels(_alone(neuron, order[group]), stand_up)
+            levels.quiet, levels.center = None, None
+            self.groups.append(levels)
+            self.register_buffer(f'feedback{i}', feedback.to(torch.float32))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        row = self.factor(self.potentials(x))
+        h = x if self.center is None else x - self.center
+        rest = (h if row is None else h / row).index_select(-1, self.order)
+        quiet = None if self.quiet is None else self.quiet[..., self.order]
+        fired, start = [], 0
+        for i, (levels, size) in enumerate(zip(self.groups, self.sizes, strict=True)):
+            stop = start + size
+            h, rest = rest[..., :size], rest[..., size:]
+            loud = h
+            if quiet is not None:
+                loud = torch.where((h if row is None else h * row).abs() < quiet[..., start:stop], 0., h)
+            k = levels.levels_at(levels.potentials(loud)).round()
+            fired.append(k)
+            if stop < len(self.order):
+                e = (h - k * self.amplitude[..., start:stop]) * self.parts[..., start:stop]
+                sent = e.round().clamp(-self.largest_spike, self.largest_spike)
+                sent = torch.where(e.abs() < SPIKES_PER_LEVEL * self.config.lateral_zone, 0., sent)
+                rest = rest + (sent @ self.get_buffer(f'feedback{i}')) * self.moved[..., stop:]
+            start = stop
+        k = torch.cat(fired, -1).index_select(-1, self.back)
+        # which says of each channel again how large its levels are, where channels have changed places
+        return torch.minimum(torch.maximum(k, self.lowest), self.highest), row
+
+
+def _alone(neuron: LateralScaleAndFire, channels: torch.Tensor) -> ScaleAndFire:
+    """Some channels of neurons that feed back, as they fire by themselves, for all tokens alike."""
+    shape = (*neuron.step.shape[:-1], len(channels))
+    part = ScaleAndFire(shape, neuron.config, center_shape=None if neuron.center is None else shape,
+                        fire_function=neuron.fire_function)
+    part.levels.copy_(neuron.levels)
+    part.gain.copy_(neuron.gain)
+    part.multiplier.copy_(neuron.multiplier[..., channels])
+    for mine, theirs in ((part.step, neuron.step), (part.center, neuron.center), (part.quiet, neuron.quiet)):
+        if mine is not None and theirs is not None:
+            mine.copy_(theirs[..., channels])
+    return part
+
+
 class PixelLevels(nn.Module):
     """Levels of pixels, which QuantizeLinear rounds and clips to -128 ... 127."""
     step: torch.Tensor
@@ -175,9 +280,14 @@ class PixelLevels(nn.Module):
         return (x - self.center) / self.step, None
 
 
+def signed_levels(neuron: Neuron, stand_up: bool = False) -> FiredLevels:
+    """Levels of scale-and-fire neurons, whether or not they feed back."""
+    return LateralLevels(neuron, stand_up) if type(neuron) is LateralScaleAndFire else FiredLevels(neuron, stand_up)
+
+
 def fired_levels(neuron: Neuron) -> 'FiredLevels | PixelLevels':
     """Levels of a neuron of any type that has a form in ONNX."""
-    return PixelLevels(neuron) if isinstance(neuron, GradedCoding) else FiredLevels(neuron)
+    return PixelLevels(neuron) if isinstance(neuron, GradedCoding) else signed_levels(neuron)
 
 
 class DecodedLevels(nn.Module):

@@ -15,7 +15,7 @@ from ..layers.multiplying import AV, CONVOLUTION, GATE, LINEAR, QK, kinds_of
 from ..layers.products import softmax_numerators
 from ..neurons import MAX_BYTE_LEVEL, Neuron, ScaleAndFire
 from .early import early_neurons
-from .fired import DecodedLevels, FiredLevels, beside_levels, beside_weights, fired_levels
+from .fired import DecodedLevels, FiredLevels, beside_levels, beside_weights, fired_levels, signed_levels
 from .integer import folded_bias
 from .operators import onnx_operator
 from .saturation import fits, zero_point
@@ -99,7 +99,7 @@ class _Linear(nn.Module):
     ):
         super().__init__()
         neuron = product.operands[0]
-        self.neuron = FiredLevels(neuron, stand_up=True)
+        self.neuron = signed_levels(neuron, stand_up=True)
         self.fires = None if fires is None else FiredLevels(fires)
         self.integer = step is not None
         weight = product.weights if self.integer else product.weights.detach() * neuron.step
@@ -178,10 +178,10 @@ class _Attention(nn.Module):
     def __init__(self, scores: Product, values: Product, fired: Collection[Neuron] = (), portable: bool = True):
         super().__init__()
         (q, k), (attn, v) = scores.operands, values.operands
-        self.q = FiredLevels(q)
-        self.k = FiredLevels(k)
+        self.q = signed_levels(q)
+        self.k = signed_levels(k)
         self.attn = FiredLevels(attn)
-        self.v = FiredLevels(v)
+        self.v = signed_levels(v)
         self.fired = [neuron in fired for neuron in (q, k, v)]  # which are levels by then
         self.int8_scores = not portable or levels_fit(scores)
         self.int8_values = self.attn.range[1] <= MAX_BYTE_LEVEL and (not portable or levels_fit(values))

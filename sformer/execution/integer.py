@@ -16,6 +16,7 @@ from ..errors import SFormerError, UncalibratedError
 from ..layers import Product, SpikingLayer, is_calibrated, named_products, shared_copy, uncalibrated
 from ..layers.multiplying import CONVOLUTION, LINEAR, kinds_of
 from ..neurons import Float32Buffers, Neuron, ScaleAndFire, SharedScaleAndFire
+from ..neurons.levels import EXACT
 from .rounding import IntegerWeights, integer_weights, rounded
 from .saturation import MAX_WEIGHT, upright, weight_limit
 
@@ -26,7 +27,6 @@ __all__ = [
 
 MAX_WEIGHT_ERROR = 0.03
 MOMENTS_MEMORY = 2 ** 30  # bytes that second moments of levels may take at once
-EXACT = 2 ** 24  # integers below it are exact in float32, and so are their sums
 
 
 @dataclasses.dataclass(frozen=True)

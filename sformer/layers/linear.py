@@ -7,8 +7,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import PatchEmbed
 
-from ..neurons import GradedCoding, Neuron, SFNConfig, SharedScaleAndFire, new_neuron
+from ..neurons import GradedCoding, LateralScaleAndFire, Neuron, SFNConfig, SharedScaleAndFire, new_neuron
 from ..neurons.config import SCALE_AND_FIRE
+from ..neurons.lateral import num_feedback
 from . import products
 from .multiplying import CONVOLUTION, LINEAR, Product
 from .table import SpikingLayer, register_spiking
@@ -47,10 +48,17 @@ class SpikingLinear(SpikingLayer, nn.Linear):
 
     def add_neurons(self, config: SFNConfig, fire_function: str | None = None) -> None:
         fires = fire_function or config.signed_fire
-        shares = config.neuron == SCALE_AND_FIRE and SharedScaleAndFire.suits(config, fires)
-        make: Callable[..., Neuron] = SharedScaleAndFire if shares else new_neuron
+        make: Callable[..., Neuron] = new_neuron
+        if config.lateral and 0 < self._feedback_cost(config) <= config.lateral_cost:
+            make = LateralScaleAndFire
+        elif config.neuron == SCALE_AND_FIRE and SharedScaleAndFire.suits(config, fires):
+            make = SharedScaleAndFire
         self.neuron = make((self.in_features,), config, folds=True, token=True, fire_function=fire_function,
                            device=self.weight.device)
+
+    def _feedback_cost(self, config: SFNConfig) -> float:
+        """Weights of the feedback between groups of input channels, as a share of those of the layer."""
+        return num_feedback(self.in_features, config.lateral) / max(1, self.weight.numel())
 
     def forward(self, x: torch.Tensor, fired: bool = False) -> torch.Tensor:
         return products.linear(None if fired else self.neuron, x, self.weight, self.bias)

@@ -3,14 +3,14 @@
 Whatever else computes an SFormer (integers, bit planes, another library) replaces what is here.
 """
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from timm.layers.attention import maybe_add_mask, resolve_self_attn_mask
 from timm.models._features_fx import register_notrace_function
 
-from ..neurons import FitConfig, Neuron, SFNConfig, new_neuron
+from ..neurons import FitConfig, LateralScaleAndFire, Neuron, SFNConfig, new_neuron
 from ..neurons.base import Observed, fits_octaves
 from ..neurons.thresholds import MIN_STEP
 from .multiplying import AV, QK, Multiplying, Product
@@ -115,9 +115,10 @@ class AttentionProduct(Multiplying):
         self.group_size = group_size
         head, channel = (num_heads, 1, 1), (num_heads, 1, head_dim)
         meets = dict(meets_levels=True, device=device)
-        self.q_neuron = new_neuron(channel, config, token=True, **meets)
-        self.k_neuron = new_neuron(channel, config, center_shape=channel, token=True, **meets)
-        self.v_neuron = new_neuron((num_heads, 1, v_head_dim or head_dim), config, folds=True, **meets)
+        make: Callable[..., Neuron] = LateralScaleAndFire if config.lateral else new_neuron
+        self.q_neuron = make(channel, config, token=True, **meets)
+        self.k_neuron = make(channel, config, center_shape=channel, token=True, **meets)
+        self.v_neuron = make((num_heads, 1, v_head_dim or head_dim), config, folds=True, **meets)
         self.attn_neuron = new_neuron(head, config, signed=False, device=device)
 
     def multiplies(self) -> list[Product]:

@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 from ..neurons import Neuron, Spikes
 from .spiking import named_neurons
 
-__all__ = ['ForwardWatch', 'watch_levels']
+__all__ = ['ForwardWatch', 'watch_spikes']
 
 
 class ForwardWatch(TorchDispatchMode):
@@ -37,7 +37,7 @@ class ForwardWatch(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def watch_levels(model: nn.Module, add: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
+def watch_spikes(model: nn.Module, add: Callable[[str, Spikes], None]) -> Iterator[None]:
     """Hand on what each neuron fires in the forward passes inside of the context, whoever calls the model: whether its
     layer asks it for a current or, where products are executed in integers or spike by spike, for spikes.
 
@@ -45,7 +45,7 @@ def watch_levels(model: nn.Module, add: Callable[[str, torch.Tensor], None]) -> 
 
     Args:
         model: Spiking model, in use by nobody else.
-        add: Called with the path of a neuron and the signed levels that it fires, int8 or int16.
+        add: Called with the path of a neuron and the spikes that it fires.
     """
     watched = [(name, neuron) for name, neuron in named_neurons(model) if neuron.counted]
     handles = [handle for name, neuron in watched for handle in _watch(name, neuron, add)]
@@ -58,12 +58,12 @@ def watch_levels(model: nn.Module, add: Callable[[str, torch.Tensor], None]) -> 
             neuron.__dict__.pop('encode', None)
 
 
-def _watch(name: str, neuron: Neuron, add: Callable[[str, torch.Tensor], None]) -> list[RemovableHandle]:
+def _watch(name: str, neuron: Neuron, add: Callable[[str, Spikes], None]) -> list[RemovableHandle]:
     encode = neuron.encode
 
     def asked(x: torch.Tensor) -> Spikes:
         spikes = encode(x)
-        add(name, spikes.levels)
+        add(name, spikes)
         return spikes
 
     def before(module: Neuron, args: tuple[torch.Tensor]) -> None:

@@ -34,12 +34,14 @@ if TYPE_CHECKING:
         straight_through,
     )
     from .graded import GradedCoding
+    from .lateral import LateralScaleAndFire
     from .registry import new_neuron, register_neuron
     from .scale_and_fire import ScaleAndFire
     from .shared import SharedScaleAndFire
     from .statistics import CurrentStatistics
 else:
-    _MODULES = ('base', 'coding', 'functional', 'graded', 'registry', 'scale_and_fire', 'shared', 'statistics')
+    _MODULES = ('base', 'coding', 'functional', 'graded', 'lateral', 'registry', 'scale_and_fire', 'shared',
+                'statistics')
 
     def __getattr__(name: str) -> object:
         for module in _MODULES if name in __all__ else ():
@@ -55,7 +57,7 @@ __all__ = [
     'MAX_LEVEL', 'MAX_BYTE_LEVEL', 'MAX_WIDE_LEVEL', 'FIRE_FUNCTIONS', 'SOFTMAX_FIRE_FUNCTIONS', 'DEFAULT_RANGE',
     'SFNConfig', 'FitConfig', 'as_config', 'RECIPES', 'Recipe', 'recipe_configs', 'recipe_name',
     'integrate_and_fire', 'multi_threshold', 'max_levels', 'level_values', 'firing_boundaries', 'fire',
-    'straight_through', 'Float32Buffers', 'Neuron', 'Spikes', 'ScaleAndFire', 'SharedScaleAndFire', 'GradedCoding',
-    'CurrentStatistics', 'register_neuron', 'new_neuron', 'NEURON_TYPES', 'CODINGS', 'count_levels', 'count_spikes',
-    'spikes_in',
+    'straight_through', 'Float32Buffers', 'Neuron', 'Spikes', 'ScaleAndFire', 'SharedScaleAndFire',
+    'LateralScaleAndFire', 'GradedCoding', 'CurrentStatistics', 'register_neuron', 'new_neuron', 'NEURON_TYPES',
+    'CODINGS', 'count_levels', 'count_spikes', 'spikes_in',
 ]

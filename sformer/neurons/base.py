@@ -22,11 +22,14 @@ class Spikes(NamedTuple):
             there is none.
         center: Constant that was taken off the current before it fired, broadcasts against levels; None where there is
             none. It folds into the bias of the layer that follows.
+        lateral: Lateral spikes, by which neurons of a site told one another what they left out: integers, int8, the
+            shape of levels; None where there are none. They enter no product but that of the feedback.
     """
     levels: torch.Tensor
     step: torch.Tensor
     token_scale: torch.Tensor | None = None
     center: torch.Tensor | None = None
+    lateral: torch.Tensor | None = None
 
     def decode(self) -> torch.Tensor:
         """The current that the spikes stand for, float32: `levels * step * token_scale + center`."""

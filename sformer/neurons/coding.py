@@ -3,7 +3,9 @@ import functools
 
 import torch
 
-__all__ = ['CODINGS', 'count_levels', 'count_spikes', 'spikes_in']
+from .base import Spikes
+
+__all__ = ['CODINGS', 'count_all_spikes', 'count_levels', 'count_spikes', 'spikes_in']
 
 CODINGS = ('unary', 'binary', 'graded')  # |k| spikes, one per set bit of |k|, one that carries k
 
@@ -37,6 +39,15 @@ def count_spikes(levels: torch.Tensor) -> dict[str, int]:
     histogram = torch.bincount(k.view(torch.uint8) if k.dtype == torch.int8 else k)
     sums = (_spikes_per_level(k.device)[:, :len(histogram)] * histogram).sum(1).tolist()
     return dict(zip(CODINGS, sums, strict=True))
+
+
+def count_all_spikes(spikes: Spikes) -> dict[str, int]:
+    """Spikes that levels are sent as, and lateral spikes, together in each coding."""
+    counts = count_spikes(spikes.levels)
+    if spikes.lateral is not None:
+        for coding, count in count_spikes(spikes.lateral).items():
+            counts[coding] += count
+    return counts
 
 
 def count_levels(levels: torch.Tensor) -> dict[int, int]:

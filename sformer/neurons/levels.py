@@ -1,10 +1,11 @@
 """The integers that neurons fire, as plain numbers: configs are checked against them before torch is loaded."""
 
 __all__ = [
-    'MAX_LEVEL', 'MAX_MET_LEVEL', 'MAX_BYTE_LEVEL', 'MAX_WIDE_LEVEL', 'EXPONENTS', 'QUARTERS', 'level_integers',
-    'max_levels',
+    'EXACT', 'MAX_LEVEL', 'MAX_MET_LEVEL', 'MAX_BYTE_LEVEL', 'MAX_WIDE_LEVEL', 'EXPONENTS', 'QUARTERS',
+    'level_integers', 'max_levels',
 ]
 
+EXACT = 2 ** 24  # integers below it are exact in float32, and so are their sums, in whatever order
 MAX_LEVEL = 127  # a level is one int8 on hardware
 MAX_MET_LEVEL = 63  # or, where spikes meet spikes, what every processor multiplies by its like in 8 bits
 MAX_BYTE_LEVEL = 255  # or, where none is negative, one unsigned byte

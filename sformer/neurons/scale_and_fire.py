@@ -223,15 +223,23 @@ class ScaleAndFire(Neuron):
 
     def _fire(self, x: torch.Tensor, threshold: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Levels before they are multiplied, and factor per token."""
-        config, row = self.config, None
         u = self._divided(self._loud(x), threshold)
-        if self.token:
-            # torch's vector_norm is not vectorised
-            largest = torch.maximum(u.amax(-1, keepdim=True), -u.amin(-1, keepdim=True)).clamp_min(TINY)
-            row = largest * (self.token_reach / self.levels[-1] if self.level_reach is None else self.level_reach)
-            u = u.div_(row)
+        row = self._row(u)
+        return self._levels_at(u if row is None else u.div_(row)), row
+
+    def _row(self, u: torch.Tensor) -> torch.Tensor | None:
+        """Factor per token of potentials in thresholds, (..., 1); None where thresholds do not follow tokens."""
+        if not self.token:
+            return None
+        # torch's vector_norm is not vectorised
+        largest = torch.maximum(u.amax(-1, keepdim=True), -u.amin(-1, keepdim=True)).clamp_min(TINY)
+        return largest * (self.token_reach / self.levels[-1] if self.level_reach is None else self.level_reach)
+
+    def _levels_at(self, u: torch.Tensor) -> torch.Tensor:
+        """Levels, before they are multiplied, that potentials in thresholds fire."""
+        config = self.config
         k = fire(u, self.fire_function, self.levels, config.initial_potential, config.dead_zone, self.top)
-        return k if self.signed else k.clamp_(min=0), row
+        return k if self.signed else k.clamp_(min=0)
 
     def statistics(self) -> CurrentStatistics | None:
         if not self.signed and self.fire_function != 'density':

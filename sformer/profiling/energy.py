@@ -11,7 +11,7 @@ from typing import TypedDict
 from ..neurons import CODINGS
 from .constants import ConstantRow, Constants, constants_table
 from .floating import FUNCTIONS, Floating
-from .operations import Operation, Site
+from .operations import FEEDBACK, Operation, Site
 
 __all__ = ['MOVEMENT', 'TWIN', 'EnergyFigures', 'energy', 'ratio_to', 'traffic', 'verdicts']
 
@@ -30,9 +30,9 @@ class EnergyFigures(TypedDict):
         proxy: What the literature compares, of `source` and `sformer`: float32 multiply-accumulates against additions
             per unary spike, by which memory, comparisons and functions are free.
         account: For `quantised` (int8 weights, activations of ceil(log2(2 N + 1)) bits, every product computed), for
-            the same where hardware skips zeros, and for each coding: `operations`, `comparisons`, `weights`,
-            `activations`, `routing`, `floating`, `total`, and `low` and `high`, the total where moving data costs half
-            and half as much again.
+            the same where hardware skips zeros, neither of which has feedback, and for each coding, whose feedback is
+            charged: `operations`, `comparisons`, `weights`, `activations`, `routing`, `floating`, `total`, and `low`
+            and `high`, the total where moving data costs half and half as much again.
         activity: That measured, which leaves out pixels, as they always fire.
         break_even: Per coding the activity below which it takes 5 % less than `quantised`, at as many spikes per firing
             neuron, None if at none.
@@ -72,7 +72,7 @@ def energy(
     budget = (1 - ALIKE) * account[TWIN]['total']
     moved = {'weights': _weight_bits(operations) / 8}
     for coding in (TWIN, *CODINGS):
-        moved[coding] = sum(traffic(site, coding, c)[0] for site in sites) / 8
+        moved[coding] = sum(traffic(site, coding, c)[0] for site in _sites_of(coding, sites)) / 8
     return EnergyFigures(
         proxy=dict(source=_mj(macs * c.fp32_mac), sformer=_mj(unary * c.fp32_add + analog * c.fp32_mac)),
         account=account, activity=activity,
@@ -125,21 +125,22 @@ def _account(
     for operation in spiking:  # a multiplier of int8 takes a level of two bytes in two steps
         steps = math.prod(planes[name] for name in operation.operands)
         multiplied += operation.synaptic_operations['graded'] * steps
-    neurons = sum(site.neurons for site in sites)
+    neurons = sum(site.neurons for site in _sites_of(TWIN, sites))
+    skipped = sum(o.synaptic_operations['graded'] for o in spiking if o.kind != FEEDBACK)
     # a level is found by halving: one comparison per bit of it; the twin scales and rounds
     comparisons = sum(site.neurons * site.bits for site in sites) * c.comparison
     rounding = neurons * c.int8_mac
-    weights = _weight_bits(operations) * c.weight_bit
     rest = sum(operation.macs for operation in analog) * c.float_mac + _functions(floating, c) * c.float_mac
     computed = {
-        TWIN: (macs * c.int8_mac, rounding), SKIPPING: (caused['graded'] * c.int8_mac, rounding),
+        TWIN: (macs * c.int8_mac, rounding), SKIPPING: (skipped * c.int8_mac, rounding),
         'graded': (multiplied * c.int8_mac, comparisons), 'binary': (caused['binary'] * c.accumulate, comparisons),
         'unary': (caused['unary'] * c.accumulate, comparisons)}
     account = {}
     for name, (products, fired) in computed.items():
-        moved = [traffic(site, name, c) for site in sites]
+        moved = [traffic(site, name, c) for site in _sites_of(name, sites)]
+        weights = _weight_bits([o for o in operations if name in CODINGS or o.kind != FEEDBACK])
         parts = dict(
-            operations=products, comparisons=fired, weights=weights,
+            operations=products, comparisons=fired, weights=weights * c.weight_bit,
             activations=2 * sum(bits for bits, _ in moved) * c.activation_bit,  # written and read
             routing=sum(hop for _, hop in moved) * c.hops, floating=rest)
         movement = sum(parts[part] for part in MOVEMENT)
@@ -148,6 +149,11 @@ def _account(
             parts, total=total, low=total - (1 - LOW_MOVEMENT) * movement,
             high=total + (HIGH_MOVEMENT - 1) * movement).items()}
     return account
+
+
+def _sites_of(name: str, sites: Sequence[Site]) -> list[Site]:
+    """Sites that a coding sends spikes of: none are lateral of a twin without neurons."""
+    return [site for site in sites if name in CODINGS or not site.lateral]
 
 
 def _weight_bits(operations: Sequence[Operation]) -> float:

@@ -144,9 +144,9 @@ def neurobench_view(model: nn.Module, coding: str = 'graded') -> 'TorchModel':
     """A model of NeuroBench (https://neurobench.ai, 2.3) that computes what an SFormer computes, for its metrics.
 
     `SynapticOperations` are those of `profile_model` to the unit: effective multiply-accumulates in graded, effective
-    accumulates in binary coding, where no weight is 0 (NeuroBench leaves such out). `ActivationSparsity` in graded
-    coding is one minus the share of neurons that fire, pixels among them. `Footprint` counts weights and the state of
-    neurons, as of the model.
+    accumulates in binary coding, where no weight is 0 (NeuroBench leaves such out) and neurons do not feed back, which
+    is inside of them. `ActivationSparsity` in graded coding is one minus the share of neurons that fire, pixels among
+    them. `Footprint` counts weights and the state of neurons, as of the model.
 
     Args:
         model: Calibrated SFormer; it is not changed. The view shares its parameters.

@@ -18,10 +18,22 @@ from ..data.batches import num_images
 from ..errors import SFormerError, UncalibratedError
 from ..layers import Product, is_calibrated, named_neurons, named_products, shared_copy, uncalibrated
 from ..layers.watch import ForwardWatch
-from ..neurons import CODINGS, MAX_LEVEL, Neuron, ScaleAndFire, count_levels, count_spikes, spikes_in
+from ..neurons import (
+    CODINGS,
+    MAX_LEVEL,
+    LateralScaleAndFire,
+    Neuron,
+    ScaleAndFire,
+    Spikes,
+    count_levels,
+    count_spikes,
+    spikes_in,
+)
 from .floating import Floating, FloatingCount
 
-__all__ = ['Operation', 'Profile', 'Site', 'profile_model', 'profile_operations']
+__all__ = ['FEEDBACK', 'Operation', 'Profile', 'Site', 'profile_model', 'profile_operations']
+
+FEEDBACK = 'feedback'  # kind of a product of lateral spikes with what neurons feed back, which no source has
 
 Batch = TypeVar('Batch')  # images, or whatever else a model reads
 
@@ -44,6 +56,7 @@ class Site:
         dead: Share of neurons that were silent on all images; None where their number differs between images.
         counted: Whether it counts in the activity of the model, which leaves pixels out: they always fire.
         histogram: How often each level was fired, with its sign.
+        lateral: Whether these are lateral spikes, by which neurons of a site tell one another what they left out.
     """
     name: str
     neurons: float
@@ -58,6 +71,7 @@ class Site:
     dead: float | None = None
     counted: bool = True
     histogram: dict[int, int] = field(default_factory=dict)
+    lateral: bool = False
 
 
 @dataclass
@@ -66,9 +80,10 @@ class Operation:
 
     Args:
         name: Path of the layer, and which of its products.
-        kind: That of the `Product`, such as `linear` or `QK^T`; `floating` if no spikes enter.
+        kind: That of the `Product`, such as `linear` or `QK^T`; `feedback` of lateral spikes; `floating` if no spikes
+            enter.
         operands: Paths of the neurons whose spikes enter.
-        macs: Multiply-accumulates per image of the source network.
+        macs: Multiply-accumulates per image of the source network, which has no feedback.
         synaptic_operations: What spikes cause per image, in each coding: accumulations in unary and binary (of bit
             planes), multiply-accumulates in graded coding. Where both operands are spikes, pairs of spikes.
         weights: Weights that are read.
@@ -97,9 +112,9 @@ class Profile(NamedTuple):
 
 
 class _Counts:
-    """Sums over images of what a neuron fires."""
+    """Sums over images of what a neuron fires; of spikes that are none of its levels where there is no neuron."""
 
-    def __init__(self, name: str, neuron: Neuron):
+    def __init__(self, name: str, neuron: Neuron | None):
         self.name, self.neuron = name, neuron
         self.total, self.saturated = 0, 0
         self.spikes = dict.fromkeys(CODINGS, 0)
@@ -110,9 +125,15 @@ class _Counts:
         self.tops: torch.Tensor | None = None  # of each branch, (branches, *shape)
         if isinstance(neuron, ScaleAndFire):
             self.tops = neuron.top_levels.to(torch.int32)
+        self.lateral = _LateralCounts(name, neuron) if isinstance(neuron, LateralScaleAndFire) else None
 
-    def add(self, x: torch.Tensor) -> None:
-        k = self.latest = self.neuron.encode(x).levels
+    def observe(self, spikes: Spikes) -> None:
+        self.add(spikes.levels)
+        if self.lateral is not None and spikes.lateral is not None:
+            self.lateral.add(spikes.lateral)
+
+    def add(self, k: torch.Tensor) -> None:
+        self.latest = k
         self.total += k.numel()
         self.histogram.update(count_levels(k))
         for coding, count in count_spikes(k).items():
@@ -122,6 +143,32 @@ class _Counts:
         self.fired = fired if self.fired is None or self.varies else self.fired | fired
         for sign, top in zip((1, -1), () if self.tops is None else self.tops, strict=False):
             self.saturated += int((k == sign * top).sum())
+
+
+class _LateralCounts(_Counts):
+    """The same of lateral spikes, and what they cause."""
+
+    def __init__(self, name: str, neuron: LateralScaleAndFire):
+        super().__init__(f'{name.removesuffix(".neuron")} lateral', None)
+        self.listeners = neuron.listeners
+        self.largest, self.weights = neuron.largest_spike, neuron.feedback.numel()
+        self.caused = dict.fromkeys(CODINGS, 0)
+
+    def add(self, k: torch.Tensor) -> None:
+        super().add(k)
+        for coding in CODINGS:
+            self.caused[coding] += int((spikes_in(k, coding) * self.listeners).sum())
+
+    def operation(self, images: int) -> Operation:
+        name = self.name.removesuffix(' lateral')
+        caused = {coding: count / images for coding, count in self.caused.items()}
+        return Operation(f'{name} {FEEDBACK}', FEEDBACK, (self.name,), 0., caused, self.weights)
+
+    def site(self, images: int) -> Site:
+        site = _site(self, images)
+        site.top, site.bits = self.largest, (2 * self.largest).bit_length()
+        site.lateral = True
+        return site
 
 
 class _Tally:
@@ -217,7 +264,7 @@ def profile_model(
     watch = _ProductWatch(view)
     counts = {neuron: _Counts(name, neuron) for name, neuron in named_neurons(view)}
     for neuron in counts:
-        neuron.register_forward_hook(lambda neuron, args, out: counts[neuron].add(args[0]))
+        neuron.register_forward_hook(lambda neuron, args, out: counts[neuron].observe(neuron.encode(args[0])))
     tallies: dict[str, list[_Tally]] = {}
     for name, layer, products in named_products(view):
         if layer.executed:
@@ -237,8 +284,16 @@ def profile_model(
         raise SFormerError('a profile needs at least one image, got none.')
     operations: list[Operation] = []
     for name, layer in view.named_modules():
-        operations += _operations(name, layer, tallies.get(name, []), watch.flops.get(name, 0) // 2, images)
-    sites = [_site(seen, images) for seen in counts.values()]
+        lateral = counts[layer].lateral if isinstance(layer, Neuron) else None
+        if lateral is not None:
+            operations.append(lateral.operation(images))
+        else:
+            operations += _operations(name, layer, tallies.get(name, []), watch.flops.get(name, 0) // 2, images)
+    sites: list[Site] = []
+    for seen in counts.values():
+        sites.append(_site(seen, images))
+        if seen.lateral is not None:
+            sites.append(seen.lateral.site(images))
     return Profile(operations, sites, watch.floating.per_image(images), images)
 
 
@@ -269,8 +324,8 @@ def _site(counts: _Counts, images: int) -> Site:
     neuron = counts.neuron
     site = Site(
         counts.name, counts.total / images, counts.spikes['graded'] / total, counts.saturated / total,
-        {coding: counts.spikes[coding] / total for coding in CODINGS}, None, counted=neuron.counted,
-        histogram=dict(sorted(counts.histogram.items())))
+        {coding: counts.spikes[coding] / total for coding in CODINGS}, None,
+        counted=neuron is not None and neuron.counted, histogram=dict(sorted(counts.histogram.items())))
     if isinstance(neuron, ScaleAndFire) and counts.tops is not None:
         site.levels = neuron.config.levels
         site.signed = neuron.signed

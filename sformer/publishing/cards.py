@@ -33,7 +33,9 @@ NEURONS = dict(
     levels='levels N per branch', fire='fire function', attention_fire='fire function of the softmax',
     activation_fire='fire function after activation functions',
     initial_potential='initial membrane potential [steps]', dead_zone='dead zone [steps]', scale='scaling factor',
-    silence='price of activity', estimator='threshold estimator', compensate='weights compensate for neurons')
+    silence='price of activity', lateral='groups that feed back', lateral_zone='residuals without a lateral spike',
+    lateral_cost='most feedback weights per weight', estimator='threshold estimator',
+    compensate='weights compensate for neurons', balance='attention is balanced')
 CHANGES = {
     COMPENSATED: 'compensate for its neurons', BALANCED: 'are balanced for its neurons',
     DISTILLED: 'were trained to follow that network', FINE_TUNED: 'were changed afterwards',
@@ -96,8 +98,9 @@ def _recipe(record: ModelRecord) -> list[tuple[str, object]]:
     if c.get('weights_sha256'):
         rows.append((f'SHA-256 of `{WEIGHTS_NAME}`', f'`{c["weights_sha256"]}`'))
     fit = {k: v for k, v in record.fit.items() if k != 'quantile' or record.fit.get('estimator') == 'quantile'}
-    fit = {k: v for k, v in fit.items() if k != 'compensate' or v}
-    sfn = {k: v for k, v in record.sfn.items() if k != 'silence' or v}
+    fit = {k: v for k, v in fit.items() if k not in ('compensate', 'balance') or v}
+    sfn = {k: v for k, v in record.sfn.items()
+           if (k != 'silence' or v) and (not k.startswith('lateral') or record.sfn.get('lateral'))}
     rows += [(NEURONS.get(key, key.replace('_', ' ')), value) for key, value in {**sfn, **fit}.items()]
     if c.get('distillation'):
         rows.append(('trained to follow its source', c['distillation']))

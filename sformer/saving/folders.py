@@ -21,7 +21,7 @@ from ..errors import SFormerError, UncalibratedError, first_line
 from ..files import Json, file_hash, may_write, write_aside
 from ..layers import SPIKING_LAYERS, SpikingLayer, is_calibrated, named_neurons, ordinary_tensors, uncalibrated
 from ..models import SFormerMixin
-from ..neurons import NEURON_TYPES, GradedCoding, ScaleAndFire, SharedScaleAndFire
+from ..neurons import NEURON_TYPES, GradedCoding, LateralScaleAndFire, ScaleAndFire, SharedScaleAndFire
 from .hub import locate
 from .model_config import CONFIG_NAME, WEIGHTS_NAME, conversion_of, read_config
 
@@ -96,7 +96,7 @@ def write_model(
 def _check_neurons(model: SFormerMixin) -> None:
     """Raise SFormerError if neurons are not those that the config of the model builds; names the first."""
     expected = NEURON_TYPES[model.sfn_config.neuron]
-    kinds = (ScaleAndFire, SharedScaleAndFire) if expected is ScaleAndFire else (expected,)
+    kinds = (ScaleAndFire, SharedScaleAndFire, LateralScaleAndFire) if expected is ScaleAndFire else (expected,)
     for name, neuron in named_neurons(model):
         if isinstance(neuron, GradedCoding):
             continue

@@ -189,7 +189,7 @@ def test_little_memory_takes_more_passes(monkeypatch):
     view = calibration.shared_copy
     monkeypatch.setattr(calibration, 'shared_copy', lambda *args: views.append(args) or view(*args))
     for size in (2 ** 31, 1, 8 * 3 * 32 ** 2):
-        monkeypatch.setattr(calibration, 'CORRELATED_BYTES', size)
+        monkeypatch.setattr(calibration, 'SUMMED_BYTES', size)
         models.append(convert(build(), [pixels(8)], SFNConfig(levels=8, silence=0.02), COMPENSATE))
         passes = len(views)
     assert passes > 3 * 3 + sum(1 for _ in compensation.compensable(models[0]))

@@ -9,7 +9,7 @@ from sformer import SFNConfig, activity, convert, evaluate, to_integer_, to_spik
 from sformer.evaluation import Activity
 from sformer.evaluation.activity import firing_counts
 from sformer.layers import named_neurons
-from sformer.neurons import ScaleAndFire
+from sformer.neurons import ScaleAndFire, Spikes
 from sformer.saving import open_classifier
 
 
@@ -59,8 +59,9 @@ def test_every_level_is_counted_exactly(dtype):
     limit = torch.iinfo(dtype).max
     levels = torch.arange(-limit, limit + 1).to(dtype)
     expected = [abs(k) for k in range(-limit, limit + 1)]
-    assert firing_counts(levels) == dict(
-        total=2 * limit + 1, fired=2 * limit, unary=sum(expected), binary=sum(bin(k).count('1') for k in expected))
+    found = firing_counts(Spikes(levels, torch.ones(())))
+    assert found == dict(total=2 * limit + 1, fired=2 * limit, unary=sum(expected), lateral=0,
+                         binary=sum(bin(k).count('1') for k in expected))
 
 
 def test_counts_add_up(model, images):

@@ -4,7 +4,7 @@ import torch
 from layer_tools import build, levels_of, pixels, spiking
 
 from sformer import named_neurons
-from sformer.layers.watch import ForwardWatch, watch_levels
+from sformer.layers.watch import ForwardWatch, watch_spikes
 
 
 def test_a_forward_that_failed_is_watched_when_it_is_repeated():
@@ -15,7 +15,7 @@ def test_a_forward_that_failed_is_watched_when_it_is_repeated():
 
     def fails(*args):
         raise MemoryError
-    with torch.no_grad(), watch_levels(model, lambda name, levels: seen.update({name: levels.long()})):
+    with torch.no_grad(), watch_spikes(model, lambda name, spikes: seen.update({name: spikes.levels.long()})):
         handle = neuron.register_forward_pre_hook(fails)
         with pytest.raises(MemoryError):
             model(images)

@@ -14,7 +14,7 @@ def record():
     record.base_model, record.load_name = 'timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k', 'hf-hub:my-org/name'
     record.evaluations['eval.json'].update(
         dataset='uoft-cs/cifar10', dataset_revision='0123abc', nll=0.1234, source_nll=0.1111, ece=1.5, source_ece=1.25,
-        spikes_per_neuron=dict(unary=5.125, binary=1.75, graded=0.953))
+        spikes_per_neuron=dict(unary=5.125, binary=1.75, graded=0.953, lateral=0.125))
     return record
 
 

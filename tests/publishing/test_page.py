@@ -23,7 +23,7 @@ from sformer.execution import export_onnx, to_integer_
 from sformer.execution.spike_outputs import SPIKE_OUTPUTS
 from sformer.layers import named_products
 from sformer.layers.multiplying import LINEAR
-from sformer.layers.watch import watch_levels
+from sformer.layers.watch import watch_spikes
 from sformer.publishing import web_runtime
 from sformer.publishing.page import MODELS, write_page
 from sformer.publishing.web_runtime import RUNTIME_FILES, find_runtime
@@ -76,11 +76,11 @@ def in_integers(model, images):
               if product.kind == LINEAR}
     levels = {}
 
-    def add(name, fired):
+    def add(name, spikes):
         block = re.match(r'(blocks\.\d+)\.', name)
         if block and network.get_submodule(name) in linear:
-            levels.setdefault(block[1], []).append(fired.abs().double())
-    with torch.no_grad(), watch_levels(network, add):
+            levels.setdefault(block[1], []).append(spikes.levels.abs().double())
+    with torch.no_grad(), watch_spikes(network, add):
         logits = network(images)
     return logits.numpy(), torch.stack([torch.cat(fired, 2).mean(2) for fired in levels.values()], 1).numpy()
 
