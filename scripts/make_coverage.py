@@ -1,48 +1,208 @@
-"""Write model_cards/COVERAGE.md: every ViT, DeiT, BEiT and EVA entrypoint of timm, and whether it converts.
+"""Write model_cards/COVERAGE.md: every family of timm, which of its entrypoints convert, and how close they are.
 
     python scripts/make_coverage.py
+    python scripts/make_coverage.py swin_transformer convnext
 
-Networks are built and converted on the meta device, which takes no memory.
+Families are modules of timm; those that are named are done anew, the others stay as the page has them. Networks are
+built with one block, where they can be, and converted on the meta device, which takes no memory, and run there, so that
+a product of currents in a forward of their own is met. Errors are measured on the smallest member of some families:
+random weights with a few channels of thirty times the scale behind each norm, generated images, relative errors of
+logits (or features) of images that were not calibrated to.
 """
+import re
+import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
+import torch.nn as nn
+from timm.data import resolve_input_data_config
+from timm.models.gemma4_vit import Gemma4Attention
 
 import sformer
+from sformer.conversion.calibration import check_products
+from sformer.data import open_images
 from sformer.data.batches import progress
+from sformer.errors import first_line
+from sformer.execution.onnx import export_onnx
 from sformer.files import write_aside
 from sformer.models import spiking_model_
 from sformer.models.zoo import architecture_of
+from sformer.neurons import SFNConfig
 
-MODULES = ('vision_transformer', 'deit', 'beit', 'eva')
+PAGE = Path(__file__).parents[1] / 'model_cards' / 'COVERAGE.md'
+IMAGES = 8  # to calibrate to, and as many to measure with
+OUTLIERS = 30.
+# families whose smallest member is measured -> arguments that let it be: small images, of the largest fewer blocks
+MEASURED: dict[str, dict[str, Any]] = {
+    'vision_transformer': dict(img_size=96), 'deit': dict(img_size=96), 'beit': dict(img_size=96),
+    'eva': dict(img_size=112), 'qwen3_vit': dict(img_size=96), 'gemma4_vit': dict(img_size=96),
+    'deepseek_vit': dict(img_size=112, depth=4), 'naflexvit': dict(img_size=96),
+    'vision_transformer_sam': dict(img_size=112), 'vision_transformer_relpos': dict(img_size=96),
+    'vitamin': dict(img_size=96), 'vision_transformer_hybrid': dict(img_size=96),
+    'swin_transformer': dict(img_size=112), 'hiera': {}, 'pvt_v2': dict(img_size=96), 'convnext': dict(img_size=96),
+    'resnet': dict(img_size=96), 'efficientnet': dict(img_size=96),
+}
+ROW = re.compile(r'^\| (\w+) \| (\d+) \| (\d+) \| ')
 
 
-def row(module: str, name: str) -> str:
+def families() -> dict[str, list[str]]:
+    """Modules of timm, with their entrypoints."""
+    found: dict[str, list[str]] = {}
+    for name in timm.list_models():
+        module = timm.model_entrypoint(name).__module__
+        if module.startswith('timm.models.'):
+            found.setdefault(module.rpartition('.')[2], []).append(name)
+    return dict(sorted(found.items()))
+
+
+def structure(model: nn.Module) -> frozenset[type[nn.Module]]:
+    return frozenset(type(module) for module in model.modules())
+
+
+def shallow(name: str) -> nn.Module:
+    """An entrypoint with one block, where it can be built so: of plain transformers all are alike."""
     try:
+        return timm.create_model(name, depth=1).eval()
+    except TypeError:
+        return timm.create_model(name).eval()
+
+
+def refusal(name: str, known: dict[frozenset[type[nn.Module]], str]) -> str:
+    """Why an entrypoint does not convert; empty if it does. What is made of the same layers is run once."""
+    with torch.device('meta'):
+        try:
+            model = shallow(name)
+        except (RuntimeError, NotImplementedError) as e:
+            return f'is not built on the meta device: {first_line(e)}'
+        made_of = structure(model)
+        if made_of not in known:
+            known[made_of] = ''
+            try:
+                size = resolve_input_data_config(model)['input_size']
+                check_products(spiking_model_(model), torch.zeros(1, *size))
+            except (sformer.SFormerError, RuntimeError, TypeError, ValueError, AttributeError) as e:
+                known[made_of] = ' '.join(str(e).split()) or type(e).__name__
+    return known[made_of]
+
+
+def trained_like_(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Random weights, with a few channels of a larger scale behind each norm, as of trained networks."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+        for module in model.modules():
+            if isinstance(module, Gemma4Attention):  # whose scale is in the gains of its norms
+                for norm in (module.q_norm, module.k_norm):
+                    norm.weight.mul_(module.head_dim ** -0.25)
+            weight = getattr(module, 'weight', None)
+            if isinstance(weight, nn.Parameter) and weight.ndim == 1 and len(weight) >= 64:
+                weight[torch.randperm(len(weight), generator=generator)[:max(1, len(weight) // 256)]] *= OUTLIERS
+    return model.eval()
+
+
+def smallest(names: list[str]) -> str:
+    def size(name: str) -> int:
         with torch.device('meta'):
-            model = spiking_model_(timm.create_model(name))
-    except (sformer.SFormerError, RuntimeError, TypeError, ValueError) as e:
-        return f'| `{name}` | {module} | no: {" ".join(str(e).split())} | | |'
-    parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    return f'| `{name}` | {module} | yes | {parameters:.1f} | `{architecture_of(name)}` |'
+            return sum(p.numel() for p in timm.create_model(name).parameters())
+    return min((name for name in names if not name.startswith('test_')), key=size)
 
 
-def main() -> None:
-    names = [(module, name) for module in MODULES for name in timm.list_models(module=module)]
-    rows = [row(module, name) for module, name in progress(names, 'Converting', len(names))]
-    converted = sum('| yes |' in r for r in rows)
-    text = '\n'.join([
+def measured(family: str, name: str) -> list[str]:
+    """The member and what was measured with it: errors at N = 127 and 32, and whether it is exported."""
+    arguments = dict(MEASURED[family])
+    size = arguments.get('img_size')
+    torch.manual_seed(0)
+    try:
+        source: Any = trained_like_(timm.create_model(name, **arguments))
+    except TypeError:  # takes images of any size, without being told
+        del arguments['img_size']
+        source = trained_like_(timm.create_model(name, **arguments))
+    if size is not None:
+        source.pretrained_cfg['input_size'] = (3, size, size)
+    config = resolve_input_data_config(source)
+    read = open_images('dead-leaves', None, data_config=config, num_images=2 * IMAGES, seed=0)
+    calibration, test = torch.cat([batch for batch, _ in read.batches(IMAGES)]).split(IMAGES)
+    found = []
+    with torch.no_grad():
+        expected = source(test)
+        for levels in (127, 32):
+            model = sformer.convert(source, [calibration], SFNConfig(levels=levels))
+            found.append(f'{((model(test) - expected).norm() / expected.norm()).item():.3f}')
+    label = ', '.join([f'`{name}`', f'{config["input_size"][1]} pixels',
+                       *(f'{key}={value}' for key, value in arguments.items() if key != 'img_size')])
+    return [label, *found, exports(model)]
+
+
+def exports(model: nn.Module) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            export_onnx(model, Path(folder) / 'm.onnx')
+        except Exception as e:  # whatever torch's exporter raises
+            return f'no: {first_line(e)[:100]}'.replace('|', '/')
+    return 'yes'
+
+
+def done(family: str, names: list[str]) -> tuple[str, str]:
+    """A row of the table, and the list of what converts."""
+    known: dict[frozenset[type[nn.Module]], str] = {}
+    refused = {name: refusal(name, known) for name in progress(names, family, len(names))}
+    converts = [name for name in names if not refused[name]]
+    why = next((reason for reason in refused.values() if reason), '').replace('|', '/')
+    cells = ['', '', '', '']
+    if converts and family in MEASURED:
+        try:
+            cells = measured(family, smallest(converts))
+        except (sformer.SFormerError, RuntimeError, ValueError, TypeError) as e:
+            cells = [f'not measured: {first_line(e)[:100]}', '', '', '']
+    why = why.partition('. Register')[0].removeprefix('no spiking counterpart for ')[:160]
+    row = f'| {family} | {len(names)} | {len(converts)} | {" | ".join(cells)} | {why} |'
+    print(row, flush=True)
+    listed = ', '.join(f'`{name}`' if architecture_of(name) == 'sformer_custom' else
+                       f'`{name}` (`{architecture_of(name)}`)' for name in converts) or 'none'
+    left = ', '.join(f'`{name}`' for name in names if refused[name])
+    return row, f'**{family}**: {listed}.{f" Not: {left}." if left else ""}'
+
+
+def parts_of(text: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Rows and lists of a page, by family."""
+    rows = {m[1]: line for line in text.splitlines() if (m := ROW.match(line))}
+    lists = {m[1]: line for line in text.splitlines() if (m := re.match(r'^\*\*(\w+)\*\*: ', line))}
+    return rows, lists
+
+
+def page(known: dict[str, list[str]], rows: dict[str, str], lists: dict[str, str]) -> str:
+    counts = [[int(cell) for cell in ROW.match(row).groups()[1:]] for row in rows.values()]  # type: ignore[union-attr]
+    entrypoints, converts = (sum(column) for column in zip(*counts, strict=True))
+    order = [family for family in known if family in rows]
+    others = [f'{family} ({", ".join(f"`{name}`" for name in names)})' for family, names in known.items()
+              if family not in rows]
+    return '\n'.join([
         '# Which networks of timm convert', '',
-        f'{converted} of {len(rows)} entrypoints of timm {timm.__version__} in {", ".join(MODULES)}; made by '
-        f'`python scripts/make_coverage.py`. `sformer convert NAME` takes any of them; what has no architecture of its '
-        f'own in the zoo becomes an `sformer_custom`, whose config names its source.', '',
-        '| entrypoint | module | converts | parameters [M] | becomes |',
-        '| --- | --- | --- | --- | --- |', *rows, ''])
-    with write_aside(Path(__file__).parents[1] / 'model_cards') as aside:
-        (aside / 'COVERAGE.md').write_text(text, encoding='utf-8')
-    print(f'{converted} of {len(rows)} convert')
+        f'{converts} of {entrypoints} entrypoints of timm {timm.__version__}, in {len(order)} families (modules of '
+        f'timm); made by `python scripts/make_coverage.py`. `sformer convert NAME` takes any of them; what has no '
+        f'architecture of its own in the zoo becomes an `sformer_custom`, whose config names its source.', '',
+        'Errors are relative ones of logits (or features) against the source, of random weights with outlier channels '
+        f'of {OUTLIERS:.0f} times the scale behind each norm, on generated images, default recipe but for the levels. '
+        'Whoever has weights that were trained measures again (`sformer evaluate`).', '',
+        '| family | entrypoints | convert | measured on | N = 127 | N = 32 | exports | why not |',
+        '| --- | --- | --- | --- | --- | --- | --- | --- |', *(rows[family] for family in order), '',
+        '## Entrypoints', '', *(f'{lists[family]}\n' for family in order),
+        '## Not looked at yet', '', '; '.join(others) or 'None.', ''])
+
+
+def main(wanted: list[str]) -> None:
+    known = families()
+    rows, lists = parts_of(PAGE.read_text(encoding='utf-8'))
+    rows, lists = ({family: old[family] for family in known if family in old} for old in (rows, lists))
+    for family in wanted or known:
+        rows[family], lists[family] = done(family, known[family])
+        with write_aside(PAGE.parent) as aside:
+            (aside / PAGE.name).write_text(page(known, rows, lists), encoding='utf-8')
 
 
 if __name__ == '__main__':
-    main()
+    main(sys.argv[1:])

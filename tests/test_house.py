@@ -279,7 +279,7 @@ def test_layers_say_what_they_multiply():
 
 
 def test_types_that_are_asked_for_are_seen():
-    assert 'SpikingPatchEmbed' in layer_types('sformer.models.sformer')
+    assert 'SpikingConvMixin' in layer_types('sformer.models.sformer')
     assert layer_types('sformer.layers.spiking') >= {'AttentionProduct', 'SpikingLayer', 'Multiplying'}
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..data.batches import num_images
 from ..errors import SFormerError, UnsupportedLayerError, check
@@ -31,7 +33,7 @@ from .feedback import ErrorCost, cost_bytes
 from .record import BALANCED, COMPENSATED, CalibrationRecord, Conversion, library_versions, set_record_
 from .silence import RowSensitivity, Sensitivity, add_gradients, set_quiet_
 
-__all__ = ['calibrate_', 'correct', 'observe', 'OBSERVED_IMAGES']
+__all__ = ['calibrate_', 'check_products', 'correct', 'observe', 'OBSERVED_IMAGES']
 
 SENSITIVITY_BATCHES = 8
 COMPENSATED_IMAGES = 1024  # that are held in memory for it
@@ -228,6 +230,15 @@ def _gradient_view(module: nn.Module, stand_in: Callable[[str, Neuron], nn.Modul
     return view, sites
 
 
+@torch.no_grad()
+def check_products(module: nn.Module, batch: object, forward_fn: ForwardFn | None = None) -> None:
+    """Raise UnsupportedLayerError if a module multiplies currents in a forward of its own, as calibration does, on any
+    device; arguments as of `calibrate_`."""
+    view, _ = _view(module, lambda name, neuron: nn.Identity())
+    with _UnreachedProducts(view, batch):
+        _forward(module, view, batch, forward_fn)
+
+
 @torch.inference_mode()
 def observe(
         module: nn.Module,
@@ -238,7 +249,7 @@ def observe(
     view, observers = _view(module, lambda name, neuron: _Observer(name, neuron.statistics()))
     count = 0
     for batch in _rebatched(batches):
-        with contextlib.nullcontext() if count else _UnreachedProducts(view):
+        with contextlib.nullcontext() if count else _UnreachedProducts(view, batch):
             out = _forward(module, view, batch, forward_fn)
         if isinstance(out, torch.Tensor) and not torch.isfinite(out.float().sum()):
             raise SFormerError('NaN or infinite values in the output of the source network.')
@@ -363,18 +374,38 @@ def _rebatched(batches: Iterable[object]) -> Iterator[object]:
 
 
 class _UnreachedProducts(ForwardWatch):
-    """Raises where a module multiplies matrices in a forward of its own, which no neuron would ever reach."""
+    """Raises where a module multiplies currents in a forward of its own, which no neuron would ever reach: matrices, or
+    in a timm model elementwise what depends on the image, both of it. Norms and boxes of detectors are full of that."""
     OPERATIONS = {'mm', 'bmm', 'addmm', 'baddbmm', 'addbmm', 'convolution', 'linear', 'matmul', 'einsum',
                   '_scaled_dot_product_flash_attention_for_cpu', '_scaled_dot_product_attention_math',
                   'scaled_dot_product_attention'}
+    GATES = {'mul', 'mul_', 'addcmul', 'addcmul_'}
+
+    def __init__(self, module: nn.Module, batch: object):
+        super().__init__(module)
+        self.gates = not getattr(module, 'vetted', True)
+        self.currents = WeakTensorKeyDictionary()
+        self._keep(batch)
+
+    def _keep(self, values: object) -> None:
+        """Remember what depends on the image."""
+        for value in tree_leaves(values) if self.gates else ():
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                self.currents[value] = True
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket.__name__ in self.OPERATIONS and self.stack:
+        operation = func.overloadpacket.__name__
+        read = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x in self.currents]
+        gated = operation in self.GATES and len(read) > 1
+        if (gated or operation in self.OPERATIONS) and self.stack:
             name, module = self.stack[-1]
             if multiplies_currents(module):
                 kind = type(module)
                 raise UnsupportedLayerError(
                     f'{name or "(root)"} ({kind.__module__}.{kind.__qualname__}) multiplies currents in its own '
-                    f'forward ({func.overloadpacket.__name__}), which has no spiking counterpart. Register one with '
+                    f'forward ({operation}), which has no spiking counterpart. Register one with '
                     f'sformer.layers.register_spiking.')
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        if read:
+            self._keep(out)
+        return out

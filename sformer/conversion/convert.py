@@ -15,7 +15,7 @@ from ..data.batches import progress
 from ..errors import SFormerError, enough_memory
 from ..files import Json
 from ..layers import check_weights_are_parameters, named_neurons, ordinary_, ordinary_tensors, revert_
-from ..models import spiking_model_, state_input_size_
+from ..models import is_encoder, spiking_model_, state_input_size_
 from ..models.zoo import CUSTOM, ENTRYPOINTS, architecture_of
 from ..neurons import FitConfig, SFNConfig, recipe_configs
 from .calibration import calibrate_
@@ -146,6 +146,8 @@ def _record_of_source(source: Source, model: nn.Module) -> Conversion:
 
 def all_tokens(network: Any, batch: torch.Tensor) -> torch.Tensor:
     """Run a network without a classifier, whose output is all of its tokens, not what pooling leaves of them."""
+    if is_encoder(network):
+        return network(batch)
     tokens = network.forward_features(batch)
     network.forward_head(tokens)
     return tokens

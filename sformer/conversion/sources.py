@@ -18,7 +18,7 @@ from ..data.preprocessing import check_preprocessing
 from ..errors import SFormerError, first_line
 from ..files import Json
 from ..layers import named_neurons
-from ..models import HEADS, SPIKING_MODELS, set_norm_eps_, set_pixel_range_
+from ..models import HEADS, set_norm_eps_, set_pixel_range_, source_filter
 from ..models.sformer import State
 from .checkpoints import Checkpoint, names_in_order, read_checkpoint, read_file, said_of
 from .places import named_place, place_of
@@ -292,9 +292,10 @@ def load_checkpoint_(model: nn.Module, checkpoint: Checkpoint, resized: Collecti
     fits = all(isinstance(value, torch.Tensor) for value in state.values()) and not any(
         _wrong_tensor(name, state[name], expected) for name in kept if name in state)
     unread = []
-    if fits and type(model) in SPIKING_MODELS:
+    architecture = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture')
+    if fits and isinstance(architecture, str) and timm.is_model(architecture):
         try:
-            state = SPIKING_MODELS[type(model)][1](dict(state), model)
+            state = source_filter(architecture, type(model))(dict(state), model)
         except (RuntimeError, ValueError, KeyError, AttributeError, AssertionError) as e:
             unread = [f'timm cannot read it ({first_line(e)})']
     absent = [part for part in HEADS if not any(name.startswith(f'{part}.') for name in expected)]

@@ -19,7 +19,7 @@ from ..conversion.sources import create_source
 from ..data.preprocessing import check_preprocessing
 from ..errors import SFormerError, alone, check, check_flag, check_integer, check_text
 from ..layers import register_floating
-from ..models import SPIKING_MODELS
+from ..models import PLAIN_MODELS
 from .pyramid import SCALES, SimpleFeaturePyramid, ViTDetBackbone, window_
 
 __all__ = ['DetectorConfig', 'build_detector', 'create_detector']
@@ -197,6 +197,6 @@ def create_backbone(
             vit = timm.create_model(config.backbone, pretrained=False, **arguments)
         except (TypeError, RuntimeError) as e:
             raise SFormerError(f'{config.backbone} cannot be the backbone of a detector: {e}') from e
-    if type(vit) not in SPIKING_MODELS:
+    if type(vit) not in PLAIN_MODELS:
         raise SFormerError(f'{config.backbone} is no plain vision transformer, which a simple feature pyramid needs.')
     return vit

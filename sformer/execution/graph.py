@@ -11,7 +11,7 @@ import torch.nn as nn
 
 from ..errors import SFormerError
 from ..layers import Product, named_neurons, named_products
-from ..layers.multiplying import AV, CONVOLUTION, GATE, LINEAR, QK, kinds_of
+from ..layers.multiplying import AV, CONVOLUTION, GATE, LINEAR, POSITION, QK, kinds_of
 from ..layers.products import softmax_numerators
 from ..neurons import MAX_BYTE_LEVEL, Neuron, ScaleAndFire
 from .early import early_neurons
@@ -59,7 +59,7 @@ def to_graph_(network: nn.Module, early: bool = True, portable: bool = True) -> 
             new = _Attention(product, products[1], fired, portable)
         if new is not None:
             network.set_submodule(name, new)
-    for name, neuron in list(named_neurons(network)):  # of gates, whose product is elementwise
+    for name, neuron in list(named_neurons(network)):  # of gates and positions
         network.set_submodule(name, DecodedLevels(neuron))
 
 
@@ -68,7 +68,7 @@ def linear_neurons(network: nn.Module) -> dict[str, FiredLevels]:
     return {name: layer.neuron for name, layer in network.named_modules() if isinstance(layer, _Linear)}
 
 
-GRAPH_FORMS = ((LINEAR,), (CONVOLUTION,), (QK, AV), (GATE,))
+GRAPH_FORMS = ((LINEAR,), (CONVOLUTION,), (QK, AV), (GATE,), (POSITION,))
 
 
 def _weights(weight: torch.Tensor, step: torch.Tensor, axis: int) -> torch.Tensor:

@@ -4,70 +4,38 @@ Their forwards are timm's own. With `fused_attn` they all leave QK^T and AV to `
 of a spiking layer that call goes to its `AttentionProduct`. Rotary embeddings, norms and softmax act on currents.
 """
 import functools
-import operator
 from typing import cast
 
-import timm
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from timm import layers as tl
-from timm.models import beit, eva
+from timm.models import beit, eva, gemma4_vit
 from timm.models import vision_transformer as vit
-from torch.overrides import TorchFunctionMode
+from timm.models import vision_transformer_relpos as relpos
+from timm.models import vision_transformer_sam as sam
 
-from ..errors import UnsupportedLayerError
-from ..neurons import Neuron, SFNConfig, new_neuron
-from . import products
+from ..neurons import SFNConfig, new_neuron
 from .linear import SpikingLinear
-from .multiplying import GATE, Multiplying, Product
+from .meeting import MeetingMixin
+from .multiplying import POSITION, Product
 from .products import AttentionProduct
-from .table import SpikingLayer, register_spiking
+from .table import register_spiking
 
 __all__ = ['SpikingAttentionMixin', 'SpikingAttention']
 
 # mypy is told to ignore below that `fused_attn` is a constant in timm: the property answers before it
 
 
-class _ToProducts(TorchFunctionMode):
-    """While the forward of an attention layer runs, hand its products of activations to the layer's neurons."""
-
-    def __init__(self, layer: 'SpikingAttentionMixin', met: list[str]):
-        super().__init__()
-        self.layer = layer
-        self.met = met  # names of the products that came by; the caller's own, as dynamo reads no attribute of a mode
-        self.gate: torch.Tensor | None = None
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.scaled_dot_product_attention:
-            self.met.append('attention')
-            call = self.met.count('attention')
-            if call <= self.layer.num_products:  # one too many is refused when the forward is over
-                return self.layer.products[call - 1](*args, **(kwargs or {}))
-        gate_neuron, value_neuron = self.layer.gate_neuron, self.layer.value_neuron
-        if gate_neuron is not None and value_neuron is not None:
-            if func is torch.Tensor.sigmoid:
-                self.gate = func(*args, **(kwargs or {}))
-                return self.gate
-            multiplied = func in (torch.Tensor.mul, operator.mul)  # the latter in a strict export
-            if multiplied and self.gate is not None and args[1] is self.gate:
-                self.met.append('gate')
-                return products.multiply(value_neuron, args[0], gate_neuron, args[1])
-        return func(*args, **(kwargs or {}))
-
-
-class SpikingAttentionMixin(SpikingLayer):
+class SpikingAttentionMixin(MeetingMixin):
     """Attention on spikes, for any layer of timm that calls `F.scaled_dot_product_attention`.
 
     Shape:
         Input and output as of the layer.
     """
-    spiking_parts = ('products', 'gate_neuron', 'value_neuron')
-    num_products = 1  # calls of the layer's forward
+    spiking_parts = ('products', *MeetingMixin.spiking_parts)
+    num_products = 1
     num_heads: int
     proj: nn.Linear
-    gate_neuron: Neuron | None
-    value_neuron: Neuron | None
 
     # Before the layer's own attributes, which stay for the source: the fused path is the one that makes the call, and
     # with separate biases `qkv` is called as a layer instead of having its weights read.
@@ -75,45 +43,24 @@ class SpikingAttentionMixin(SpikingLayer):
     qkv_bias_separate = cast(bool, property(lambda self: True))
 
     def add_neurons(self, config: SFNConfig) -> None:
-        for name in ('proj', 'attn_out_proj', 'mlp_out_proj'):  # no norm is in front of these
+        for name in ('proj', 'attn_out_proj', 'mlp_out_proj', 'o_proj'):  # no norm is in front of these
             projection = getattr(self, name, None)
+            projection = getattr(projection, 'linear', projection)
             if isinstance(projection, SpikingLinear):
                 projection.neuron.unbounded = True
-        head_dim = getattr(self, 'head_dim', None) or self.proj.in_features // self.num_heads
+        num_heads, head_dim, v_head_dim = self.head_widths()
         device = next((p.device for p in self.parameters()), None)
         group_size = getattr(self, 'num_kv_groups', 1)
         self.products = nn.ModuleList(
-            AttentionProduct(self.num_heads, head_dim, self.num_products * head_dim, config, device, group_size)
+            AttentionProduct(num_heads, head_dim, v_head_dim, config, device, group_size)
             for _ in range(self.num_products))
         # where a sigmoid gate multiplies the output of attention, both spike, with a step per channel
-        gated = getattr(self, 'gate', None) is not None
-        for name in ('gate_neuron', 'value_neuron'):
-            setattr(self, name, new_neuron((self.proj.in_features,), config, device=device) if gated else None)
+        self.add_gate((self.proj.in_features,) if getattr(self, 'gate', None) is not None else None, config)
 
-    def __init_subclass__(cls, **kwargs: object) -> None:
-        """Give the forward the signature of the source's, by which symbolic tracing makes its proxies."""
-        super().__init_subclass__(**kwargs)
-        source = next(base for base in cls.__mro__ if issubclass(base, nn.Module) and not issubclass(base, Multiplying))
-        if source is not nn.Module:  # a mixin has no source yet
-            @functools.wraps(source.forward)
-            def forward(self: SpikingAttentionMixin, *args: object, **kwargs: object) -> torch.Tensor:
-                return SpikingAttentionMixin.forward(self, *args, **kwargs)
-            cls.forward = forward  # type: ignore[method-assign]
-
-    def forward(self, *args: object, **kwargs: object) -> torch.Tensor:
-        met: list[str] = []
-        with _ToProducts(self, met):
-            x = super().forward(*args, **kwargs)
-        if met != ['attention'] * self.num_products + ['gate'] * (self.gate_neuron is not None):
-            raise UnsupportedLayerError(
-                f'a product of {type(self).__name__} was not met on its way through timm {timm.__version__}'
-                f'{", as symbolic tracing of a gated layer hides it: use torch.export" if met else ""}.')
-        return x
-
-    def multiplies(self) -> list[Product]:
-        if self.gate_neuron is None or self.value_neuron is None:
-            return []
-        return [Product(GATE, (self.gate_neuron, self.value_neuron), torch.mul)]
+    def head_widths(self) -> tuple[int, int, int]:
+        """Heads, channels of queries and keys in each, and of values."""
+        head_dim = getattr(self, 'head_dim', None) or self.proj.in_features // self.num_heads
+        return self.num_heads, head_dim, self.num_products * head_dim
 
 
 class _DifferentialMixin(SpikingAttentionMixin):
@@ -165,3 +112,53 @@ class SpikingAttentionPoolLatent(SpikingAttentionMixin, tl.AttentionPoolLatent):
 @register_spiking(tl.AttentionPoolPrr)
 class SpikingAttentionPoolPrr(SpikingAttentionMixin, tl.AttentionPoolPrr):  # type: ignore[misc]
     """Patch representation refinement, an attention pool without weights, on spikes."""
+
+
+@register_spiking(relpos.RelPosAttention)
+class SpikingRelPosAttention(SpikingAttentionMixin, relpos.RelPosAttention):  # type: ignore[misc]
+    """Self-attention on spikes; the bias of relative positions is added to the scores, which are currents."""
+
+
+@register_spiking(gemma4_vit.Gemma4Attention)
+class SpikingGemma4Attention(SpikingAttentionMixin, gemma4_vit.Gemma4Attention):  # type: ignore[misc]
+    """Gemma's self-attention with norms and rotary embeddings, which act on currents, on spikes."""
+
+
+@register_spiking(sam.Attention)
+class SpikingSamAttention(SpikingAttentionMixin, sam.Attention):  # type: ignore[misc]
+    """Self-attention on spikes in which queries meet tables of relative positions, too: a product like any other."""
+    def add_neurons(self, config: SFNConfig) -> None:
+        super().add_neurons(config)
+        if self.use_rel_pos:
+            self.position_neuron = new_neuron(
+                (self.num_heads, 1, 1, self.head_dim), config, device=self.rel_pos_h.device)
+
+    def expected(self) -> list[str]:
+        return ['position', 'position'] * (self.position_neuron is not None) + super().expected()
+
+    def fire_positions(self, query: torch.Tensor) -> torch.Tensor:
+        assert self.position_neuron is not None
+        return self.position_neuron(query.unflatten(0, (-1, self.num_heads))).flatten(0, 1)
+
+    def attend(self, product: AttentionProduct, *args: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        """Of queries, keys and values whose heads are examples of the batch, (B heads, L, D)."""
+        mask = kwargs.pop('attn_mask', None)
+        if isinstance(mask, torch.Tensor):
+            kwargs['attn_mask'] = mask.unflatten(0, (-1, self.num_heads))
+        return product(*(x.unflatten(0, (-1, self.num_heads)) for x in args), **kwargs).flatten(0, 1)
+
+    def multiplies(self) -> list[Product]:
+        if self.position_neuron is None:
+            return []
+        compute = functools.partial(_meet_tables, len(self.rel_pos_h))
+        return [Product(POSITION, (self.position_neuron,), compute,
+                        weight=torch.cat([self.rel_pos_h, self.rel_pos_w]))]
+
+
+def _meet_tables(rows: int, query: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
+    """Products (B, H, rows, columns, K) of queries (B, H, rows, columns, D) with tables of relative rows and columns;
+    so many of the tables, the first, are of rows."""
+    (height, width), (down, across) = query.shape[2:4], tables.split([rows, len(tables) - rows])
+    down = torch.einsum('bnhwc,hkc->bnhwk', query, sam.get_rel_pos(height, height, down))
+    across = torch.einsum('bnhwc,wkc->bnhwk', query, sam.get_rel_pos(width, width, across))
+    return torch.cat([down, across], dim=-1)

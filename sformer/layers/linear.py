@@ -5,16 +5,18 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import PatchEmbed
+from timm.layers import Conv2dSame, ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame, pad_same
+from timm.layers.linear import Linear
+from torch.overrides import TorchFunctionMode
 
-from ..neurons import GradedCoding, LateralScaleAndFire, Neuron, SFNConfig, SharedScaleAndFire, new_neuron
+from ..neurons import LateralScaleAndFire, Neuron, SFNConfig, SharedScaleAndFire, new_neuron
 from ..neurons.config import SCALE_AND_FIRE
 from ..neurons.lateral import num_feedback
 from . import products
 from .multiplying import CONVOLUTION, LINEAR, Product
 from .table import SpikingLayer, register_spiking
 
-__all__ = ['SpikingLinear', 'SpikingConv2d', 'SpikingConvTranspose2d', 'SpikingPatchEmbed']
+__all__ = ['SpikingLinear', 'SpikingConvMixin', 'SpikingConv2d', 'SpikingConvTranspose2d']
 
 
 @register_spiking(nn.Linear)
@@ -67,6 +69,11 @@ class SpikingLinear(SpikingLayer, nn.Linear):
         return [Product(LINEAR, (self.neuron,), F.linear, _linear_total, self.weight, self.bias)]
 
 
+@register_spiking(Linear)
+class SpikingTimmLinear(SpikingLinear, Linear):  # type: ignore[misc]
+    """timm's linear layer, which differs where it is scripted, on spikes."""
+
+
 def _linear_total(spikes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return (spikes.reshape(-1, spikes.shape[-1]).sum(0) * weight.sum(0)).sum()
 
@@ -112,9 +119,17 @@ class SpikingConvMixin(SpikingLayer):
             return []
         convolution, transposed = self.convolution(), isinstance(self, nn.ConvTranspose2d)
         total = functools.partial(_convolution_total, convolution, self.groups, transposed)
-        pads = '' if not transposed and self.padding in ((0, 0), 'valid') else self.padding_mode
-        return [Product(CONVOLUTION, (self.neuron,), convolution, total, self.weight, self.bias, self.groups,
-                        transposed, pads)]
+        pads = '' if not transposed and not self.pads() else self.padding_mode
+        return [Product(CONVOLUTION, (self.neuron,), convolution, total, self.multiplied_weight(), self.bias,
+                        self.groups, transposed, pads)]
+
+    def pads(self) -> bool:
+        """Whether something is put around images."""
+        return self.padding not in ((0, 0), 'valid')
+
+    def multiplied_weight(self) -> torch.Tensor:
+        """Weights that multiply spikes."""
+        return self.weight
 
 
 def _convolution_total(
@@ -157,6 +172,79 @@ def _padded_conv2d(
     return F.conv2d(F.pad(x, around, mode=mode), weight, bias, stride, dilation=dilation, groups=groups)
 
 
+class _SamePaddingMixin(SpikingConvMixin):
+    """A convolution that pads as TensorFlow does, by the size of the image."""
+    same_pad = True
+
+    def convolution(self) -> functools.partial[torch.Tensor]:
+        if not self.same_pad:
+            return SpikingConv2d.convolution(self)  # type: ignore[arg-type]
+        return functools.partial(_same_conv2d, kernel_size=self.kernel_size, stride=self.stride,
+                                 dilation=self.dilation, groups=self.groups)
+
+    def pads(self) -> bool:
+        return self.same_pad or super().pads()
+
+
+def _same_conv2d(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        *,
+        kernel_size: list[int],
+        stride: list[int],
+        dilation: list[int],
+        groups: int,
+) -> torch.Tensor:
+    x = pad_same(x, kernel_size, stride, dilation)
+    return F.conv2d(x, weight, bias, stride, dilation=dilation, groups=groups)
+
+
+class _StandardisedMixin(_SamePaddingMixin):
+    """A convolution that standardises its weights before each product, as it says itself."""
+    same_pad = False
+
+    def multiplied_weight(self) -> torch.Tensor:
+        with _Weights() as weights:
+            super(SpikingConvMixin, self).forward(self.weight.new_zeros(1, self.in_channels, *self.kernel_size))
+        return weights.used
+
+
+class _Weights(TorchFunctionMode):
+    """Keeps the weights that a convolution is called with."""
+    used: torch.Tensor
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.conv2d:
+            self.used = args[1]
+        return func(*args, **(kwargs or {}))
+
+
+@register_spiking(Conv2dSame)
+class SpikingConv2dSame(_SamePaddingMixin, Conv2dSame):  # type: ignore[misc]
+    """Convolution with padding by the size of the image on spikes."""
+
+
+@register_spiking(StdConv2d)
+class SpikingStdConv2d(_StandardisedMixin, StdConv2d):  # type: ignore[misc]
+    """Convolution with standardised weights on spikes."""
+
+
+@register_spiking(StdConv2dSame)
+class SpikingStdConv2dSame(_StandardisedMixin, StdConv2dSame):  # type: ignore[misc]
+    """Convolution with standardised weights, and padding by the size of the image, on spikes."""
+
+
+@register_spiking(ScaledStdConv2d)
+class SpikingScaledStdConv2d(_StandardisedMixin, ScaledStdConv2d):  # type: ignore[misc]
+    """Convolution with standardised and scaled weights on spikes."""
+
+
+@register_spiking(ScaledStdConv2dSame)
+class SpikingScaledStdConv2dSame(_StandardisedMixin, ScaledStdConv2dSame):  # type: ignore[misc]
+    """Convolution with standardised and scaled weights, and padding by the size of the image, on spikes."""
+
+
 @register_spiking(nn.ConvTranspose2d)
 class SpikingConvTranspose2d(SpikingConvMixin, nn.ConvTranspose2d):  # type: ignore[misc]
     """Transposed convolution on spikes; made by `spiking_` of an `nn.ConvTranspose2d`."""
@@ -183,13 +271,3 @@ def _transposed_conv2d(
     """With so many `more` rows and columns, which the end of the result would lack."""
     end = [own + rows for own, rows in zip(output_padding, more, strict=True)]
     return F.conv_transpose2d(x, weight, bias, stride, padding, end, groups, dilation)
-
-
-@register_spiking(PatchEmbed)
-class SpikingPatchEmbed(SpikingLayer, PatchEmbed):
-    """Patch embedding whose convolution reads 8-bit pixels as graded spikes."""
-    proj: SpikingConv2d
-
-    def add_neurons(self, config: SFNConfig) -> None:
-        if not isinstance(getattr(self.proj, 'neuron', None), GradedCoding):
-            self.proj.neuron = GradedCoding(self.proj.in_channels, device=self.proj.weight.device)

@@ -3,12 +3,17 @@ from collections.abc import Callable
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.layers import GluMlp, Mlp, SwiGLU
+from timm.models._features_fx import register_notrace_module
+from timm.models.gemma4_vit import Gemma4GatedMlp
+from timm.models.vitamin import GeGluMlp
 from torchvision.ops import SqueezeExcitation
 
 from ..neurons import SFNConfig, new_neuron
 from . import products
 from .linear import SpikingLinear
+from .meeting import MeetingMixin
 from .multiplying import GATE, Product
 from .table import SpikingLayer, register_spiking
 
@@ -29,9 +34,14 @@ class SpikingMlp(SpikingLayer, Mlp):
 def _add_fc2_neuron(mlp: 'SpikingMlp | SpikingGateMixin', config: SFNConfig, fire_function: str) -> None:
     """Let `fc2` fire by the distribution of what an activation function leaves; a filter may have left it as it is, and
     a norm turns its input into what linear layers read elsewhere."""
-    if isinstance(mlp.fc2, SpikingLinear) and isinstance(mlp.norm, nn.Identity):
-        mlp.fc2.add_neurons(config, fire_function)
-        mlp.fc2.neuron.unbounded = True
+    if isinstance(mlp.norm, nn.Identity):
+        _read_gated(mlp.fc2, config, fire_function)
+
+
+def _read_gated(layer: nn.Module, config: SFNConfig, fire_function: str) -> None:
+    if isinstance(layer, SpikingLinear):
+        layer.add_neurons(config, fire_function)
+        layer.neuron.unbounded = True
 
 
 class SpikingGateMixin(SpikingLayer):
@@ -104,3 +114,32 @@ class SpikingSqueezeExcitation(SpikingLayer, SqueezeExcitation):
 
     def multiplies(self) -> list[Product]:
         return [Product(GATE, (self.gate_neuron, self.value_neuron), torch.mul)]
+
+
+class _MetGateMixin(MeetingMixin):
+    """A gated MLP with a forward of timm's own: gate and value spike before their product, with a step per channel.
+
+    Shape:
+        Input and output (B, L, C).
+    """
+    gate_functions = (F.gelu,)
+    reader: str  # path of the layer that reads the product
+
+    def add_neurons(self, config: SFNConfig) -> None:
+        layer = self.get_submodule(self.reader)
+        self.add_gate((layer.in_features,), config)
+        _read_gated(layer, config, config.gated_fire)
+
+
+@register_notrace_module
+@register_spiking(GeGluMlp)
+class SpikingGeGluMlp(_MetGateMixin, GeGluMlp):  # type: ignore[misc]
+    """ViTamin's gated MLP."""
+    reader = 'w2'
+
+
+@register_notrace_module
+@register_spiking(Gemma4GatedMlp)
+class SpikingGemma4GatedMlp(_MetGateMixin, Gemma4GatedMlp):  # type: ignore[misc]
+    """Gemma's gated MLP."""
+    reader = 'down_proj.linear'

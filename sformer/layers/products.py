@@ -14,6 +14,7 @@ from ..neurons import FitConfig, LateralScaleAndFire, Neuron, SFNConfig, new_neu
 from ..neurons.base import Observed, fits_octaves
 from ..neurons.thresholds import MIN_STEP
 from .multiplying import AV, QK, Multiplying, Product
+from .padding import fired
 
 __all__ = ['linear', 'multiply', 'softmax_numerators', 'AttentionProduct']
 
@@ -33,13 +34,13 @@ def linear(
         AssertionError: If x has another number of channels; the neuron would spread one over all.
     """
     torch._assert(x.shape[-1] == weight.shape[1], 'currents have another number of channels than the weights')
-    return F.linear(x if neuron is None else neuron(x), weight, bias)
+    return F.linear(x if neuron is None else fired(neuron, x), weight, bias)
 
 
 def multiply(a_neuron: Neuron, a: torch.Tensor, b_neuron: Neuron, b: torch.Tensor) -> torch.Tensor:
     """Elementwise product of the spikes on two currents, as of a gate and a value, whose shapes broadcast."""
     product = getattr(a_neuron, 'multiply', None)  # of an execution whose neurons do so spike by spike
-    return a_neuron(a) * b_neuron(b) if product is None else product(a, b_neuron, b)
+    return fired(a_neuron, a) * fired(b_neuron, b) if product is None else product(a, b_neuron, b)
 
 
 @torch.fx.wrap
@@ -155,9 +156,9 @@ class AttentionProduct(Multiplying):
             scale: float | None = None,
     ) -> torch.Tensor:
         """Arguments are those of `F.scaled_dot_product_attention`."""
-        q = self.q_neuron(query)
-        k = self.k_neuron(key)
-        v = self.v_neuron(value)
+        q = fired(self.q_neuron, query)
+        k = fired(self.k_neuron, key)
+        v = fired(self.v_neuron, value)
         q = q * (query.shape[-1] ** -0.5 if scale is None else scale)
         # exact, and in float16 a sum over many keys would overflow before it is divided
         # (the strongest key fires its top level, near 1, so a sum is either that or zero)
@@ -191,7 +192,7 @@ class AttentionProduct(Multiplying):
             is_causal: bool = False,
     ) -> torch.Tensor:
         """Attention of queries, which are scaled, to keys, on values that are divided by 32: all are decoded spikes."""
-        attn = self.attn_neuron(softmax_numerators(q @ k.transpose(-2, -1), attn_mask, is_causal))
+        attn = fired(self.attn_neuron, softmax_numerators(q @ k.transpose(-2, -1), attn_mask, is_causal))
         total = attn.sum(dim=-1, keepdim=True)
         if dropout_p:
             attn = F.dropout(attn, dropout_p)

@@ -13,10 +13,10 @@ from torch.optim.swa_utils import AveragedModel
 from ..errors import UnsupportedLayerError
 from ..neurons import FitConfig, Neuron, SFNConfig
 from ..neurons.base import Observed
-from .linear import SpikingPatchEmbed
+from .embedding import PixelEmbedMixin
 from .multiplying import Multiplying
 from .products import AttentionProduct
-from .table import FLOATING_LAYERS, SPIKING_LAYERS, SpikingLayer, become_
+from .table import CONSTANT_LAYERS, FLOATING_LAYERS, SPIKING_LAYERS, SpikingLayer, become_
 
 __all__ = [
     'check_weights_are_parameters', 'is_calibrated', 'named_neurons', 'ordinary_', 'ordinary_tensors', 'placed',
@@ -99,7 +99,7 @@ def spiking_(
             if spiking is not None:
                 child.__dict__.pop('forward', None)
                 become_(child, spiking)
-            if spiking is not None or isinstance(child, SpikingPatchEmbed):  # whose convolution timm may put in anew
+            if spiking is not None or isinstance(child, PixelEmbedMixin):  # whose projection timm may put in anew
                 assert isinstance(child, SpikingLayer)
                 child.add_neurons(config)
                 for layer in (child, *child.children()):  # a parent may have given its children others
@@ -115,8 +115,9 @@ def _filtered(
         filter_fn: Callable[[nn.Module, str], bool] | None,
         name: str = '',
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Modules with their names, parents first, without neurons and what is below a filtered one."""
-    if isinstance(module, (Neuron, AttentionProduct)) or (filter_fn is not None and not filter_fn(module, name)):
+    """Modules with their names, parents first, without neurons, and what is or is below a constant or filtered one."""
+    if (isinstance(module, (Neuron, AttentionProduct)) or type(module) in CONSTANT_LAYERS
+            or (filter_fn is not None and not filter_fn(module, name))):
         return
     yield name, module
     for child_name, child in module.named_children():
@@ -157,7 +158,8 @@ def _is_unknown(module: nn.Module) -> bool:
 def multiplies_currents(module: nn.Module) -> bool:
     """Whether a product in the forward of a module is of no spikes, nor of what a filter left as it was: layers that
     `spiking_` would have converted or refused, of which none spikes."""
-    if type(module) in {*SPIKING_LAYERS.values(), *FLOATING_LAYERS, AttentionProduct}:
+    if type(module) in {*SPIKING_LAYERS.values(), *FLOATING_LAYERS, AttentionProduct} and getattr(
+            module, 'vetted', True):
         return False
     layers = list(module.modules())
     return (any(isinstance(layer, SpikingLayer) for layer in layers)

@@ -4,7 +4,8 @@ from typing import TypeVar
 
 import torch.nn as nn
 from timm import layers as tl
-from timm.models import beit, eva
+from timm.layers import norm_act, pool2d_same
+from timm.models import beit, eva, gemma4_vit, qwen3_vit
 from timm.models import vision_transformer as vit
 from torchvision import ops
 from torchvision.models.detection import anchor_utils, transform
@@ -13,7 +14,10 @@ from torchvision.ops import feature_pyramid_network as fpn
 from ..neurons import SFNConfig
 from .multiplying import Multiplying
 
-__all__ = ['SpikingLayer', 'SPIKING_LAYERS', 'FLOATING_LAYERS', 'become_', 'register_spiking', 'register_floating']
+__all__ = [
+    'SpikingLayer', 'SPIKING_LAYERS', 'FLOATING_LAYERS', 'CONSTANT_LAYERS', 'become_', 'constant_modules',
+    'register_spiking', 'register_floating',
+]
 
 
 class SpikingLayer(Multiplying):
@@ -23,6 +27,7 @@ class SpikingLayer(Multiplying):
     `remove_neurons` and changes the class back. `multiplies` says what those neurons are operands of.
     """
     spiking_parts: tuple[str, ...] = ()  # attributes that the source does not have
+    vetted = True  # whether its own forward is known to multiply nothing but spikes; of others calibration makes sure
 
     def add_neurons(self, config: SFNConfig) -> None:
         """Add the neurons of this layer, with default thresholds, on the device of its parameters."""
@@ -49,15 +54,36 @@ FLOATING_LAYERS: set[type[nn.Module]] = {
     nn.Identity, nn.Dropout, nn.Dropout2d, nn.Sequential, nn.ModuleList, nn.Flatten,
     nn.LayerNorm, tl.LayerNorm, tl.RmsNorm, tl.SimpleNorm, tl.LayerNormFp32, tl.RmsNormFp32, tl.SimpleNormFp32,
     tl.LayerNorm2d, tl.LayerNorm2dFp32, nn.GroupNorm, nn.BatchNorm2d, nn.SyncBatchNorm, ops.FrozenBatchNorm2d,
-    nn.GELU, nn.ReLU, nn.SiLU, nn.Sigmoid, nn.Tanh, tl.GELU, tl.GELUTanh, tl.QuickGELU, tl.Sigmoid, tl.Tanh,
+    tl.GroupNorm, tl.GroupNorm1, tl.RmsNorm2d, tl.RmsNorm2dFp32, tl.SimpleNorm2d, tl.SimpleNorm2dFp32,
+    # a norm, dropout, and an activation function
+    norm_act.BatchNormAct2d, norm_act.SyncBatchNormAct, norm_act.FrozenBatchNormAct2d, norm_act.GroupNormAct,
+    norm_act.GroupNorm1Act, norm_act.LayerNormAct, norm_act.LayerNormActFp32, norm_act.LayerNormAct2d,
+    norm_act.LayerNormAct2dFp32, norm_act.RmsNormAct, norm_act.RmsNormActFp32, norm_act.RmsNormAct2d,
+    norm_act.RmsNormAct2dFp32,
+    nn.GELU, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, tl.GELU, tl.GELUTanh,
+    tl.QuickGELU, tl.Sigmoid, tl.Tanh, tl.Swish, tl.HardSwish, tl.HardSigmoid,
     tl.DropPath, tl.LayerScale, tl.PatchDropout, tl.PatchDropoutWithIndices,
     tl.RotaryEmbedding, tl.RotaryEmbeddingCat, tl.RotaryEmbeddingMixed, tl.RotaryEmbeddingDinoV3,
     tl.RotaryEmbeddingMRope,
     vit.Block, vit.ResPostBlock, vit.ParallelThingsBlock,
     eva.EvaBlock, eva.EvaBlockPostNorm, beit.Block, beit.RelativePositionBias,
-    nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Upsample, nn.PixelShuffle, fpn.LastLevelMaxPool,
+    qwen3_vit.Qwen3VitEncoder, gemma4_vit.Gemma4VitEncoder, gemma4_vit.Gemma4ClippableLinear,
+    gemma4_vit.Gemma4VisionPooler,
+    pool2d_same.MaxPool2dSame, pool2d_same.AvgPool2dSame, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d,
+    nn.Upsample, nn.PixelShuffle, fpn.LastLevelMaxPool,
     ops.RoIAlign, ops.MultiScaleRoIAlign, anchor_utils.AnchorGenerator, transform.GeneralizedRCNNTransform,
 }
+
+# Layers that make a table of positions of nothing but their weights, whatever is on an image: what is below stays as it
+# is, too.
+CONSTANT_LAYERS: set[type[nn.Module]] = {
+    tl.RelPosMlp, tl.RelPosBias, tl.RelPosBiasTf, gemma4_vit.Gemma4RotaryEmbedding2D}
+
+
+def constant_modules(module: nn.Module) -> set[nn.Module]:
+    """Constant layers of a module, and what is below them."""
+    return {part for child in module.modules() if type(child) in CONSTANT_LAYERS for part in child.modules()}
+
 
 Layer = TypeVar('Layer', bound=type[nn.Module])
 

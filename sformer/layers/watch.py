@@ -35,6 +35,9 @@ class ForwardWatch(TorchDispatchMode):
             self.handles.pop().remove()
         return super().__exit__(*args)
 
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
 
 @contextlib.contextmanager
 def watch_spikes(model: nn.Module, add: Callable[[str, Spikes], None]) -> Iterator[None]:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
         multi_threshold,
         straight_through,
     )
-    from .graded import GradedCoding
+    from .graded import GradedCoding, PatchCoding
     from .lateral import LateralScaleAndFire
     from .registry import new_neuron, register_neuron
     from .scale_and_fire import ScaleAndFire
@@ -58,6 +58,6 @@ __all__ = [
     'SFNConfig', 'FitConfig', 'as_config', 'RECIPES', 'Recipe', 'recipe_configs', 'recipe_name',
     'integrate_and_fire', 'multi_threshold', 'max_levels', 'level_values', 'firing_boundaries', 'fire',
     'straight_through', 'Float32Buffers', 'Neuron', 'Spikes', 'ScaleAndFire', 'SharedScaleAndFire',
-    'LateralScaleAndFire', 'GradedCoding', 'CurrentStatistics', 'register_neuron', 'new_neuron', 'NEURON_TYPES',
-    'CODINGS', 'count_levels', 'count_spikes', 'spikes_in',
+    'LateralScaleAndFire', 'GradedCoding', 'PatchCoding', 'CurrentStatistics', 'register_neuron', 'new_neuron',
+    'NEURON_TYPES', 'CODINGS', 'count_levels', 'count_spikes', 'spikes_in',
 ]

@@ -9,7 +9,7 @@ from .config import FitConfig
 from .functional import straight_through
 from .statistics import CurrentStatistics
 
-__all__ = ['GradedCoding']
+__all__ = ['GradedCoding', 'PatchCoding']
 
 _logger = logging.getLogger(__name__)
 
@@ -32,14 +32,17 @@ class GradedCoding(Neuron):
     """
     step: torch.Tensor
     center: torch.Tensor
+    dim = -3  # of channels
     counted = False  # pixels always fire
     watched = 16  # batches that are still looked at for pixels out of range, which another normalisation soon shows
 
     def __init__(self, in_chans: int, device=None):
         super().__init__(device=device)
+        self.in_chans = in_chans
+        shape = self._spread(torch.ones(in_chans, device='cpu')).shape
         dd = dict(device=device, dtype=torch.float32)  # whatever the default dtype is
-        self.register_buffer('step', torch.full((in_chans, 1, 1), 1 / 127.5, **dd))
-        self.register_buffer('center', torch.full((in_chans, 1, 1), 1 / 255, **dd))  # mean = std = 0.5
+        self.register_buffer('step', torch.full(shape, 1 / 127.5, **dd))
+        self.register_buffer('center', torch.full(shape, 1 / 255, **dd))  # mean = std = 0.5
 
     def set_range(self, low: torch.Tensor, high: torch.Tensor) -> None:
         """Code [low, high] with 256 levels and mark the neuron as calibrated.
@@ -51,8 +54,16 @@ class GradedCoding(Neuron):
         Raises:
             ValueError: If a range is empty or not finite.
         """
+        self._code(self._spread(low), self._spread(high))
+
+    def _spread(self, values: torch.Tensor) -> torch.Tensor:
+        """Values of normalised pixels per channel (C,) as the currents that they are here, the shape of the step."""
+        return values.view(-1, 1, 1)
+
+    def _code(self, low: torch.Tensor, high: torch.Tensor) -> None:
+        """Code currents from low to high, the shape of the step."""
         step = (high - low) / 255
-        self._set(step=step.view(-1, 1, 1), center=(low + 128 * step).view(-1, 1, 1))
+        self._set(step=step, center=low + 128 * step)
         self.mark_calibrated()
 
     @property
@@ -85,7 +96,7 @@ class GradedCoding(Neuron):
             return
         self.watched -= 1
         with contextlib.suppress(RuntimeError, IndexError):  # of tensors without values: of vmap, or empty
-            channels = x.detach().float().movedim(-3, 0).flatten(1)
+            channels = x.detach().float().movedim(self.dim, 0).flatten(1)
             seen = self._out_of_range(channels.amin(1), channels.amax(1))
             if seen:
                 self.watched = 0
@@ -106,8 +117,12 @@ class GradedCoding(Neuron):
         if not excess.max() > OVERSHOOT:
             return ''
         c = int(excess.argmax())
-        return (f'values from {lowest[c]:.3g} to {highest[c]:.3g} in channel {c}, where mean and std of pretrained_cfg '
-                f'allow {low[c]:.3g} to {high[c]:.3g}')
+        return (f'values from {lowest[c]:.3g} to {highest[c]:.3g} in channel {self._channel(c)}, where mean and std of '
+                f'pretrained_cfg allow {low[c]:.3g} to {high[c]:.3g}')
+
+    def _channel(self, index: int) -> int:
+        """The channel of an element of the step."""
+        return index
 
     def statistics(self) -> CurrentStatistics:
         return CurrentStatistics(tuple(self.step.shape), signed=True)
@@ -123,7 +138,46 @@ class GradedCoding(Neuron):
                 _logger.warning(f'calibration images have {seen}. Normalise them so or, if the source was trained '
                                 f'otherwise, set mean and std accordingly; pixels are coded coarsely now, over both.')
             low, high = torch.minimum(low, lowest), torch.maximum(high, highest)
-        self.set_range(low, high)
+        self._code(low.view(self.step.shape), high.view(self.step.shape))
 
     def extra_repr(self) -> str:
         return f'levels=256, graded, {self._range_repr("step", self.step)}{self._state_repr()}'
+
+
+class PatchCoding(GradedCoding):
+    """Graded-spike coding of pixels in flat patches, each pixel of which has a weight of its own.
+
+    Args:
+        in_chans: Number of image channels C.
+        pixels: Pixels P of a patch.
+        channels_last: Whether channels of a pixel lie beside one another.
+        gain: Factor of normalised pixels before they arrive.
+        offset: What is added to them then.
+        device: Device of the buffers.
+
+    Shape:
+        Input and output (B, N, P C).
+    """
+    dim = -1
+
+    def __init__(
+            self,
+            in_chans: int,
+            pixels: int,
+            channels_last: bool = True,
+            gain: float = 1.,
+            offset: float = 0.,
+            device=None,
+    ):
+        self.pixels = pixels
+        self.channels_last = channels_last
+        self.gain = gain
+        self.offset = offset
+        super().__init__(in_chans, device)
+
+    def _spread(self, values: torch.Tensor) -> torch.Tensor:
+        values = self.gain * values + self.offset
+        return values.repeat(self.pixels) if self.channels_last else values.repeat_interleave(self.pixels)
+
+    def _channel(self, index: int) -> int:
+        return index % self.in_chans if self.channels_last else index // self.pixels

@@ -55,5 +55,10 @@ class FloatingCount:
             key = name, function
             self.elements[key] = self.elements.get(key, 0) + tensor.numel()
 
+    def add_sum(self, name: str, args: tuple[object, ...]) -> None:
+        """Count a sum over what is read, as of a pool that is written as a product with the places of its cells."""
+        read = max(x.numel() for x in args if isinstance(x, torch.Tensor))
+        self.elements[name, 'sum'] = self.elements.get((name, 'sum'), 0) + read
+
     def per_image(self, images: int) -> list[Floating]:
         return [Floating(name, function, count / images) for (name, function), count in self.elements.items()]

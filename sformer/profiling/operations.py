@@ -16,7 +16,17 @@ from torch.utils.flop_counter import flop_registry
 
 from ..data.batches import num_images
 from ..errors import SFormerError, UncalibratedError
-from ..layers import Product, is_calibrated, named_neurons, named_products, shared_copy, uncalibrated
+from ..layers import (
+    FLOATING_LAYERS,
+    Product,
+    constant_modules,
+    is_calibrated,
+    named_neurons,
+    named_products,
+    present,
+    shared_copy,
+    uncalibrated,
+)
 from ..layers.watch import ForwardWatch
 from ..neurons import (
     CODINGS,
@@ -122,20 +132,22 @@ class _Counts:
         self.fired: torch.Tensor | None = None  # which neurons did so on any image
         self.varies = False
         self.latest: torch.Tensor | None = None  # levels of the batch at hand
+        self.present: torch.Tensor | None = None  # which of these are of no padding, if not all are
         self.tops: torch.Tensor | None = None  # of each branch, (branches, *shape)
         if isinstance(neuron, ScaleAndFire):
             self.tops = neuron.top_levels.to(torch.int32)
         self.lateral = _LateralCounts(name, neuron) if isinstance(neuron, LateralScaleAndFire) else None
 
-    def observe(self, spikes: Spikes) -> None:
+    def observe(self, spikes: Spikes, current: torch.Tensor) -> None:
+        self.present = present(self.neuron, current)
         self.add(spikes.levels)
         if self.lateral is not None and spikes.lateral is not None:
             self.lateral.add(spikes.lateral)
 
     def add(self, k: torch.Tensor) -> None:
-        self.latest = k
-        self.total += k.numel()
-        self.histogram.update(count_levels(k))
+        self.latest, mask = k, self.present
+        self.histogram.update(count_levels(k if mask is None else k[mask.expand_as(k)]))
+        self.total += k.numel() if mask is None else int(mask.expand_as(k).sum())
         for coding, count in count_spikes(k).items():
             self.spikes[coding] += count
         fired = k.ne(0).any(0)
@@ -194,9 +206,19 @@ class _Tally:
         with self.watch.aside() as flops:
             result = product.compute(*(torch.empty(k.shape, device='meta') for k in fired))
             self.seen += sum(flops.values()) // 2
-            self.macs += sum(flops.values()) // 2 or result.numel()
+            if any(counts.present is not None for counts in self.operands):
+                self.macs += int(product.count(*self._ones(fired)))
+            else:
+                self.macs += sum(flops.values()) // 2 or result.numel()
             for coding in CODINGS:
                 self.caused[coding] += product.count(*(spikes_in(k, coding) for k in fired))
+
+
+    def _ones(self, fired: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Factors of a product, one where there is no padding."""
+        masks = [counts.present for counts in self.operands] + [None] * (len(fired) - len(self.operands))
+        return [torch.ones_like(k) if mask is None else mask.expand_as(k).to(k.dtype)
+                for k, mask in zip(fired, masks, strict=True)]
 
 
 class _ProductWatch(ForwardWatch):
@@ -207,6 +229,7 @@ class _ProductWatch(ForwardWatch):
         super().__init__(module)
         self.flops: dict[str, int] = {}
         self.floating = FloatingCount()
+        self.constant = constant_modules(module)
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[dict[str, int]]:
@@ -221,12 +244,14 @@ class _ProductWatch(ForwardWatch):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         count = flop_registry.get(func._overloadpacket)
-        if not self.stack:
-            return out  # of whoever calls the network
+        if not self.stack or self.stack[-1][1] in self.constant:
+            return out  # of whoever calls the network; the same for all images
         name, module = self.stack[-1]
         if not isinstance(module, Neuron):
             self.floating.add(name, func, args, out)
-        if count is not None:
+        if count is not None and type(module) in FLOATING_LAYERS:
+            self.floating.add_sum(name, args)  # as of a pool that is written as a product
+        elif count is not None:
             self.flops[name] = self.flops.get(name, 0) + count(*args, **(kwargs or {}), out_val=out)
         return out
 
@@ -264,7 +289,7 @@ def profile_model(
     watch = _ProductWatch(view)
     counts = {neuron: _Counts(name, neuron) for name, neuron in named_neurons(view)}
     for neuron in counts:
-        neuron.register_forward_hook(lambda neuron, args, out: counts[neuron].observe(neuron.encode(args[0])))
+        neuron.register_forward_hook(lambda neuron, args, out: counts[neuron].observe(neuron.encode(args[0]), args[0]))
     tallies: dict[str, list[_Tally]] = {}
     for name, layer, products in named_products(view):
         if layer.executed:

@@ -8,12 +8,13 @@ import timm
 import torch
 import torch.nn as nn
 from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
+from timm.models._builder import resolve_pretrained_cfg
 
 from ..conversion.record import set_record_
 from ..data.batches import progress
 from ..files import Json
 from ..layers import named_neurons
-from ..models import HEADS, set_norm_eps_, set_pixel_range_, spiking_model_, state_input_size_
+from ..models import head_names, set_norm_eps_, set_pixel_range_, spiking_model_, state_input_size_
 from ..models.sformer import checkpoint_filter_fn
 from ..models.zoo import CUSTOM, SMALL, SOURCES, ZOO, source_name
 from ..neurons import SFNConfig
@@ -24,8 +25,16 @@ __all__ = ['default_cfgs', 'entries']
 WEIGHTS = Path(__file__).parent / 'weights'
 
 
-def _build(source: str, sfn: SFNConfig | Json | None = None, norm_eps: float | None = None, **kwargs) -> nn.Module:
-    model = timm.models.model_entrypoint(source)(pretrained=False, **kwargs)
+def _build(
+        source: str,
+        tag: str | None,
+        sfn: SFNConfig | Json | None = None,
+        norm_eps: float | None = None,
+        **kwargs,
+) -> nn.Module:
+    # some sources have an architecture that depends on the tag: the width that a language model reads
+    tag = tag if timm.is_model_pretrained(f'{source}.{tag}') else None
+    model = timm.models.model_entrypoint(source)(pretrained=False, pretrained_cfg=tag, **kwargs)
     if norm_eps is not None:
         set_norm_eps_(model, norm_eps)
     return spiking_model_(model, sfn)
@@ -39,13 +48,14 @@ def _create_sformer(variant: str, source: str, pretrained: bool = False, **kwarg
         variant, source, default_cfgs[variant].cfgs, pretrained=pretrained, cfg=kwargs.pop('pretrained_cfg', None),
         overlay=kwargs.pop('pretrained_cfg_overlay', None), cache_dir=kwargs.get('cache_dir'), sfn=kwargs.get('sfn'))
     args = {'source': source, **found.model_args, **kwargs}
+    args['tag'] = resolve_pretrained_cfg(variant, found.cfg, found.overlay).tag
     model = build_model_with_cfg(
         _build,
         variant,
         pretrained,
         pretrained_cfg=found.cfg,
         pretrained_cfg_overlay=found.overlay or None,
-        pretrained_filter_fn=functools.partial(checkpoint_filter_fn, neurons=found.neurons),
+        pretrained_filter_fn=functools.partial(checkpoint_filter_fn, source=args['source'], neurons=found.neurons),
         feature_cfg=dict(out_indices=args.pop('out_indices', 3), feature_cls='getter'),
         **args,
     )
@@ -63,8 +73,9 @@ def _reset_head_of_other_features(model: nn.Module) -> None:
     """Mark the neurons of a head as uncalibrated where they were fitted to other features than it reads now."""
     pool, record = getattr(model, 'global_pool', None), vars(model)['conversion']
     if record is not None and pool is not None and record.global_pool not in (None, pool):
-        for name in HEADS:
-            for _, neuron in named_neurons(getattr(model, name, None) or nn.Identity()):
+        heads = {f'{name}.neuron' for name in head_names(model)}
+        for name, neuron in named_neurons(model):
+            if name in heads:
                 neuron.calibrated.fill_(False)
 
 
@@ -78,11 +89,12 @@ def _cfg(source: str | None = None, **kwargs) -> Json:
     )
     if source is not None:
         keep = (
-            'input_size', 'crop_pct', 'interpolation', 'mean', 'std', 'num_classes', 'crop_mode', 'classifier',
+            'input_size', 'crop_pct', 'interpolation', 'mean', 'std', 'num_classes', 'crop_mode', 'fixed_input_size',
             'license', 'hf_hub_id', 'label_names', 'label_descriptions', 'min_input_size')
         published = get_pretrained_cfg(source)
         assert published is not None  # as of every source in the zoo
         cfg.update({k: v for k, v in published.to_dict().items() if k in keep and v is not None})
+        cfg.update(first_conv=published.first_conv, classifier=published.classifier)  # an encoder has none
         if '.' not in source:
             cfg.pop('hf_hub_id', None)
     cfg.update(kwargs)
@@ -91,6 +103,7 @@ def _cfg(source: str | None = None, **kwargs) -> Json:
 
 default_cfgs = generate_default_cfgs({
     **{f'{name}.{tag}': _cfg(f'{source}.{tag}') for name, (source, tags) in ZOO.items() for tag in tags.split()},
+    **{name: _cfg(source) for name, (source, tags) in ZOO.items() if not tags},
     'sformer_nano.digits': _cfg(
         file=str(WEIGHTS / 'sformer_nano.digits.safetensors'),
         input_size=(1, 8, 8), num_classes=10, mean=(0.5,), std=(0.5,), crop_pct=1.0, interpolation='bilinear'),
@@ -138,7 +151,7 @@ def entries() -> Iterator[Json]:
             with torch.device('meta'):
                 model = timm.create_model(architecture)
             params[architecture] = sum(p.numel() for p in model.parameters()) / 1e6
-        weights = 'in the package' if known.file else 'converted on first use' if known.hf_hub_id else 'none, for tests'
+        weights = 'in the package' if known.file else 'converted on first use' if known.hf_hub_id else 'none'
         yield dict(
             name=name, source=source_name(name), param_count=round(params[architecture], 1),
             input_size=list(known.input_size),

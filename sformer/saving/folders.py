@@ -59,7 +59,8 @@ def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
     for name, tensor in state.items():
         if tensor.is_meta:
             raise SFormerError(f'{name} has no values: it is on the meta device, or offloaded.')
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        bound = tensor.ndim == 0 and not tensor.isnan()  # such as a limit of a clamp, which may be none
+        if tensor.is_floating_point() and not bound and not torch.isfinite(tensor).all():
             raise SFormerError(f'{name} has NaN or infinite values, so it is not saved.')
     return state
 

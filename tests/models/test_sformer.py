@@ -15,6 +15,7 @@ import sformer
 from sformer import SFNConfig, SFormer, SFormerError, UnsupportedLayerError, is_calibrated
 from sformer.layers import FLOATING_LAYERS, SPIKING_LAYERS, named_neurons, source_view
 from sformer.layers.linear import SpikingLinear
+from sformer.models import SFormerMixin
 from sformer.neurons import GradedCoding, Neuron
 
 MICRO = dict(img_size=16, patch_size=4, embed_dim=48, depth=2, num_heads=3, num_classes=5)
@@ -125,11 +126,42 @@ def test_foreign_layers_are_refused_and_the_model_is_unchanged(own_source):
     assert {name: type(module) for name, module in own_source.named_modules()} == before
 
 
-def test_model_of_another_class_is_refused():
-    class Mine(VisionTransformer):  # may multiply in a forward of its own
-        pass
-    with pytest.raises(UnsupportedLayerError, match='Mine.*only for .*VisionTransformer'):
-        sformer.models.spiking_model_(Mine(**MICRO))
+class Mine(VisionTransformer):
+    """A model class that nobody has heard of."""
+
+
+def test_the_class_of_a_model_is_no_condition(images):
+    source = Mine(**NANO).eval()
+    model = sformer.convert(source, [images])
+    assert type(model).__bases__ == (SFormerMixin, Mine) and type(model).__name__ == 'SFormerMine'
+    expected = model(images)
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(again) is type(model) and torch.equal(again(images), expected)
+    assert type(sformer.source_of(model)) is Mine
+
+
+def test_what_is_no_timm_model_is_refused():
+    with pytest.raises(UnsupportedLayerError, match='Linear is no timm model: it has no num_classes'):
+        sformer.models.spiking_model_(nn.Linear(4, 4))
+
+
+@pytest.mark.parametrize('product', [lambda x: x @ (x.mT @ x), lambda x: x * x.mean(1, keepdim=True).sigmoid()],
+                         ids=['matrices', 'gate'])
+def test_products_in_the_forward_of_a_model_are_refused(images, product):
+    class Multiplying(Mine):
+        def forward_features(self, x, attn_mask=None):
+            return product(super().forward_features(x))
+    model = Multiplying(**NANO)
+    with pytest.raises(UnsupportedLayerError, match=r'\(root\) .*multiplies currents in its own forward \((mul|bmm)'):
+        sformer.convert(model, [images], inplace=True)
+    assert type(model) is Multiplying, 'it is the source again'
+
+
+def test_what_a_source_does_not_have_its_spiking_class_does_not_have():
+    """timm asks by these names what a model can do."""
+    encoder = timm.create_model('sformer_qwen3_88m_enc', embed_dim=64, depth=1, num_heads=2)
+    assert not hasattr(encoder, 'reset_classifier') and not hasattr(encoder, 'set_input_size')
+    assert hasattr(timm.create_model('sformer_tiny', **MICRO), 'set_input_size')
 
 
 def test_every_table_entry_keeps_the_parameters():

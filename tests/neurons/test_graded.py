@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from neuron_tools import prop, rng, site
 
-from sformer.neurons import GradedCoding
+from sformer.neurons import GradedCoding, PatchCoding
 
 means = st.floats(0, 1)
 deviations = st.floats(0.05, 2)
@@ -37,6 +37,19 @@ def test_output_is_the_decoded_spikes_bit_for_bit(normalisation, currents):
     x = torch.cat([torch.tensor(currents + [0., -0., 1e-40]), ties, 3 * torch.randn(50, generator=rng(0))])
     x = x.view(1, 1, 1, -1)
     assert torch.equal(coding(x), coding.encode(x).decode())
+
+
+@pytest.mark.parametrize('channels_last', [True, False])
+def test_flat_patches_are_coded_as_the_pixels_that_they_are_of(channels_last):
+    mean_, std = torch.tensor([0.5, 0.2, 0.7]), torch.tensor([0.3, 0.5, 0.2])
+    pixels = torch.randint(0, 256, (2, 5, 4, 3), generator=rng(0))  # images, patches, pixels of a patch, channels
+    x = (pixels / 255 - mean_) / std
+    flat = [(t if channels_last else t.mT).flatten(2) for t in (x, pixels)]
+    coding = PatchCoding(3, 4, channels_last, gain=2., offset=-1.)
+    coding.set_range(-mean_ / std, (1 - mean_) / std)
+    currents = 2 * flat[0] - 1
+    assert torch.equal(coding.encode(currents).levels.long() + 128, flat[1])
+    torch.testing.assert_close(coding(currents), currents, rtol=1e-5, atol=1e-5)
 
 
 def test_graded_coding_saturates_at_its_range():
