@@ -95,6 +95,9 @@ def calibrate_(
                 f'spiking_).')
         with torch.device('cpu'):  # where statistics are, whatever the default device is
             fit_neurons(module, statistics, fit)
+            if lateral and silent:
+                _fit_feedback(module, first, forward_fn, price=True)
+                fit_neurons(module, statistics, fit)
             _widen([product for _, _, found in products for product in found], fit)
         if fit.unbiased:
             correct(module, first[0], forward_fn)
@@ -194,8 +197,14 @@ def _fit_silence(module: nn.Module, batches: list[object], forward_fn: ForwardFn
                lambda batch: _forward(module, view, batch, forward_fn))
 
 
-def _fit_feedback(module: nn.Module, batches: list[object], forward_fn: ForwardFn | None) -> None:
-    """Set what neurons feed back to one another, by the gradients of the source on some batches."""
+def _fit_feedback(
+        module: nn.Module,
+        batches: list[object],
+        forward_fn: ForwardFn | None,
+        price: bool = False,
+) -> None:
+    """Set what neurons feed back to one another, by the gradients of the source on some batches; with `price`, let
+    neurons be silent where that is worth it now: what the others take up of it costs nothing."""
     neurons = {name: neuron for name, neuron in named_neurons(module) if isinstance(neuron, LateralScaleAndFire)}
     for group in _in_groups({name: cost_bytes(neuron) for name, neuron in neurons.items()}):
         def stand_in(name: str, neuron: Neuron, group: list[str] = group) -> nn.Module:
@@ -206,7 +215,10 @@ def _fit_feedback(module: nn.Module, batches: list[object], forward_fn: ForwardF
         view, sites = _gradient_view(module, stand_in)
         add_gradients(batches, lambda batch, view=view: _forward(module, view, batch, forward_fn))
         for name in group:
-            neurons[name].set_feedback(sites[name].cost)
+            share = neurons[name].set_feedback(sites[name].cost)
+            quiet = neurons[name].quiet
+            if price and quiet is not None:
+                neurons[name].set_quiet(quiet / share.to(quiet.device).sqrt())
 
 
 def _in_groups(sizes: dict[str, int]) -> Iterator[list[str]]:

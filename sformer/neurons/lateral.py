@@ -102,12 +102,16 @@ class LateralScaleAndFire(ScaleAndFire):
         return self.step * self.top_levels.amax(0) / self.config.levels
 
     @torch.no_grad()
-    def set_feedback(self, cost: torch.Tensor) -> None:
+    def set_feedback(self, cost: torch.Tensor) -> torch.Tensor:
         """Set order and feedback weights such that errors are least in what follows.
 
         Args:
             cost: The matrix H of the cost `e' H e` of errors e of the current, (C, C), or one per head, (H, C, C), as
                 of `weight.T @ weight`; computed with in float64.
+
+        Returns:
+            Share of its cost that noise of a channel keeps, in (0, 1], float32 (*shape): the diagonal of Schur
+            complements over that of H.
 
         Raises:
             ValueError: If it is not finite.
@@ -126,15 +130,19 @@ class LateralScaleAndFire(ScaleAndFire):
         factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(cost)), upper=True)
         parts = [-torch.linalg.solve_triangular(
             factor[..., group, group], factor[..., group, group.stop:], upper=True) for group in self._places()]
-        largest = torch.full_like(spacing, torch.finfo(torch.float32).tiny)
+        largest = torch.zeros_like(spacing)
         for group, part in zip(self._places(), parts, strict=True):
             after = largest[..., group.stop:]
             after.copy_(torch.maximum(after, part.abs().amax(-2)))
-        step = largest / LARGEST_WEIGHT
+        step = torch.where(largest > 0, largest / LARGEST_WEIGHT, 1.).clamp_min(torch.finfo(torch.float32).tiny)
         whole = [(part / step[..., None, group.stop:]).round().flatten()
                  for group, part in zip(self._places(), parts, strict=True)]
+        shares = [torch.linalg.inv(factor[..., group, group]).square().sum(-1) for group in self._places()]
+        share = torch.empty_like(spacing)
+        share[..., order] = torch.cat(shares, -1) / cost.diagonal(dim1=-2, dim2=-1)
         self._set(order=order, feedback_step=step.view(self.step.shape).to(torch.float32),
                   feedback=torch.cat(whole).to(torch.int8))
+        return share.view(self.step.shape).to(torch.float32)
 
     def _places(self) -> list[slice]:
         """Where in the order the channels of each group are."""
@@ -205,7 +213,7 @@ class LateralScaleAndFire(ScaleAndFire):
                 break
             sent = self._spikes_of(h - self._multiplied_(k.clone(), amplitude[..., group]), parts[..., group])
             spikes.append(sent)
-            rest = rest + (sent @ feedback.to(torch.float32)) * moved[..., group.stop:]
+            rest = rest + _sums(sent, feedback) * moved[..., group.stop:]
         back = torch.argsort(order)
         return LateralFired(torch.cat(levels, -1)[..., back], row, torch.cat(spikes, -1)[..., back])
 
@@ -214,3 +222,12 @@ class LateralScaleAndFire(ScaleAndFire):
         e = left_out * parts
         sent = e.round().clamp(-self.largest_spike, self.largest_spike)
         return torch.where(e.abs() < SPIKES_PER_LEVEL * self.config.lateral_zone, 0., sent)
+
+
+def _sums(sent: torch.Tensor, feedback: torch.Tensor) -> torch.Tensor:
+    """Sums of lateral spikes times feedback weights, exact in float32, which is not to be cast to less."""
+    kind = sent.device.type
+    if torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):
+            return sent @ feedback.to(torch.float32)
+    return sent @ feedback.to(torch.float32)
