@@ -13,16 +13,13 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..data.batches import num_images
-from ..errors import SFormerError, UnsupportedLayerError, check
+from ..errors import SFormerError, check
 from ..files import Json
 from ..layers import Product, named_neurons, named_products, shared_copy
 from ..layers.heads import head_weights
-from ..layers.spiking import fit_neurons, multiplies_currents
-from ..layers.watch import ForwardWatch
+from ..layers.spiking import fit_neurons
 from ..neurons import FitConfig, LateralScaleAndFire, Neuron, ScaleAndFire, recipe_name
 from ..neurons.base import Observer
 from ..neurons.statistics import CurrentStatistics, check_finite
@@ -32,6 +29,7 @@ from .compensation import Correlation, compensable, compensated
 from .feedback import ErrorCost, cost_bytes
 from .record import BALANCED, COMPENSATED, CalibrationRecord, Conversion, library_versions, set_record_
 from .silence import RowSensitivity, Sensitivity, add_gradients, set_quiet_
+from .unreached import UnreachedProducts
 
 __all__ = ['calibrate_', 'check_products', 'correct', 'observe', 'OBSERVED_IMAGES']
 
@@ -247,7 +245,7 @@ def check_products(module: nn.Module, batch: object, forward_fn: ForwardFn | Non
     """Raise UnsupportedLayerError if a module multiplies currents in a forward of its own, as calibration does, on any
     device; arguments as of `calibrate_`."""
     view, _ = _view(module, lambda name, neuron: nn.Identity())
-    with _UnreachedProducts(view, batch):
+    with UnreachedProducts(view, batch):
         _forward(module, view, batch, forward_fn)
 
 
@@ -261,7 +259,7 @@ def observe(
     view, observers = _view(module, lambda name, neuron: _Observer(name, neuron.statistics()))
     count = 0
     for batch in _rebatched(batches):
-        with contextlib.nullcontext() if count else _UnreachedProducts(view, batch):
+        with contextlib.nullcontext() if count else UnreachedProducts(view, batch):
             out = _forward(module, view, batch, forward_fn)
         if isinstance(out, torch.Tensor) and not torch.isfinite(out.float().sum()):
             raise SFormerError('NaN or infinite values in the output of the source network.')
@@ -383,41 +381,3 @@ def _rebatched(batches: Iterable[object]) -> Iterator[object]:
             held = None
     if held is not None:
         yield held
-
-
-class _UnreachedProducts(ForwardWatch):
-    """Raises where a module multiplies currents in a forward of its own, which no neuron would ever reach: matrices, or
-    in a timm model elementwise what depends on the image, both of it. Norms and boxes of detectors are full of that."""
-    OPERATIONS = {'mm', 'bmm', 'addmm', 'baddbmm', 'addbmm', 'convolution', 'linear', 'matmul', 'einsum',
-                  '_scaled_dot_product_flash_attention_for_cpu', '_scaled_dot_product_attention_math',
-                  'scaled_dot_product_attention'}
-    GATES = {'mul', 'mul_', 'addcmul', 'addcmul_'}
-
-    def __init__(self, module: nn.Module, batch: object):
-        super().__init__(module)
-        self.gates = not getattr(module, 'vetted', True)
-        self.currents = WeakTensorKeyDictionary()
-        self._keep(batch)
-
-    def _keep(self, values: object) -> None:
-        """Remember what depends on the image."""
-        for value in tree_leaves(values) if self.gates else ():
-            if isinstance(value, torch.Tensor) and value.is_floating_point():
-                self.currents[value] = True
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        operation = func.overloadpacket.__name__
-        read = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x in self.currents]
-        gated = operation in self.GATES and len(read) > 1
-        if (gated or operation in self.OPERATIONS) and self.stack:
-            name, module = self.stack[-1]
-            if multiplies_currents(module):
-                kind = type(module)
-                raise UnsupportedLayerError(
-                    f'{name or "(root)"} ({kind.__module__}.{kind.__qualname__}) multiplies currents in its own '
-                    f'forward ({operation}), which has no spiking counterpart. Register one with '
-                    f'sformer.layers.register_spiking.')
-        out = func(*args, **(kwargs or {}))
-        if read:
-            self._keep(out)
-        return out
