@@ -65,7 +65,8 @@ def test_names_that_are_numbers_come_before_numbers(classifier):
     model = Knowing(by_text, [], label_names=by_text)
     numbers = [*map(str, range(12))]
     assert resolve_benchmark(None, model, 'x', numbers).label_map == [by_text.index(name) for name in numbers]
-    assert resolve_benchmark(None, Knowing([*'3120'], [], label_names=[*'3120']), 'x', [*'0123']).label_map == [3, 1, 2, 0]
+    model = Knowing([*'3120'], [], label_names=[*'3120'])
+    assert resolve_benchmark(None, model, 'x', [*'0123']).label_map == [3, 1, 2, 0]
 
 
 def test_an_order_that_is_only_guessed_is_said(caplog):
