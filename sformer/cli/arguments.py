@@ -1,5 +1,6 @@
 """Arguments as users type them: several values per option, `~`, key=value pairs."""
 import ast
+import json
 import os
 import re
 import shlex
@@ -89,17 +90,34 @@ def parse_kwargs(pairs: list[str] | None) -> dict[str, object]:
 
 
 def parse_names(values: list[str] | None) -> list[str] | None:
-    """Names as they are typed or, if the only one is that of a file, its lines.
+    """Names as they are typed or, if the only one is that of a file, its lines, without blanks around them; of a JSON
+    file a list, names by number or numbers by name.
 
     Raises:
-        SFormerError: If the file is no text.
+        SFormerError: If the file is no text, or JSON of something else.
     """
     if not values or len(values) > 1 or not Path(values[0]).is_file():
         return values
+    file = Path(values[0])
     try:
-        return Path(values[0]).read_text(encoding='utf-8-sig').splitlines()
+        text = file.read_text(encoding='utf-8-sig').strip()
     except (OSError, UnicodeDecodeError) as e:
-        raise SFormerError(f'{values[0]} is no text file of names, one per line: {e}.') from e
+        raise SFormerError(f'{file} is no text file of names, one per line: {e}.') from e
+    if file.suffix.lower() == '.json':
+        return _names_of_json(file, text)
+    return [line.strip() for line in text.splitlines()]
+
+
+def _names_of_json(file: Path, text: str) -> list[str]:
+    from ..conversion.checkpoints import class_names
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise SFormerError(f'{file} cannot be read as JSON: {e}.') from e
+    names = class_names(found) if isinstance(found, (list, dict)) else None
+    if not names:
+        raise SFormerError(f'{file} holds no names of classes: a list, names by their numbers, or numbers by name.')
+    return names
 
 
 def parse_dataset_ids(pairs: list[str] | None) -> dict[str, str]:

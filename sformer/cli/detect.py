@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from ..errors import RunInterruptedError
+from ..errors import RunInterruptedError, SFormerError
 from .options import MAX_IMG_SIZE, MAX_SEED
 
 __all__ = ['commands']
@@ -56,6 +56,8 @@ def train_detector(
     from ..saving import check_vacant
     from ..tasks import save_model
     check_vacant(output, overwrite)
+    if finest_stride not in (4, 8, 16):
+        raise SFormerError(f'--finest-stride is 4, 8 or 16, not {finest_stride}.')
     images = open_coco(data, split, masks, skip_bad)
     config = DetectorConfig(
         backbone, images.categories, masks, image_size, channels,

@@ -83,6 +83,8 @@ def export(
             print(line)
     else:
         task.check_options('export', model, given)
+        if calibration is None and given & {'num_images', 'seed'}:
+            raise SFormerError('--num-images and --seed are of images to round weights for: name them (--calibration).')
     reports = task.export(network, output, ExportOptions(
         max_error=max_error, portable=portable, overwrite=overwrite, command=command_line(), calibration=calibration,
         split=split, num_images=num_images or 128, seed=seed, image_column=columns.image_column, image_size=image_size,

@@ -38,7 +38,7 @@ def predict(
     from ..publishing.prediction_files import check_predictions_file, writing_predictions
     from ..publishing.prediction_plots import check_room, plot_predictions
     if output:
-        check_predictions_file(output, overwrite)
+        check_predictions_file(output, overwrite, images)
     draws = output is not None and output.suffix.lower() == '.png'
     if draws:
         need_pages()

@@ -29,7 +29,7 @@ class SourceOptions:
         help='Weights of the timm model that is named, in a file; its published ones if not given')] = None
     model_kwargs: Annotated[list[str] | None, typer.Option(help='key=value ... for timm.create_model')] = None
     label_names: Annotated[list[str] | None, typer.Option(
-        help='Names of the classes, or a text file of them, one per line')] = None
+        help='Names of the classes, or a text file of them, one per line, or a JSON file')] = None
     mean: Mean = None
     std: Std = None
     crop_pct: CropPct = None

@@ -166,7 +166,10 @@ def search(
         raise SFormerError(f'--spikes is activity, unary or binary, not {spikes!r}.')
     bench.check_results_file(model)
     from ..conversion.search import is_search_journal, need_optuna, pareto_front, recommended, search
-    from ..files import may_write
+    from ..files import may_write, written_to
+    if storage and bench.results_file and \
+            written_to(bench.results_file).resolve() == written_to(storage).resolve():
+        raise SFormerError(f'{storage} cannot be both --storage and --results-file, which would replace the journal.')
     need_optuna()
     if storage:
         may_write(storage, 'journal of a search', is_search_journal)

@@ -20,8 +20,8 @@ from .record import ADAPTED, BALANCED, COMPENSATED, DISTILLED, FINE_TUNED, REASO
 from .sources import label_names_of
 
 __all__ = [
-    'another_source', 'changed', 'in_words', 'kept_record', 'network_inside', 'record_of', 'recorded_as', 'source_of',
-    'warn_of_changes',
+    'another_source', 'changed', 'check_alike', 'in_words', 'kept_record', 'network_inside', 'record_of', 'recorded_as',
+    'source_of', 'warn_of_changes',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -147,11 +147,7 @@ def another_source(model: nn.Module, source: nn.Module) -> nn.Module:
         SFormerError: If the source is not inside, or reads or gives something else than the model.
     """
     network = network_inside(source)
-    for what, of in (('classes', lambda m: getattr(m, 'num_classes', None)),
-                     ('input', lambda m: tuple(resolve_input_data_config(m)['input_size']))):
-        mine, other = of(model), of(network)
-        if mine != other:
-            raise SFormerError(f'the source to compare the model with has other {what}: {other}, not {mine}.')
+    check_alike(model, network)
     mine, other = label_names_of(model), label_names_of(network)
     if mine and other and mine != other:
         raise SFormerError('the source to compare the model with has other names of classes, or in another order.')
@@ -160,6 +156,15 @@ def another_source(model: nn.Module, source: nn.Module) -> nn.Module:
         _logger.warning('the source that the model is compared with has other weights than the network that it was '
                         'converted from, or they are of another precision.')
     return network
+
+
+def check_alike(model: nn.Module, source: nn.Module) -> None:
+    """Raise SFormerError if a source reads or gives something else than the model that is compared with it."""
+    for what, of in (('classes', lambda m: getattr(m, 'num_classes', None)),
+                     ('input', lambda m: tuple(resolve_input_data_config(m)['input_size']))):
+        mine, other = of(model), of(source)
+        if mine != other:
+            raise SFormerError(f'the source to compare the model with has other {what}: {other}, not {mine}.')
 
 
 def warn_of_changes(name: str, model: nn.Module) -> None:

@@ -20,7 +20,7 @@ from ..errors import SFormerError, UncalibratedError, check, check_flag, check_n
 from ..files import state_hash
 from ..layers import is_calibrated, named_neurons, uncalibrated
 from ..neurons import Neuron, count_spikes
-from .changes import network_inside, recorded_as
+from .changes import check_alike, network_inside, recorded_as
 from .record import DISTILLED
 from .training_state import Interrupt, TrainingState, deferred_interrupt
 
@@ -90,12 +90,13 @@ def distill_(
 
     Raises:
         UncalibratedError: If thresholds were never fitted.
-        SFormerError: If the loss is NaN, there are fewer batches than steps, nothing can be trained, or the state is
-            of another training.
+        SFormerError: If the loss is NaN, there are fewer batches than steps, nothing can be trained, the teacher has
+            other classes, input or blocks, or the state is of another training.
     """
     check(type(steps) is int and steps > 0, f'steps must be an integer of at least 1, got {steps!r}.')
     parameters = _trainable(model)
     taught: Any = (network_inside(model) if teacher is None else copy.deepcopy(teacher)).eval().requires_grad_(False)
+    check_alike(model, taught)
     model.eval()
     student: Any = model
     like = next(iter(parameters.values()))
@@ -120,8 +121,7 @@ def distill_(
             error, features = _errors(student, taught, batch.to(like.device, like.dtype), config.amp)
             fired = spikes.mean()
             loss = error + config.features * features + config.price * fired
-            if not torch.isfinite(loss):
-                raise SFormerError(f'the loss is not finite in step {step + 1}: choose a smaller learning rate.')
+            _check_loss(loss, batch, step + 1)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(parameters.values(), config.max_norm)
@@ -156,6 +156,14 @@ def _training_key(model: nn.Module, taught: nn.Module, first: torch.Tensor, step
     return ' '.join([*of, state_hash(dict(images=first)), repr(config), str(steps)])
 
 
+def _check_loss(loss: torch.Tensor, batch: torch.Tensor, step: int) -> None:
+    if torch.isfinite(loss):
+        return
+    if not torch.isfinite(batch).all():
+        raise SFormerError(f'images of step {step} have NaN or infinity in them.')
+    raise SFormerError(f'the loss is not finite in step {step}: choose a smaller learning rate.')
+
+
 def _too_few(steps: int, batches: int) -> str:
     return f'{steps} steps need as many batches, got {batches}.'
 
@@ -175,7 +183,11 @@ def _errors(student: Any, taught: Any, batch: torch.Tensor, amp: bool) -> tuple[
     with torch.no_grad():
         expected = outputs(taught, batch)
     with torch.autocast(batch.device.type, torch.bfloat16, enabled=amp):
-        error, *features = (squared_error(*pair) for pair in zip(outputs(student, batch), expected, strict=True))
+        found = outputs(student, batch)
+    if [of.shape for of in found] != [of.shape for of in expected]:
+        raise SFormerError('the teacher has other blocks than the model, or tokens of another shape.')
+    with torch.autocast(batch.device.type, torch.bfloat16, enabled=amp):
+        error, *features = map(squared_error, found, expected)
     return error, torch.stack(features).mean()
 
 

@@ -4,6 +4,7 @@ Nothing here reads labels. An SFormer is compared with its source on images that
 """
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -67,6 +68,9 @@ class Bench:
         images: Other images, likewise, that SFormers are compared on.
         fit: How thresholds are fitted.
 
+    Raises:
+        SFormerError: If there are no images, or the outputs of the source on them are all zero or not finite.
+
     Attributes:
         seconds: What all measurements have taken.
         forward_passes: Images that went through a network so far, in calibration and comparison.
@@ -84,7 +88,12 @@ class Bench:
         self.images = images
         self.fit = fit
         self.seconds, self.forward_passes = 0., 0
+        if not len(images):
+            raise SFormerError('there is no image to compare SFormers with their source on.')
         self.expected = self._outputs(self.source)
+        if not 0 < self.expected.norm() < math.inf:  # nor NaN: no error is relative to that
+            raise SFormerError('the source says nothing that SFormers could be compared by: its outputs are all zero, '
+                               'or not finite. Is its head trained?')
 
     @classmethod
     def open(

@@ -104,7 +104,7 @@ def add_gradients(batches: list[object], outputs: Callable[[object], object]) ->
         Sum of squares of all outputs.
 
     Raises:
-        SFormerError: If the output is no tensor.
+        SFormerError: If the output is no tensor, or is zero throughout.
     """
     generator, power = torch.Generator().manual_seed(0), 0.
     with torch.inference_mode(False), torch.enable_grad():
@@ -137,6 +137,9 @@ def set_quiet_(
     power = add_gradients(batches, outputs)
     if not math.isfinite(power):
         return  # whoever observes the network next says where
+    if not power:
+        raise SFormerError('a price of activity (silence) is one of errors of the output, and all outputs of the '
+                           'source are zero. Is its head trained?')
     total = sum(site.count for site in sites)
     for site in sites:
         site.neuron.set_quiet(site.quiet(site.neuron.config.silence / total, power))  # all neurons count alike

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from PIL import Image
+from timm.utils.misc import natural_key
 
 from ..errors import SFormerError, UnreadableImageError
 from .image_folders import find_images
@@ -37,7 +38,8 @@ def image_sources(images: ImageSource | Iterable[ImageSource]) -> Iterator[Image
         elif os.path.lexists(image) or not glob.has_magic(str(image)):
             yield Path(image)
         else:
-            matches = sorted(path for path in glob.iglob(str(image), recursive=True) if not os.path.isdir(path))
+            found = [path for path in glob.iglob(str(image), recursive=True) if not os.path.isdir(path)]
+            matches = sorted(found, key=natural_key)
             if not matches:
                 raise SFormerError(f'no file matches {str(image)!r}.')
             yield from map(Path, matches)

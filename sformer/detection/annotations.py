@@ -2,6 +2,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import reprlib
 from collections.abc import Callable
 from pathlib import Path
@@ -86,9 +87,9 @@ class Annotations:
 def read_annotations(file: Path, folder: Path, masks: bool = False, objects: bool = True) -> Annotations:
     """Read a file in COCO format, and decode each of its images once.
 
-    What is usable is as it should be: an entry has an id of its own; a category has a name of its own; an image is
-    there, readable and of the size that its entry says; an annotation is of a known image and category, its box lies in
-    the image, and at least half of its mask in the box. `area` is not read.
+    What is usable is as it should be: an entry has an id of its own; a category has a name of its own; an image has
+    a file of its own, which is there, readable and of the size that its entry says; an annotation is of a known image
+    and category, its box lies in the image, and at least half of its mask in the box. `area` is not read.
 
     Args:
         file: The file, JSON.
@@ -115,7 +116,16 @@ def read_annotations(file: Path, folder: Path, masks: bool = False, objects: boo
     problems += _same_names(categories)
     if problems:  # a detector is made of all of them, so none is left out
         raise SFormerError(f'{file}: {"; ".join(problems)}. Mend the categories of this file.')
-    images = _each(data['images'], 'image', lambda id, entry: _image(id, entry, folder), problems)
+    of_file: dict[str, int] = {}
+
+    def image(id: int, entry: Json) -> ImageEntry:
+        made = _image(id, entry, folder)
+        first = of_file.setdefault(os.path.normpath(made.file_name), id)
+        if first != id:  # what is found in it would count as wrong where the objects are of the other one
+            raise ProblemError(f'is the file of image {first}, too ({made.file_name})')
+        return made
+
+    images = _each(data['images'], 'image', image, problems)
     left_out = {_whole(entry.get('id')) for entry in data['images'] if isinstance(entry, dict)} - {None, *images}
 
     def annotation(id: int, entry: Json) -> Annotation | None:
@@ -160,7 +170,7 @@ def _each(
 
 def _category(id: int, entry: Json) -> str:
     name = entry.get('name')
-    if type(name) not in (str, int) or name == '':
+    if type(name) not in (str, int) or not str(name).strip():
         raise ProblemError(f'has no name ({reprlib.repr(name)})')
     return str(name)
 

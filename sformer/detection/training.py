@@ -3,6 +3,7 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
+import math
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -100,8 +101,7 @@ def train_(
     history: list[dict[str, float]] = []
     if done == config.epochs:
         return history
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.lr, total_steps=steps * config.epochs, pct_start=0.1, last_epoch=done * steps - 1)
+    scheduler = _schedule(optimizer, config.lr, steps * config.epochs, done * steps)
     for epoch in range(done, config.epochs):
         torch.manual_seed(config.seed + epoch)  # what the losses sample
         total: dict[str, float] = {}
@@ -119,6 +119,20 @@ def train_(
         report(f'epoch {epoch + 1}: ' + ', '.join(f'{name} {value:.4f}' for name, value in total.items()))
         state.save(epoch + 1)
     return history
+
+
+def _schedule(
+        optimizer: torch.optim.Optimizer,
+        lr: float,
+        steps: int,
+        done: int,
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """One cycle; where a tenth of the steps is no more than one, it has nowhere to rise, and falls along the cosine."""
+    if steps > 10:
+        return torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, lr, total_steps=steps, pct_start=0.1, last_epoch=done - 1)
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: (1 + math.cos(math.pi * i / steps)) / 2, last_epoch=done - 1)
 
 
 def _check_objects(data: CocoData) -> None:

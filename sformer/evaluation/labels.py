@@ -8,6 +8,7 @@
 
 The lists of classes and the ReaL labels are those that timm ships.
 """
+import logging
 import re
 import unicodedata
 from collections import Counter
@@ -17,6 +18,7 @@ from importlib.resources import files
 
 import torch.nn as nn
 from timm.data import ImageNetInfo, RealLabelsImagenet, infer_imagenet_subset
+from timm.utils.misc import natural_key
 
 from ..conversion.sources import label_names_of
 from ..errors import ConfigError, SFormerError
@@ -25,6 +27,8 @@ from ..files import Json
 __all__ = [
     'BENCHMARKS', 'DATASETS', 'Benchmark', 'check_benchmark', 'match_names', 'model_class_names', 'resolve_benchmark',
 ]
+
+_logger = logging.getLogger(__name__)
 
 BENCHMARKS = ('imagenet-1k', 'imagenet-real', 'imagenet-v2', 'imagenet-a', 'imagenet-r')
 
@@ -179,7 +183,9 @@ def _classes_of_labels(
 ) -> list[int] | None:
     """Class of a model that each label stands for, by names; None if labels are the numbers of classes."""
     names = model_class_names(model)
-    if sorted(class_names) == sorted(map(str, range(num_classes))):
+    if names and sorted(names) == sorted(class_names):
+        pass  # they decide, numbers too: many tools sort 10 before 2, and name classes so
+    elif sorted(class_names) == sorted(map(str, range(num_classes))):
         names = [str(i) for i in range(num_classes)]  # classes named by their numbers, sorted by whatever rule
     elif names and all(map(_SYNSET.fullmatch, names)) and not all(map(_SYNSET.fullmatch, class_names)):
         names = _words_of(names, class_names)
@@ -190,6 +196,13 @@ def _classes_of_labels(
         raise SFormerError(
             f'{dataset} has {len(class_names)} classes ({", ".join(class_names[:3])} ...), the model has '
             f'{num_classes}, and their names do not tell which is which.')
+    by_text = sorted(class_names)
+    if class_names != by_text and class_names == sorted(class_names, key=natural_key):
+        first = next(i for i, name in enumerate(class_names) if name != by_text[i])
+        _logger.warning(
+            f'the model does not say what its classes are called, so class {first} is taken for {class_names[first]!r} '
+            f'of {dataset}, whose classes are sorted by their numbers. Where it was trained by torchvision or '
+            f'transformers, it is {by_text[first]!r}: name its classes in this order (convert --label-names).')
     return None
 
 
@@ -209,14 +222,17 @@ def subset_synsets(name: str) -> list[str]:
 
 
 def _words_of(synsets: list[str], class_names: list[str]) -> list[str] | None:
-    """What classes of ImageNet are called where data have names of them: WordNet's words, or the first of these. None
-    if their names are of others: a classifier is taken for one of ImageNet by its number of classes."""
+    """What classes of ImageNet are called where data have names of them: WordNet's words, or the first of these, but
+    for those that data call by their numbers. None if their names are of others: a classifier is taken for one of
+    ImageNet by its number of classes."""
     info, given = ImageNetInfo(), [*map(_plain_name, class_names)]
     try:
         words = [info.label_name_to_description(synset, detailed=False) for synset in synsets]
     except KeyError:  # of no synset of WordNet's
         return None
-    spellings = [words, [word.partition(',')[0] for word in words]]
+    numbered = {*class_names}
+    spellings = [[synset if synset in numbered else word for synset, word in zip(synsets, said, strict=True)]
+                 for said in (words, [word.partition(',')[0] for word in words])]
     best = max(spellings, key=lambda names: len({*map(_plain_name, names)} & {*given}))
     plain = [*map(_plain_name, best)]
     common = {*plain} & {*given}

@@ -2,9 +2,13 @@
 import contextlib
 import csv
 import json
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from PIL import Image
+
+from ..data.image_files import ImageSource, image_sources
 from ..errors import SFormerError
 from ..evaluation.predictions import Finding, Prediction
 from ..files import Json, holds, may_write, png_values, write_aside, written_to
@@ -20,15 +24,24 @@ MARK = 'predictions'  # key of what a PNG carries
 Write = Callable[[Prediction], None]
 
 
-def check_predictions_file(path: Path, overwrite: bool = False) -> Path:
+def check_predictions_file(path: Path, overwrite: bool = False, images: Iterable[ImageSource] = ()) -> Path:
     """Where predictions will be written: what a link points to.
 
+    Args:
+        path: The file; there may be one already.
+        overwrite: Replace whatever is there.
+        images: What will be predicted, as of `image_sources`, which is never replaced.
+
     Raises:
-        SFormerError: If the name ends in none of `SUFFIXES`, or what is there is not to be replaced.
+        SFormerError: If the name ends in none of `SUFFIXES`, or what is there is not to be replaced or is an image.
     """
     if path.suffix.lower() not in SUFFIXES:
         raise SFormerError(f'{path}: predictions are written as .csv, .json or, drawn, as .png.')
-    return may_write(path, 'predictions', _is_own, overwrite=overwrite)
+    found = may_write(path, 'predictions', _is_own, overwrite=overwrite)
+    for image in image_sources(images) if found.exists() else ():
+        if not isinstance(image, Image.Image) and os.path.exists(image) and found.samefile(image):
+            raise SFormerError(f'{path} is among the images, which predictions would replace. Name another file.')
+    return found
 
 
 def _is_own(path: Path) -> bool:

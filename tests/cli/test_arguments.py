@@ -4,7 +4,7 @@ import math
 import pytest
 
 from sformer import SFormerError
-from sformer.cli.arguments import expand_home, parse_dataset_ids, parse_kwargs, spread
+from sformer.cli.arguments import expand_home, parse_dataset_ids, parse_kwargs, parse_names, spread
 from sformer.cli.options import CropPct, Mean, Std
 from sformer.data.preprocessing import check_preprocessing
 
@@ -41,6 +41,26 @@ def test_expand_home(monkeypatch):
             ('local-dir:~/x', 'local-dir:/home/me/x'), ('x~', 'x~'), ('a/~/b', 'a/~/b'), ('k=~/x', 'k=~/x'), ('', ''),
             ('hf-hub:a/b', 'hf-hub:a/b')):
         assert expand_home(arg) == expected
+
+
+@pytest.mark.parametrize('name, content', [
+    ('names.txt', '\ufeffcat \r\nhot dog\r\n\r\n'), ('names.json', '["cat", "hot dog"]'),
+    ('names.JSON', '{"1": "hot dog",\n "0": "cat"}'), ('names.json', '{"hot dog": 1, "cat": 0}')])
+def test_parse_names(tmp_path, name, content):
+    """Lines of JSON are no names."""
+    file = tmp_path / name
+    file.write_bytes(content.encode())
+    assert parse_names([str(file)]) == ['cat', 'hot dog']
+    assert parse_names(['cat', 'hot dog']) == ['cat', 'hot dog'] and parse_names(None) is None
+
+
+@pytest.mark.parametrize('content, message', [
+    ('{"0": ["n01440764", "tench"]}', 'holds no names of classes'), ('3', 'holds no names'), ('[]', 'holds no names'),
+    ('[1, 2', 'cannot be read as JSON')])
+def test_json_of_something_else(tmp_path, content, message):
+    (tmp_path / 'names.json').write_text(content)
+    with pytest.raises(SFormerError, match=message):
+        parse_names([str(tmp_path / 'names.json')])
 
 
 def test_parse_dataset_ids():

@@ -299,6 +299,9 @@ def test_mistakes(files, run):
     assert_mistake(run(*train, '--backbone', 'test_vit2', '--data', shapes, '--split', 'test', '-o', files / 'x'),
                    "no split 'test'")
     assert_mistake(run(*train, '--backbone', 'test_vit9', '--data', shapes, '-o', files / 'x'), 'timm has no model')
+    for stride in (5, 64):
+        assert_mistake(run(*train, '--backbone', 'test_vit2', '--data', shapes, '-o', files / 'x', '--finest-stride',
+                           stride), f'--finest-stride is 4, 8 or 16, not {stride}')
     assert_mistake(run('evaluate', det, '--data', shapes, '--crop-pct', '0.5'), 'is a detector: leave out --crop-pct')
     assert_mistake(run('compare', det, 'sformer_nano.digits', '--data', shapes),
                    'is a detector, sformer_nano.digits is a classifier: nothing')

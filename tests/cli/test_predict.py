@@ -54,6 +54,21 @@ def test_a_folder_and_a_pattern(run, saved, photos):
     assert (result.code, result.err) == (1, f"sformer: error: no file matches '{photos}/*.tif'.\n")
 
 
+def test_an_image_is_not_replaced(run, saved, photos):
+    """Nor a picture of this command's, if it is among the images that are to be seen."""
+    before = (photos / '3.png').read_bytes()
+    for images in (photos / '3.png', photos, f'{photos}/*.png'):
+        result = run('predict', saved, images, '-o', photos / '3.png', '--overwrite')
+        assert result.code == 1 and '3.png is among the images, which predictions would replace' in result.err
+        assert (photos / '3.png').read_bytes() == before
+
+
+def test_patterns_are_in_natural_order(run, saved, photos):
+    out = run('predict', saved, f'{photos}/1*.png', '--topk', '1').out
+    names = [line.partition(': ')[0].removeprefix(f'{photos}/') for line in out.splitlines()]
+    assert names == ['1.png', *(f'{i}.png' for i in range(10, 19))]
+
+
 def test_csv_and_json_hold_the_same(run, saved, photos, tmp_path, model):
     for name in ('p.csv', 'p.json'):
         for _ in range(2):  # its own file is replaced

@@ -172,6 +172,9 @@ def test_distill_starts_over(interrupted, tmp_path):
 
 def test_missing_optuna_is_named_before_the_work(run_inside, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'optuna', None)
+    code, _, err = run_inside(
+        'search', 'nothing', *DIGITS, '--storage', 'a/trials.json', '--results-file', './a/trials.json')
+    assert code == 1 and 'cannot be both --storage and --results-file' in err
     code, _, err = run_inside('search', 'nothing', *DIGITS, '--storage', 'a/trials')
     assert code == 1 and err == "sformer: error: optuna is missing: pip install '.[search]' in a clone of sformer.\n"
     assert not (tmp_path / 'a').exists()

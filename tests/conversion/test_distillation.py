@@ -271,8 +271,21 @@ def test_what_cannot_be_trained():
         distill_(model, [pixels()], 2)
     with pytest.raises(SFormerError, match='2 steps need as many batches, got 0'):
         distill_(model, [], 2)
-    with pytest.raises(SFormerError, match='not finite in step 1'):
+    with pytest.raises(SFormerError, match='images of step 1 have NaN or infinity in them'):
         distill_(model, [pixels() * float('nan')], 1)
+
+
+@pytest.mark.parametrize('other, message', [
+    (dict(num_classes=1), 'other classes: 1, not 7'),  # which a difference of logits would broadcast
+    (dict(num_classes=5), 'other classes: 5, not 7'), (dict(num_classes=0), 'other classes: 0, not 7'),
+    (dict(img_size=64), r'other input: \(3, 64, 64\), not \(3, 32, 32\)'), (dict(depth=3), 'teacher has other blocks'),
+    (dict(embed_dim=64), 'teacher has other blocks')])
+def test_a_teacher_of_something_else(other, message):
+    model = convert(build(), [pixels()])
+    kept = state_of(model)
+    with pytest.raises(SFormerError, match=message):
+        distill_(model, [pixels()], 1, teacher=build(**other))
+    assert same_state(model, kept)
 
 
 def test_errors_of_blocks_count_by_their_mean(monkeypatch):

@@ -1,6 +1,7 @@
 """Searching for neurons: what is measured, which points count, and that a journal continues."""
 import pytest
 import torch
+from conftest import make_source
 
 from sformer import FitConfig, SFNConfig, SFormerError, convert
 from sformer.conversion.search import (
@@ -50,6 +51,19 @@ def test_points_say_what_others_measure(bench, source):
 def test_more_levels_than_a_fire_function_has(bench):
     with pytest.raises(SFormerError, match='at most 7'):
         sweep(bench, SFNConfig(levels=4, fire='power2'), [4, 8])
+
+
+def test_a_source_that_says_nothing(images):
+    """Its relative errors were NaN, at an agreement of 100 %."""
+    zero = make_source()
+    torch.nn.init.zeros_(zero.head.weight)
+    torch.nn.init.zeros_(zero.head.bias)
+    with pytest.raises(SFormerError, match='outputs are all zero, or not finite. Is its head trained'):
+        Bench(zero, images[:16], images[16:])
+    with pytest.raises(SFormerError, match='no image to compare'):
+        Bench(zero, images[:16], images[:0])
+    with pytest.raises(SFormerError, match='silence.* outputs of the source are zero. Is its head trained'):
+        convert(zero, [images], SFNConfig(silence=0.01))
 
 
 @pytest.fixture

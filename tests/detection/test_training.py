@@ -96,6 +96,17 @@ def test_state_of_a_training_on_other_images_is_refused(tmp_path):
         train_(small_detector(), open_coco(tmp_path, 'train'), config, tmp_path)
 
 
+@pytest.mark.parametrize('images, epochs, batch_size', [(1, 1, 2), (5, 2, 1), (11, 1, 1)])
+def test_so_few_steps_that_none_rises(tmp_path, images, epochs, batch_size, monkeypatch):
+    """Ten in all divided by zero, and one alone was taken at a millionth of the learning rate."""
+    write_coco(tmp_path, num=images, sizes=((64, 96),))
+    rates = []
+    monkeypatch.setattr(torch.optim.AdamW, 'step', lambda self: rates.append(self.param_groups[0]['lr']))
+    train_(small_detector(), open_coco(tmp_path, 'train'), TrainingConfig(epochs, batch_size, 0.01), tmp_path / 'state')
+    assert len(rates) == -(images // -batch_size) * epochs
+    assert max(rates) == pytest.approx(0.01, rel=0.2) and rates[-1] == min(rates)
+
+
 @pytest.mark.parametrize('change', [
     lambda data: data['annotations'].clear(), lambda data: [a.update(iscrowd=1) for a in data['annotations']]])
 def test_nothing_is_learnt_from_nothing(tmp_path, change):

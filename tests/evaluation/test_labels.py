@@ -59,6 +59,38 @@ def test_class_folders_named_by_numbers(classifier):
     assert resolve_benchmark('imagenet-v2', classifier, 'v2', list(map(str, range(1000)))).label_map is None
 
 
+def test_names_that_are_numbers_come_before_numbers(classifier):
+    """Image folders of the Hub and of torchvision sort 10 before 2, and so are classes of what was trained on them."""
+    by_text = sorted(map(str, range(12)))
+    model = Knowing(by_text, [], label_names=by_text)
+    numbers = [*map(str, range(12))]
+    assert resolve_benchmark(None, model, 'x', numbers).label_map == [by_text.index(name) for name in numbers]
+    model = Knowing([*'3120'], [], label_names=[*'3120'])
+    assert resolve_benchmark(None, model, 'x', [*'0123']).label_map == [3, 1, 2, 0]
+
+
+def test_an_order_that_is_only_guessed_is_said(caplog):
+    """A model without names: timm sorts class_10 after class_2, torchvision before it."""
+    names = [f'class_{i}' for i in range(1, 13)]
+    model = Knowing(names, [])
+    assert resolve_benchmark(None, model, 'x', names).label_map is None
+    assert "class 1 is taken for 'class_2' of x" in caplog.text and "it is 'class_10': name" in caplog.text
+    caplog.clear()
+    resolve_benchmark(None, model, 'x', names, by_position=True)
+    resolve_benchmark(None, model, 'x', [f'class_{i:02}' for i in range(12)])
+    assert not caplog.text
+
+
+@pytest.mark.parametrize('every', [2, 3, 1000])
+def test_synsets_and_words_in_one_data_set(classifier, every):
+    """Each is one class of ImageNet; they were scored by position, 0.1 % right."""
+    words = [ImageNetInfo('imagenet-1k').label_name_to_description(synset, detailed=False) for synset in SYNSETS]
+    mixed = [word if i % every == 1 else synset for i, (synset, word) in enumerate(zip(SYNSETS, words, strict=True))]
+    order = torch.randperm(1000, generator=torch.Generator().manual_seed(0)).tolist()
+    assert resolve_benchmark(None, classifier, 'x', [mixed[i] for i in order]).label_map == order
+    assert resolve_benchmark(None, classifier, 'x', [mixed[i] for i in order[:10]]).label_map == order[:10]
+
+
 def test_label_sets_that_do_not_match(classifier, model, tmp_path):
     with pytest.raises(SFormerError, match='has 2 classes .* the model has 1000, and their names'):
         evaluate(classifier, class_folders(tmp_path / 'two', ['cat', 'dog']))
