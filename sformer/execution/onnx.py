@@ -7,6 +7,7 @@ import contextlib
 import copy
 import hashlib
 import json
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -100,10 +101,11 @@ def export_onnx(
     to_graph_(network, portable=portable)
     maps: dict[str, object] = {}
     if spikes:
-        network = SpikeOutputs(network, linear_neurons(network)).eval()
-        with torch.no_grad():  # which finds its blocks, and says so itself if there are none
-            network(torch.zeros(1, *resolve_input_data_config(network)['input_size']))
-        maps = dict(blocks=network.blocks, neurons_per_token=network.neurons_per_token, grid_size=grid_of(model))
+        grid = grid_of(model)
+        network = SpikeOutputs(
+            network, linear_neurons(network), torch.zeros(1, *resolve_input_data_config(network)['input_size']),
+            math.prod(grid or ())).eval()
+        maps = dict(blocks=[*network.blocks], neurons_per_token=[*network.blocks.values()], grid_size=grid)
     exported = to_onnx(network, ('logits', *(SPIKE_OUTPUTS if spikes else ())))
     about = dict(
         _record_of(model), **maps, max_error=max_error, portable=portable, calibration=images, command=command,
