@@ -120,7 +120,9 @@ def predict_classes(
     """
     model = network_of(model)
     check_model(model)
-    read, names, device = Reader(model), class_names(model), device_of(model)
+    read = Reader(model)
+    names = class_names(model)
+    device = device_of(model)
     networks = [shared_copy(network).eval() for network in (model, source) if network is not None]
     numbered = enumerate(images)
     while chunk := list(islice(numbered, batch_size)):
