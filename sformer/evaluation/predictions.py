@@ -120,7 +120,8 @@ def predict_classes(
     """
     model = network_of(model)
     check_model(model)
-    read, names = Reader(model), class_names(model)
+    read = Reader(model)
+    names = class_names(model)
     device = device_of(model)
     networks = [shared_copy(network).eval() for network in (model, source) if network is not None]
     numbered = enumerate(images)

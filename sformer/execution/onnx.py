@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -98,10 +99,11 @@ def export_onnx(
     to_graph_(network, portable=portable)
     maps: dict[str, object] = {}
     if spikes:
-        network = SpikeOutputs(network, linear_neurons(network)).eval()
-        with torch.no_grad():  # which finds its blocks, and says so itself if there are none
-            network(torch.zeros(1, *resolve_input_data_config(network)['input_size']))
-        maps = dict(blocks=network.blocks, neurons_per_token=network.neurons_per_token, grid_size=grid_of(model))
+        grid = grid_of(model)
+        network = SpikeOutputs(
+            network, linear_neurons(network), torch.zeros(1, *resolve_input_data_config(network)['input_size']),
+            math.prod(grid or ())).eval()
+        maps = dict(blocks=[*network.blocks], neurons_per_token=[*network.blocks.values()], grid_size=grid)
     exported = to_onnx(network, ('logits', *(SPIKE_OUTPUTS if spikes else ())), uint8_input)
     write_graph(exported, dict(about, **maps, uint8_input=uint8_input, graph_sha256=graph_hash(exported)), path)
     return reports

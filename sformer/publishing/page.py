@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from timm.data import resolve_input_data_config
 
@@ -180,7 +180,10 @@ def _graph(name: str) -> 'tuple[ModelProto, GraphRecord, bool]':
         task_of(model).check_converted(model, name)
         with tempfile.TemporaryDirectory() as aside:
             path = Path(aside, 'model.onnx')
-            export_onnx(model, path, spikes=grid_of(model) is not None)
+            try:
+                export_onnx(model, path, spikes=grid_of(model) is not None)
+            except SFormerError:  # of windows and the like nothing says which patch they are of
+                export_onnx(model, path)
             graph, record = read_graph(path)
         record['pretrained_cfg'] = dict(record['pretrained_cfg'], label_names=class_names(model))
     return graph, record, {*SPIKE_OUTPUTS} <= {output.name for output in graph.graph.output}
@@ -201,7 +204,7 @@ def _check_exact(graph: 'ModelProto', record: GraphRecord, name: str) -> None:
 
 def _page_model(record: GraphRecord, name: str, file: str, spikes: bool) -> PageModel:
     cfg: Json = dict(record['pretrained_cfg'], input_size=tuple(record['input_size']))
-    config: Any = resolve_input_data_config(cfg)
+    config: Json = resolve_input_data_config(None, pretrained_cfg=cfg)
     size, mean, std = check_data_config(config)
     interpolation, crop_mode = config['interpolation'], config['crop_mode']
     if interpolation not in INTERPOLATIONS:
@@ -228,15 +231,11 @@ def _page_model(record: GraphRecord, name: str, file: str, spikes: bool) -> Page
 
 def _space_metadata(title: str, license: str | None) -> str:
     """What a static Space of the Hub is configured by; isolated pages may use several threads."""
+    from huggingface_hub.utils import yaml_dump
     values = dict(
         title=title, emoji='🧠', colorFrom='indigo', colorTo='yellow', sdk='static', app_file='index.html',
         pinned=False, **({'license': license} if license else {}),
         tags=['sformer', 'spiking-neural-network', 'onnxruntime-web'],
         custom_headers={'cross-origin-embedder-policy': 'require-corp', 'cross-origin-opener-policy': 'same-origin',
                         'cross-origin-resource-policy': 'cross-origin'})
-    return f'---\n{_yaml(values)}---\n'
-
-
-def _yaml(values: Json) -> str:
-    from huggingface_hub.utils import yaml_dump
-    return yaml_dump(values)
+    return f'---\n{yaml_dump(values, sort_keys=False)}---\n'

@@ -117,7 +117,11 @@ def test_shared_thresholds_count_what_they_stand_for(source, digits, tmp_path):
 def test_no_path_of_this_machine(exported, stand_in, tmp_path):
     pytest.importorskip('jinja2')
     written = write_page([str(exported)], tmp_path / 'page', runtime=stand_in, space=True, license='mit')
-    assert written.models[0].title == 'spiking' and written.size > 0
+    said, = json.loads((tmp_path / 'page' / MODELS).read_text())['models']
+    assert said['title'] == 'spiking' and said['file'] == 'model-0.onnx' and written.size > 0
+    assert (said['input_size'], said['mean'], said['std'], said['scale_size']) == ([1, 8, 8], [0.5], [0.5], [8, 8])
+    assert (said['interpolation'], said['crop_mode'], said['grid_size']) == ('bilinear', 'center', [4, 4])
+    assert said['blocks'] == ['blocks.0', 'blocks.1'] and len(said['names']) == 10
     for path in (tmp_path / 'page').iterdir():
         content = path.read_bytes()
         for part in (str(tmp_path), str(exported.parent), '/home/', str(Path.home()), os.sep.join(('', 'tmp', ''))):

@@ -51,8 +51,9 @@ def test_what_is_no_page_is_refused(hub, page, tmp_path, monkeypatch):
     (page / 'README.md').unlink()
     with pytest.raises(SFormerError, match='sformer page --space'):
         publish_space(page, SPACE)
-    (page / 'README.md').write_text(f'---\nsdk: static\n---\n{TOKEN}')
-    with pytest.raises(SFormerError, match='README.md would publish an access token of the Hub; remove it'):
+    (page / 'README.md').write_text('---\nsdk: static\n---\n')
+    (page / 'leak.json').write_text(TOKEN)
+    with pytest.raises(SFormerError, match='leak.json would publish an access token'):
         publish_space(page, SPACE)
     with pytest.raises(SFormerError, match='is no page'):
         publish_space(tmp_path, SPACE)
