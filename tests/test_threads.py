@@ -133,9 +133,15 @@ def test_detectors_that_are_built_at_once_are_of_their_seeds(monkeypatch):
 # where it is put back.
 CHANGED = {
     ('sformer.cli.app', 'logging.getLogger(name).setLevel'): 'a command has the process to itself',
+    ('sformer.cli.baselines', 'contextlib.redirect_stdout'): 'likewise; toolkits print',
+    ('sformer.cli.benchmark', 'contextlib.redirect_stdout'): 'likewise; NNCF prints',
+    ('sformer.cli.benchmark', 'torch.set_num_threads'): 'likewise',
     ('sformer.cli.demo', 'torch.set_num_threads'): 'likewise',
     ('sformer.cli.failure', 'sys.excepthook'): 'likewise',
-    ('sformer.conversion.sources', 'torch.serialization.safe_globals'): 'what may be unpickled; alone',
+    ('sformer.conversion.repositories', 'disable_progress_bars'): 'bars of another thread come back early, no more',
+    ('sformer.conversion.repositories', 'enable_progress_bars'): 'likewise',
+    ('sformer.conversion.repositories', 'warnings.filterwarnings'): 'of one message, for good',
+    ('sformer.conversion.weights', 'torch.serialization.safe_globals'): 'what may be unpickled; alone',
     ('sformer.data.resolution', 'datasets.disable_progress_bars'): 'bars of another thread come back early, no more',
     ('sformer.data.resolution', 'datasets.enable_progress_bars'): 'likewise',
     ('sformer.data.resolution', 'logger.setLevel'): 'the level that it had, which the import of datasets has changed',
@@ -150,8 +156,6 @@ CHANGED = {
     ('sformer.evaluation.launch', 'signal.signal'): 'of the main thread, in a run of several processes',
     ('sformer.execution.onnx', 'pos_embed_sincos.rot'): 'layers of timm are given no function; alone',
     ('sformer.layers.adapters', 'register_module_module_registration_hook'): 'a layer is not told what it is put into',
-    ('sformer.saving.hub', 'disable_progress_bars'): 'bars of another thread come back early, no more',
-    ('sformer.saving.hub', 'enable_progress_bars'): 'likewise',
     ('sformer.saving.hub', 'warnings.filterwarnings'): 'of one message, for good',
     ('sformer.saving.pretrained', 'torch.random.fork_rng'): "the user's state stays as it was; alone",
     ('sformer.saving.pretrained', 'torch.set_default_dtype'): 'promotion goes by it; alone',
@@ -164,6 +168,7 @@ CHANGING = re.compile(
 FILLED = {
     'sformer.evaluation.figures': {'PRECISION', 'PRECISION_PARTS'},
     'sformer.evaluation.schema': {'SCHEMAS'},
+    'sformer.models.sformer': {'MADE'},
     'sformer.layers.table': {'SPIKING_LAYERS', 'FLOATING_LAYERS'},
     'sformer.neurons.registry': {'NEURON_TYPES'},
     'sformer.tasks.door': {'_TASKS'},

@@ -114,7 +114,7 @@ def distill_(
         if state is not None:
             step = state.open(_training_key(model, taught, first, steps, config), parameters, optimizer)
         history: list[list[float]] = [] if state is None else state.history
-        schedule = _schedule(optimizer, steps, step)
+        schedule = _decay(optimizer, steps, step)
         interrupt = stack.enter_context(deferred_interrupt()) if state is not None else Interrupt()
         for batch in itertools.islice(itertools.chain([first], batches), step, steps):
             spikes.clear()
@@ -191,7 +191,7 @@ def _errors(student: Any, taught: Any, batch: torch.Tensor, amp: bool) -> tuple[
     return error, torch.stack(features).mean()
 
 
-def _schedule(optimizer: torch.optim.Optimizer, steps: int, done: int) -> torch.optim.lr_scheduler.LRScheduler:
+def _decay(optimizer: torch.optim.Optimizer, steps: int, done: int) -> torch.optim.lr_scheduler.LRScheduler:
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(
         (i + 1) / max(1, steps // 10), (1 + math.cos(math.pi * i / steps)) / 2), last_epoch=done - 1)
 
