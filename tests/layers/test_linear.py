@@ -93,6 +93,16 @@ def test_zeros_around_an_image_stay_zeros():
     torch.testing.assert_close(layer(torch.zeros(1, 1, 4, 4)), layer.bias.view(1, 1, 1, 1).expand(1, 1, 4, 4))
 
 
+@pytest.mark.parametrize('kind', [
+    tl.Conv2dSame, tl.StdConv2d, tl.StdConv2dSame, tl.ScaledStdConv2d, tl.ScaledStdConv2dSame])
+def test_convolutions_of_timm_that_standardise_or_pad_by_size(kind):
+    source, x = randomise_(kind(4, 6, 3, stride=2)), torch.randn(8, 4, 9, 9, generator=rng())
+    layer = spiking(source, x, SFNConfig(levels=127))
+    assert relative_error(layer(x), source(x)) < 0.02
+    product, = layer.multiplies()
+    torch.testing.assert_close(product.compute(layer.neuron(x), product.weights, product.bias), layer(x))
+
+
 def test_patch_embedding_reads_8_bit_pixels_without_loss():
     embed = randomise_(tl.PatchEmbed(16, 4, 3, 8))
     pixels = torch.randint(0, 256, (2, 3, 16, 16), generator=rng(0))

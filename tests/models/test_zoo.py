@@ -322,6 +322,37 @@ def test_compilers(structure):
     assert torch.equal(compiled, expected) and torch.equal(exported, expected)
 
 
+# other families -------------------------------------------------------------------------------------------------------
+
+OTHERS = {
+    'swin_tiny_patch4_window7_224': dict(
+        img_size=64, window_size=4, depths=(2, 2), num_heads=(2, 4), embed_dim=32),
+    'hiera_tiny_224': dict(stages=(1, 2, 1, 1), embed_dim=32, num_heads=1, img_size=(64, 64)),
+    'twins_svt_small': dict(depths=[1, 1, 1, 1], img_size=64),
+    'pvt_v2_b0': dict(depths=(1, 1, 1, 1)),
+    'coatnet_pico_rw_224': dict(img_size=64),
+    'convnext_atto': {},
+    'resnet18': {},
+    'efficientnet_b0': {},
+}
+
+
+@pytest.mark.parametrize('name', [
+    name if name in ('swin_tiny_patch4_window7_224', 'resnet18') else pytest.param(name, marks=pytest.mark.slow)
+    for name in OTHERS])
+def test_hierarchical_and_convolutional_networks(name):
+    torch.manual_seed(0)
+    source, x = timm.create_model(name, num_classes=5, **OTHERS[name]).eval(), inputs(64)
+    with torch.no_grad():
+        expected = source(x)
+        model = sformer.convert(source, [x], SFNConfig(levels=127))
+        assert (model(x) - expected).norm() < 0.1 * expected.norm()
+        assert torch.equal(source_view(model)(x), expected)
+    operations, *_ = profile_operations(model, [x])
+    assert len(operations) > 5 and not [o.name for o in operations if o.kind == 'floating']
+    assert any(isinstance(neuron, GradedCoding) for _, neuron in named_neurons(model))
+
+
 # the table --------------------------------------------------------------------------------------------------------
 
 def test_unknown_entry():
