@@ -161,9 +161,8 @@ def _check_teacher(model: Any, taught: Any) -> None:
     mine, other = model.num_classes, taught.num_classes
     if mine != other:
         raise SFormerError(f'the teacher has {other} classes, the model has {mine}.')
-    patches = taught.patch_embed
-    mine, other = getattr(model.patch_embed, 'img_size', None), getattr(patches, 'img_size', None)
-    if mine != other and getattr(patches, 'strict_img_size', False):
+    mine, other = (getattr(getattr(network, 'patch_embed', None), 'img_size', None) for network in (model, taught))
+    if mine != other and getattr(getattr(taught, 'patch_embed', None), 'strict_img_size', False):
         raise SFormerError(f'the teacher reads images of {other} pixels, the model of {mine}.')
 
 
