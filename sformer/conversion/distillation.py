@@ -20,7 +20,7 @@ from ..errors import SFormerError, UncalibratedError, check, check_flag, check_n
 from ..files import state_hash
 from ..layers import is_calibrated, named_neurons, uncalibrated
 from ..neurons import Neuron, count_spikes
-from .changes import check_alike, network_inside, recorded_as
+from .changes import network_inside, recorded_as
 from .record import DISTILLED
 from .training_state import Interrupt, TrainingState, deferred_interrupt
 
@@ -91,12 +91,12 @@ def distill_(
     Raises:
         UncalibratedError: If thresholds were never fitted.
         SFormerError: If the loss is NaN, there are fewer batches than steps, nothing can be trained, the teacher has
-            other classes, input or blocks, or the state is of another training.
+            other classes, image size or blocks, or the state is of another training.
     """
     check(type(steps) is int and steps > 0, f'steps must be an integer of at least 1, got {steps!r}.')
     parameters = _trainable(model)
     taught: Any = (network_inside(model) if teacher is None else copy.deepcopy(teacher)).eval().requires_grad_(False)
-    check_alike(model, taught)
+    _check_teacher(model, taught)
     model.eval()
     student: Any = model
     like = next(iter(parameters.values()))
@@ -154,6 +154,16 @@ def _training_key(model: nn.Module, taught: nn.Module, first: torch.Tensor, step
     """What tells a training from others: whose weights, towards whose, on which images, how."""
     of = [state_hash(network.state_dict()) for network in (model, taught)]
     return ' '.join([*of, state_hash(dict(images=first)), repr(config), str(steps)])
+
+
+def _check_teacher(model: Any, taught: Any) -> None:
+    """Raise SFormerError if a teacher reads or gives something else than the model that it teaches."""
+    mine, other = model.num_classes, taught.num_classes
+    if mine != other:
+        raise SFormerError(f'the teacher has {other} classes, the model has {mine}.')
+    mine, other = (getattr(getattr(network, 'patch_embed', None), 'img_size', None) for network in (model, taught))
+    if mine != other and getattr(getattr(taught, 'patch_embed', None), 'strict_img_size', False):
+        raise SFormerError(f'the teacher reads images of {other} pixels, the model of {mine}.')
 
 
 def _check_loss(loss: torch.Tensor, batch: torch.Tensor, step: int) -> None:
