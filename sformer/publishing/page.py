@@ -141,6 +141,7 @@ def write_page(
     found = find_runtime(runtime)
     engine = f'ONNX Runtime Web{f" {found.version}" if found.version else ""}'
     named = title or ('SFormer' if len(models) > 1 else _title(models[0]))
+    before = _graphs_of(folder)
     with write_aside(folder) as aside:
         written = []
         for name, file in zip(models, graphs, strict=True):
@@ -162,7 +163,17 @@ def write_page(
             text = environment.get_template('space.md').render(title=named, models=written, runtime=engine)
             (aside / 'README.md').write_text(_space_metadata(named, license) + text, encoding='utf-8')
         size = sum(path.stat().st_size for path in aside.iterdir())
+    for file in before - {*graphs}:
+        (folder / file).unlink(missing_ok=True)
     return WrittenPage(folder=folder, models=written, runtime=engine, size=size)
+
+
+def _graphs_of(folder: Path) -> set[str]:
+    """Names of the graphs of the page in a folder, if there is one."""
+    if not is_page(folder / MODELS):
+        return set()
+    models = json.loads((folder / MODELS).read_text(encoding='utf-8') or '{}').get('models', [])
+    return {Path(model['file']).name for model in models}
 
 
 def _title(name: str) -> str:
