@@ -140,7 +140,8 @@ def write_page(
         task.check_verb('page', name)
     found = find_runtime(runtime)
     engine = f'ONNX Runtime Web{f" {found.version}" if found.version else ""}'
-    named = title or ('SFormer' if len(models) > 1 else Path(models[0]).stem or models[0])
+    named = title or ('SFormer' if len(models) > 1 else _title(models[0]))
+    before = _graphs_of(folder)
     with write_aside(folder) as aside:
         written = []
         for name, file in zip(models, graphs, strict=True):
@@ -162,7 +163,22 @@ def write_page(
             text = environment.get_template('space.md').render(title=named, models=written, runtime=engine)
             (aside / 'README.md').write_text(_space_metadata(named, license) + text, encoding='utf-8')
         size = sum(path.stat().st_size for path in aside.iterdir())
+    for file in before - {*graphs}:
+        (folder / file).unlink(missing_ok=True)
     return WrittenPage(folder=folder, models=written, runtime=engine, size=size)
+
+
+def _graphs_of(folder: Path) -> set[str]:
+    """Names of the graphs of the page in a folder, if there is one."""
+    if not is_page(folder / MODELS):
+        return set()
+    models = json.loads((folder / MODELS).read_text(encoding='utf-8') or '{}').get('models', [])
+    return {Path(model['file']).name for model in models}
+
+
+def _title(name: str) -> str:
+    """What a visitor reads of a model: its name without the place where it lies."""
+    return Path(name.removeprefix('local-dir:').removeprefix('hf-hub:').removesuffix('.onnx')).resolve().name or name
 
 
 def _graph(name: str) -> 'tuple[ModelProto, GraphRecord, bool]':
@@ -216,9 +232,8 @@ def _page_model(record: GraphRecord, name: str, file: str, spikes: bool) -> Page
     known = isinstance(names, (list, tuple)) and len(names) == record['num_classes']
     levels = max(record['levels'], default=0)
     recipe = record.get('recipe')
-    title = Path(name.removeprefix('local-dir:')).stem or name
     return PageModel(
-        title=title, file=file, levels=levels,
+        title=_title(name), file=file, levels=levels,
         description=f'N = {levels} levels per branch' + (f', recipe {recipe}' if recipe else '')
         + f', {record["param_count"] / 1e6:.1f} million parameters',
         names=[*names] if known else [str(index) for index in range(record['num_classes'])],

@@ -133,8 +133,9 @@ def test_no_path_of_this_machine(exported, stand_in, tmp_path):
 
 
 def test_its_own_page_is_replaced_and_files_of_others_stay(exported, stand_in, tmp_path):
-    for _ in range(2):
-        write_page([str(exported)], tmp_path / 'page', runtime=stand_in, title='mine')
+    for names in ([str(exported)] * 2, [str(exported)]):  # a graph that is gone from the page is gone from the folder
+        write_page(names, tmp_path / 'page', runtime=stand_in, title='mine')
+        assert len([*(tmp_path / 'page').glob('*.onnx')]) == len(names)
     assert json.loads((tmp_path / 'page' / MODELS).read_text())['title'] == 'mine'
     (tmp_path / 'other').mkdir()
     (tmp_path / 'other' / 'index.html').write_text('precious')
