@@ -114,7 +114,7 @@ def _neuron_parts(name: str, neuron: Neuron) -> tuple[Json, Tensors]:
         parts['quiet'] = neuron.quiet
     if isinstance(neuron, SharedScaleAndFire):
         parts['counts'] = neuron.counts.to(torch.uint8)
-    share = neuron.reach / int(neuron.levels[-1]) if neuron.token else None
+    share = neuron.token_reach / int(neuron.levels[-1]) if neuron.token else None
     return dict(kind='scale-and-fire', signed=neuron.signed, fire_function=neuron.fire_function,
                 token_share=share), parts
 
