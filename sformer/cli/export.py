@@ -59,7 +59,7 @@ def export(
     """
     from ..data import ImageRequest
     from ..execution.onnx import writable
-    from ..execution.prepared import check_output
+    from ..execution.prepared import check_output, slow_neurons
     from ..layers import named_neurons
     from ..tasks import ExportOptions, task_of
     if format is None:
@@ -97,6 +97,9 @@ def export(
         if not report.integer:
             print(f'  {report.name} stays in floating point: {report.reason}')
     if format == FileFormat.onnx:
+        if slow_neurons(network):
+            print('thresholds follow tokens, or softmax levels are no bytes: engines are faster with the recipe fast '
+                  '(sformer benchmark measures it).')
         print_verdict()
 
 

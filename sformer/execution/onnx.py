@@ -6,7 +6,6 @@ softmax and activation functions stay in float32.
 import contextlib
 import hashlib
 import json
-import logging
 import math
 import threading
 from collections.abc import Iterator, Sequence
@@ -24,15 +23,13 @@ from ..files import write_file
 from ..layers import unwrapped
 from .graph import linear_neurons, to_graph_
 from .integer import MAX_WEIGHT_ERROR, IntegerReport
-from .prepared import METADATA, check_output, integer_copy, slow_neurons
+from .prepared import METADATA, check_output, integer_copy
 from .spike_outputs import SPIKE_OUTPUTS, SpikeOutputs
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
 __all__ = ['export_onnx', 'to_onnx', 'check_graph_size', 'graph_hash', 'grid_of', 'write_graph', 'writable']
-
-_logger = logging.getLogger(__name__)
 
 OPSET = 20
 MAX_GRAPH = 2 ** 31 - 2 ** 24  # bytes of values in a file of ONNX, less than protobuf's 2 GiB by what nodes take
@@ -58,8 +55,7 @@ def export_onnx(
 
     The graph takes `images` (batch, C, H, W), normalised, float32, of the model's size, and gives `logits` (batch,
     classes), or features; with `spikes`, also where it spikes, as of `SpikeOutputs`. What was exported is recorded in
-    the file, with a hash of its graph. Neurons that engines take longer for than for those of recipe `fast` are worth a
-    warning.
+    the file, with a hash of its graph.
 
     Args:
         model: Calibrated SFormer, compiled or not; it is not changed.
@@ -93,9 +89,6 @@ def export_onnx(
     network, reports, about = integer_copy(
         model, calibration, split=split, num_images=num_images, seed=seed, image_column=image_column,
         max_error=max_error, portable=portable, command=command)
-    if slow_neurons(network):
-        _logger.warning('thresholds follow tokens, or softmax levels are no bytes: engines run the recipe fast faster '
-                        '(sformer convert --recipe fast; sformer benchmark measures it).')
     to_graph_(network, portable=portable)
     maps: dict[str, object] = {}
     if spikes:

@@ -66,7 +66,7 @@ class ScaleAndFire(Neuron):
         Input and output (B, ...), where `shape` broadcasts.
     """
     takes_octaves = True
-    reach: float
+    token_reach: float
     step: torch.Tensor
     gain: torch.Tensor
     multiplier: torch.Tensor

@@ -31,11 +31,11 @@ def levels_of(fire_function):
 def test_output_is_a_step_times_a_signed_integer(case):
     neuron, x = case
     expected, _ = naive_neuron(neuron, x)
-    levels, step, row, center = neuron.encode(x)
+    levels, step, token_scale, center, _ = neuron.encode(x)
     assert levels.dtype == (torch.int8 if neuron.signed else torch.int16)
     assert torch.equal(levels.double(), expected.double())
     assert levels.abs().max() <= (MAX_LEVEL if neuron.signed else MAX_WIDE_LEVEL)
-    assert step is neuron.step and row is None and center is neuron.center
+    assert step is neuron.step and token_scale is None and center is neuron.center
     out = levels.double() * step.double()  # exact: 17 bits times 7; wide levels have 14
     out = out.float() if center is None else out.float() + center
     assert torch.equal(neuron(x), out)

@@ -53,7 +53,7 @@ def test_curves_are_seen_whole_and_noise_is_no_cliff(monkeypatch, accuracy, sour
     axes = figures[0].axes[0]
     assert axes.get_ylim() == pytest.approx(limits)
     assert [label.get_text() for label in axes.get_xticklabels()] == [str(n) for n in accuracy]
-    line, curve = axes.get_lines()
+    line, curve, *_ = axes.get_lines()  # and caps of error bars
     assert {*line.get_ydata()} == {source} and [*curve.get_xydata().flatten()] == [
         number for point in accuracy.items() for number in point]
 
