@@ -133,7 +133,7 @@ def test_a_missing_package_is_noticed_before_the_work(run_inside, folder, tmp_pa
 def test_what_ends_while_a_graph_is_written(run_inside, folder, tmp_path, monkeypatch, error, message, code):
     def end(*args):
         raise error
-    monkeypatch.setattr('sformer.execution.onnx.to_onnx', lambda network: onnx.ModelProto())
+    monkeypatch.setattr('sformer.execution.onnx.to_onnx', lambda network, *rest: onnx.ModelProto())
     monkeypatch.setattr('pathlib.Path.write_bytes', end)
     assert_refused(run_inside('export', folder, 'new/m.onnx'), message, code)
     assert not list(tmp_path.iterdir())
