@@ -80,7 +80,7 @@ def parse_kwargs(pairs: list[str] | None) -> dict[str, object]:
         key, equals, value = pair.partition('=')
         if not equals or not key.isidentifier():
             raise SFormerError(f'--model-kwargs takes key=value pairs, got {pair!r}.')
-        if key in factory_arguments() | {'name', 'checkpoint', 'allow_pickle', 'device', 'dtype'}:
+        if key in factory_arguments() | {'name', 'checkpoint', 'preprocessing', 'device', 'dtype'}:
             raise SFormerError(f'--model-kwargs is for arguments of the network, which {key} is not.')
         try:
             kwargs[key] = ast.literal_eval(value)

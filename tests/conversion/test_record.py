@@ -34,7 +34,7 @@ def test_there_and_back():
     (dict(calibration=dict(num_images=True)), 'num_images is True'), (dict(calibration=dict(seed=1.5)), 'seed is 1.5'),
     (dict(calibration=dict(name=3)), 'name is 3'), (dict(calibration=None), '.* mapping'),
     (dict(versions=['torch']), 'versions is'), (dict(versions=dict(torch=2)), 'versions is'),
-    (dict(recipe=dict(levels=8)), ".*'recipe'"),
+    (dict(recipe=dict(levels=8)), 'recipe is'),
 ], ids=str)
 def test_records_that_sformer_did_not_write(changes, message):
     message = f'^the record of the conversion (is not as sformer wrote it: )?{message}'
