@@ -236,7 +236,7 @@ def test_labels_are_not_read(source, images):
 
 def test_record(source, model):
     record = json.loads(json.dumps(model.conversion.to_dict()))
-    assert record['version'] == 3 and record['changed'] == []
+    assert record['version'] == 4 and record['changed'] == []
     assert record['source'] == NAME and record['source_tag'] is None
     assert record['source_sha256'] == state_hash(source.state_dict())
     assert record['recipe'] == 'default' and record['fit'] == dict(

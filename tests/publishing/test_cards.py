@@ -225,7 +225,8 @@ def test_markdown_is_not_broken_by_what_is_recorded(record):
 def test_the_coding_of_spikes_is_named(record):
     card = str(render_card(record))
     for coding, number in record.evaluations['eval.json']['spikes_per_neuron'].items():
-        assert f'| spikes per neuron, {coding} coding |  | {number:.3f} |' in card
+        label = 'of them lateral, in graded coding' if coding == 'lateral' else f'{coding} coding'
+        assert f'| spikes per neuron, {label} |  | {number:.3f} |' in card
 
 
 # files ----------------------------------------------------------------------------------------------------------------
