@@ -81,7 +81,7 @@ def test_heads_fire_each_by_itself():
     costs = [w.T @ w for w in weights]
     for cost in costs:  # of channels that cost alike, so that one order is that of both heads
         cost /= cost.diagonal().sqrt() * cost.diagonal().sqrt()[:, None]
-        cost.fill_diagonal_(1.)  # whatever rounding made of it
+        cost.fill_diagonal_(1.)
     shape, config = (2, 1, 24), SFNConfig(4, lateral=3)
     both = LateralScaleAndFire(shape, config, token=True, center_shape=shape)
     both.set_state(torch.full(shape, 0.3), center=torch.randn(shape, generator=rng(8)))
