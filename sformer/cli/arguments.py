@@ -109,12 +109,12 @@ def parse_names(values: list[str] | None) -> list[str] | None:
 
 
 def _names_of_json(file: Path, text: str) -> list[str]:
-    from ..conversion.checkpoints import class_names
+    from ..conversion.checkpoints import names_in_order
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as e:
         raise SFormerError(f'{file} cannot be read as JSON: {e}.') from e
-    names = class_names(found) if isinstance(found, (list, dict)) else None
+    names = names_in_order(found) if isinstance(found, (list, dict)) else None
     if not names:
         raise SFormerError(f'{file} holds no names of classes: a list, names by their numbers, or numbers by name.')
     return names

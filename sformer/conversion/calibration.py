@@ -211,7 +211,11 @@ def _fit_feedback(
             return _Observer(name, None)
 
         view, sites = _gradient_view(module, stand_in)
-        add_gradients(batches, lambda batch, view=view: _forward(module, view, batch, forward_fn))
+
+        def outputs(batch: object, view: nn.Module = view) -> object:
+            return _forward(module, view, batch, forward_fn)
+
+        add_gradients(batches, outputs)
         for name in group:
             share = neurons[name].set_feedback(sites[name].cost)
             quiet = neurons[name].quiet

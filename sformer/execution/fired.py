@@ -3,6 +3,8 @@
 A neuron is written as few elementwise operations, which engines fuse; its levels are those of `encode` but for currents
 within float rounding of a boundary. Levels that meet weights are unsigned bytes with a zero point.
 """
+from typing import cast
+
 import torch
 import torch.nn as nn
 
@@ -232,7 +234,8 @@ class LateralLevels(FiredLevels):
         rest = (h if row is None else h / row).index_select(-1, self.order)
         quiet = None if self.quiet is None else self.quiet[..., self.order]
         fired, start = [], 0
-        for i, (levels, size) in enumerate(zip(self.groups, self.sizes, strict=True)):
+        for i, (group, size) in enumerate(zip(self.groups, self.sizes, strict=True)):
+            levels = cast(FiredLevels, group)
             stop = start + size
             h, rest = rest[..., :size], rest[..., size:]
             loud = h

@@ -14,6 +14,7 @@ __all__ = ['PixelEmbedMixin', 'SpikingPatchEmbed']
 class PixelEmbedMixin(SpikingLayer):
     """An embedding whose projection reads pixels: a convolution those of images, a linear layer those of patches."""
     proj: nn.Module
+    patch_size: tuple[int, int]
     channels_last = True  # of flat patches: (rows, columns, C), not (C, rows, columns)
 
     def add_neurons(self, config: SFNConfig) -> None:
@@ -36,7 +37,7 @@ class PixelEmbedMixin(SpikingLayer):
 
 
 @register_spiking(PatchEmbed)
-class SpikingPatchEmbed(PixelEmbedMixin, PatchEmbed):
+class SpikingPatchEmbed(PixelEmbedMixin, PatchEmbed):  # type: ignore[misc]
     """Patch embedding on graded spikes."""
 
 

@@ -56,7 +56,8 @@ def head_weights(module: nn.Module) -> Iterator[tuple[str, HeadWeights]]:
 
 
 def _weights_of(block: nn.Module, layer: Any, read: Counter[int]) -> HeadWeights | None:
-    if not isinstance(layer, (tl.Attention, tl.AttentionRope, eva.EvaAttention, beit.Attention)):
+    kind: type[Any] = type(layer)
+    if not issubclass(kind, (tl.Attention, tl.AttentionRope, eva.EvaAttention, beit.Attention)):
         return None
     packed = getattr(layer, 'qkv', None)
     linears = [layer.proj, *([layer.q_proj, layer.k_proj, layer.v_proj] if packed is None else [packed])]
@@ -65,7 +66,7 @@ def _weights_of(block: nn.Module, layer: Any, read: Counter[int]) -> HeadWeights
             or any(read[id(parameter)] != 1 for parameter in own)):
         return None
     queries, keys, values = _operands(layer)
-    turned = isinstance(layer, (tl.AttentionRope, eva.EvaAttention))
+    turned = issubclass(kind, (tl.AttentionRope, eva.EvaAttention))
     fixed = turned or not isinstance(getattr(layer, 'q_norm', nn.Identity()), nn.Identity)
     gated = getattr(layer, 'gate', None) is not None
     free = not gated and isinstance(getattr(layer, 'norm', nn.Identity()), nn.Identity)

@@ -175,6 +175,9 @@ def _padded_conv2d(
 class _SamePaddingMixin(SpikingConvMixin):
     """A convolution that pads as TensorFlow does, by the size of the image."""
     same_pad = True
+    kernel_size: list[int]
+    stride: list[int]
+    dilation: list[int]
 
     def convolution(self) -> functools.partial[torch.Tensor]:
         if not self.same_pad:

@@ -6,6 +6,7 @@ activation function gates is multiplied by the layer's neurons.
 import functools
 import operator
 from collections.abc import Callable
+from typing import cast
 
 import timm
 import torch
@@ -40,7 +41,8 @@ class _ToNeurons(TorchFunctionMode):
             self.met.append('attention')
             call = self.met.count('attention')
             if call <= self.layer.num_products:  # one too many is refused when the forward is over
-                return self.layer.attend(self.layer.products[call - 1], *args, **kwargs)
+                product = cast(AttentionProduct, self.layer.products[call - 1])
+                return self.layer.attend(product, *args, **kwargs)
         if func is torch.einsum and self.layer.position_neuron is not None:
             equation, query, table = args
             if query is not self.query:  # it fires once, and meets the tables of rows and columns
@@ -66,7 +68,7 @@ class MeetingMixin(SpikingLayer):
     Shape:
         Input and output as of the layer.
     """
-    spiking_parts = ('gate_neuron', 'value_neuron', 'position_neuron')
+    spiking_parts: tuple[str, ...] = ('gate_neuron', 'value_neuron', 'position_neuron')
     num_products = 0  # calls of attention in the layer's forward
     gate_functions: tuple[Callable[..., torch.Tensor], ...] = (torch.Tensor.sigmoid,)
     products: nn.ModuleList

@@ -127,6 +127,7 @@ class _MetGateMixin(MeetingMixin):
 
     def add_neurons(self, config: SFNConfig) -> None:
         layer = self.get_submodule(self.reader)
+        assert isinstance(layer, nn.Linear)
         self.add_gate((layer.in_features,), config)
         _read_gated(layer, config, config.gated_fire)
 

@@ -81,9 +81,9 @@ class SFormerMixin(SpikingLayer):
             if hasattr(cls, name) and name not in vars(cls):
                 setattr(cls, name, method)
         for name in ('forward', 'forward_features', 'forward_intermediates'):
-            method = getattr(cls, name, None)
-            if method is not None and 'patch_valid' in inspect.signature(method).parameters:
-                setattr(cls, name, _without_padding(method))
+            own = getattr(cls, name, None)
+            if own is not None and 'patch_valid' in inspect.signature(own).parameters:
+                setattr(cls, name, _without_padding(own))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled by the class of its source where it is of a class that was made of it."""

@@ -139,6 +139,7 @@ class _Counts:
         self.lateral = _LateralCounts(name, neuron) if isinstance(neuron, LateralScaleAndFire) else None
 
     def observe(self, spikes: Spikes, current: torch.Tensor) -> None:
+        assert self.neuron is not None
         self.present = present(self.neuron, current)
         self.add(spikes.levels)
         if self.lateral is not None and spikes.lateral is not None:

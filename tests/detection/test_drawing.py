@@ -36,7 +36,8 @@ def test_more_categories_and_objects_than_colours(masks):
     pixels, times = drawn(labels, [0.9] * len(labels), masks=masks)
     assert pixels.dtype == torch.uint8
     for i, label in enumerate(labels):
-        assert pixels[:, (SIDE * i + BOTTOM) * times, 20 * times].tolist() == colour(label - 1), 'the lower edge, which no text covers'
+        edge = pixels[:, (SIDE * i + BOTTOM) * times, 20 * times]  # the lower one, which no text covers
+        assert edge.tolist() == colour(label - 1)
         inside = pixels[:, (SIDE * i + 53) * times, 20 * times].float()  # of a mask, in a colour of its own
         torch.testing.assert_close(inside, 0.45 * masks * torch.tensor(colour(i)).float(), atol=2, rtol=0)
 
