@@ -12,6 +12,17 @@ LIST_COLUMNS = ('name', 'source', 'param_count', 'input_size', 'num_classes', 'l
 KNOWN = Path(__file__).parent / 'models.json'
 
 
+NAME_WIDTH = 44
+WIDTH = 80  # of a line
+
+
+def _line(name: str, parameters: str, size: str, licence: str) -> str:
+    """A line of the list; names are whole, so that they can be searched for and copied."""
+    figures = f'{parameters:>10}  {size:>10}  {licence}'
+    whole = f'{name:<{NAME_WIDTH}}{figures}'
+    return whole if len(name) < NAME_WIDTH and len(whole) <= WIDTH else f'{name}\n{figures:>{WIDTH}}'
+
+
 def list_models(format: TableFormat = Format.table) -> None:
     """List the models that the package registers with timm, with their sources, and names of models of other tasks."""
     known = json.loads(KNOWN.read_text(encoding='utf-8'))
@@ -22,13 +33,14 @@ def list_models(format: TableFormat = Format.table) -> None:
         show_table(format, 'models of timm', LIST_COLUMNS, rows, LIST_COLUMNS, found)
         return
     for weights in dict.fromkeys(entry['weights'] for entry in found):
-        named = []
+        print(f'Weights: {weights}\n')
+        print(_line('model, and its source below', 'param. [M]', 'input', 'licence'))
         for entry in found:
             if entry['weights'] == weights:
-                lines = [entry['name'], f'  {entry["source"]}', f'  top-1 [%]: {entry["results"]}']
-                named.append(('\n'.join(lines if entry['results'] else lines[:2]), str(entry['param_count']),
-                             entry['input_size'], entry['license']))
-        print_table(f'Weights: {weights}', ('model and its source', 'param. [M]', 'input', 'licence'), named)
+                print(_line(entry['name'], str(entry['param_count']), entry['input_size'], entry['license']))
+                print(f'  {entry["source"]}')
+                if entry['results']:
+                    print(f'  top-1 [%]: {entry["results"]}')
         print()
     for other in known['others']:
         print_table(other['heading'], ('name',), [(name,) for name in other['names']])

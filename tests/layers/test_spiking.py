@@ -112,8 +112,8 @@ class Subclass(nn.Linear):
 
 
 @pytest.mark.parametrize('module, named', [
-    (nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.GELU(), nn.BatchNorm1d(4))),
-     r'1\.1 \(torch\.nn\.modules\.batchnorm\.BatchNorm1d\)'),
+    (nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.GELU(), nn.LSTM(4, 4))),
+     r'1\.1 \(torch\.nn\.modules\.rnn\.LSTM\)'),
     (nn.Sequential(nn.Linear(4, 4), Subclass(4, 4)), r'1 \(.*test_spiking\.Subclass\)'),
     (nn.Conv1d(4, 4, 1), r'\(root\) \(torch\.nn\.modules\.conv\.Conv1d\)'),
     (nn.MultiheadAttention(4, 1), r'\(root\) .*MultiheadAttention.*out_proj'),
@@ -137,7 +137,7 @@ def test_unsupported_model_is_named_and_nothing_changes():
 @pytest.mark.parametrize('count, more', [(4, ''), (5, ' and 1 more'), (6, ' and 2 more')])
 def test_many_unsupported_layers_are_counted(count, more):
     with pytest.raises(UnsupportedLayerError, match=rf', 3 \([\w.]+\){more}\. Register'):
-        spiking_(nn.Sequential(*(nn.BatchNorm1d(4) for _ in range(count))))
+        spiking_(nn.Sequential(*(nn.LSTM(4, 4) for _ in range(count))))
 
 
 def test_a_replaced_forward_is_refused():

@@ -149,7 +149,7 @@ def test_what_is_no_timm_model_is_refused():
                          ids=['matrices', 'gate'])
 def test_products_in_the_forward_of_a_model_are_refused(images, product):
     class Multiplying(Mine):
-        def forward_features(self, x, attn_mask=None):
+        def forward_features(self, x, attn_mask=None, is_causal=False):
             return product(super().forward_features(x))
     model = Multiplying(**NANO)
     with pytest.raises(UnsupportedLayerError, match=r'\(root\) .*multiplies currents in its own forward \((mul|bmm)'):
