@@ -8,6 +8,7 @@ from layer_tools import FAMILIES, build, pixels, relative_error, rng
 
 from sformer import SFNConfig, SFormerError, calibrate_, convert, load_model, named_neurons, save_model, spiking_
 from sformer.conversion import calibration
+from sformer.evaluation import Activity
 from sformer.neurons import LateralScaleAndFire, ScaleAndFire
 
 FEW = SFNConfig(4)
@@ -18,14 +19,23 @@ def feeding(model):
     return {name: neuron for name, neuron in named_neurons(model) if isinstance(neuron, LateralScaleAndFire)}
 
 
-@torch.no_grad()
+def measured(source, images, config):
+    """Relative error of the logits, and activity."""
+    model, counts = convert(source, 'digits', config, split='train'), Activity()
+    with torch.no_grad(), counts.observe(model):
+        return relative_error(model(images), source(images)), counts.mean()
+
+
 def test_a_trained_network_is_closer_to_its_source(source, digits):
     images = digits[0][:128]
-    expected = source(images)
-    plain, lateral, silent, both = (
-        relative_error(convert(source, 'digits', config, split='train')(images), expected)
-        for config in (FEW, LATERAL, SFNConfig(16, silence=0.05), SFNConfig(16, silence=0.05, lateral=4)))
-    assert lateral < 0.85 * plain and both < 0.9 * silent
+    assert measured(source, images, LATERAL)[0] < 0.85 * measured(source, images, FEW)[0]
+
+
+def test_what_others_take_up_is_silent_for_less(source, digits):
+    price, images = 0.05, digits[0][:128]
+    found = [measured(source, images, SFNConfig(16, silence=price, lateral=groups)) for groups in (0, 4)]
+    alone, both = (error ** 2 + price * activity for error, activity in found)
+    assert both < alone and found[1][1] < found[0][1]
 
 
 def test_errors_cancel_where_the_network_looks():
