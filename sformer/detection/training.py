@@ -27,6 +27,8 @@ __all__ = ['TrainingConfig', 'remove_state', 'train_']
 
 _logger = logging.getLogger(__name__)
 
+DIVERGED = 2.  # times the loss of the first step
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
@@ -109,7 +111,10 @@ def train_(
             with _in_bfloat16(model, maps) if config.amp else contextlib.nullcontext():
                 losses = _losses(model, data, batch, maps)
             optimizer.zero_grad()
-            _finite_sum(losses, epoch).backward()
+            loss = _finite_sum(losses, epoch)
+            if not state.history:
+                state.history.append([loss.item()])
+            loss.backward()
             nn.utils.clip_grad_norm_(parameters.values(), 1.)
             optimizer.step()
             scheduler.step()
@@ -118,7 +123,15 @@ def train_(
         history.append(total)
         report(f'epoch {epoch + 1}: ' + ', '.join(f'{name} {value:.4f}' for name, value in total.items()))
         state.save(epoch + 1)
+    _warn_if_diverged(state.history[0][0], sum(history[-1].values()))
     return history
+
+
+def _warn_if_diverged(begin: float, end: float) -> None:
+    if end > DIVERGED * begin:
+        _logger.warning(
+            f'the training has diverged: the loss is {end:.3g} in its last epoch, and was {begin:.3g} in its first '
+            f'step. Start over with a smaller learning rate (--lr).')
 
 
 def _schedule(

@@ -179,6 +179,16 @@ def test_a_loss_that_explodes_is_an_error(few, tmp_path):
     assert not (tmp_path / training.STATE_NAME).exists()
 
 
+def test_a_training_that_diverged_says_so(few, tmp_path, caplog):
+    """Losses of 10^18 were reported like any others."""
+    how = dataclasses.replace(CONFIG, lr=100.)
+    train_(small_detector(), few, how, tmp_path)
+    assert 'the training has diverged: the loss is ' in caplog.text and 'e+' in caplog.text
+    caplog.clear()
+    training._warn_if_diverged(2.9, 5.7)
+    assert not caplog.text
+
+
 def test_gradients_are_clipped(few, tmp_path, monkeypatch):
     norms, step = [], torch.optim.AdamW.step
 
