@@ -144,7 +144,7 @@ def _without_padding(forward: Callable[..., object]) -> Callable[..., object]:
         given = signature.bind(self, *args, **kwargs).arguments
         patches = next(value for name, value in given.items() if name != 'self')
         valid = patches.get('patch_valid') if isinstance(patches, dict) else given.get('patch_valid')
-        if valid is None:
+        if not isinstance(valid, torch.Tensor):
             return forward(self, *args, **kwargs)
         with valid_tokens(valid, getattr(self, 'num_prefix_tokens', 0)):
             return forward(self, *args, **kwargs)
