@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Protocol, SupportsIndex
 
 import timm
 import torch
@@ -85,9 +85,9 @@ class SFormerMixin(SpikingLayer):
             if own is not None and 'patch_valid' in inspect.signature(own).parameters:
                 setattr(cls, name, _without_padding(own))
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[object, ...]:
         """Pickled by the class of its source where it is of a class that was made of it."""
-        reduced: Any = super().__reduce_ex__(protocol)
+        reduced = super().__reduce_ex__(protocol)
         source = MADE.get(type(self))
         return reduced if source is None else (_empty, (source,), *reduced[2:])
 
@@ -135,23 +135,23 @@ class SFormerMixin(SpikingLayer):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _without_padding(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _without_padding(forward: Callable[..., object]) -> Callable[..., object]:
     """A forward that is told which patches are padding, while which these do not fire."""
     signature = inspect.signature(forward)
 
     @functools.wraps(forward)
-    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def wrapped(self: 'SFormerMixin', *args: object, **kwargs: object) -> object:
         given = signature.bind(self, *args, **kwargs).arguments
         patches = next(value for name, value in given.items() if name != 'self')
         valid = patches.get('patch_valid') if isinstance(patches, dict) else given.get('patch_valid')
-        if valid is None:
+        if not isinstance(valid, torch.Tensor):
             return forward(self, *args, **kwargs)
         with valid_tokens(valid, getattr(self, 'num_prefix_tokens', 0)):
             return forward(self, *args, **kwargs)
     return wrapped
 
 
-def _reset_classifier(self: Any, num_classes: int, *args: Any, **kwargs: Any) -> None:
+def _reset_classifier(self: SFormerMixin, num_classes: int, *args: object, **kwargs: object) -> None:
     old = {name: _neuron_of(self, name) for name in head_names(self)}
     pool = getattr(self, 'global_pool', None)
     super(SFormerMixin, self).reset_classifier(num_classes, *args, **kwargs)  # type: ignore[misc]
@@ -161,7 +161,7 @@ def _reset_classifier(self: Any, num_classes: int, *args: Any, **kwargs: Any) ->
             self.get_submodule(name).neuron = neuron  # thresholds belong to the features that it reads: these stay
 
 
-def _set_input_size(self: Any, *args: Any, **kwargs: Any) -> None:
+def _set_input_size(self: SFormerMixin, *args: object, **kwargs: object) -> None:
     codings = {name: neuron for name, neuron in named_neurons(self) if isinstance(neuron, GradedCoding)}
     super(SFormerMixin, self).set_input_size(*args, **kwargs)  # type: ignore[misc]
     spiking_(self, self.sfn_config)
@@ -214,7 +214,7 @@ MADE: dict[type[nn.Module], type[nn.Module]] = {}  # spiking class that was made
 def spiking_root(kind: type[nn.Module]) -> type[nn.Module]:
     """The spiking class of timm models of a class; made of it where there is none yet.
 
-    Any class will do: whether a model converts is decided by its layers, and by products of its own that calibration
+    Every class will do: whether a model converts is decided by its layers, and by products of its own that calibration
     meets.
     """
     if kind not in SPIKING_LAYERS:
@@ -235,7 +235,7 @@ def spiking_model_(model: nn.Module, sfn: SFNConfig | Fields | None = None) -> n
     """Turn a timm model into an uncalibrated SFormer, in place.
 
     Args:
-        model: Any timm model.
+        model: A timm model.
         sfn: Neurons, as a config or as its fields.
 
     Returns:

@@ -149,10 +149,11 @@ def test_what_is_no_timm_model_is_refused():
                          ids=['matrices', 'gate'])
 def test_products_in_the_forward_of_a_model_are_refused(images, product):
     class Multiplying(Mine):
-        def forward_features(self, x, attn_mask=None, is_causal=False):
-            return product(super().forward_features(x))
+        def forward_features(self, x, **kwargs):
+            return product(super().forward_features(x, **kwargs))
     model = Multiplying(**NANO)
-    with pytest.raises(UnsupportedLayerError, match=r'\(root\) .*multiplies currents in its own forward \((mul|bmm)'):
+    refusal = r'\(root\) .*multiplies currents in its own forward \((mul|bmm|mat)'
+    with pytest.raises(UnsupportedLayerError, match=refusal):
         sformer.convert(model, [images], inplace=True)
     assert type(model) is Multiplying, 'it is the source again'
 
