@@ -311,8 +311,8 @@ def source_filter(source: str, kind: type[nn.Module]) -> Callable[..., State]:
         source: Name of the timm model.
         kind: Its class: where a module of timm has several such functions, their annotations say of which they are.
     """
-    module = inspect.getmodule(timm.model_entrypoint(source))
-    found = [f for name, f in vars(module).items() if name.startswith('checkpoint_filter_fn')]
+    modules = inspect.getmodule(timm.model_entrypoint(source)), inspect.getmodule(kind)
+    found = [f for module in modules for name, f in vars(module).items() if name.startswith('checkpoint_filter_fn')]
     suited = [f for f in found if list(inspect.signature(f).parameters.values())[1].annotation is kind]
     read = next(iter(suited or found), lambda state, model: state)
 

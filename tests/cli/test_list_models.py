@@ -20,7 +20,7 @@ def test_list(run_here, monkeypatch):
     result = run_here('list')
     assert result.code == 0 and max(map(len, result.out.splitlines())) <= 80
     for name in timm.list_models('sformer*', include_tags=True, exclude_filters='sformer_custom*'):
-        assert re.search(rf'^{re.escape(name)} ', result.out, re.MULTILINE), name
+        assert re.search(rf'^{re.escape(name)}(?: |$)', result.out, re.MULTILINE), name
     lines = result.out.splitlines()
     i = next(i for i, line in enumerate(lines) if line.startswith('sformer_base.augreg2_in21k_ft_in1k '))
     assert lines[i].split()[1:] == ['86.6', '3x224x224', 'apache-2.0']

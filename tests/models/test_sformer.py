@@ -167,7 +167,9 @@ def test_what_a_source_does_not_have_its_spiking_class_does_not_have():
 
 def test_every_table_entry_keeps_the_parameters():
     for kind, spiking in SPIKING_LAYERS.items():
-        assert issubclass(spiking, kind) and kind not in FLOATING_LAYERS
+        assert issubclass(spiking, kind), kind
+        # whole models multiply nothing themselves, so some are layers of others that are left as they are
+        assert kind not in FLOATING_LAYERS or issubclass(spiking, sformer.models.sformer.SFormerMixin), kind
 
 
 def test_unknown_arguments():
