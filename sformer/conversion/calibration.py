@@ -248,7 +248,10 @@ def _gradient_view(module: nn.Module, stand_in: Callable[[str, Neuron], nn.Modul
 def check_products(module: nn.Module, batch: object, forward_fn: ForwardFn | None = None) -> None:
     """Raise UnsupportedLayerError if a module multiplies currents in a forward of its own, as calibration does, on any
     device; arguments as of `calibrate_`."""
-    view, _ = _view(module, lambda name, neuron: nn.Identity())
+    def nothing(name: str, neuron: Neuron) -> nn.Module:
+        return nn.Identity()
+
+    view, _ = _view(module, nothing)
     with UnreachedProducts(view, batch):
         _forward(module, view, batch, forward_fn)
 

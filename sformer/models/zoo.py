@@ -138,7 +138,8 @@ SMALL: dict[str, tuple[str, dict[str, int]]] = {
     'sformer_test_qwen3': ('qwen3_vit_88m', dict(embed_dim=64, depth=4, num_heads=2)),
     'sformer_test_gemma4': (
         'gemma4_vit_167m', dict(embed_dim=64, depth=4, num_heads=2, head_dim=32, intermediate_size=128)),
-    'sformer_test_deepseek': ('deepseek_vit_412m', dict(patch_size=16, embed_dim=64, depth=4, num_heads=2)),
+    'sformer_test_deepseek': (
+        'deepseek_vit_412m', dict(embed_dim=64, depth=4, num_heads=2, dynamic_img_pad=True)),
     'sformer_test_naflex': ('naflexvit_base_patch16_gap', dict(embed_dim=64, depth=4, num_heads=2)),
     'sformer_test_sam': ('samvit_base_patch16', dict(embed_dim=64, depth=4, num_heads=2, window_size=4)),
     'sformer_test_hybrid': ('vit_tiny_r_s16_p8_224', dict(embed_dim=64, depth=4, num_heads=2)),

@@ -140,7 +140,7 @@ class _Counts:
 
     def observe(self, spikes: Spikes, current: torch.Tensor) -> None:
         assert self.neuron is not None
-        self.present = present(self.neuron, current)
+        self.present = None if self.neuron is None else present(self.neuron, current)
         self.add(spikes.levels)
         if self.lateral is not None and spikes.lateral is not None:
             self.lateral.add(spikes.lateral)
