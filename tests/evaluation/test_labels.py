@@ -84,7 +84,7 @@ def test_an_order_that_is_only_guessed_is_said(caplog):
 @pytest.mark.parametrize('every', [2, 3, 1000])
 def test_synsets_and_words_in_one_data_set(classifier, every):
     """Each is one class of ImageNet; they were scored by position, 0.1 % right."""
-    words = [ImageNetInfo('imagenet-1k').label_name_to_description(synset, detailed=False) for synset in SYNSETS]
+    words = ImageNetInfo('imagenet-1k').label_descriptions()
     mixed = [word if i % every == 1 else synset for i, (synset, word) in enumerate(zip(SYNSETS, words, strict=True))]
     order = torch.randperm(1000, generator=torch.Generator().manual_seed(0)).tolist()
     assert resolve_benchmark(None, classifier, 'x', [mixed[i] for i in order]).label_map == order
