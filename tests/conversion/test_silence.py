@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from layer_tools import build, named_neurons, pixels, relative_error, rng
 from neuron_tools import prop
 
+import sformer
 from sformer import SFNConfig, activity, calibrate_, convert, spiking_
 from sformer.conversion.silence import RowSensitivity, Sensitivity, set_quiet_
 from sformer.neurons import ScaleAndFire
@@ -176,3 +177,11 @@ def test_what_is_loud_now_and_then_lies_on_the_levels():
     reach = neuron.step * neuron.levels[-1]
     torch.testing.assert_close(reach[[0, 2]], quiet[[0, 2]] * neuron.config.scale)
     assert reach[1] > 1
+
+
+@pytest.mark.parametrize('config', [SFNConfig(8, silence=0.01), SFNConfig(4, lateral=2)])
+def test_an_output_of_several_tensors_is_refused(config):
+    """Its error is of one output."""
+    model = spiking_(build(), config)
+    with pytest.raises(sformer.SFormerError, match='lateral spikes need an output that is one tensor, got a tuple: let'):
+        calibrate_(model, [pixels()], forward_fn=lambda network, images: (network(images), 1))

@@ -53,7 +53,7 @@ def test_what_is_no_page_is_refused(hub, page, tmp_path, monkeypatch):
         publish_space(page, SPACE)
     (page / 'README.md').write_text('---\nsdk: static\n---\n')
     (page / 'leak.json').write_text(TOKEN)
-    with pytest.raises(SFormerError, match='leak.json would publish an access token'):
+    with pytest.raises(SFormerError, match='leak.json would publish an access token of the Hub; remove it.$'):
         publish_space(page, SPACE)
     with pytest.raises(SFormerError, match='is no page'):
         publish_space(tmp_path, SPACE)

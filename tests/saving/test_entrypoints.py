@@ -6,7 +6,6 @@ from sformer.layers import named_neurons
 from sformer.models.zoo import SMALL, SOURCES, ZOO, architecture_of, source_name
 from sformer.saving.entrypoints import entries
 
-
 AUTHORS = ('jienengchen/ViTamin-', 'apple/mobileclip_b')  # whose repositories timm itself loads
 
 
