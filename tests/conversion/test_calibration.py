@@ -308,7 +308,9 @@ def test_a_site_that_is_not_fitted_is_watched_too(monkeypatch):
     # numerators of the softmax have no statistics
     monkeypatch.setattr('sformer.layers.products.softmax_numerators', lambda scores, *args: scores * math.nan)
     model = spiking_(nn.Sequential(tl.Attention(16, 2)))
-    with pytest.raises(SFormerError, match=r'NaN or infinite currents at 0\.products\.0\.attn_neuron: the weights or the images of the source are broken'):
+    message = (r'NaN or infinite currents at 0\.products\.0\.attn_neuron: '
+               r'the weights or the images of the source are broken')
+    with pytest.raises(SFormerError, match=message):
         observe(model, [torch.randn(2, 3, 16, generator=rng(0))])
 
 
