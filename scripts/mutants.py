@@ -45,6 +45,7 @@ TESTS = {
     'evaluation/figures': [
         'evaluation/test_metrics', 'evaluation/test_schema', 'evaluation/test_summary', 'evaluation/test_evaluate',
         'evaluation/test_activity', 'detection/test_detector_evaluation'],
+    'conversion/unreached': ['models/test_sformer', 'models/test_zoo'],
     'evaluation/predictions': ['cli/test_predict', 'publishing/test_page'],
     'execution/fired': ['execution/test_engines', 'execution/test_early', 'execution/test_saturation'],
     'execution/exported': ['execution/test_engines', 'cli/test_export', 'execution/test_saturation'],

@@ -39,6 +39,7 @@ def graph(tmp_path_factory):
     return path, pixels, network(normalised).argmax(1).tolist()
 
 
+@pytest.mark.slow
 def test_cpp(graph, tmp_path):
     if shutil.which('g++') is None or not (HEADERS / 'openvino').is_dir():
         pytest.skip('no compiler, or no headers')

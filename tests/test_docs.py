@@ -78,6 +78,7 @@ def test_options_exist(page):
         assert used <= options, f'{page.name}:{line} {sorted(used - options)}'
 
 
+@pytest.mark.slow  # the benchmark alone takes half of a minute
 def test_readme_commands_run_as_they_stand(tmp_path, monkeypatch):
     """Those of the block that says so, one after another, by somebody who has nothing."""
     monkeypatch.chdir(tmp_path)

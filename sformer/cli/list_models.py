@@ -13,14 +13,14 @@ KNOWN = Path(__file__).parent / 'models.json'
 
 
 NAME_WIDTH = 44
-WIDTH = 80  # of a line
+LINE_WIDTH = 80
 
 
 def _line(name: str, parameters: str, size: str, licence: str) -> str:
     """A line of the list; names are whole, so that they can be searched for and copied."""
     figures = f'{parameters:>10}  {size:>10}  {licence}'
     whole = f'{name:<{NAME_WIDTH}}{figures}'
-    return whole if len(name) < NAME_WIDTH and len(whole) <= WIDTH else f'{name}\n{figures:>{WIDTH}}'
+    return whole if len(name) < NAME_WIDTH and len(whole) <= LINE_WIDTH else f'{name}\n{figures:>{LINE_WIDTH}}'
 
 
 def list_models(format: TableFormat = Format.table) -> None:

@@ -123,8 +123,9 @@ def convert(
             origins['label_names'] = 'classes of the calibration images'
         if label_names is not None:
             set_label_names_(model, label_names)
+        pool = getattr(model, 'global_pool', None)  # of convolutional networks it is a layer
         set_record_(model, dataclasses.replace(
-            record, global_pool=getattr(model, 'global_pool', None), origins=origins))
+            record, global_pool=pool if isinstance(pool, str) else None, origins=origins))
         with enough_memory('the source is observed on 16 images at a time, whatever the batch size. Choose a smaller '
                            'input (img_size) or a device with more memory.'):
             count = calibrate_(model, batches, fit, None if model.num_classes else all_tokens)

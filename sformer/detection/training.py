@@ -123,11 +123,11 @@ def train_(
         history.append(total)
         report(f'epoch {epoch + 1}: ' + ', '.join(f'{name} {value:.4f}' for name, value in total.items()))
         state.save(epoch + 1)
-    _warn_if_diverged(state.history[0][0], sum(history[-1].values()))
+    say_if_diverged(state.history[0][0], sum(history[-1].values()))
     return history
 
 
-def _warn_if_diverged(begin: float, end: float) -> None:
+def say_if_diverged(begin: float, end: float) -> None:
     if end > DIVERGED * begin:
         _logger.warning(
             f'the training has diverged: the loss is {end:.3g} in its last epoch, and was {begin:.3g} in its first '

@@ -270,6 +270,9 @@ def _alone(neuron: LateralScaleAndFire, channels: torch.Tensor) -> ScaleAndFire:
 
 class PixelLevels(nn.Module):
     """Levels of pixels, which QuantizeLinear rounds and clips to -128 ... 127."""
+    flip: torch.Tensor | None = None  # as of `FiredLevels`: pixels are levels as they are
+    zeros: torch.Tensor | None = None
+    token = False
     step: torch.Tensor
     center: torch.Tensor
 
@@ -288,9 +291,9 @@ def signed_levels(neuron: Neuron, stand_up: bool = False) -> FiredLevels:
     return LateralLevels(neuron, stand_up) if type(neuron) is LateralScaleAndFire else FiredLevels(neuron, stand_up)
 
 
-def fired_levels(neuron: Neuron) -> 'FiredLevels | PixelLevels':
+def fired_levels(neuron: Neuron, stand_up: bool = False) -> 'FiredLevels | PixelLevels':
     """Levels of a neuron of any type that has a form in ONNX."""
-    return PixelLevels(neuron) if isinstance(neuron, GradedCoding) else signed_levels(neuron)
+    return PixelLevels(neuron) if isinstance(neuron, GradedCoding) else signed_levels(neuron, stand_up)
 
 
 class DecodedLevels(nn.Module):

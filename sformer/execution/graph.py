@@ -99,7 +99,7 @@ class _Linear(nn.Module):
     ):
         super().__init__()
         neuron = product.operands[0]
-        self.neuron = signed_levels(neuron, stand_up=True)
+        self.neuron = fired_levels(neuron, stand_up=True)  # of pixels, where they arrive as flat patches
         self.fires = None if fires is None else FiredLevels(fires)
         self.integer = step is not None
         weight = product.weights if self.integer else product.weights.detach() * neuron.step

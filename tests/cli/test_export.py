@@ -145,9 +145,9 @@ def test_export_to_places_that_can_not_be(run_inside, folder, tmp_path, monkeypa
     assert_refused(run_inside('export', folder, 'folder.onnx'), 'folder.onnx is a folder')
     assert_refused(run_inside('export', folder, 'nowhere.onnx', '--overwrite'), 'link to gone/m.onnx, which does not')
     assert_refused(run_inside('export', folder, 'm.onnx', '--split', 'test'),
-                   r'split and image_column are of images to round weights for: name them \(calibration\)')
+                   'split and image_column are of images to round weights for: name them (calibration)')
     assert_refused(run_inside('export', folder, 'm.onnx', '--num-images', '9'),
-                   r'--num-images and --seed are of images to round weights for: name them \(--calibration\)')
+                   '--num-images and --seed are of images to round weights for: name them (--calibration)')
     assert_refused(run_inside('export', folder, 'm.onnx', '--seed', '1'), 'are of images to round weights for')
     assert_refused(run_inside('export', folder, 'm.onnx', '--max-error', 'nan'), "'--max-error'", 2)
     monkeypatch.setattr('os.access', lambda path, mode: False)

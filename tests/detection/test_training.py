@@ -185,7 +185,7 @@ def test_a_training_that_diverged_says_so(few, tmp_path, caplog):
     train_(small_detector(), few, how, tmp_path)
     assert 'the training has diverged: the loss is ' in caplog.text and 'e+' in caplog.text
     caplog.clear()
-    training._warn_if_diverged(2.9, 5.7)
+    training.say_if_diverged(2.9, 5.7)
     assert not caplog.text
 
 

@@ -62,6 +62,7 @@ def test_a_graph_fires_the_same_levels(config, stand_up, monkeypatch):
         torch.testing.assert_close(row, spikes.token_scale)
 
 
+@pytest.mark.slow  # one graph of two engines; each execution alone is held by the tests below
 @pytest.mark.usefixtures('operators_read_once')
 @torch.no_grad()
 def test_engines_agree_with_torch(tmp_path):

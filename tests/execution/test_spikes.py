@@ -152,7 +152,7 @@ def test_bad_input(model):
     other = copy.deepcopy(model)
     other.blocks[1].mlp.fc1.__class__ = OwnLinear
     # instead of leaving it as it is
-    with pytest.raises(SFormerError, match=r'products of blocks\.1\.mlp\.fc1 \(OwnLinear\) are not executed spike by'):
+    with pytest.raises(SFormerError, match=r'blocks\.1\.mlp\.fc1 \(OwnLinear\) does not say what it multiplies'):
         to_spikes_(other)
     assert type(other.blocks[0].mlp.fc1) is SpikingLinear
 

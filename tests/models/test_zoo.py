@@ -263,7 +263,7 @@ def test_integers(pair, request):
         assert (model(inputs()) - expected).norm() < tolerance * expected.norm()
 
 
-EXPORTED = ('flat patches', 'SAM', 'standardised convolutions')  # the others take their time
+EXPORTED = ('flat patches', 'standardised convolutions')  # the others take their time
 
 
 @pytest.mark.parametrize('structure', [
@@ -298,7 +298,9 @@ def test_new_classifier_spikes(pair):
     model = copy.deepcopy(pair[1])
     model.reset_classifier(3)
     assert model(inputs()).shape == (4, 3) and is_calibrated(model)
-    assert any(isinstance(part, Neuron) for part in model.get_classifier().modules())
+    found = model.get_classifier()  # of distilled ones, two
+    for classifier in found if isinstance(found, tuple) else (found,):
+        assert any(isinstance(part, Neuron) for part in classifier.modules())
 
 
 def test_gradients_reach_every_parameter(pair):

@@ -145,6 +145,7 @@ def test_its_own_page_is_replaced_and_files_of_others_stay(exported, stand_in, t
     write_page([str(exported)], tmp_path / 'other', runtime=stand_in, overwrite=True)
 
 
+@pytest.mark.slow
 def test_what_is_not_exact_in_browsers_is_refused(source, model, stand_in, tmp_path):
     accurate = sformer.convert(source, 'digits', split='train', num_images=64, recipe='accurate')
     export_onnx(accurate, tmp_path / 'a.onnx')
