@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from timm.data import resolve_input_data_config
+from timm.data import resolve_data_config
 
 from ..data.preprocessing import check_data_config
 from ..errors import SFormerError, needed_packages
@@ -219,10 +219,8 @@ def _check_exact(graph: 'ModelProto', record: GraphRecord, name: str) -> None:
 
 
 def _page_model(record: GraphRecord, name: str, file: str, spikes: bool) -> PageModel:
-    cfg: Json = dict(record['pretrained_cfg'])
-    # as an argument, since timm takes any config for one of three channels
-    config: Json = resolve_input_data_config(
-        None, args=dict(input_size=tuple(record['input_size'])), pretrained_cfg=cfg)
+    cfg: Json = dict(record['pretrained_cfg'], input_size=tuple(record['input_size']))
+    config: Json = resolve_data_config(pretrained_cfg=cfg)
     size, mean, std = check_data_config(config)
     interpolation, crop_mode = config['interpolation'], config['crop_mode']
     if interpolation not in INTERPOLATIONS:
