@@ -65,7 +65,8 @@ def to_graph_(network: nn.Module, early: bool = True, portable: bool = True) -> 
 
 def linear_neurons(network: nn.Module) -> dict[str, FiredLevels]:
     """Neurons that linear layers of a network of `to_graph_` read from, by the path of the layer."""
-    return {name: layer.neuron for name, layer in network.named_modules() if isinstance(layer, _Linear)}
+    return {name: layer.neuron for name, layer in network.named_modules()
+            if isinstance(layer, _Linear) and isinstance(layer.neuron, FiredLevels)}
 
 
 GRAPH_FORMS = ((LINEAR,), (CONVOLUTION,), (QK, AV), (GATE,), (POSITION,))

@@ -50,7 +50,7 @@ def test_wrong_arguments_of_the_source(checkpoint, source):
 
 def test_model_without_spiking_counterpart(images):
     with pytest.raises(UnsupportedLayerError, match='EvoNorm'):
-        convert(timm.create_model('resnetv2_50d_evos', in_chans=1, layers=(1, 1, 1, 1)), [images])
+        convert(timm.create_model('test_efficientnet_evos', in_chans=1), [images])
 
 
 def test_checkpoint_of_another_architecture(source, checkpoint, tmp_path):
