@@ -77,7 +77,7 @@ TESTS = {
     'execution/proof': ['execution/test_saturation', 'execution/test_engines'],
     'execution/quantisers': ['execution/test_engines', 'execution/test_saturation'],
     'execution/rounding': ['execution/test_integer', 'execution/test_engines'],
-    'execution/timing': ['execution/test_engines', 'test_scripts_baselines'],
+    'execution/timing': ['execution/test_engines'],
     'layers/watch': ['profiling/test_operations'],
     'neurons/levels': ['neurons/test_functional', 'neurons/test_scale_and_fire'],
     'neurons/registry': ['neurons/test_own_neuron', 'neurons/test_config'],

@@ -307,7 +307,8 @@ def test_unknown_models(run, tmp_path):
     result = run('convert', 'test_efficientnet_evos', '--checkpoint', tmp_path / 'no.safetensors', '-o', tmp_path / 'x')
     assert_mistake(result, 'no checkpoint at')
     save_file(timm.create_model('test_efficientnet_evos').state_dict(), tmp_path / 'evos.safetensors')
-    result = run('convert', 'test_efficientnet_evos', '--checkpoint', tmp_path / 'evos.safetensors', '-o', tmp_path / 'x')
+    checkpoint = tmp_path / 'evos.safetensors'
+    result = run('convert', 'test_efficientnet_evos', '--checkpoint', checkpoint, '-o', tmp_path / 'x')
     assert_mistake(result, 'no spiking counterpart .*EvoNorm')
     assert not (tmp_path / 'x').exists()
 
