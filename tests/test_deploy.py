@@ -58,6 +58,7 @@ def test_cpp(graph, tmp_path):
     assert sum(a != b for a, b in zip(found, classes, strict=True)) <= 1  # engines differ where a spike moves
 
 
+@pytest.mark.slow
 def test_javascript(graph, tmp_path):
     node = shutil.which('node')
     needed = "require.resolve('onnxruntime-web')"
