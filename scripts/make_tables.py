@@ -89,7 +89,9 @@ def feedback() -> str:
     for name, said in (('four', 'N = 4'), ('few', 'N = 8')):
         plain = fidelity(name)
         both = fidelity(f'{name}_lateral')
-        rows.append([said, f'{plain["tokens"]:.4f}', f'{both["tokens"]:.4f}', f'{both["feedback"]["graded"]:.1%}', f'{both["feedback"]["dense"]:.1%}'])
+        share = both['feedback']
+        rows.append([said, f'{plain["tokens"]:.4f}', f'{both["tokens"]:.4f}', f'{share["graded"]:.1%}',
+                     f'{share["dense"]:.1%}'])
     return table(['levels', 'by themselves', 'balanced, with feedback, G = 8', 'operations that lateral spikes cause',
                   'if all were sent'], rows)
 
