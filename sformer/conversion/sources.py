@@ -34,6 +34,7 @@ _logger = logging.getLogger(__name__)
 CAME_ALONG = 'of the config of its weights'
 # of a config of timm: where it finds weights, and how it reads them
 LOCATIONS = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'custom_load', 'source')
+WEIGHT_SUFFIXES = ('.safetensors', '.pth', '.pt', '.tar', '.bin', '.ckpt')  # no tag of a model of timm
 # of a config of timm: what it says of its weights
 OF_WEIGHTS = ('tag', 'license', 'description', 'origin_url', 'paper_name', 'paper_ids', 'notes')
 
@@ -105,6 +106,8 @@ def _check_name(name: str) -> None:
     """Raise SFormerError if timm has no model of a name."""
     if timm.is_model(name):
         return
+    if Path(name).suffix in WEIGHT_SUFFIXES:
+        raise SFormerError(f'there is no file {name}.')
     close = difflib.get_close_matches(name, timm.list_models(), n=3)
     hint = f' Did you mean {", ".join(close)}?' if close else " timm.list_models('vit*') lists names."
     if '/' in name or '\\' in name:

@@ -304,6 +304,7 @@ def test_unknown_models(run, tmp_path):
     assert_mistake(run('convert', 'sformer_tiny', '-o', tmp_path / 'x'), 'sformer_tiny')
     result = run('convert', 'timm/vit_tiny_patch16_224', '-o', tmp_path / 'x')
     assert_mistake(result, 'A model on the Hub is hf-hub:timm/vit_tiny_patch16_224')
+    assert_mistake(run('convert', 'model_best.pth.tar', '-o', tmp_path / 'x'), 'there is no file model_best.pth.tar')
     result = run('convert', 'test_efficientnet_evos', '--checkpoint', tmp_path / 'no.safetensors', '-o', tmp_path / 'x')
     assert_mistake(result, 'no checkpoint at')
     save_file(timm.create_model('test_efficientnet_evos').state_dict(), tmp_path / 'evos.safetensors')
