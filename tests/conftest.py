@@ -4,6 +4,7 @@ What takes seconds to load waits: the process that hands out tests to others nee
 """
 import functools
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -18,6 +19,10 @@ if 'PYTEST_XDIST_WORKER' in os.environ:  # workers share the cores
     import torch
     torch.set_num_threads(1)
     os.environ['OMP_NUM_THREADS'] = '1'
+
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in the background of a script, where Ctrl-C is not for it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser):
@@ -126,6 +131,16 @@ def model(source):
     """The SFormer of `source`, calibrated on digits: not to be changed."""
     import sformer
     return sformer.convert(source, 'digits', split='train')
+
+
+@pytest.fixture(scope='session')
+def spiking_graph(made_once, model):
+    """`model` as a graph that says where it spikes, too."""
+    def export(path):
+        import sformer
+        sformer.export_onnx(model, path, spikes=True, command='sformer export /home/me/out')
+    pytest.importorskip('onnxscript')
+    return made_once('spiking.onnx', export)
 
 
 @pytest.fixture(scope='session')

@@ -87,6 +87,7 @@ def client(graph, monkeypatch):
     return testclient.TestClient(module.app)
 
 
+@pytest.mark.slow
 def test_service(graph, client):
     _, pixels, classes = graph
     for image, label in zip(pixels, classes, strict=True):

@@ -47,7 +47,12 @@ def tables():
     FLOATING_LAYERS.update(floating)
 
 
-@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+EXPORTING = ('page.md', 'deploy.md')  # graphs take their time
+
+
+@pytest.mark.parametrize('page', [
+    pytest.param(page, marks=pytest.mark.slow) if page.name in EXPORTING else page for page in PAGES],
+    ids=lambda page: page.name)
 def test_python_runs(page, tables, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {'__name__': page.stem}  # a page is read from its top, so later blocks know what earlier ones made

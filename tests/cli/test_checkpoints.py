@@ -85,6 +85,7 @@ def test_a_folder_of_transformers_to_a_prediction(vit, run, tmp_path):
     assert result.code == 0 and str(folder)[-3:] in result.out, result.err
 
 
+@pytest.mark.slow
 def test_a_source_is_exported_at_once(vit, run, tmp_path):
     for package in ('onnx', 'onnxscript', 'onnxruntime'):
         pytest.importorskip(package)

@@ -79,6 +79,7 @@ def assert_refused(result, message, code=1):
     assert result[2].startswith('sformer: error: ')
 
 
+@pytest.mark.slow
 def test_more_than_a_file_can_hold_is_refused(run_inside, model, folder, tmp_path, monkeypatch):
     """Protobuf said so at the very end, after hours. A graph of at most its bytes is written, of one less is not."""
     from sformer.execution import onnx as graphs

@@ -114,15 +114,13 @@ def test_a_picture(run, saved, photos, tmp_path):
     assert result.code == 1 and 'has room for 16 images' in result.err and not (tmp_path / 'many.png').exists()
 
 
-def test_an_exported_graph(run, saved, photos, tmp_path):
-    pytest.importorskip('onnxscript')
-    assert run('export', saved, tmp_path / 'm.onnx').code == 0
+def test_an_exported_graph(run, saved, spiking_graph, photos):
     for options in ((), ('--engine', 'onnxruntime')):
-        result = run('predict', tmp_path / 'm.onnx', photos / '3.png', *options)
+        result = run('predict', spiking_graph, photos / '3.png', *options)
         assert result.code == 0 and result.out.startswith(f'{photos}/3.png: 6 0.')
-    beside = run('predict', tmp_path / 'm.onnx', photos / '3.png', '--source-model', saved)
+    beside = run('predict', spiking_graph, photos / '3.png', '--source-model', saved)
     assert beside.code == 0 and beside.out.count('6 0.') == 2
-    assert 'no source inside' in run('predict', tmp_path / 'm.onnx', photos / '3.png', '--source').err
+    assert 'no source inside' in run('predict', spiking_graph, photos / '3.png', '--source').err
     assert '.onnx' in run('predict', saved, photos / '3.png', '--engine', 'onnxruntime').err
 
 

@@ -356,7 +356,7 @@ def test_a_detector_takes_the_normalisation_of_its_backbone(tmp_path):
     assert (detector.config.mean, detector.config.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
 
 
-@pytest.mark.parametrize('size', [16, (16, 24)])
+@pytest.mark.parametrize('size', [pytest.param(16, marks=pytest.mark.slow), (16, 24)])
 def test_size_that_was_asked_for(size, tmp_path):
     """Of a model that takes any, too, timm's config says another one: images of it were calibrated on and exported."""
     kwargs = dict(img_size=size, dynamic_img_size=True, patch_size=4, embed_dim=32, depth=1, num_heads=2)

@@ -71,6 +71,7 @@ def test_the_graph_finds_what_the_detector_finds(segmenting, data, capfd):
     finds_the_same(*segmenting, data, capfd)
 
 
+@pytest.mark.slow
 def test_windows_and_another_size(data, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(pyramid, 'GLOBAL_BLOCKS', 1)  # so windows in one block of two
     model = export(data, tmp_path / 'd.onnx', levels=8, window_size=2, depth=2, image_size=(96, 160))
@@ -97,6 +98,7 @@ def test_more_than_a_file_can_hold_is_refused_before_the_work(segmenting, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_mistakes(segmenting, data, tmp_path):
     model, path = segmenting
     with pytest.raises(SFormerError, match='the graph of no classifier'):

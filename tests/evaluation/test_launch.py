@@ -94,7 +94,7 @@ def test_error_of_one_rank_ends_all(tmp_path):
 
 
 @pytest.mark.parametrize('lost, how', [
-    (1, signal.SIGKILL), (1, signal.SIGSTOP),
+    (1, signal.SIGKILL), pytest.param(1, signal.SIGSTOP, marks=pytest.mark.slow),
     pytest.param(0, signal.SIGKILL, marks=pytest.mark.slow), pytest.param(0, signal.SIGSTOP, marks=pytest.mark.slow)])
 def test_lost_rank_ends_all(tmp_path, lost, how):
     folder = check.write_digits(tmp_path, 3000, 1)
@@ -116,6 +116,7 @@ def test_lost_rank_ends_all(tmp_path, lost, how):
     assert not (tmp_path / 'r.json').exists()
 
 
+@pytest.mark.slow
 def test_rank_that_is_stopped_for_a_while_is_waited_for(tmp_path):
     folder = check.write_digits(tmp_path, 1000, 1)
     args = ['evaluate', check.NANO, '--dataset', folder, '--batch-size', 4, '--results-file', tmp_path / 'r.json']
@@ -128,6 +129,7 @@ def test_rank_that_is_stopped_for_a_while_is_waited_for(tmp_path):
     assert json.loads((tmp_path / 'r.json').read_text())['num_images'] == 1000
 
 
+@pytest.mark.slow
 def test_slow_rank_that_gets_on_is_waited_for(tmp_path):
     """Longer than for one that hangs."""
     assert in_group(tmp_path, '''
@@ -140,6 +142,7 @@ def test_slow_rank_that_gets_on_is_waited_for(tmp_path):
     ''') == [[[0, 1], True]] * 2
 
 
+@pytest.mark.slow
 def test_rank_that_hangs_is_named_by_whoever_waits_or_works(tmp_path):
     waits, works, _ = in_group(tmp_path, '''
         begin = time.monotonic()

@@ -163,6 +163,7 @@ def test_the_record_says_what_was_exported(graph, model):
     assert copy.deepcopy(network).run is network.run
 
 
+@pytest.mark.slow
 def test_a_compiled_network_is_exported_as_what_it_was_made_of(model, graph, tmp_path):
     whole = load_onnx(graph, 'onnxruntime').about
     for network in (torch.compile(model, backend='eager'), nn.DataParallel(model)):

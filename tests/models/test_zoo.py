@@ -237,7 +237,11 @@ def as_trained_(network, channel=37):
     return network
 
 
-@pytest.mark.parametrize('structure', FIRST_TIER)
+CONVOLUTIONAL = ('convolutions with batch norm', 'ViTamin')  # whose images are large where they begin
+
+
+@pytest.mark.parametrize('structure', [
+    pytest.param(name, marks=pytest.mark.slow) if name in CONVOLUTIONAL else name for name in FIRST_TIER])
 def test_error_of_networks_with_outliers_on_photographs(structure, test_data):
     """Of images that were not calibrated to."""
     source = as_trained_(build(structure))
@@ -263,11 +267,8 @@ def test_integers(pair, request):
         assert (model(inputs()) - expected).norm() < tolerance * expected.norm()
 
 
-EXPORTED = ('flat patches', 'standardised convolutions')  # the others take their time
-
-
-@pytest.mark.parametrize('structure', [
-    name if name in EXPORTED else pytest.param(name, marks=pytest.mark.slow) for name in FIRST_TIER])
+@pytest.mark.slow
+@pytest.mark.parametrize('structure', FIRST_TIER)
 def test_graphs_of_both_engines(structure, tmp_path):
     pytest.importorskip('onnxscript')
     model = sformer.convert(build(structure), [inputs()], SFNConfig(levels=63))

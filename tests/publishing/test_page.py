@@ -20,6 +20,7 @@ import sformer
 from sformer.data.origins import Digits
 from sformer.evaluation.predictions import Reader
 from sformer.execution import export_onnx, to_integer_
+from sformer.execution.prepared import METADATA
 from sformer.execution.spike_outputs import SPIKE_OUTPUTS
 from sformer.layers import named_products
 from sformer.layers.multiplying import LINEAR
@@ -29,6 +30,7 @@ from sformer.publishing.page import MODELS, write_page
 from sformer.publishing.web_runtime import RUNTIME_FILES, find_runtime
 
 pytest.importorskip('onnxscript')
+onnx = pytest.importorskip('onnx')
 ort = pytest.importorskip('onnxruntime')
 
 
@@ -60,14 +62,6 @@ def stand_in(tmp_path):
     return folder
 
 
-@pytest.fixture(scope='session')
-def exported(made_once, model):
-    """The digits SFormer as a graph that says where it spikes."""
-    def export(path):
-        export_onnx(model, path, spikes=True, command='sformer export /home/me/out')
-    return made_once('spiking.onnx', export)
-
-
 def in_integers(model, images):
     """Logits of the model with the int8 weights that its graph has, and spikes per neuron of each image and block."""
     network = copy.deepcopy(model)
@@ -88,19 +82,20 @@ def in_integers(model, images):
 # graphs that say where they spike -------------------------------------------------------------------------------------
 
 
-def test_a_graph_says_where_it_spikes(model, exported, digits):
+def test_a_graph_says_where_it_spikes(model, spiking_graph, digits):
     images = digits[0][:3]
-    session = ort.InferenceSession(exported)
+    session = ort.InferenceSession(spiking_graph)
     assert [output.name for output in session.get_outputs()] == ['logits', *SPIKE_OUTPUTS]
     logits, spikes, activity = session.run(None, {'images': images.numpy()})
     expected, fired = in_integers(model, images)
     assert np.abs(logits - expected).max() < 1e-3
     assert np.abs(spikes - fired).mean() < 1e-3 * fired.mean()  # but for currents within rounding of a boundary
     assert (activity > 0).all() and (activity <= 1).all() and (spikes >= activity - 1e-6).all()
-    loaded = sformer.load_onnx(exported)(images)
+    loaded = sformer.load_onnx(spiking_graph)(images)
     assert np.abs(loaded.numpy() - logits).max() < 1e-3
 
 
+@pytest.mark.slow
 def test_shared_thresholds_count_what_they_stand_for(source, digits, tmp_path):
     """Their levels have a zero point per channel, which is no spike."""
     fast = sformer.convert(source, 'digits', split='train', num_images=64, recipe='fast')
@@ -114,9 +109,9 @@ def test_shared_thresholds_count_what_they_stand_for(source, digits, tmp_path):
 # what is written ------------------------------------------------------------------------------------------------------
 
 
-def test_no_path_of_this_machine(exported, stand_in, tmp_path):
+def test_no_path_of_this_machine(spiking_graph, stand_in, tmp_path):
     pytest.importorskip('jinja2')
-    written = write_page([str(exported)], tmp_path / 'page', runtime=stand_in, space=True, license='mit')
+    written = write_page([str(spiking_graph)], tmp_path / 'page', runtime=stand_in, space=True, license='mit')
     said, = json.loads((tmp_path / 'page' / MODELS).read_text())['models']
     assert said['title'] == 'spiking' and said['file'] == 'model-0.onnx' and written.size > 0
     assert (said['input_size'], said['mean'], said['std'], said['scale_size']) == ([1, 8, 8], [0.5], [0.5], [8, 8])
@@ -124,7 +119,8 @@ def test_no_path_of_this_machine(exported, stand_in, tmp_path):
     assert said['blocks'] == ['blocks.0', 'blocks.1'] and len(said['names']) == 10
     for path in (tmp_path / 'page').iterdir():
         content = path.read_bytes()
-        for part in (str(tmp_path), str(exported.parent), '/home/', str(Path.home()), os.sep.join(('', 'tmp', ''))):
+        for part in (str(tmp_path), str(spiking_graph.parent), '/home/', str(Path.home()),
+                     os.sep.join(('', 'tmp', ''))):
             assert part.encode() not in content, (path.name, part)
     text = ''.join(path.read_text() for path in (tmp_path / 'page').glob('*.[hj]*') if path.suffix != '.json')
     assert not re.search(r'https?://|\bimport\(', text), 'the page asks for files of others'
@@ -132,17 +128,18 @@ def test_no_path_of_this_machine(exported, stand_in, tmp_path):
     assert card.startswith('---\ntitle: spiking\n') and '\nsdk: static\n' in card and '\nlicense: mit\n' in card
 
 
-def test_its_own_page_is_replaced_and_files_of_others_stay(exported, stand_in, tmp_path):
-    for names in ([str(exported)] * 2, [str(exported)]):  # a graph that is gone from the page is gone from the folder
+def test_its_own_page_is_replaced_and_files_of_others_stay(spiking_graph, stand_in, tmp_path):
+    name = str(spiking_graph)
+    for names in ([name, name], [name]):  # a graph that is gone from the page is gone from the folder
         write_page(names, tmp_path / 'page', runtime=stand_in, title='mine')
         assert len([*(tmp_path / 'page').glob('*.onnx')]) == len(names)
     assert json.loads((tmp_path / 'page' / MODELS).read_text())['title'] == 'mine'
     (tmp_path / 'other').mkdir()
     (tmp_path / 'other' / 'index.html').write_text('precious')
     with pytest.raises(sformer.SFormerError, match='holds no page'):
-        write_page([str(exported)], tmp_path / 'other', runtime=stand_in)
+        write_page([str(spiking_graph)], tmp_path / 'other', runtime=stand_in)
     assert (tmp_path / 'other' / 'index.html').read_text() == 'precious'
-    write_page([str(exported)], tmp_path / 'other', runtime=stand_in, overwrite=True)
+    write_page([str(spiking_graph)], tmp_path / 'other', runtime=stand_in, overwrite=True)
 
 
 @pytest.mark.slow
@@ -197,10 +194,13 @@ def test_what_npm_cannot_fetch(tmp_path, monkeypatch, content, code, message):
         find_runtime(cache_dir=tmp_path / 'cache')
 
 
-def test_a_model_without_classes_has_no_page(source, stand_in, tmp_path):
-    source = copy.deepcopy(source)
-    source.reset_classifier(0)
-    export_onnx(sformer.convert(source, 'digits', split='train', num_images=8), tmp_path / 'features.onnx')
+def test_a_model_without_classes_has_no_page(spiking_graph, stand_in, tmp_path):
+    graph = onnx.load(spiking_graph)
+    said, = (entry for entry in graph.metadata_props if entry.key == METADATA)
+    about = json.loads(said.value)
+    about['num_classes'] = 0
+    said.value = json.dumps(about)
+    onnx.save(graph, tmp_path / 'features.onnx')
     with pytest.raises(sformer.SFormerError, match=r'features.onnx has no classes to show \(num_classes=0\)'):
         write_page([str(tmp_path / 'features.onnx')], tmp_path / 'page', runtime=stand_in)
     assert not (tmp_path / 'page').exists()
@@ -246,10 +246,10 @@ def apart(a, b):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # where other work shares the processor
-def test_the_page_in_chromium(model, exported, runtime, browser, tmp_path):
+def test_the_page_in_chromium(model, spiking_graph, runtime, browser, tmp_path):
     small = timm.create_model('sformer_micro.cifar10', pretrained=True).eval()
     export_onnx(small, tmp_path / 'micro.onnx', spikes=True)
-    write_page([str(exported), str(tmp_path / 'micro.onnx')], tmp_path / 'page', runtime=runtime)
+    write_page([str(spiking_graph), str(tmp_path / 'micro.onnx')], tmp_path / 'page', runtime=runtime)
     rng = np.random.default_rng(0)
     smooth = Image.fromarray(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8)).resize((140, 100), Image.BICUBIC)
     smooth.save(tmp_path / 'smooth.png')
@@ -257,7 +257,7 @@ def test_the_page_in_chromium(model, exported, runtime, browser, tmp_path):
     with served(tmp_path / 'page') as url:
         browser.open(url)
         browser.wait_for('window.sformer && document.getElementById("status").textContent.startsWith("Drop")')
-        for index, network, graph in ((0, model, exported), (1, small, tmp_path / 'micro.onnx')):
+        for index, network, graph in ((0, model, spiking_graph), (1, small, tmp_path / 'micro.onnx')):
             browser.run(f'sformer.choose({index})')
             for file in ('six.png', 'smooth.png'):
                 found = shown(browser, tmp_path / file)
@@ -287,8 +287,8 @@ def test_the_page_in_chromium(model, exported, runtime, browser, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # where other work shares the processor
-def test_the_camera_and_a_file_that_is_no_image(exported, runtime, browser, tmp_path):
-    write_page([str(exported)], tmp_path / 'page', runtime=runtime)
+def test_the_camera_and_a_file_that_is_no_image(spiking_graph, runtime, browser, tmp_path):
+    write_page([str(spiking_graph)], tmp_path / 'page', runtime=runtime)
     (tmp_path / 'torn.png').write_bytes(b'torn')
     with served(tmp_path / 'page') as url:
         browser.open(url)

@@ -338,6 +338,7 @@ def test_card_names_the_published_source_and_its_license(published_source, tmp_p
 
 # processes of their own -----------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_publish_in_a_process_of_its_own(hub, folder, environment, images, model, tmp_path):
     """With the endpoint, the token and the cache of the environment; as installed, nobody else registers models."""
     command = [str(SCRIPT)] if SCRIPT.exists() else [sys.executable, '-m', 'sformer']

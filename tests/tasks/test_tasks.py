@@ -144,6 +144,7 @@ def test_options_that_only_some_tasks_take_are_options(converted, run_here):
 # a third task ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_third_task_goes_through_all_commands(folders, run_here, tmp_path, monkeypatch):
     pytest.importorskip('onnx')
     pytest.importorskip('onnxscript')
