@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 8 scripts/accuracy.py vit_base_patch16_224 vit_large_patch16_224 --dataset imagenet-1k \
         --calibration dead-leaves --batch-size 64 -o accuracy.json
 
-A source is what `sformer convert` takes, or an SFormer, whose source is taken. Each N is a conversion of its own, and all
-of a source are evaluated in one pass over the test images.
+A source is what `sformer convert` takes, or an SFormer, whose source is taken. Each N is a conversion of its own, and
+all of a source are evaluated in one pass over the test images.
 """
 import shlex
 import sys
@@ -37,7 +37,7 @@ def main(
         dataset: Annotated[str, typer.Option('--dataset', '--data', help='Labelled images')],
         split: Annotated[str | None, typer.Option(help='Split to evaluate on')] = None,
         num_images: Annotated[int | None, typer.Option(help='Random subset of it')] = None,
-        calibration: Annotated[str | None, typer.Option(help='Images to calibrate with  [default: the dataset]')] = None,
+        calibration: Annotated[str | None, typer.Option(help='Images to calibrate with  [default: dataset]')] = None,
         calibration_split: Annotated[str | None, typer.Option(help='Split of these  [default: train]')] = None,
         num_calibration: Annotated[int, typer.Option(help='How many')] = 256,
         levels: Annotated[list[int] | None, typer.Option(help='N, may be repeated  [default: 4 8 16 32 63]')] = None,
