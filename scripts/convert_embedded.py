@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 import sformer
 from sformer.conversion.sources import create_source, set_data_config_
-from sformer.data.names import locate
+from sformer.data.names import find_data
 from sformer.files import file_hash, write_aside
 
 # recipe of train_source.py -> entry of the zoo
@@ -56,7 +56,7 @@ def main(
             for parameter in network.parameters():
                 parameter.copy_(parameter.half())
     model = sformer.convert(network, dataset, split='train')
-    used = dataclasses.replace(model.conversion.calibration, local_copy=locate(dataset).folder is not None)
+    used = dataclasses.replace(model.conversion.calibration, local_copy=find_data(dataset).folder is not None)
     conversion = dataclasses.replace(model.conversion, calibration=used)
     state = model.state_dict()
     if recipe['bf16']:

@@ -17,7 +17,7 @@ import timm
 import typer
 
 import sformer
-from sformer.data.names import locate
+from sformer.data.names import find_data
 from sformer.errors import SFormerError
 from sformer.evaluation import EvaluationConfig, evaluate_all
 from sformer.files import state_hash, write_json
@@ -67,7 +67,7 @@ def measure(
             'weights_sha256')
     part = ['--num-images', num_images] if num_images else []
     command = shell('python', 'scripts/make_cards.py', name, *part)
-    copied = locate(used['name']).folder is not None
+    copied = find_data(used['name']).folder is not None
     return ModelRecord(
         name=name, load_name=name, architecture=result['model'], weights_sha256=state_hash(model.state_dict()),
         input_size=list(cfg['input_size']), num_classes=cfg['num_classes'], conversion=shipped['conversion'],

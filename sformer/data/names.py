@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import SFormerError
 
-__all__ = ['KNOWN', 'Known', 'Located', 'known_data', 'locate']
+__all__ = ['SHORT_NAMES', 'Known', 'Located', 'find_data', 'known_data']
 
 SHELF = 'SFORMER_DATA'  # names the folder of all copies
 BUILT_IN = ('dead-leaves', 'digits')
@@ -33,7 +33,7 @@ class Known:
     large: bool = False
 
 
-KNOWN = {
+SHORT_NAMES = {
     'cifar10': Known('uoft-cs/cifar10'),
     'cifar100': Known('uoft-cs/cifar100'),
     'fashion-mnist': Known('zalando-datasets/fashion_mnist'),
@@ -74,10 +74,11 @@ class Located:
 def known_data(name: str) -> Known | None:
     """What is known of a data set by a short name, by the repository of one, or by one of them and `=FOLDER`."""
     called = name.partition('=')[0]
-    return KNOWN.get(called) or next((known for known in KNOWN.values() if called == known.repository), None)
+    entries = SHORT_NAMES.values()
+    return SHORT_NAMES.get(called) or next((known for known in entries if called == known.repository), None)
 
 
-def locate(name: str) -> Located:
+def find_data(name: str) -> Located:
     """Where a data set lies.
 
     Raises:
@@ -109,6 +110,7 @@ def _on_shelf(name: str) -> Path | None:
         raise SFormerError(f'{SHELF} is {shelf!r}, which is no folder')
     names, known = [name], known_data(name)
     if known and known.repository:
-        names += [known.repository, *(other for other, entry in KNOWN.items() if entry.repository == known.repository)]
+        names += [known.repository]
+        names += [other for other, entry in SHORT_NAMES.items() if entry.repository == known.repository]
     plain = [Path(n) for n in names if n and not Path(n).is_absolute() and '..' not in Path(n).parts]
     return next((root / n for n in plain if (root / n).is_dir()), None)

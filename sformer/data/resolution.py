@@ -22,7 +22,7 @@ from ..files import Json
 from .columns import Columns, find_columns
 from .delivery import ChosenImages, ImageData, Stream
 from .image_folders import class_folders, find_images, split_folders
-from .names import Located, known_data, locate
+from .names import Located, find_data, known_data
 from .origins import GENERATED, DeadLeaves, Digits, Files, Table, TableStream
 from .preprocessing import Preprocessor, check_data_config, one_line
 from .request import ImageRequest
@@ -57,7 +57,7 @@ def open_images(
     * a folder with files like `train-*.parquet`, in itself or in its subfolder `data`;
     * a folder with WebDataset archives like `train-*.tar`;
     * a folder of images: class folders, below split folders or not; without class folders, unlabelled;
-    * a data set of the Hugging Face Hub, by its id or a short name (`KNOWN`).
+    * a data set of the Hugging Face Hub, by its id or a short name (`SHORT_NAMES`).
 
     Instead of a folder, `NAME=FOLDER` has results call it NAME, and NAME alone is looked for in the folder that the
     environment variable `SFORMER_DATA` names.
@@ -89,7 +89,7 @@ def open_request(
     """
     configs = [data_config] if isinstance(data_config, dict) else list(data_config)
     size = check_data_config(configs[0])[0]
-    place = locate(request.dataset)
+    place = find_data(request.dataset)
     streaming, known = request.streaming, known_data(place.name)
     if streaming is None:
         streaming = place.folder is None and known is not None and known.large

@@ -9,7 +9,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 from ..data.image_files import read_rgb
-from ..data.names import locate
+from ..data.names import find_data
 from ..errors import SFormerError, UnreadableImageError
 from .annotations import read_annotations
 from .masks import mask_tools
@@ -131,7 +131,7 @@ def open_coco(
     """A split of a folder in COCO format: SPLIT.json or annotations/instances_SPLIT.json, and images in SPLIT/.
 
     Args:
-        root: The folder, or what else `sformer.data.names.locate` finds it by.
+        root: The folder, or what else `sformer.data.names.find_data` finds it by.
         split: Its split.
         masks: As of `CocoData`.
         skip_bad: As of `CocoData`.
@@ -140,7 +140,7 @@ def open_coco(
     Raises:
         SFormerError: If there is no such split, or as `CocoData` raises.
     """
-    place = locate(str(root))
+    place = find_data(str(root))
     if place.folder is None:
         raise SFormerError(f'{place.name!r} is not a folder: {place.hint}.')
     root = place.folder

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from ..errors import SFormerError
 from ..execution.engines import onnxruntime_session
-from ..execution.exported import check_exact, read_record
+from ..execution.exported import check_exact, read_exported
 from ..files import Json
 from .detectors import DetectorConfig
 
@@ -50,7 +50,7 @@ class EngineDetector(nn.Module):
                      for side, limit in zip((height, width), self.image_size, strict=True))
         room = self.image_size[1] - size[1], self.image_size[0] - size[0]
         grey = image.new_tensor(self.config.mean)[:, None, None]  # 0 after the normalisation
-        fitted = image if size == (height, width) else _resized(image, size)
+        fitted = image if size == (height, width) else _of_size(image, size)
         filled = F.pad(fitted - grey, (0, room[0], 0, room[1])) + grey
         outputs = self.session.run(None, {'image': filled.float().clamp(0, 1).numpy()})
         names = [output.name for output in self.session.get_outputs()]
@@ -60,7 +60,7 @@ class EngineDetector(nn.Module):
         limits = torch.tensor([width, height, width, height], dtype=torch.float32)
         found['boxes'] = boxes.clamp(min=torch.zeros(4), max=limits)
         if 'masks' in found:
-            found['masks'] = _resized(found['masks'][..., :size[0], :size[1]].flatten(0, 1), (height, width))[:, None]
+            found['masks'] = _of_size(found['masks'][..., :size[0], :size[1]].flatten(0, 1), (height, width))[:, None]
         return found
 
     def __reduce__(self) -> NoReturn:
@@ -68,7 +68,7 @@ class EngineDetector(nn.Module):
                            'there by its path.')
 
 
-def _resized(image: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
+def _of_size(image: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
     """Channels (C, H, W) of another height and width."""
     if not len(image) or image.shape[-2:] == size:
         return image.new_zeros(0, *size) if not len(image) else image
@@ -88,7 +88,7 @@ def load_detector_onnx(path: str | Path, engine: str | None = None) -> EngineDet
     """
     if engine not in (None, ENGINE):
         raise SFormerError(f'{engine} runs no graphs of detectors, {ENGINE} does.')
-    model, about = read_record(path)
+    model, about = read_exported(path)
     if 'detector' not in about:
         raise SFormerError(f'{path} is the graph of no detector.')
     check_exact(model, ENGINE, path)

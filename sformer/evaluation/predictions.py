@@ -88,15 +88,15 @@ class Reader:
 def class_names(model: nn.Module) -> list[str]:
     """Names of a model's classes: those that its config states; WordNet's words where these are ImageNet's, or where
     its weights were trained for ImageNet; else their numbers."""
-    return _named(model)[0]
+    return _names_and_origin(model)[0]
 
 
 def origin_of_names(model: nn.Module) -> str:
     """Where names of classes are from, in words; empty where the model's config has them as they are."""
-    return _named(model)[1]
+    return _names_and_origin(model)[1]
 
 
-def _named(model: nn.Module) -> tuple[list[str], str]:
+def _names_and_origin(model: nn.Module) -> tuple[list[str], str]:
     names, tag = label_names_of(model), weights_tag(model)
     subset = infer_imagenet_subset(model)  # goes by the number of classes, which others may have, too
     if subset and (names == ImageNetInfo(subset).label_names() if names else IMAGENET_TAG.search(tag)):

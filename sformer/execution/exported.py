@@ -19,7 +19,7 @@ from .proof import saturating
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-__all__ = ['EngineNetwork', 'GraphRecord', 'load_onnx', 'check_exact', 'read_graph', 'read_record']
+__all__ = ['EngineNetwork', 'GraphRecord', 'load_onnx', 'check_exact', 'read_graph', 'read_exported']
 
 
 class GraphRecord(TypedDict):
@@ -128,14 +128,14 @@ def read_graph(path: str | Path) -> 'tuple[ModelProto, GraphRecord]':
     Raises:
         SFormerError: If the file is missing, damaged or of another origin.
     """
-    model, about = read_record(path)
+    model, about = read_exported(path)
     if not GraphRecord.__required_keys__ <= about.keys():
         raise SFormerError(f'{path} is the graph of no classifier, with inputs of its own: `sformer predict` runs it, '
                            f'and so does onnxruntime.')
     return model, cast(GraphRecord, about)
 
 
-def read_record(path: str | Path) -> 'tuple[ModelProto, Json]':
+def read_exported(path: str | Path) -> 'tuple[ModelProto, Json]':
     """An `onnx.ModelProto` that `sformer export` wrote, and what was recorded of it.
 
     Raises:

@@ -10,7 +10,7 @@ from ..conversion import Conversion, another_source, calibration_batches, conver
 from ..conversion.sources import CAME_ALONG, create_source, label_names_of
 from ..data import ImageRequest
 from ..data.image_files import ImageSource
-from ..data.names import locate
+from ..data.names import find_data
 from ..errors import SFormerError
 from ..evaluation import EvaluationConfig, check_replaceable, evaluate_all
 from ..evaluation.figures import CLASSIFICATION
@@ -134,7 +134,7 @@ class Classification(Task):
         _check_engine(names, request.options)
         models = [self.open_to_run(name, engine if name.endswith('.onnx') else None) for name in names]
         if request.results_file and request.results_format == 'json' and not request.resume:
-            check_replaceable(request.results_file, models, locate(config.dataset).name)
+            check_replaceable(request.results_file, models, find_data(config.dataset).name)
         sources: list[bool | nn.Module] = [request.source] * len(models)
         if request.source_model:
             source = self.open(request.source_model)

@@ -9,7 +9,7 @@ from torchvision.models.detection import FasterRCNN
 from ..conversion import network_inside, warn_of_changes
 from ..data import GENERATED, ImageRequest
 from ..data.image_files import ImageSource, read_rgb
-from ..data.names import locate
+from ..data.names import find_data
 from ..detection import (
     CocoData,
     DetectorConfig,
@@ -111,11 +111,11 @@ class Detection(Task):
         calibration, split = _unlabelled(images)
         return convert_detector(
             detector, calibration, config, fit, num_images=images.num_images, seed=images.seed,
-            name=Path(locate(images.dataset).name).name, split=split, inplace=True, command=command)
+            name=Path(find_data(images.dataset).name).name, split=split, inplace=True, command=command)
 
     def evaluate(self, names: Sequence[str], request: EvaluationRequest) -> list[Result]:
         images, file = request.images, request.results_file
-        dataset, split = Path(locate(images.dataset).name).name, images.split or 'val'
+        dataset, split = Path(find_data(images.dataset).name).name, images.split or 'val'
         detectors: list[FasterRCNN] = [self.open(name) for name in names]
         if file and request.results_format == 'json' and not request.resume:
             check_replaceable(file, detectors, dataset)
@@ -188,7 +188,7 @@ class Detection(Task):
     def batches(self, model: nn.Module, images: ImageRequest, batch_size: int) -> tuple[Iterable[Inputs], Json]:
         data, split = _unlabelled(images)
         return image_batches(model, data, images.num_images, images.seed), dict(
-            name=Path(locate(images.dataset).name).name, split=split, seed=images.seed,
+            name=Path(find_data(images.dataset).name).name, split=split, seed=images.seed,
             fingerprint=getattr(data, 'fingerprint', None))
 
     def summary(self, result: Result) -> list[str]:

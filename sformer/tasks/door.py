@@ -7,7 +7,7 @@ import torch.nn as nn
 
 from ..conversion.places import named_place
 from ..errors import SFormerError
-from ..execution.exported import read_record
+from ..execution.exported import read_exported
 from ..files import Json
 from ..saving.model_config import CONFIG_NAME
 from .task import Task
@@ -56,7 +56,7 @@ def task_of(
     if known and not Path(name).is_dir():
         return known
     if name.endswith('.onnx') and Path(name).is_file():
-        _, config = read_record(name)
+        _, config = read_exported(name)
     else:
         config = _config(name, revision, cache_dir)
     return next(task for task in tasks() if task.key in config or not task.key)

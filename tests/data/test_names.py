@@ -4,7 +4,7 @@ import pytest
 from image_helpers import RGB, all_images, encoded, error_of
 
 from sformer.data import ImageRequest, open_images
-from sformer.data.names import KNOWN, Located, known_data, locate
+from sformer.data.names import SHORT_NAMES, Located, find_data, known_data
 from sformer.errors import SFormerError
 from sformer.evaluation import EvaluationConfig
 
@@ -24,16 +24,16 @@ def shelf(tmp_path, monkeypatch, write_parquet):
 def test_a_copy_by_its_name(shelf):
     for name, folder in (('cifar10', 'cifar10'), ('uoft-cs/cifar10', 'cifar10'), ('imagenet-real', 'imagenet-1k'),
                          ('ILSVRC/imagenet-1k', 'imagenet-1k'), ('some/photos', 'some/photos')):
-        assert locate(name) == Located(name, shelf / folder)
+        assert find_data(name) == Located(name, shelf / folder)
         assert open_images(name, data_config=RGB, needs_labels=True).name == name
-    assert locate('cifar100').folder is None and locate('digits').folder is None
-    assert locate('../shelf/some').folder is None and locate('').folder is None
+    assert find_data('cifar100').folder is None and find_data('digits').folder is None
+    assert find_data('../shelf/some').folder is None and find_data('').folder is None
 
 
 def test_a_folder_that_is_named_comes_first(shelf, tmp_path):
-    assert locate('shelf/cifar10') == Located('shelf/cifar10', tmp_path.relative_to(tmp_path) / 'shelf/cifar10')
+    assert find_data('shelf/cifar10') == Located('shelf/cifar10', tmp_path.relative_to(tmp_path) / 'shelf/cifar10')
     (tmp_path / 'cifar10').mkdir()
-    assert locate('cifar10').folder != shelf / 'cifar10'
+    assert find_data('cifar10').folder != shelf / 'cifar10'
 
 
 def test_a_folder_and_what_to_call_it(shelf, monkeypatch):
@@ -78,7 +78,7 @@ def test_from_the_hub(monkeypatch, name, streamed):
 
     monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
     images = open_images(name, data_config=RGB, num_images=3)
-    assert asked == [(KNOWN[name].repository, dict(streaming=True) if streamed else {})]
+    assert asked == [(SHORT_NAMES[name].repository, dict(streaming=True) if streamed else {})]
     assert (images.name, images.split, images.streamed, len(images)) == (name, 'train', streamed, 3)
     assert all_images(images)[1].tolist() == [0, 1, 0]
     assert not open_images(name, data_config=RGB, streaming=False).streamed
@@ -104,7 +104,7 @@ def test_benchmarks_of_well_known_data():
                             ('imagenet-v2=some/folder', 'imagenet-v2'), ('digits', None)):
         assert EvaluationConfig(dataset=name).benchmark == benchmark
     assert EvaluationConfig(dataset='imagenet-real', benchmark='imagenet-1k').benchmark == 'imagenet-1k'
-    assert known_data('uoft-cs/cifar100') is KNOWN['cifar100'] and known_data('nobody/nothing') is None
+    assert known_data('uoft-cs/cifar100') is SHORT_NAMES['cifar100'] and known_data('nobody/nothing') is None
     assert ImageRequest(dataset='imagenet-1k').streaming is None
 
 

@@ -191,6 +191,7 @@ def test_full_disk_of_the_cache_is_named(write_parquet, monkeypatch, kind):
     monkeypatch.setattr(datasets, 'load_dataset', full)
     for name in (folder, 'org/set'):
         message = error_of(name)
+        assert message.startswith("cannot copy 'org/set': the disk of its copy is full (") == (name == 'org/set')
         assert 'disk of its copy is full' in message and 'HF_HOME' in message and '--streaming' in message
 
 

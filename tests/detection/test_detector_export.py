@@ -95,7 +95,8 @@ def test_the_graph_as_a_detector_of_images_of_any_size(segmenting, data):
     assert (distance < 1).float().mean() > 0.8
     upright, = run([data.image(10).transpose(1, 2)])  # lies in the upper left corner, and nothing is found beside it
     assert (upright['boxes'] <= torch.tensor([64., 96., 64., 96.])).all() and upright['boxes'].amax() > 64
-    with pytest.raises(SFormerError, match='cannot be pickled'):
+    with pytest.raises(SFormerError, match='what an engine has compiled cannot be pickled or sent to another process: '
+                                          'load the graph there by its path'):
         pickle.dumps(run)
 
 
