@@ -288,7 +288,7 @@ TABLES: dict[str, Callable[[], str]] = {
     'int8': int8,
     'speed': speed,
     'two small networks': small_networks,
-    'silence': silence,
+    'silence': written_down('silence_older'),
     'trained': written_down('distilled'),
     'beside others': beside_others,
     'beside others, in short': beside_others_in_short,

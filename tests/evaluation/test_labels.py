@@ -125,7 +125,8 @@ def write_validation(folder, numbers, shards=3):
 def test_real_labels_go_by_number_not_by_order(classifier, tmp_path, streaming):
     numbers = [50_000, 3, 1, 777, 12, 40_001, 2, 9, 31_337, 8]
     folder = write_validation(tmp_path / 'val', numbers)
-    result = evaluate(classifier, folder, benchmark='imagenet-real', streaming=streaming, batch_size=2)
+    result = evaluate(classifier, f'imagenet-real={folder}', streaming=streaming, batch_size=2)
+    assert (result['dataset'], result['streaming']) == ('imagenet-real', streaming)
     real = RealLabelsImagenet(range(50_000)).real_labels
     right = {1: 0, 5: 0}
     labelled = [n for n in numbers if real[f'ILSVRC2012_val_{n:08d}.JPEG']]
