@@ -238,12 +238,12 @@ def _open_hub(request: ImageRequest, place: Located) -> _Found:
     if known and not known.repository:
         raise SFormerError(f'{name!r} is no folder and not on the Hub: {place.hint}')
     datasets = _import_datasets()
-    revision = hub_revision(place.repository)
-    pinned = dict(revision=revision) if revision else {}  # so that what is recorded is what is read
-    options = dict(streaming=True) if request.streaming else {}
+    options: dict[str, Any] = dict(streaming=True) if request.streaming else {}
     try:
+        if revision := hub_revision(place.repository):
+            options['revision'] = revision  # so that what is recorded is what is read
         with _quiet_progress():
-            tables = datasets.load_dataset(place.repository, **options, **pinned)
+            tables = datasets.load_dataset(place.repository, **options)
     except Exception as e:
         full = _full_disk(e)
         if full:
@@ -269,7 +269,8 @@ def _open_hub(request: ImageRequest, place: Located) -> _Found:
 
 
 def hub_revision(name: str) -> str | None:
-    """Commit that `main` of a data set on the Hub is at; None where the Hub cannot be asked."""
+    """Commit that `main` of a data set on the Hub is at; None where the Hub does not say, or cannot be asked and there is
+    a copy of it in the cache. Without one, the error of who asked: `datasets` would ask for half of a minute."""
     import huggingface_hub
     from datasets import config
     if config.HF_HUB_OFFLINE:
@@ -278,11 +279,22 @@ def hub_revision(name: str) -> str | None:
         try:
             return huggingface_hub.HfApi().dataset_info(name, timeout=10).sha
         except Exception as e:  # datasets will say what is wrong, or have it in its cache
-            status = getattr(getattr(e, 'response', None), 'status_code', 0)
+            response = getattr(e, 'response', None)
+            if response is None and not _is_cached(name):
+                raise
+            status = getattr(response, 'status_code', 0)
             if status != 429 and status < 500:
                 return None
             time.sleep(pause)  # many processes ask at once
     return None
+
+
+def _is_cached(name: str) -> bool:
+    """Whether `datasets` may have a copy of a data set of the Hub."""
+    from datasets import config
+    cache = Path(config.HF_DATASETS_CACHE)
+    plain = name.replace('/', '').replace('_', '').lower()
+    return cache.is_dir() and any(path.name.replace('_', '').lower() == plain for path in cache.iterdir())
 
 
 def _import_datasets() -> ModuleType:
