@@ -269,8 +269,8 @@ def _open_hub(request: ImageRequest, place: Located) -> _Found:
 
 
 def hub_revision(name: str) -> str | None:
-    """Commit that `main` of a data set on the Hub is at; None where the Hub does not say, or cannot be asked and there is
-    a copy of it in the cache. Without one, the error of who asked: `datasets` would ask for half of a minute."""
+    """Commit that `main` of a data set on the Hub is at; None where the Hub does not say, or cannot be asked and there
+    is a copy in the cache. Without one, the client's error: `datasets` would ask for half of a minute."""
     import huggingface_hub
     from datasets import config
     if config.HF_HUB_OFFLINE:
