@@ -1,7 +1,7 @@
 """An SFormer beside what SpikingJelly's own converter makes of the same ViT, on the same images: accuracy and time.
 
     pip install --target elsewhere --no-deps spikingjelly loguru
-    PYTHONPATH=elsewhere python scripts/against_spikingjelly.py sformer_micro.cifar10 --images data/cifar10 -o rows.json
+    PYTHONPATH=elsewhere python scripts/against_spikingjelly.py sformer_micro.cifar10 --images cifar10 -o rows.json
 
 SpikingJelly 2 converts transformers by its STA recipe (Spatio-Temporal Approximation, ICLR 2024): here as in its own
 example, `spiking_encoder` with thresholds of the least squared error times 0.5, on torchvision's ViT, which the recipe

@@ -2,9 +2,10 @@
 
     python scripts/train_source.py digits -o build
     python scripts/convert_embedded.py build/digits.safetensors
-    python scripts/train_source.py vit_micro_cifar10 --data DIR -o build
-    python scripts/convert_embedded.py build/vit_micro_cifar10.safetensors --data DIR
-    python scripts/convert_embedded.py sformer_micro.cifar10 --data DIR    # the source inside again, as neurons are now
+    export SFORMER_DATA=DIR                                     # has cifar10/, unless it is to come from the Hub
+    python scripts/train_source.py vit_micro_cifar10 -o build
+    python scripts/convert_embedded.py build/vit_micro_cifar10.safetensors
+    python scripts/convert_embedded.py sformer_micro.cifar10    # the source inside again, as neurons are now
 
 Writes sformer/saving/weights/NAME.safetensors and, beside it, the record of training and conversion. A better source
 takes the place of an older one with these two commands; scripts/make_cards.py measures it.
@@ -12,7 +13,7 @@ takes the place of an older one with these two commands; scripts/make_cards.py m
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import timm
 import torch
@@ -21,6 +22,7 @@ from safetensors.torch import save_file
 
 import sformer
 from sformer.conversion.sources import create_source, set_data_config_
+from sformer.data.names import find_data
 from sformer.files import file_hash, write_aside
 
 # recipe of train_source.py -> entry of the zoo
@@ -35,7 +37,6 @@ DATASETS = {'digits': 'digits', 'cifar10': 'uoft-cs/cifar10'}
 
 def main(
         source: Annotated[str, typer.Argument(help='Checkpoint of train_source.py, or an entry to convert again')],
-        data: Annotated[Optional[str], typer.Option(help='Local copy of the calibration dataset')] = None,
 ) -> None:
     again = source in ENTRIES.values()
     training = json.loads(WEIGHTS.joinpath(f'{source}.json').read_text())['training'] if again else \
@@ -54,8 +55,8 @@ def main(
         with torch.no_grad():
             for parameter in network.parameters():
                 parameter.copy_(parameter.half())
-    model = sformer.convert(network, data or dataset, split='train')
-    used = dataclasses.replace(model.conversion.calibration, name=dataset, local_copy=bool(data))
+    model = sformer.convert(network, dataset, split='train')
+    used = dataclasses.replace(model.conversion.calibration, local_copy=find_data(dataset).folder is not None)
     conversion = dataclasses.replace(model.conversion, calibration=used)
     state = model.state_dict()
     if recipe['bf16']:

@@ -2,7 +2,7 @@
 
     python scripts/make_cards.py [NAME ...]
     python scripts/make_cards.py --render-only                     # after a change of the template
-    python scripts/make_cards.py --data uoft-cs/cifar10=DIR        # a local copy of a dataset
+    SFORMER_DATA=DIR python scripts/make_cards.py                  # DIR has cifar10/, a copy of the data set
     python scripts/make_list.py                                    # afterwards: what `sformer list` shows
 
 NAME.json holds all that was measured; NAME.md and its plots say that and nothing else. `sformer list` shows the result
@@ -17,6 +17,7 @@ import timm
 import typer
 
 import sformer
+from sformer.data.names import find_data
 from sformer.errors import SFormerError
 from sformer.evaluation import EvaluationConfig, evaluate_all
 from sformer.files import state_hash, write_json
@@ -37,7 +38,6 @@ def embedded() -> List[str]:
 
 def measure(
         name: str,
-        data: Optional[str] = None,
         note: Optional[str] = None,
         num_images: Optional[int] = None,
 ) -> ModelRecord:
@@ -45,7 +45,6 @@ def measure(
 
     Args:
         name: Name of the model.
-        data: Local copy of its dataset.
         note: What the card has to say about it.
         num_images: Size of a random subset of the test images; all of them if None.
     """
@@ -55,27 +54,28 @@ def measure(
     cfg, source = model.pretrained_cfg, sformer.source_of(model)
     levels = CURVE if sum(p.numel() for p in model.parameters()) < 1e6 else COARSE_CURVE
     models = {n: sformer.convert(
-        source, data or used['name'], SFNConfig(**dict(sfn, levels=n)), split=used['split'],
+        source, used['name'], SFNConfig(**dict(sfn, levels=n)), split=used['split'],
         num_images=used['num_images'], seed=used['seed']) for n in levels if n != sfn['levels']}
     models[sfn['levels']] = model
     measured = evaluate_all([*models.values()], EvaluationConfig(
-        dataset=data or used['name'], split='test', num_images=num_images))
+        dataset=used['name'], split='test', num_images=num_images))
     results = {
         n: {key: value for key, value in result.items() if 'second' not in key}
         for n, result in zip(models, measured, strict=True)}
     result = results[sfn['levels']]
     keys = ('dataset', 'dataset_revision', 'split', 'num_images', 'top1', 'source_top1', 'agreement', 'activity',
             'weights_sha256')
-    copy = ['--data', f'{used["name"]}={data}'] if data else []
     part = ['--num-images', num_images] if num_images else []
-    command = shell('python', 'scripts/make_cards.py', name, *copy, *part)
+    command = shell('python', 'scripts/make_cards.py', name, *part)
+    copied = find_data(used['name']).folder is not None
     return ModelRecord(
         name=name, load_name=name, architecture=result['model'], weights_sha256=state_hash(model.state_dict()),
         input_size=list(cfg['input_size']), num_classes=cfg['num_classes'], conversion=shipped['conversion'],
         sfn=sfn, fit=shipped['conversion']['fit'], training=shipped.get('training'), license=cfg['license'],
         evaluations={'eval.json': dict(result, model=name, command=command)},
         curve=[dict(levels=n, **{key: results[n][key] for key in keys}) for n in levels],
-        curve_command=command, dataset_ids={data: used['name']} if data else {}, note=note)
+        curve_command=command, dataset_ids={used['name']: used['name']} if copied else {},
+        note=note if copied else None)
 
 
 def note_result(record: ModelRecord) -> None:
@@ -98,20 +98,16 @@ def check_current(record: ModelRecord) -> None:
 def main(
         names: Annotated[Optional[List[str]], typer.Argument(help='All that ship with the package if none')] = None,
         output: Annotated[Path, typer.Option('--output', '-o')] = MODEL_CARDS,
-        data: Annotated[Optional[List[str]], typer.Option(help='DATASET=DIR: local copy of a dataset')] = None,
-        note: Annotated[Optional[str], typer.Option(help='What cards have to say of that copy')] = None,
+        note: Annotated[Optional[str], typer.Option(help='What cards have to say of copies of data sets')] = None,
         num_images: Annotated[Optional[int], typer.Option(help='Random subset of the test images')] = None,
         render_only: Annotated[bool, typer.Option('--render-only', help='Measure nothing')] = False,
 ) -> None:
-    copies = dict(pair.split('=', 1) for pair in data or [])
     for name in names or embedded():
         if name not in embedded():
             raise SFormerError(f'no model {name!r} ships with the package, only {", ".join(embedded())}.')
         path = output / f'{name}.json'
         if not render_only:
-            dataset = json.loads((WEIGHTS / f'{name}.json').read_text())['conversion']['calibration']['name']
-            copy = copies.get(dataset)
-            write_json(path, dataclasses.asdict(measure(name, copy, note if copy else None, num_images)))
+            write_json(path, dataclasses.asdict(measure(name, note, num_images)))
         record = ModelRecord(**json.loads(path.read_text()))
         check_current(record)
         if output == MODEL_CARDS:

@@ -8,16 +8,20 @@ command wrote with `--results-file` or `-o`, and holds that command; who measure
 import json
 import math
 import re
+import string
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from sformer.evaluation.figures import CLASSIFICATION, DETECTION
 from sformer.files import write_aside
+from sformer.neurons import CODINGS
+from sformer.profiling.energy import TWIN, ratio_to
+from sformer.publishing.profile_page import OTHER, PARTS
 
 ROOT = Path(__file__).parents[1]
 FIGURES = ROOT / 'docs/figures'
-MARK = re.compile(r'(?<=<!-- )(?P<name>[^:\n]+)(?P<rest>: written by scripts/make_tables.py -->\n).*?(?=\n\n)', re.S)
+MARK = re.compile(r'(?<=<!-- )(?P<name>[^:\n]+)(?P<rest>: written by scripts/make_tables.py -->\n).*?(?=\n\n|\n\Z)', re.S)
 RECIPES = {
     'default': 'any processor, any images: 63 levels per branch',
     'fast': 'int8 engines: 63 levels, one threshold for all tokens, a softmax of bytes',
@@ -102,7 +106,8 @@ def embedded() -> str:
     for path in sorted((ROOT / 'model_cards').glob('sformer*.cifar10.json')):
         record = json.loads(path.read_text(encoding='utf-8'))
         shipped = dict(record['evaluations']['eval.json'], levels=record['sfn']['levels'])
-        for result in sorted([*record['curve'], shipped], key=lambda result: result['levels']):
+        others = [result for result in record['curve'] if result['levels'] != shipped['levels']]
+        for result in sorted([*others, shipped], key=lambda result: result['levels']):
             drop = result['source_top1'] - result['top1']
             cells = [f'{result["source_top1"]:.2f}', f'{result["top1"]:.2f}',
                      f'{drop:.2f} +- {error_of_drop(result):.2f}', f'{result["agreement"]:.2f}',
@@ -130,6 +135,124 @@ def error_of_drop(result: Any) -> float:
     """Standard error of the difference of two networks on the same images, at most, in points: as if each image that
     they see differently counted for one of them."""
     return 100 * math.sqrt((1 - result['agreement'] / 100) / result['num_images'])
+
+
+SMALL = {
+    'v': 'ViT, 256 training images', 'r': 'ViT, every 16th LayerNorm channel x 100', 'g': 'ViT, 256 generated images',
+    'e': 'EVA-02, 256 training images', 'eg': 'EVA-02, 256 generated images',
+}
+
+
+def small_networks() -> str:
+    """Two networks that are not in the package; names of SFormers are those of the commands: v32 is the ViT, N = 32."""
+    rows = []
+    for result in read('compare_small'):
+        levels = result['model'].lstrip(string.ascii_lowercase)
+        kind = result['model'].removesuffix(levels)
+        rows.append([SMALL[kind], levels, f'{result["source_top1"]:.2f}', *dropped(result)])
+    return table(['network, fitted to', 'N', 'source [%]', *DROPPED], rows)
+
+
+DROPPED = ('drop [points]', 'relative logit error', 'agreement [%]', 'activity')
+
+
+def dropped(result: Any) -> list[str]:
+    """What an SFormer loses, and how many of its neurons fire."""
+    drop = result['source_top1'] - result['top1']
+    return [f'{drop:.2f} +- {error_of_drop(result):.2f}', f'{result["relative_logit_error"]:.4f}',
+            f'{result["agreement"]:.2f}', f'{result["activity"]:.3f}']
+
+
+def silence() -> str:
+    """Networks with a price of activity; `s8_0.005` is N = 8 at a price of 0.005, `c8_0.005` the same with weights that
+    compensate."""
+    rows = []
+    for result in read('compare_silence'):
+        levels, price = result['model'][1:].split('_')
+        kind = 'weights compensate' if result['model'].startswith('c') else 'weights of the source'
+        rows.append([kind, levels, price, *dropped(result), f'{result["spikes_per_neuron"]["unary"]:.2f}'])
+    return table(['small ViT', 'N', 'price', *DROPPED, 'unary spikes per neuron'], rows)
+
+
+def beside_others() -> str:
+    """SFormers beside quantised networks and spiking ones of several timesteps, all figures."""
+    rows = []
+    for row in read('baselines_micro')['rows']:
+        spikes = row.get('spikes')
+        counts = ' / '.join(f'{spikes[coding]:.3g}' for coding in CODINGS) if spikes else ''
+        account = f'{row["account"]:.4f} ({row["coding"]})' if 'account' in row else ''
+        rows.append([row['baseline'], *_losses(row), counts, f'{row["proxy"]:.3g}' if 'proxy' in row else '', account])
+    return table(['', *LOSSES, 'spikes [M] (unary / binary / graded)', 'proxy [mJ]', 'account [mJ]'], rows)
+
+
+def beside_others_in_short() -> str:
+    """The same, losses alone."""
+    return table(['', *LOSSES], [[row['baseline'], *_losses(row)] for row in read('baselines_micro')['rows']])
+
+
+LOSSES = ('top-1 [%]', 'drop [points]', 'agreement [%]', 'relative logit error')
+
+
+def _losses(row: Any) -> list[str]:
+    return [f'{row["top1"]:.1f}', f'{row["drop"]:.1f} +- {row["drop_error"]:.1f}', f'{row["agreement"]:.1f}',
+            f'{row["error"]:.3f}']
+
+
+def over_levels() -> str:
+    """Accuracy over the number of levels N, of scripts/accuracy.py."""
+    rows = []
+    for result in read('accuracy'):
+        cells = [f'{result["source_top1"]:.2f}', f'{result["top1"]:.2f}', *dropped(result)]
+        rows.append([f'`{result["model"]}`', str(result['levels']), *cells])
+    return table(['source', 'N', 'top-1 of source [%]', 'top-1 [%]', *DROPPED], rows)
+
+
+def firing() -> str:
+    """Spikes per neuron over the number of levels N, of scripts/accuracy.py."""
+    rows = []
+    for result in read('accuracy'):
+        spikes = result['spikes_per_neuron']
+        rows.append([f'`{result["model"]}`', str(result['levels']), f'{result["activity"]:.3f}',
+                     *(f'{spikes[coding]:.2f}' for coding in CODINGS)])
+    return table(['source', 'N', 'activity', *(f'spikes per neuron, {coding}' for coding in CODINGS)], rows)
+
+
+def over_the_twin() -> str:
+    """Energy over that of the quantised network of as many bits, by coding."""
+    figures = read('profile_micro')['energy']
+    accounts = figures['account']
+    ratios = [ratio_to(accounts[coding], accounts[TWIN]) for coding in CODINGS]
+    cells = [f'{ratio:.2f} ({low:.2f} to {high:.2f})' for ratio, low, high in ratios]
+    less = [f'{figures["break_even"][coding]:.2f}' for coding in CODINGS]
+    return table(
+        ['energy over the bit-matched quantised twin', *CODINGS],
+        [['ratio (data movement +- 50 %)', *cells], ['5 % less below an activity of', *less]])
+
+
+def account() -> str:
+    """Energy per image by part and coding."""
+    accounts = read('profile_micro')['energy']['account']
+    rows = [[label, *(f'{parts[part]:.4g}' for parts in accounts.values())]
+            for part, label in {**PARTS, **OTHER}.items()]
+    return table(['mJ per image', *(name.replace('quantised, ', '') for name in accounts)], rows)
+
+
+def written_down(name: str) -> Callable[[], str]:
+    """A table that was written down from what a command printed, with when that was."""
+    def made() -> str:
+        found = read(name)
+        versions = ', '.join(f'{package} {version}' for package, version in found['versions'].items())
+        when = f'*measured {found["measured"]}, {found["state"]} ({versions}); not repeated since*'
+        return table(found['heads'], [*found['rows'], [when, *[''] * (len(found['heads']) - 1)]])
+    return made
+
+
+def detectors() -> str:
+    """Boxes of cells and masks of nuclei, in short."""
+    cells, nuclei = (read(f'detector_{name}') for name in ('cells', 'nuclei'))
+    rows = [[row[0], *row[1:3], *other[4:6]] for row, other in zip(cells['rows'], nuclei['rows'], strict=True)]
+    when = f'*measured {cells["measured"]} and {nuclei["measured"]}, {cells["state"]}; not repeated since*'
+    return table(['', 'cells, boxes: mAP', 'mAP50', 'nuclei, masks: mAP', 'mAP50'], [*rows, [when, '', '', '', '']])
 
 
 def speed() -> str:
@@ -164,6 +287,25 @@ TABLES: dict[str, Callable[[], str]] = {
     'networks in the package': embedded,
     'int8': int8,
     'speed': speed,
+    'two small networks': small_networks,
+    'silence': written_down('silence_older'),
+    'trained': written_down('distilled'),
+    'beside others': beside_others,
+    'beside others, in short': beside_others_in_short,
+    'beside others, in full': written_down('baselines_full'),
+    'EVA-02 beside others': written_down('baselines_eva02'),
+    'ViT-S beside others': written_down('baselines_saliency'),
+    'SpikingJelly': written_down('spikingjelly'),
+    'accuracy over N': over_levels,
+    'firing over N': firing,
+    'energy over the twin': over_the_twin,
+    'account of energy': account,
+    'detectors': detectors,
+    'cells': written_down('detector_cells'),
+    'nuclei': written_down('detector_nuclei'),
+    'saliency maps': written_down('heatmaps'),
+    'times of the page': written_down('page_times'),
+    'logits of the page': written_down('page_logits'),
     'commands': commands,
 }
 

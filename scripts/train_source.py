@@ -35,6 +35,7 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3, random_seed
 from torch import nn
 
+from sformer.data.names import find_data
 from sformer.data.origins import Digits
 
 console = Console()
@@ -145,9 +146,10 @@ def load_digits(data: Path | None, cache: Path) -> tuple[Split, Split]:
 
 def load_cifar10(data: Path | None, cache: Path) -> tuple[Split, Split]:
     """CIFAR-10 from the parquet files of its Hugging Face copy: 50,000 training and 10,000 test images of 32x32."""
-    if data is None:
-        raise typer.BadParameter('CIFAR-10 needs --data, the folder of train-*.parquet and test-*.parquet')
-    return _load_parquet(data, 'train', cache), _load_parquet(data, 'test', cache)
+    place = find_data(str(data or 'cifar10'))
+    if place.folder is None:
+        raise typer.BadParameter(f'CIFAR-10 is read from train-*.parquet and test-*.parquet: {place.hint}')
+    return _load_parquet(place.folder, 'train', cache), _load_parquet(place.folder, 'test', cache)
 
 
 def _load_parquet(data: Path, split: str, cache: Path) -> Split:

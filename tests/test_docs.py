@@ -131,6 +131,12 @@ def test_every_table_stands_somewhere(make_tables):
     assert {found['name'] for found in make_tables.MARK.finditer(text)} == set(make_tables.TABLES)
 
 
+def test_a_table_at_the_end_of_a_page_is_written_too(make_tables):
+    mark = '<!-- recipes: written by scripts/make_tables.py -->\n'
+    for end in ('\n', '\n\nMore.\n'):
+        assert make_tables.with_tables(f'{mark}x{end}') == f'{mark}{make_tables.recipes()}{end}'
+
+
 def test_a_figure_that_moved_is_noticed(make_tables, tmp_path, monkeypatch):
     for path in make_tables.FIGURES.glob('*.json'):
         (tmp_path / path.name).write_bytes(path.read_bytes())

@@ -10,6 +10,7 @@ import torch.nn as nn
 from timm.data import resolve_input_data_config
 
 from ..data import ImageRequest, open_request
+from ..data.names import find_data
 from ..evaluation.labels import resolve_benchmark
 from ..evaluation.schema import COUNT, PERCENT, POSITIVE, SHARE, TEXT, Figure, Result, Schema, mapping, number
 from ..layers import named_neurons
@@ -74,7 +75,7 @@ class Comparison:
         cfg = resolve_input_data_config(source)
         self.source = source
         wanted = dataclasses.replace(images, needs_labels=bool(network.num_classes))
-        same = (calibration.dataset, calibration.split) == (images.dataset, images.split)
+        same = (find_data(calibration.dataset), calibration.split) == (find_data(images.dataset), images.split)
         if same:  # drawn at once, so that no image is in both
             wanted = dataclasses.replace(wanted, num_images=_number(calibration) + _number(images))
         found = open_request(wanted, cfg)
@@ -91,7 +92,7 @@ class Comparison:
         self.batches = [*pixels.split(batch_size)]
         self.labels: torch.Tensor | None = None
         if network.num_classes:
-            classes = resolve_benchmark(None, source, images.dataset, found.class_names).label_map
+            classes = resolve_benchmark(None, source, found.name, found.class_names).label_map
             self.labels = labels if classes is None or labels is None else torch.tensor(classes)[labels]
         else:
             network.reset_classifier(0, '')

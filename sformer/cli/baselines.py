@@ -54,6 +54,7 @@ def baselines(
         may_write(results_file, 'baselines', holds('rows', 'settings'))
     from ..baselines import COMPARISON, Comparison, comparison_rows
     from ..data import ImageRequest
+    from ..data.names import find_data
     from ..files import state_hash
     source = open_source(model)
     chosen = {name: build for name, build in comparison_rows(levels or LEVELS, timesteps or TIMESTEPS).items()
@@ -61,8 +62,9 @@ def baselines(
     if not chosen:
         raise SFormerError(f'no row begins with {" or ".join(only or ())}.')
     settings: Json = dict(
-        source_sha256=state_hash(source.state_dict()), dataset=dataset, split=split, num_images=num_images,
-        calibration=calibration, calibration_split=calibration_split, num_calibration=num_calibration, seed=seed)
+        source_sha256=state_hash(source.state_dict()), dataset=find_data(dataset).name, split=split,
+        num_images=num_images, calibration=find_data(calibration).name, calibration_split=calibration_split,
+        num_calibration=num_calibration, seed=seed)
     rows = read_rows(results_file, settings)
     bench = Comparison(
         source, ImageRequest(dataset=calibration, split=calibration_split, num_images=num_calibration, seed=seed),

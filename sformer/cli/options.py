@@ -16,7 +16,7 @@ __all__ = ['unfolded', 'ColumnOptions', 'EvaluationOptions', 'Given', 'RecordOpt
 
 Given = Set[str]
 
-Dataset = 'digits, a folder of parquet files, an image folder or a Hugging Face dataset id'
+Dataset = 'digits, cifar10, imagenet-1k ..., an image folder, one of parquet files, NAME=FOLDER or a Hub id'
 
 
 def unfolded(command: Callable[..., None]) -> Callable[..., None]:

@@ -1,5 +1,6 @@
 """`sformer predict`."""
 import contextlib
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -60,6 +61,8 @@ def predict(
                 drawn.append((prediction, None if prediction.error else predictor.look(prediction.image, prediction)))
             if output is None or prediction.error:
                 print_prediction(prediction)
+    if named := predictor.task.origin_of_names(predictor.model):
+        print(f'names of classes: {named}', file=sys.stderr)
     if output and draws:
         write_file(output, plot_predictions(drawn, model))
     if output:

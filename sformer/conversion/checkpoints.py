@@ -332,10 +332,20 @@ def said_of(path: Path, architecture: str | None, entries: Json | None = None) -
 
 
 def names_in_order(names: Sequence[object] | dict[object, object]) -> list[str] | None:
-    """Names of classes in their order, of a list, of names by number or of numbers by name; None if they are none."""
+    """Names of classes in their order, of a list, of names by number or of numbers by name; None if they are none.
+
+    Raises:
+        SFormerError: If two names have one number.
+    """
     if isinstance(names, dict):
         if all(isinstance(number, int) for number in names.values()):
-            names = {number: name for name, number in names.items()}
+            by_number: dict[object, object] = {}
+            for name, number in names.items():
+                if number in by_number:
+                    raise SFormerError(
+                        f'classes {by_number[number]!r} and {name!r} have one number, {number}: each needs its own.')
+                by_number[number] = name
+            names = by_number
         names = [names.get(i, names.get(str(i))) for i in range(len(names))]
     texts = [name for name in names if isinstance(name, str) and name.strip()]
     return texts if len(texts) == len(names) else None

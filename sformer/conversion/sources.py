@@ -26,7 +26,7 @@ from .preprocessors import PREPROCESSING
 
 __all__ = [
     'CAME_ALONG', 'LOCATIONS', 'OF_WEIGHTS', 'Source', 'check_no_graph', 'check_weights', 'create_source',
-    'label_names_of', 'load_checkpoint_', 'set_data_config_', 'set_label_names_',
+    'label_names_of', 'load_checkpoint_', 'set_data_config_', 'set_label_names_', 'weights_tag',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -273,6 +273,12 @@ def label_names_of(model: nn.Module) -> list[str] | None:
     names = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names')
     names = names_in_order(names) if isinstance(names, (list, tuple, dict)) else None
     return names if names and len(names) == getattr(model, 'num_classes', 0) else None
+
+
+def weights_tag(model: nn.Module) -> str:
+    """timm's tag of the weights that a model's config is of or, of an SFormer, that its source had; else empty."""
+    tag = (getattr(model, 'pretrained_cfg', None) or {}).get('tag')
+    return tag or getattr(getattr(model, 'conversion', None), 'source_tag', None) or ''
 
 
 def load_checkpoint_(model: nn.Module, checkpoint: Checkpoint, resized: Collection[str] = ()) -> None:

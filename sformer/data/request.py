@@ -11,6 +11,7 @@ import numpy as np
 
 from ..errors import SFormerError, check, check_flag, check_integer, check_text
 from .image_folders import EVALUATION_SPLITS
+from .names import known_data
 
 __all__ = ['ImageRequest', 'requested']
 
@@ -23,7 +24,7 @@ class ImageRequest:
 
     Args:
         dataset: What `open_images` finds images by: `dead-leaves`, `digits`, a folder of parquet files, of WebDataset
-            archives or of images, or a data set's id on the Hugging Face Hub.
+            archives or of images, `NAME=FOLDER`, or a data set of the Hugging Face Hub by its id or a short name.
         split: Split of the data set. None takes the only one; else `train`, or where labels are needed the split for
             evaluation.
         num_images: Size of a random subset, in the order of the data; None takes all (256 of `dead-leaves`). Of a
@@ -33,7 +34,7 @@ class ImageRequest:
         label_column: Column of the labels; None finds it: by a usual name, or as the only one of class labels.
         needs_labels: Insist on labels. They are delivered anyway where they are known.
         streaming: Read shards as they are needed instead of downloading or converting all splits first; for parquet
-            folders, WebDataset folders and the Hub.
+            folders, WebDataset folders and the Hub. None does so with what is known to be large there (ImageNet).
 
     Raises:
         ConfigError: If a value is not usable; names it.
@@ -45,7 +46,7 @@ class ImageRequest:
     image_column: str | None = None
     label_column: str | None = None
     needs_labels: bool = False
-    streaming: bool = False
+    streaming: bool | None = None
 
     def __post_init__(self) -> None:
         check(isinstance(self.dataset, (str, os.PathLike)), f'dataset must be a name or a path, got {self.dataset!r}.')
@@ -56,8 +57,9 @@ class ImageRequest:
         for name in ('split', 'image_column', 'label_column'):
             if getattr(self, name) is not None:
                 check_text(self, name)
-        for name in ('needs_labels', 'streaming'):
-            check_flag(self, name)
+        check_flag(self, 'needs_labels')
+        if self.streaming is not None:
+            check_flag(self, 'streaming')
 
     def choose(self, available: int, title: str = '') -> np.ndarray:
         """Sorted indices of the images that are wanted.
@@ -89,6 +91,9 @@ class ImageRequest:
             return splits[0]
         # Calibration never looks at evaluation images, unless told to.
         fitting = [s for s in splits if s in (EVALUATION_SPLITS if self.needs_labels else ('train', 'training'))]
+        known = known_data(self.dataset)
+        if self.needs_labels and known and known.split in fitting:
+            return known.split
         if len(fitting) != 1:
             raise SFormerError(f'choose a split of {self.dataset!r}: {", ".join(splits)}')
         return fitting[0]

@@ -1,5 +1,6 @@
 """From a name to the images that it stands for."""
 import contextlib
+import dataclasses
 import errno
 import glob
 import hashlib
@@ -21,6 +22,7 @@ from ..files import Json
 from .columns import Columns, find_columns
 from .delivery import ChosenImages, ImageData, Stream
 from .image_folders import class_folders, find_images, split_folders
+from .names import Located, find_data, known_data
 from .origins import GENERATED, DeadLeaves, Digits, Files, Table, TableStream
 from .preprocessing import Preprocessor, check_data_config, one_line
 from .request import ImageRequest
@@ -55,7 +57,10 @@ def open_images(
     * a folder with files like `train-*.parquet`, in itself or in its subfolder `data`;
     * a folder with WebDataset archives like `train-*.tar`;
     * a folder of images: class folders, below split folders or not; without class folders, unlabelled;
-    * a data set of the Hugging Face Hub.
+    * a data set of the Hugging Face Hub, by its id or a short name (`SHORT_NAMES`).
+
+    Instead of a folder, `NAME=FOLDER` has results call it NAME, and NAME alone is looked for in the folder that the
+    environment variable `SFORMER_DATA` names.
 
     Args:
         name: One of the above.
@@ -84,7 +89,12 @@ def open_request(
     """
     configs = [data_config] if isinstance(data_config, dict) else list(data_config)
     size = check_data_config(configs[0])[0]
-    return _image_data(request, _find(request, size), configs)
+    place = find_data(request.dataset)
+    streaming, known = request.streaming, known_data(place.name)
+    if streaming is None:
+        streaming = place.folder is None and known is not None and known.large
+    request = dataclasses.replace(request, dataset=place.name, streaming=bool(streaming))
+    return _image_data(request, _find(request, place, size), configs)
 
 
 def _image_data(request: ImageRequest, found: _Found, data_configs: Sequence[Json]) -> ImageData:
@@ -131,8 +141,8 @@ def _fingerprint(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def _find(request: ImageRequest, size: tuple[int, int, int]) -> _Found:
-    name = request.dataset
+def _find(request: ImageRequest, place: Located, size: tuple[int, int, int]) -> _Found:
+    name, folder = request.dataset, place.folder
     if name == GENERATED:
         return _open_dead_leaves(request, size)
     if name == 'digits':
@@ -141,9 +151,8 @@ def _find(request: ImageRequest, size: tuple[int, int, int]) -> _Found:
         request.refuse_table_options()
         split = request.choose_split(['train', 'test'])
         return _Found(Digits(split), split)
-    folder = Path(name).expanduser()
-    if not name or not folder.is_dir():
-        return _open_hub(request)
+    if folder is None:
+        return _open_hub(request, place)
     kind, splits = find_shards(folder)
     if kind:
         return _open_shards(request, kind, splits)
@@ -219,24 +228,30 @@ def _open_shards(request: ImageRequest, kind: str, splits: dict[str, list[Path]]
     return _Found(Table(table, columns, origin), split)
 
 
-def _open_hub(request: ImageRequest) -> _Found:
-    name = request.dataset
+def _open_hub(request: ImageRequest, place: Located) -> _Found:
+    name, known = request.dataset, known_data(place.name)
     looked_for = f"{name!r} is not a folder, not 'dead-leaves' or 'digits'"
     if name and Path(name).expanduser().exists():
         raise SFormerError(f'{name!r} is a file: name the folder it is in')
     if not re.fullmatch(r'\w[\w.-]*(/[\w.-]+)?', name):
         raise SFormerError(f'{looked_for}, and cannot be a Hugging Face dataset id')
+    if known and not known.repository:
+        raise SFormerError(f'{name!r} is no folder and not on the Hub: {place.hint}')
     datasets = _import_datasets()
-    revision = hub_revision(name)
-    pinned = dict(revision=revision) if revision else {}  # so that what is recorded is what is read
-    options = dict(streaming=True) if request.streaming else {}
+    options: dict[str, Any] = dict(streaming=True) if request.streaming else {}
     try:
+        if revision := hub_revision(place.repository):
+            options['revision'] = revision  # so that what is recorded is what is read
         with _quiet_progress():
-            tables = datasets.load_dataset(name, **options, **pinned)
+            tables = datasets.load_dataset(place.repository, **options)
     except Exception as e:
         full = _full_disk(e)
-        raise SFormerError(f'cannot copy {name!r}: {full}' if full else
-                           f'{looked_for}, and the Hugging Face Hub said: {one_line(e)}') from e
+        if full:
+            raise SFormerError(f'cannot copy {name!r}: {full}') from e
+        if known:
+            raise SFormerError(f'{name!r} is {place.repository} on the Hugging Face Hub, which is not to be had here: '
+                               f'{place.hint} ({one_line(e)})') from e
+        raise SFormerError(f'{looked_for}, and the Hugging Face Hub said: {one_line(e)}') from e
     split = request.choose_split(list(tables))
     table = tables[split]
     if not request.streaming:
@@ -249,12 +264,13 @@ def _open_hub(request: ImageRequest) -> _Found:
         raise SFormerError(f'cannot read {name!r} (split {split!r}): {one_line(e)}') from e
     sizes = getattr(table.info, 'splits', None) or {}
     num_rows = sizes[split].num_examples if split in sizes else None
-    stream = TableStream(table, _columns(request, table.features), (name, revision), num_rows or None)
+    stream = TableStream(table, _columns(request, table.features), (place.repository, revision), num_rows or None)
     return _Found(stream, split, revision)
 
 
 def hub_revision(name: str) -> str | None:
-    """Commit that `main` of a data set on the Hub is at; None where the Hub cannot be asked."""
+    """Commit that `main` of a data set on the Hub is at; None where the Hub does not say, or cannot be asked and there
+    is a copy in the cache. Without one, the client's error: `datasets` would ask for half of a minute."""
     import huggingface_hub
     from datasets import config
     if config.HF_HUB_OFFLINE:
@@ -263,11 +279,22 @@ def hub_revision(name: str) -> str | None:
         try:
             return huggingface_hub.HfApi().dataset_info(name, timeout=10).sha
         except Exception as e:  # datasets will say what is wrong, or have it in its cache
-            status = getattr(getattr(e, 'response', None), 'status_code', 0)
+            response = getattr(e, 'response', None)
+            if response is None and not _is_cached(name):
+                raise
+            status = getattr(response, 'status_code', 0)
             if status != 429 and status < 500:
                 return None
             time.sleep(pause)  # many processes ask at once
     return None
+
+
+def _is_cached(name: str) -> bool:
+    """Whether `datasets` may have a copy of a data set of the Hub."""
+    from datasets import config
+    cache = Path(config.HF_DATASETS_CACHE)
+    plain = name.replace('/', '').replace('_', '').lower()
+    return cache.is_dir() and any(path.name.replace('_', '').lower() == plain for path in cache.iterdir())
 
 
 def _import_datasets() -> ModuleType:

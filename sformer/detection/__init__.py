@@ -6,12 +6,13 @@ from .detector_evaluation import coco_metrics, detect, evaluate_detector
 from .detector_export import export_detector
 from .detector_folders import load_detector, save_detector
 from .detectors import DetectorConfig, build_detector, create_detector
+from .exported_detector import load_detector_onnx
 from .pyramid import SimpleFeaturePyramid, ViTDetBackbone
 from .training import TrainingConfig, train_
 
 __all__ = [
     'COCO_CATEGORIES', 'CocoData', 'DetectorConfig', 'SimpleFeaturePyramid', 'TrainingConfig', 'ViTDetBackbone',
     'build_detector', 'coco_metrics', 'convert_detector', 'create_detector', 'detect', 'detector_names',
-    'evaluate_detector', 'export_detector', 'image_batches', 'load_detector', 'open_coco',
-    'save_detector', 'train_',
+    'evaluate_detector', 'export_detector', 'image_batches', 'load_detector', 'load_detector_onnx',
+    'open_coco', 'save_detector', 'train_',
 ]

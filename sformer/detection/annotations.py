@@ -75,12 +75,14 @@ class Annotations:
         images: By their ids, in the order of these.
         of_image: Annotations by the ids of their images.
         problems: What is not usable, a line each.
+        repeated: Ids of annotations that are the same as another but for their id, which count once.
         sha256: Of the file.
     """
     categories: dict[int, str]
     images: dict[int, ImageEntry]
     of_image: dict[int, list[Annotation]]
     problems: list[str]
+    repeated: list[int]
     sha256: str
 
 
@@ -128,15 +130,25 @@ def read_annotations(file: Path, folder: Path, masks: bool = False, objects: boo
     images = _each(data['images'], 'image', image, problems)
     left_out = {_whole(entry.get('id')) for entry in data['images'] if isinstance(entry, dict)} - {None, *images}
 
+    repeated: list[int] = []
+    outlines: dict[tuple[object, ...], list[object]] = {}
+
     def annotation(id: int, entry: Json) -> Annotation | None:
         if _whole(entry.get('image_id')) in left_out:
             return None  # of an image that has been named
-        return _annotation(id, entry, images, categories, masks)
+        made = _annotation(id, entry, images, categories, masks)
+        alike = outlines.setdefault((made.image_id, made.category_id, made.box, made.crowd), [])
+        if entry.get('segmentation') in alike:
+            repeated.append(id)
+            return None
+        alike.append(entry.get('segmentation'))
+        return made
 
     of_image: dict[int, list[Annotation]] = {id: [] for id in sorted(images)}
     for found in _each(data['annotations'] if objects else [], 'annotation', annotation, problems).values():
         of_image[found.image_id].append(found)
-    return Annotations(categories, {id: images[id] for id in of_image}, of_image, problems, _sha256(content))
+    return Annotations(
+        categories, {id: images[id] for id in of_image}, of_image, problems, repeated, _sha256(content))
 
 
 def _each(

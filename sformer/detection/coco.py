@@ -9,6 +9,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 from ..data.image_files import read_rgb
+from ..data.names import find_data
 from ..errors import SFormerError, UnreadableImageError
 from .annotations import read_annotations
 from .masks import mask_tools
@@ -68,6 +69,10 @@ class CocoData:
             if not skip_bad:
                 raise SFormerError(f'{message} --skip-bad (skip_bad=True) leaves them out.')
             _logger.warning(f'{message} They are left out.')
+        if found.repeated:
+            some = ', '.join(map(str, found.repeated[:NAMED]))
+            _logger.warning(f'{annotations}: {len(found.repeated)} annotations repeat another in all but their ids '
+                            f'({some}{" ..." if len(found.repeated) > NAMED else ""}), and are left out.')
         if not self.images:
             raise SFormerError(f'{annotations}: not one image is usable.')
 
@@ -126,7 +131,7 @@ def open_coco(
     """A split of a folder in COCO format: SPLIT.json or annotations/instances_SPLIT.json, and images in SPLIT/.
 
     Args:
-        root: The folder.
+        root: The folder, or what else `sformer.data.names.find_data` finds it by.
         split: Its split.
         masks: As of `CocoData`.
         skip_bad: As of `CocoData`.
@@ -135,10 +140,13 @@ def open_coco(
     Raises:
         SFormerError: If there is no such split, or as `CocoData` raises.
     """
-    root = Path(root)
+    place = find_data(str(root))
+    if place.folder is None:
+        raise SFormerError(f'{place.name!r} is not a folder: {place.hint}.')
+    root = place.folder
     found = [file for file in _annotation_files(root, split) if file.is_file()]
     if not found or not (root / split).is_dir():
-        there = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+        there = sorted(path.name for path in root.iterdir() if path.is_dir())
         raise SFormerError(
             f'{root} has no split {split!r} in COCO format: {split}.json, or annotations/instances_{split}.json, and '
             f'images in {split}/. Folders that are there: {", ".join(there) or "none"}.')

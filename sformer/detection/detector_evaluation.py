@@ -25,6 +25,7 @@ from ..evaluation import Journal, check_same
 from ..evaluation.figures import DETECTION, precision_figures
 from ..evaluation.labels import match_names
 from ..evaluation.launch import Group
+from ..evaluation.networks import device_of
 from ..evaluation.schema import Result
 from ..files import Json, state_hash
 from ..layers import is_calibrated, named_neurons, placed, shared_copy, source_view, uncalibrated, unwrapped
@@ -58,7 +59,7 @@ class Detected(TypedDict):
 def detect(detector: nn.Module, image: torch.Tensor) -> dict[str, torch.Tensor]:
     """What a detector finds in an image (3, H, W) in [0, 1], as torchvision has it: `boxes` (N, 4), `labels`, `scores`
     (N) and `masks` (N, 1, H, W) in [0, 1] if it segments. Its mode is not changed."""
-    found = in_eval_mode(detector)([image.to(next(detector.parameters()).device)])[0]
+    found = in_eval_mode(detector)([image.to(device_of(detector))])[0]
     return {key: value.cpu() for key, value in found.items()}
 
 

@@ -124,7 +124,7 @@ def _evaluate(
     device = device_of(models[0])
     data_configs = [data_config_of(model, config) for model in models]
     images = open_request(config, distinct_configs(data_configs))
-    benchmarks = [resolve_benchmark(config.benchmark, m, config.dataset, images.class_names, config.by_position)
+    benchmarks = [resolve_benchmark(config.benchmark, m, images.name, images.class_names, config.by_position)
                   for m in models]
     if (labels := benchmarks[0].labels) is not None:
         images.label_with(labels)
@@ -151,7 +151,7 @@ def _evaluate(
     shared = group.gather(mine)
     records = sorted([*done, *(r for s in shared for r in s['records'])], key=lambda r: r['chunk'])
     check_complete(records, images, config.max_bad)
-    how = _how(config, group, device, shared)
+    how = _how(config, images.streamed, group, device, shared)
     return [result_of(subject, images, records, weights_sha256=i['weights_sha256'], **how)
             for subject, i in zip(subjects, identities, strict=True)]
 
@@ -170,7 +170,7 @@ def _key(
     key = dict(
         models=models, sources=sources, dataset=images.fingerprint, split=images.split, benchmark=benchmark,
         num_images=images.num_images, batch_size=config.batch_size, num_shards=images.num_shards,
-        streaming=config.streaming, by_position=config.by_position, activity_images=config.activity_images,
+        streaming=images.streamed, by_position=config.by_position, activity_images=config.activity_images,
         preprocessing=preprocessing, amp=config.amp, device=device.type, torchcompile=config.torchcompile,
         figures=[*CLASSIFICATION.score().values],
         **{name: versions.get(name) for name in ('sformer', 'torch', 'timm')})
@@ -179,6 +179,7 @@ def _key(
 
 def _how(
         config: EvaluationConfig,
+        streamed: bool,
         group: Group,
         device: torch.device,
         shared: list[Json],
@@ -186,7 +187,7 @@ def _how(
     """How all models were evaluated, from what each process tells of itself."""
     return dict(
         batch_size=min(s['batch_size'] for s in shared), seed=config.seed, workers=config.workers,
-        world_size=group.world_size, streaming=config.streaming,
+        world_size=group.world_size, streaming=streamed,
         device=torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type,
         amp=config.amp, torchcompile=config.torchcompile, channels_last=config.channels_last,
         versions=library_versions(), wall_seconds=round(max(s['wall'] for s in shared), 3),

@@ -22,25 +22,14 @@ from timm.utils.misc import natural_key
 
 from ..conversion.sources import label_names_of
 from ..errors import ConfigError, SFormerError
-from ..files import Json
 
 __all__ = [
-    'BENCHMARKS', 'DATASETS', 'Benchmark', 'check_benchmark', 'match_names', 'model_class_names', 'resolve_benchmark',
+    'BENCHMARKS', 'Benchmark', 'check_benchmark', 'match_names', 'model_class_names', 'resolve_benchmark',
 ]
 
 _logger = logging.getLogger(__name__)
 
 BENCHMARKS = ('imagenet-1k', 'imagenet-real', 'imagenet-v2', 'imagenet-a', 'imagenet-r')
-
-# Name of a data set, unless there is a folder of this name -> where it is on the Hub, and how it is read there
-DATASETS: dict[str, Json] = {
-    # streamed, or `datasets` would download 150 GB of training images for the sake of the others
-    'imagenet-1k': dict(dataset='ILSVRC/imagenet-1k', split='validation', streaming=True),
-    'imagenet-real': dict(
-        dataset='ILSVRC/imagenet-1k', split='validation', benchmark='imagenet-real', streaming=True),
-    'cifar10': dict(dataset='uoft-cs/cifar10', split='test'),
-    'cifar100': dict(dataset='uoft-cs/cifar100', split='test', label_column='fine_label'),
-}
 
 _SYNSET = re.compile(r'n\d{8}')
 _VALIDATION = re.compile(r'ILSVRC2012_val_(\d{8})')

@@ -1,4 +1,5 @@
 """What models say of images that nobody has labelled, image by image."""
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -8,14 +9,16 @@ import torch.nn as nn
 from PIL import Image
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_input_data_config
 
-from ..conversion.sources import label_names_of
+from ..conversion.sources import label_names_of, weights_tag
 from ..data.image_files import ImageSource, name_of_image, read_rgb
 from ..data.preprocessing import check_data_config
 from ..errors import SFormerError, UnreadableImageError, enough_memory
 from ..layers import shared_copy
 from .networks import check_model, device_of, network_of
 
-__all__ = ['Finding', 'Prediction', 'Reader', 'check_topk', 'class_names', 'predict_classes']
+__all__ = ['Finding', 'Prediction', 'Reader', 'check_topk', 'class_names', 'origin_of_names', 'predict_classes']
+
+IMAGENET_TAG = re.compile(r'(?<![a-z])in\d+k')  # as timm ends tags: `augreg_in21k_ft_in1k`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,13 +86,28 @@ class Reader:
 
 
 def class_names(model: nn.Module) -> list[str]:
-    """Names of a model's classes: those that its config states; of ImageNet's, what timm has; else their numbers."""
-    names = label_names_of(model)
-    subset = infer_imagenet_subset(model)
-    if subset and (names is None or names == ImageNetInfo(subset).label_names()):  # which are numbers of WordNet
+    """Names of a model's classes: those that its config states; WordNet's words where these are ImageNet's, or where
+    its weights were trained for ImageNet; else their numbers."""
+    return _names_and_origin(model)[0]
+
+
+def origin_of_names(model: nn.Module) -> str:
+    """Where names of classes are from, in words; empty where the model's config has them as they are."""
+    return _names_and_origin(model)[1]
+
+
+def _names_and_origin(model: nn.Module) -> tuple[list[str], str]:
+    names, tag = label_names_of(model), weights_tag(model)
+    subset = infer_imagenet_subset(model)  # goes by the number of classes, which others may have, too
+    if subset and (names == ImageNetInfo(subset).label_names() if names else IMAGENET_TAG.search(tag)):
         info = ImageNetInfo(subset)
-        return [info.index_to_description(index) for index in range(info.num_classes())]
-    return names or [str(index) for index in range(getattr(model, 'num_classes', 0))]
+        why = 'for whose ids its config has' if names else f'which its weights were trained for ({tag})'
+        return [info.index_to_description(index) for index in range(info.num_classes())], \
+            f"WordNet's words of {subset}, {why}"
+    if names:
+        return names, ''
+    return [str(index) for index in range(getattr(model, 'num_classes', 0))], \
+        'none: numbers (sformer convert --label-names gives them names)'
 
 
 def check_topk(topk: int) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..data import ImageRequest
+from ..data.names import known_data
 from ..data.preprocessing import check_preprocessing
 from ..errors import check, check_flag, check_integer, check_number, check_text
 from .labels import check_benchmark
@@ -29,7 +30,8 @@ class EvaluationConfig(ImageRequest):
         batch_size: Images per batch and process.
         workers: Processes per process that decode images.
         activity_images: Spikes are counted on the first this many images, in whole batches.
-        benchmark: One of `sformer.evaluation.labels.BENCHMARKS`; None for the data set's own labels.
+        benchmark: One of `sformer.evaluation.labels.BENCHMARKS`; None for that of a well-known data set
+            (`imagenet-real`), else for the data set's own labels.
         by_position: Take label i for class i of the model, whatever names they have.
         img_size: Height and width of the input [pixels]; position embeddings are resampled by timm.
         crop_pct: Centre crop, instead of the model's own.
@@ -75,5 +77,8 @@ class EvaluationConfig(ImageRequest):
             check_flag(self, name)
         check_number(self, 'timeout', math.ulp(0.), _MAX_TIMEOUT, f'of seconds in (0, {_MAX_TIMEOUT:g}]')
         check(self.amp is None or self.amp in tuple(AMP_DTYPES), f'amp is bfloat16 or float16, not {self.amp!r}.')
+        known = known_data(self.dataset)
+        if self.benchmark is None and known:
+            object.__setattr__(self, 'benchmark', known.benchmark)
         check_benchmark(self.benchmark)
         check_preprocessing(dict(crop_pct=self.crop_pct, interpolation=self.interpolation))

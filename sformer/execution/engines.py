@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ..errors import SFormerError, first_line, install_hint
+from ..errors import SFormerError, first_line, install_hint, needed_packages
 
 if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
     from openvino import Model, Node
 
 __all__ = [
@@ -77,12 +78,18 @@ def _is_int8_constant(node: 'Node') -> bool:
     return node.get_type_name() == 'Constant' and node.get_element_type().get_type_name() == 'i8'
 
 
-def _onnxruntime(graph: bytes, precision: str = 'f32') -> Run:
-    import onnxruntime
+def onnxruntime_session(graph: bytes) -> 'InferenceSession':
+    """ONNX Runtime with a graph, on the threads of torch."""
+    with needed_packages('onnx'):
+        import onnxruntime
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(graph, options, providers=['CPUExecutionProvider'])
+    return onnxruntime.InferenceSession(graph, options, providers=['CPUExecutionProvider'])
+
+
+def _onnxruntime(graph: bytes, precision: str = 'f32') -> Run:
+    session = onnxruntime_session(graph)
     name = session.get_inputs()[0].name
     return lambda images: session.run(None, {name: images})[0]
 

@@ -9,6 +9,7 @@ import torch.nn as nn
 from timm.data import resolve_input_data_config
 
 from ..errors import SFormerError, first_line, needed_packages
+from ..files import Json
 from .engines import Run, compile_graph, engine_version, find_engine
 from .onnx import graph_hash
 from .prepared import METADATA
@@ -18,7 +19,7 @@ from .proof import saturating
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-__all__ = ['EngineNetwork', 'GraphRecord', 'load_onnx', 'read_graph', 'check_exact']
+__all__ = ['EngineNetwork', 'GraphRecord', 'load_onnx', 'check_exact', 'read_graph', 'read_exported']
 
 
 class GraphRecord(TypedDict):
@@ -127,6 +128,19 @@ def read_graph(path: str | Path) -> 'tuple[ModelProto, GraphRecord]':
     Raises:
         SFormerError: If the file is missing, damaged or of another origin.
     """
+    model, about = read_exported(path)
+    if not GraphRecord.__required_keys__ <= about.keys():
+        raise SFormerError(f'{path} is the graph of no classifier, with inputs of its own: `sformer predict` runs it, '
+                           f'and so does onnxruntime.')
+    return model, cast(GraphRecord, about)
+
+
+def read_exported(path: str | Path) -> 'tuple[ModelProto, Json]':
+    """An `onnx.ModelProto` that `sformer export` wrote, and what was recorded of it.
+
+    Raises:
+        SFormerError: If the file is missing, damaged or of another origin.
+    """
     path = Path(path)
     if not path.is_file():
         raise SFormerError(f'no graph at {path}.')
@@ -138,14 +152,11 @@ def read_graph(path: str | Path) -> 'tuple[ModelProto, GraphRecord]':
         about = json.loads(recorded) if recorded else None
     except Exception as e:  # protobuf's own, of which each version has others
         raise SFormerError(f'{path} is damaged, or no ONNX file ({first_line(e)}).') from None
-    read = GraphRecord.__required_keys__
-    if isinstance(about, dict) and about.get('graph_sha256') and not read <= about.keys():
-        raise SFormerError(f'{path} is the graph of no classifier, with inputs of its own: run it with onnxruntime.')
-    if not isinstance(about, dict) or not read <= about.keys():
+    if not isinstance(about, dict) or not about.get('graph_sha256'):
         raise SFormerError(f'{path} was not written by `sformer export`.')
     if about['graph_sha256'] != graph_hash(model):
         raise SFormerError(f'{path} is not as it was written: its hash differs from its record. Export it again.')
-    return model, cast(GraphRecord, about)
+    return model, about
 
 
 def check_exact(model: 'ModelProto', engine: str, where: str | Path) -> None:

@@ -9,6 +9,7 @@ from timm.data import resolve_input_data_config
 
 from ..conversion import Images, calibration_batches
 from ..conversion.record import library_versions
+from ..conversion.sources import weights_tag
 from ..data import requested
 from ..errors import SFormerError
 from ..files import Json, may_write, state_hash
@@ -72,7 +73,7 @@ def _record_of(model: nn.Module) -> Json:
     conversion = getattr(model, 'conversion', None)
     return dict(
         recipe=getattr(conversion, 'recipe', None),
-        pretrained_cfg=plain_values(getattr(model, 'pretrained_cfg', None) or {}),
+        pretrained_cfg=plain_values(dict(getattr(model, 'pretrained_cfg', None) or {}, tag=weights_tag(model) or None)),
         input_size=list(resolve_input_data_config(model)['input_size']), num_classes=getattr(model, 'num_classes', 0),
         param_count=sum(p.numel() for p in model.parameters()),
         weights_sha256=state_hash(model.state_dict()), versions=library_versions(),

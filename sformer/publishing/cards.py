@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..conversion.record import ADAPTED, BALANCED, COMPENSATED, DISTILLED, FINE_TUNED
+from ..data.names import known_data
 from ..errors import SFormerError
 from ..evaluation.schema import Result, schema_of
 from ..files import Json, may_write, write_aside
@@ -55,6 +56,8 @@ def _dataset_id(record: ModelRecord, used: Json, key: str = 'dataset') -> str | 
     # a result that knows revisions has one for data from the Hub; without that, what is no folder is from there
     if not used['dataset_revision'] if 'dataset_revision' in used else Path(name).expanduser().exists():
         return None
+    if (known := known_data(name)) is not None:
+        return known.repository
     return name if re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', name) else None
 
 
@@ -62,7 +65,8 @@ def _dataset_title(record: ModelRecord, used: Json, key: str = 'dataset') -> str
     name = used.get(key) or ''
     if name in DATASET_TITLES:
         return DATASET_TITLES[name]
-    if name in record.dataset_ids or used.get('local_copy'):
+    copied = 'dataset_revision' in used and not used['dataset_revision'] and known_data(name)
+    if name in record.dataset_ids or used.get('local_copy') or copied:
         return f'{record.dataset_ids.get(name, name)} (local copy)'
     return _dataset_id(record, used, key) or (Path(name).name if name else 'images of the caller')
 

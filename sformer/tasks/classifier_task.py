@@ -10,12 +10,12 @@ from ..conversion import Conversion, another_source, calibration_batches, conver
 from ..conversion.sources import CAME_ALONG, create_source, label_names_of
 from ..data import ImageRequest
 from ..data.image_files import ImageSource
+from ..data.names import find_data
 from ..errors import SFormerError
 from ..evaluation import EvaluationConfig, check_replaceable, evaluate_all
 from ..evaluation.figures import CLASSIFICATION
-from ..evaluation.labels import DATASETS
 from ..evaluation.networks import device_of
-from ..evaluation.predictions import Prediction, Reader, predict_classes
+from ..evaluation.predictions import Prediction, Reader, origin_of_names, predict_classes
 from ..evaluation.schema import SOURCE, Result
 from ..execution import export_onnx, export_safetensors, load_onnx
 from ..execution.integer import IntegerReport
@@ -134,7 +134,7 @@ class Classification(Task):
         _check_engine(names, request.options)
         models = [self.open_to_run(name, engine if name.endswith('.onnx') else None) for name in names]
         if request.results_file and request.results_format == 'json' and not request.resume:
-            check_replaceable(request.results_file, models, config.dataset)
+            check_replaceable(request.results_file, models, find_data(config.dataset).name)
         sources: list[bool | nn.Module] = [request.source] * len(models)
         if request.source_model:
             source = self.open(request.source_model)
@@ -153,6 +153,9 @@ class Classification(Task):
             batch_size: int,
     ) -> Iterator[Prediction]:
         return predict_classes(model, source, images, topk, batch_size)
+
+    def origin_of_names(self, model: nn.Module) -> str:
+        return origin_of_names(model)
 
     def compared_with(self, model: nn.Module, source: nn.Module) -> nn.Module:
         return another_source(model, source)
@@ -254,16 +257,13 @@ def _check_engine(names: Sequence[str], options: Mapping[str, object]) -> None:
 
 
 def _settings(request: EvaluationRequest) -> Json:
-    """Fields of an evaluation's config, with what a well-known name of a data set stands for, unless there is a folder
-    of this name."""
+    """Fields of an evaluation's config."""
     images, options = request.images, request.options
     config = {name: value for name, value in options.items() if name not in ('amp', 'amp_dtype', 'engine')}
-    config.update(
-        split=images.split, num_images=images.num_images, seed=images.seed, by_position=request.by_position,
-        max_bad=request.max_bad, timeout=request.group.timeout, amp=options['amp_dtype'] if options['amp'] else None)
-    known = {} if Path(images.dataset).is_dir() else DATASETS.get(images.dataset, {})
-    config.update({name: value for name, value in known.items() if config.get(name) is None})
-    return dict(config, dataset=known.get('dataset', images.dataset), streaming=bool(config['streaming']))
+    return dict(
+        config, dataset=images.dataset, split=images.split, num_images=images.num_images, seed=images.seed,
+        by_position=request.by_position, max_bad=request.max_bad, timeout=request.group.timeout,
+        amp=options['amp_dtype'] if options['amp'] else None)
 
 
 register_task(Classification())

@@ -9,6 +9,7 @@ from torchvision.models.detection import FasterRCNN
 from ..conversion import network_inside, warn_of_changes
 from ..data import GENERATED, ImageRequest
 from ..data.image_files import ImageSource, read_rgb
+from ..data.names import find_data
 from ..detection import (
     CocoData,
     DetectorConfig,
@@ -19,6 +20,7 @@ from ..detection import (
     export_detector,
     image_batches,
     load_detector,
+    load_detector_onnx,
     open_coco,
     save_detector,
 )
@@ -82,6 +84,15 @@ class Detection(Task):
     ) -> nn.Module:
         return load_detector(path, revision, cache_dir, **kwargs)
 
+    def open(self, name: str) -> nn.Module:
+        if name.endswith('.onnx'):
+            raise SFormerError(f'{name} is the graph of a detector, which `sformer predict` runs; for everything else '
+                               f'name the folder that it was exported of.')
+        return super().open(name)
+
+    def open_to_run(self, name: str, engine: str | None = None) -> nn.Module:
+        return load_detector_onnx(name, engine) if name.endswith('.onnx') else super().open_to_run(name, engine)
+
     def save(self, model: nn.Module, directory: str | Path, overwrite: bool = False) -> Path:
         return save_detector(model, directory, overwrite)
 
@@ -100,11 +111,11 @@ class Detection(Task):
         calibration, split = _unlabelled(images)
         return convert_detector(
             detector, calibration, config, fit, num_images=images.num_images, seed=images.seed,
-            name=Path(images.dataset).name, split=split, inplace=True, command=command)
+            name=Path(find_data(images.dataset).name).name, split=split, inplace=True, command=command)
 
     def evaluate(self, names: Sequence[str], request: EvaluationRequest) -> list[Result]:
         images, file = request.images, request.results_file
-        dataset, split = Path(images.dataset).name, images.split or 'val'
+        dataset, split = Path(find_data(images.dataset).name).name, images.split or 'val'
         detectors: list[FasterRCNN] = [self.open(name) for name in names]
         if file and request.results_format == 'json' and not request.resume:
             check_replaceable(file, detectors, dataset)
@@ -177,7 +188,7 @@ class Detection(Task):
     def batches(self, model: nn.Module, images: ImageRequest, batch_size: int) -> tuple[Iterable[Inputs], Json]:
         data, split = _unlabelled(images)
         return image_batches(model, data, images.num_images, images.seed), dict(
-            name=Path(images.dataset).name, split=split, seed=images.seed,
+            name=Path(find_data(images.dataset).name).name, split=split, seed=images.seed,
             fingerprint=getattr(data, 'fingerprint', None))
 
     def summary(self, result: Result) -> list[str]:

@@ -7,6 +7,7 @@ import torch.nn as nn
 
 from ..conversion.places import named_place
 from ..errors import SFormerError
+from ..execution.exported import read_exported
 from ..files import Json
 from ..saving.model_config import CONFIG_NAME
 from .task import Task
@@ -45,7 +46,8 @@ def task_of(
         cache_dir: Cache to use; the Hub client's own if None.
 
     Raises:
-        SFormerError: If it is on the Hub, and its config cannot be had.
+        SFormerError: If it is on the Hub, and its config cannot be had; or a graph is damaged, or of another
+            origin.
     """
     if isinstance(model, nn.Module):
         return next(task for task in tasks() if task.owns(model) or not task.key)
@@ -53,7 +55,10 @@ def task_of(
     known = next((task for task in tasks() if name in task.names()), None)
     if known and not Path(name).is_dir():
         return known
-    config = _config(name, revision, cache_dir)
+    if name.endswith('.onnx') and Path(name).is_file():
+        _, config = read_exported(name)
+    else:
+        config = _config(name, revision, cache_dir)
     return next(task for task in tasks() if task.key in config or not task.key)
 
 

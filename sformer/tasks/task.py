@@ -247,6 +247,10 @@ class Task(abc.ABC):
     ) -> Iterator[Prediction]:
         """What a model, and its source if there is one, says of each image; as many classes, or objects, as `topk`."""
 
+    def origin_of_names(self, model: nn.Module) -> str:
+        """Where the names of what a model predicts are from, in words; empty where its config has them."""
+        return ''
+
     @abc.abstractmethod
     def compared_with(self, model: nn.Module, source: nn.Module) -> nn.Module:
         """The network that a model is compared with, of another model that is taken for its source.

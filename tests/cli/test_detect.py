@@ -181,7 +181,14 @@ def test_export(pair, run_inside):
                                 '--calibration', 'shapes', '--split', 'val', '--num-images', '2')
     assert code == 0 and re.search(r'plain -> at-once.onnx: \d\.\d MiB, (\d+) of \1 layers in integers', out), err
     code, _, err = run_inside('evaluate', 'b.onnx', '--data', 'shapes')
-    assert code == 1 and err.startswith('sformer: error: b.onnx is the graph of no classifier, with inputs of its own')
+    assert code == 1 and err.startswith('sformer: error: b.onnx is the graph of a detector, which `sformer predict` ')
+    code, out, err = run_inside('predict', 'b.onnx', 'shapes/val', '--topk', '2', '-o', 'graph.json')
+    assert code == 0 and 'names of classes' not in err
+    found = json.loads((pair / 'graph.json').read_text())['images'][0]['found']
+    assert len(found) == 2 and {finding['name'] for finding in found} <= {'disc', 'square'}
+    assert run_inside('predict', 'b.onnx', 'shapes/val/0.png', '-o', 'graph.png')[0] == 0
+    code, _, err = run_inside('predict', 'b.onnx', 'shapes/val', '--engine', 'openvino')
+    assert code == 1 and 'openvino runs no graphs of detectors, onnxruntime does' in err
     code, _, err = run_inside('export', 'sformer_nano.digits', 'd.onnx', '--image-size', '64', '64')
     assert code == 1 and 'leave out --image-size' in err
 

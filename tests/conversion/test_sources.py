@@ -319,6 +319,13 @@ def test_names_of_classes_of_a_checkpoint(name, source, images, tmp_path):
     assert (given.pretrained_cfg['label_names'], model.pretrained_cfg['label_names']) == (NAMES[::-1], NAMES)
 
 
+def test_two_names_of_one_number(source, images, tmp_path):
+    numbers = {name: i for i, name in enumerate(NAMES)} | {'another': 3}
+    path = said_by(tmp_path / 'a.pth', source, class_to_idx=numbers)
+    with pytest.raises(SFormerError, match=f"'{NAMES[3]}' and 'another' have one number, 3: each needs its own"):
+        convert(NAME, [images], checkpoint=path, **NANO)
+
+
 def test_names_of_classes_that_cannot_be(source, images, tmp_path):
     path = said_by(tmp_path / 'a.safetensors', source, metadata=dict(label_names='["a", "b"]'))
     assert 'label_names' not in convert(NAME, [images], checkpoint=path, **NANO).pretrained_cfg  # of another number

@@ -1,6 +1,7 @@
 """From names to images; and every way to get it wrong."""
 import errno
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -175,6 +176,22 @@ def test_revision_of_a_dataset_on_a_busy_hub(monkeypatch, status, attempts, expe
     assert (resolution.hub_revision('org/name'), len(asked)) == (expected, attempts)
 
 
+def test_a_hub_that_cannot_be_asked(monkeypatch):
+    """`datasets` would ask again and again, unless it has a copy."""
+    import datasets
+    import huggingface_hub
+    monkeypatch.setattr(datasets.config, 'HF_HUB_OFFLINE', False)
+    monkeypatch.setattr(datasets, 'load_dataset', lambda *args, **kwargs: pytest.fail('it asks'))
+
+    class Api:
+        def dataset_info(self, name, timeout):
+            raise RuntimeError('no route to host')
+    monkeypatch.setattr(huggingface_hub, 'HfApi', Api)
+    assert error_of('org/Some_Set').endswith('and the Hugging Face Hub said: no route to host')
+    (Path(datasets.config.HF_DATASETS_CACHE) / 'org___some_set').mkdir()
+    assert resolution.hub_revision('org/Some_Set') is None
+
+
 @pytest.mark.parametrize('kind', ['errno', 'pyarrow', 'datasets'])
 def test_full_disk_of_the_cache_is_named(write_parquet, monkeypatch, kind):
     """A stream of the same data needs no copy."""
@@ -191,6 +208,7 @@ def test_full_disk_of_the_cache_is_named(write_parquet, monkeypatch, kind):
     monkeypatch.setattr(datasets, 'load_dataset', full)
     for name in (folder, 'org/set'):
         message = error_of(name)
+        assert message.startswith("cannot copy 'org/set': the disk of its copy is full (") == (name == 'org/set')
         assert 'disk of its copy is full' in message and 'HF_HOME' in message and '--streaming' in message
 
 

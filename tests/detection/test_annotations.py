@@ -125,6 +125,17 @@ def test_mistakes_of_an_annotation(tmp_path, data, change, message):
     assert len(left.problems) == 1 and [annotation.id for annotation in left.annotations[10]] == [2]
 
 
+def test_what_is_annotated_twice_counts_once(tmp_path, data, caplog):
+    first, second = data['annotations'][:2]
+    data['annotations'] += [dict(first, id=11), dict(second, id=12), dict(first, id=13, bbox=[30, 10, 20.5, 20])]
+    data['annotations'] += [dict(first, id=14, segmentation=[[n + 0.25 for n in SQUARE]])]
+    data['annotations'] += [dict(first, id=15, iscrowd=1)]
+    found = opened(tmp_path, data)
+    assert [annotation.id for annotation in found.annotations[10]] == [1, 2, 13, 14, 15] and not found.problems
+    message, = (record.getMessage() for record in caplog.records)
+    assert '2 annotations repeat another in all but their ids (11, 12), and are left out' in message
+
+
 @pytest.mark.parametrize('change, message', [
     (lambda data: data['images'].append(dict(file_name='0.png', width=96, height=64)), 'image number 1 has no integer'),
     (lambda data: data['images'].append(None), 'image number 1 has no integer id'),

@@ -1,13 +1,22 @@
 """A detector's graph finds what the detector with int8 weights finds."""
 import copy
 import json
+import pickle
 
 import pytest
 import torch
 from detection_tools import small_detector, write_coco
 
+import sformer
 from sformer import SFNConfig, SFormerError, load_onnx, to_integer_
-from sformer.detection import convert_detector, detector_export, export_detector, open_coco, pyramid
+from sformer.detection import (
+    convert_detector,
+    detector_export,
+    export_detector,
+    load_detector_onnx,
+    open_coco,
+    pyramid,
+)
 from sformer.execution import onnx as graphs
 from sformer.execution.proof import saturating
 
@@ -71,6 +80,26 @@ def test_the_graph_finds_what_the_detector_finds(segmenting, data, capfd):
     finds_the_same(*segmenting, data, capfd)
 
 
+def test_the_graph_as_a_detector_of_images_of_any_size(segmenting, data):
+    model, path = segmenting
+    run = load_detector_onnx(path)
+    assert run.config == model.config and not run.training
+    image = data.image(10)
+    direct, = run([image])
+    assert direct['masks'].shape == (60, 1, 64, 96)
+    twice = torch.nn.functional.interpolate(image[None], scale_factor=2)[0]  # resized to the same pixels again
+    enlarged, = run([twice])
+    assert enlarged['masks'].shape == (60, 1, 128, 192)
+    torch.testing.assert_close(enlarged['scores'], direct['scores'], atol=0.02, rtol=0)
+    distance = (enlarged['boxes'][:, None] / 2 - direct['boxes'][None]).abs().amax(-1).min(1).values
+    assert (distance < 1).float().mean() > 0.8
+    upright, = run([data.image(10).transpose(1, 2)])  # lies in the upper left corner, and nothing is found beside it
+    assert (upright['boxes'] <= torch.tensor([64., 96., 64., 96.])).all() and upright['boxes'].amax() > 64
+    with pytest.raises(SFormerError, match='what an engine has compiled cannot be pickled or sent to another process: '
+                                          'load the graph there by its path'):
+        pickle.dumps(run)
+
+
 @pytest.mark.slow
 def test_windows_and_another_size(data, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(pyramid, 'GLOBAL_BLOCKS', 1)  # so windows in one block of two
@@ -99,12 +128,16 @@ def test_more_than_a_file_can_hold_is_refused_before_the_work(segmenting, tmp_pa
 
 
 @pytest.mark.slow
-def test_mistakes(segmenting, data, tmp_path):
+def test_mistakes(segmenting, data, own_source, images, tmp_path):
     model, path = segmenting
     with pytest.raises(SFormerError, match='the graph of no classifier'):
         load_onnx(path)
     with pytest.raises(SFormerError, match='is there already'):
         export_detector(model, path)
+    sformer.export_onnx(sformer.convert(own_source, images[:2][None]), tmp_path / 'classifier.onnx')
+    with pytest.raises(SFormerError, match='classifier.onnx is the graph of no detector'):
+        load_detector_onnx(tmp_path / 'classifier.onnx')
+    (tmp_path / 'classifier.onnx').unlink()
     with pytest.raises(SFormerError, match='no neurons'):
         export_detector(small_detector(), tmp_path / 'new.onnx')
     rotary = convert_detector(small_detector(backbone='eva02_tiny_patch14_224', depth=1), data, num_images=1)

@@ -13,6 +13,7 @@ from timm.data import ImageNetInfo, RealLabelsImagenet, resolve_input_data_confi
 from sformer import SFormerError, evaluate
 from sformer.data import open_images
 from sformer.evaluation.labels import RealLabels, match_names, resolve_benchmark, subset_synsets
+from sformer.evaluation.predictions import class_names, origin_of_names
 
 SYNSETS = ImageNetInfo('imagenet-1k').label_names()
 
@@ -124,7 +125,8 @@ def write_validation(folder, numbers, shards=3):
 def test_real_labels_go_by_number_not_by_order(classifier, tmp_path, streaming):
     numbers = [50_000, 3, 1, 777, 12, 40_001, 2, 9, 31_337, 8]
     folder = write_validation(tmp_path / 'val', numbers)
-    result = evaluate(classifier, folder, benchmark='imagenet-real', streaming=streaming, batch_size=2)
+    result = evaluate(classifier, f'imagenet-real={folder}', streaming=streaming, batch_size=2)
+    assert (result['dataset'], result['streaming']) == ('imagenet-real', streaming)
     real = RealLabelsImagenet(range(50_000)).real_labels
     right = {1: 0, 5: 0}
     labelled = [n for n in numbers if real[f'ILSVRC2012_val_{n:08d}.JPEG']]
@@ -249,3 +251,19 @@ def test_imagenet_in_words(classifier):
     assert resolve_benchmark(None, stated, 'x', some).label_map == [7, 500, 999]
     with pytest.raises(SFormerError, match='has a class .n00000000., which is no class'):
         resolve_benchmark(None, classifier, 'x', ['n00000000', *SYNSETS[1:]])
+
+
+def test_words_of_imagenet_only_where_weights_are_of_it(classifier):
+    """A thousand classes may be of anything."""
+    words = ImageNetInfo('imagenet-1k').label_descriptions()
+    for said, names, origin in (
+            (dict(tag='augreg_in21k_ft_in1k'), words,
+             "WordNet's words of imagenet-1k, which its weights were trained for (augreg_in21k_ft_in1k)"),
+            (dict(label_names=SYNSETS), words, "WordNet's words of imagenet-1k, for whose ids its config has"),
+            (dict(tag='plankton1k'), [*map(str, range(1000))], 'none: numbers (sformer convert --label-names '),
+            (dict(), [*map(str, range(1000))], 'none: numbers'),
+            (dict(tag='x_in1k', label_names=SYNSETS[::-1]), SYNSETS[::-1], '')):
+        model = copy.copy(classifier)
+        model.pretrained_cfg = {**{k: v for k, v in classifier.pretrained_cfg.items() if k != 'tag'}, **said}
+        assert class_names(model) == names
+        assert origin_of_names(model).startswith(origin) and bool(origin) == bool(origin_of_names(model))

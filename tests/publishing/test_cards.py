@@ -84,6 +84,8 @@ def test_eval_results_of_the_hub(record):
 @pytest.mark.parametrize('changes, ids, expected', [
     (dict(), {}, 'uoft-cs/cifar10'),
     (dict(dataset_revision=None), {}, None),
+    (dict(dataset='cifar10'), {}, 'uoft-cs/cifar10'),
+    (dict(dataset='cifar10', dataset_revision=None), {}, None),
     (dict(dataset='data/cifar10', dataset_revision=None), {}, None),
     (dict(dataset='data/cifar10', dataset_revision=None), {'data/cifar10': 'uoft-cs/cifar10'}, 'uoft-cs/cifar10'),
     (dict(dataset='/home/me/cifar10'), {}, None),
