@@ -9,7 +9,6 @@ import copy
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import torch
 import torch.nn as nn
@@ -27,6 +26,7 @@ from .balance import Moments, balance_
 from .changes import in_words, record_of, recorded_as
 from .compensation import Correlation, compensable, compensated
 from .feedback import ErrorCost, cost_bytes
+from .importance import ForwardFn
 from .reconstruction import reconstruct_, take_weights_
 from .record import BALANCED, COMPENSATED, RECONSTRUCTED, CalibrationRecord, Conversion, library_versions, set_record_
 from .silence import RowSensitivity, Sensitivity, add_gradients, set_quiet_, without_gradients_
@@ -38,8 +38,6 @@ SENSITIVITY_BATCHES = 8
 HELD_IMAGES = 1024  # in memory, for weights that compensate or are trained
 SUMMED_BYTES = 2 ** 31  # of what is summed up at a time
 OBSERVED_IMAGES = 16  # at a time; small enough that currents of a large network at 500 pixels are no burden
-
-ForwardFn = Callable[[nn.Module, Any], object]  # of a network and a batch, of whatever it reads
 
 
 def calibrate_(

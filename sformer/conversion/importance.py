@@ -4,6 +4,7 @@ A class token may matter more than all patches together, and a few directions of
 alone know nothing of that, and most of what they are is noise that costs nothing.
 """
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -11,8 +12,9 @@ import torch.nn as nn
 from ..layers import shared_copy
 from .silence import add_gradients, without_gradients_
 
-__all__ = ['Importance', 'importance_of']
+__all__ = ['ForwardFn', 'Importance', 'importance_of']
 
+ForwardFn = Callable[[nn.Module, Any], object]  # of a network and a batch, of whatever it reads
 ANY = 0.1  # what errors of any direction count, in standard deviations of each token, beside those that cost something
 FLAT = 3  # dimensions of what has channels in the last one: tokens (B, L, C), or what was pooled, (B, C)
 
@@ -36,7 +38,7 @@ class Importance:
     def add(self, gradient: torch.Tensor) -> None:
         """Add gradients (B, ...) of an output."""
         self.elements = gradient.ndim > FLAT
-        moments = [_moments(part) for part in self._parts(gradient.float())]
+        moments = [_second_moments(part) for part in self._parts(gradient.float())]
         if not self.sums:
             self.sums = moments
         elif [old.shape for old in self.sums] == [new.shape for new in moments]:  # maps of other sizes are left out
@@ -44,7 +46,7 @@ class Importance:
 
     def settle(self, power: float) -> None:
         """Take what was added, of images whose outputs have this sum of squares, for what errors cost."""
-        self.roots = [_root(moments / power, self.elements) for moments in self.sums]
+        self.roots = [_factor(moments / power, self.elements) for moments in self.sums]
 
     def error(self, out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Squared relative error of the network's output that is to be expected, and a share (`ANY`) of the mean
@@ -67,7 +69,7 @@ class Importance:
         return [*x[:, :first].unbind(1), x[:, first:]]
 
 
-def _moments(gradient: torch.Tensor) -> torch.Tensor:
+def _second_moments(gradient: torch.Tensor) -> torch.Tensor:
     """Second moments of gradients, summed over images: of channels (C, C), the mean over tokens; or of each element."""
     if gradient.ndim > FLAT:
         return gradient.square().sum(0)
@@ -75,7 +77,7 @@ def _moments(gradient: torch.Tensor) -> torch.Tensor:
     return rows.T @ rows * (len(gradient) / max(1, len(rows)))
 
 
-def _root(moments: torch.Tensor, elements: bool) -> torch.Tensor:
+def _factor(moments: torch.Tensor, elements: bool) -> torch.Tensor:
     """A factor R of errors such that squares of `e R` are what they cost."""
     if elements:
         return moments.sqrt()
@@ -87,7 +89,7 @@ def importance_of(
         network: nn.Module,
         names: Sequence[str],
         batches: list[object],
-        forward: Callable[[nn.Module, object], object],
+        forward: ForwardFn,
 ) -> dict[str, Importance]:
     """What errors of what some blocks give cost the output of a network.
 

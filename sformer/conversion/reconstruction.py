@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.nn as nn
@@ -18,11 +18,11 @@ import torch.nn as nn
 from ..data.batches import progress
 from ..errors import SFormerError
 from ..layers import named_products, shared_copy
-from .importance import Importance, importance_of
+from .importance import ForwardFn, Importance, importance_of
 
 __all__ = ['Reconstruction', 'block_names', 'reconstruct_', 'take_weights_']
 
-BATCH_SIZE = 8  # images of a step
+IMAGES = 8  # images of a step
 STEPS = 100  # of a block
 LEARNING_RATE = 1e-4
 WARM_UP = 10  # a step in so many of those that the learning rate takes to rise
@@ -31,8 +31,7 @@ HELD = 5  # tensors of such a size: what the source reads and gives, what spikes
 
 NO_BLOCKS = 'this network has no blocks in a row that can be trained one after the other: leave out effort=high.'
 
-ForwardFn = Callable[[nn.Module, object], object]  # of a network and a batch
-Given = dict[str, torch.Tensor]  # what blocks have given, by path
+Outputs = dict[str, torch.Tensor]  # what blocks have given, by path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +87,7 @@ class _Replay:
     def __init__(self, network: nn.Module, names: Sequence[str], forward: ForwardFn):
         self.view = shared_copy(network).eval()
         self.forward = forward
-        self.given: Given = {}
+        self.given: Outputs = {}
         for name in names:
             vars(self.view.get_submodule(name))['forward'] = functools.partial(self._stand_in, name)
 
@@ -97,7 +96,7 @@ class _Replay:
             raise _Arrived(_Call(args, kwargs))
         return self.given[name].clone()  # what follows may write to it
 
-    def call(self, batch: object, given: Given) -> _Call | None:
+    def call(self, batch: object, given: Outputs) -> _Call | None:
         """What arrives at the first block that has not `given` anything yet; None if all have."""
         self.given = given
         try:
@@ -107,7 +106,7 @@ class _Replay:
         return None
 
 
-def _passed(given: Given, name: str, out: torch.Tensor) -> Given:
+def _passed(given: Outputs, name: str, out: torch.Tensor) -> Outputs:
     """What blocks have given, after one more has; of those before it, whose values it alone has read, shapes are left.
     """
     shapes = {before: value.new_zeros(()).expand(value.shape) for before, value in given.items()}
@@ -115,8 +114,8 @@ def _passed(given: Given, name: str, out: torch.Tensor) -> Given:
 
 
 def block_names(module: nn.Module) -> list[str]:
-    """Paths of the blocks of a spiking module: of what stands in a row (`nn.Sequential`, `nn.ModuleList`), the smallest
-    parts that have several products with weights."""
+    """Paths of the blocks of a spiking module: of what stands in a row, with numbers for names, the smallest parts that
+    have several products with weights."""
     products: Counter[str] = Counter()
     for name, _, found in named_products(module):
         parts = name.split('.')
@@ -124,13 +123,14 @@ def block_names(module: nn.Module) -> list[str]:
             products['.'.join(parts[:i + 1])] += sum(product.weight is not None for product in found)
     names = []
     for name, child in module.named_modules():
-        if isinstance(child, (nn.Sequential, nn.ModuleList)):
-            inside = [f'{name}.{part}'.lstrip('.') for part, _ in child.named_children()]
-            names += [part for part in inside if products[part] > 1]
+        inside = [part for part, _ in child.named_children()]
+        if all(part.isdigit() for part in inside):
+            paths = [f'{name}.{part}'.lstrip('.') for part in inside]
+            names += [path for path in paths if products[path] > 1]
     return [name for name in names if not any(other.startswith(f'{name}.') for other in names)]
 
 
-def _in_a_row(source: nn.Module, names: Sequence[str], forward: ForwardFn, batch: object) -> Given:
+def _in_a_row(source: nn.Module, names: Sequence[str], forward: ForwardFn, batch: object) -> Outputs:
     """Blocks in the order in which they are called, as far as each reads nothing but what the one before it gave, with
     what they give on a batch."""
     seen: list[tuple[str, _Call, object]] = []
@@ -144,8 +144,8 @@ def _in_a_row(source: nn.Module, names: Sequence[str], forward: ForwardFn, batch
     forward(view, batch)
     times = Counter(name for name, _, _ in seen)
     replay = _Replay(source, names, forward)
-    given: Given = {}
-    outputs: Given = {}
+    given: Outputs = {}
+    outputs: Outputs = {}
     for name, call, out in seen:
         found = replay.call(batch, given)
         if times[name] > 1 or not isinstance(out, torch.Tensor) or found is None or not found.is_alike(call):
@@ -187,7 +187,7 @@ def reconstruct_(
     generator = torch.Generator().manual_seed(seed)
     source, spiking = (shared_copy(network).eval() for network in (source, module))
     with torch.no_grad():
-        parts = _split(batches)
+        parts = _in_parts(batches)
         outputs = _in_a_row(source, names, forward, parts[0])
         if not outputs:
             raise SFormerError(NO_BLOCKS)
@@ -199,7 +199,7 @@ def reconstruct_(
             raise SFormerError('no weight of a block can be trained: all are frozen (requires_grad_), of half '
                                'precision, or read elsewhere too.')
         replays = [_Replay(network, names, forward) for network in (source, spiking)]
-        given: list[list[Given]] = [[{} for _ in parts] for _ in replays]
+        given: list[list[Outputs]] = [[{} for _ in parts] for _ in replays]
         bar = iter(progress(range(STEPS * len(outputs)), 'Reconstructing', STEPS * len(outputs)))
         found = []
         for name in outputs:
@@ -221,15 +221,15 @@ def take_weights_(module: nn.Module, source: nn.Module) -> None:
         module.get_parameter(name).copy_(parameter)
 
 
-def _split(batches: Iterable[object]) -> list[object]:
-    """Batches of `BATCH_SIZE` images, where they are tensors."""
+def _in_parts(batches: Iterable[object]) -> list[object]:
+    """Batches of `IMAGES` images, where they are tensors."""
     parts: list[object] = []
     for batch in batches:
-        parts += batch.split(BATCH_SIZE) if isinstance(batch, torch.Tensor) else [batch]
+        parts += batch.split(IMAGES) if isinstance(batch, torch.Tensor) else [batch]
     return parts
 
 
-def _called(replay: _Replay, batch: object, given: Given) -> _Call:
+def _called(replay: _Replay, batch: object, given: Outputs) -> _Call:
     call = replay.call(batch, given)
     assert call is not None
     return call
