@@ -12,6 +12,7 @@ them; `--plain-int8` and `--nncf` are the source as ONNX Runtime and NNCF quanti
 import ast
 import copy
 import dataclasses
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -233,12 +234,16 @@ def main(
     for n in levels or [SFNConfig.recipe(recipe).levels]:
         sfn, fitting = recipe_configs(recipe, dict(key_values(config), levels=n), key_values(fit))
         batches = calibration or others.split(BATCH_SIZE)
+        start = time.process_time()
         model = sformer.convert(source, batches, sfn, fitting, num_images=num_images, seed=seed)
+        seconds = time.process_time() - start
+        print(f'converted in {seconds:.0f} s of processor time', flush=True)
         used = dataclasses.asdict(model.conversion.calibration)
         if not calibration:
             used.update(name=data.name, split=data.split, seed=seed, fingerprint=data.fingerprint)
         record['results'].append(dict(
             config=dataclasses.asdict(sfn), fit=dataclasses.asdict(fitting), calibration=used,
+            processor_seconds=seconds,
             **measure(copy.deepcopy(model) if engines else model, test, expected, sites,
                       list(others.split(BATCH_SIZE)) if integer else None)))
         if engines:

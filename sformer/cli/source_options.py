@@ -86,6 +86,9 @@ class NeuronOptions:
     balance: Annotated[bool | None, typer.Option(
         '--balance', help='Write queries, keys and values such that neurons make the least noise: the same function by '
         'other weights')] = None
+    effort: Annotated[str | None, typer.Option(
+        help='usual, or high: train the weights of each block, without labels, to give what that of the source gives, '
+             'which takes minutes  [default: usual]')] = None
 
     def configs(self) -> tuple[SFNConfig, FitConfig]:
         """How neurons fire and how they are fitted, as `sformer.convert` takes both.

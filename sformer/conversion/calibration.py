@@ -9,7 +9,6 @@ import copy
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import torch
 import torch.nn as nn
@@ -17,7 +16,7 @@ import torch.nn as nn
 from ..data.batches import num_images
 from ..errors import SFormerError, check
 from ..files import Json
-from ..layers import Product, named_neurons, named_products, shared_copy
+from ..layers import Product, named_neurons, named_products, shared_copy, without_neurons
 from ..layers.heads import head_weights
 from ..layers.spiking import fit_neurons
 from ..neurons import FitConfig, LateralScaleAndFire, Neuron, ScaleAndFire, recipe_name
@@ -27,18 +26,18 @@ from .balance import Moments, balance_
 from .changes import in_words, record_of, recorded_as
 from .compensation import Correlation, compensable, compensated
 from .feedback import ErrorCost, cost_bytes
-from .record import BALANCED, COMPENSATED, CalibrationRecord, Conversion, library_versions, set_record_
-from .silence import RowSensitivity, Sensitivity, add_gradients, set_quiet_
+from .importance import ForwardFn
+from .reconstruction import reconstruct_, take_weights_
+from .record import BALANCED, COMPENSATED, RECONSTRUCTED, CalibrationRecord, Conversion, library_versions, set_record_
+from .silence import RowSensitivity, Sensitivity, add_gradients, set_quiet_, without_gradients_
 from .unreached import UnreachedProducts
 
 __all__ = ['calibrate_', 'check_products', 'correct', 'observe', 'OBSERVED_IMAGES']
 
 SENSITIVITY_BATCHES = 8
-COMPENSATED_IMAGES = 1024  # that are held in memory for it
+HELD_IMAGES = 1024  # in memory, for weights that compensate or are trained
 SUMMED_BYTES = 2 ** 31  # of what is summed up at a time
 OBSERVED_IMAGES = 16  # at a time; small enough that currents of a large network at 500 pixels are no burden
-
-ForwardFn = Callable[[nn.Module, Any], object]  # of a network and a batch, of whatever it reads
 
 
 def calibrate_(
@@ -54,7 +53,7 @@ def calibrate_(
         batches: What the module reads. Tensors (B, ...) are observed in batches of `OBSERVED_IMAGES`; anything else,
             such as lists of images, as it comes. The first batch is read twice where the fit is `unbiased`, the first
             eight where weights are balanced and, with gradients, where neurons have a price of activity or send lateral
-            spikes; the first 1,024 images where weights compensate.
+            spikes; the first 1,024 images where weights compensate or are trained (`effort`).
         fit: How thresholds are fitted.
         forward_fn: Called with the source network and a batch; `network(batch)` if None.
 
@@ -74,6 +73,8 @@ def calibrate_(
     products = list(named_products(module))  # which names a layer that does not say what it multiplies
     batches = iter(_rebatched(batches))
     silent = _check_silence(module)
+    trains = fit.effort == 'high'
+    source = without_neurons(module) if trains else module
     lateral = any(isinstance(neuron, LateralScaleAndFire) for _, neuron in named_neurons(module))
     first = list(itertools.islice(batches, SENSITIVITY_BATCHES if silent or lateral or fit.balance else 1))
     with contextlib.ExitStack() as undo:  # what was folded into weights, where anything fails
@@ -83,7 +84,7 @@ def calibrate_(
             _fit_silence(module, first, forward_fn)
         held: list[object] = []
         batches = itertools.chain(first, batches)
-        statistics, count = observe(module, _kept(batches, held) if fit.compensate else batches, forward_fn)
+        statistics, count = observe(module, _kept(batches, held) if fit.compensate or trains else batches, forward_fn)
         unmet = [name for name, seen in statistics.items() if isinstance(seen, CurrentStatistics) and not seen.counted]
         if unmet:
             more = f' and {len(unmet) - 1} more' if len(unmet) > 1 else ''
@@ -108,6 +109,11 @@ def calibrate_(
         if fit.compensate:
             with recorded_as(module, COMPENSATED):
                 _compensate(module, held, forward_fn)
+        if trains:
+            undo.callback(take_weights_, module, source)
+            with recorded_as(module, RECONSTRUCTED):
+                reconstruct_(module, source, held, lambda view, batch: _forward(
+                    module, view, copy.deepcopy(batch), forward_fn))
         undo.pop_all()
         return count
 
@@ -143,7 +149,7 @@ def _kept(batches: Iterable[object], held: list[object]) -> Iterator[object]:
     """Batches as they pass, the first of which are held."""
     count = 0
     for batch in batches:
-        if count < COMPENSATED_IMAGES:
+        if count < HELD_IMAGES:
             held.append(copy.deepcopy(batch))  # a forward may write to what it reads
             count += num_images(batch)
         yield batch
@@ -238,10 +244,7 @@ def _in_groups(sizes: dict[str, int]) -> Iterator[list[str]]:
 def _gradient_view(module: nn.Module, stand_in: Callable[[str, Neuron], nn.Module]) -> tuple[nn.Module, Json]:
     """As `_view`, for gradients of currents alone, of which none are left on what others train."""
     view, sites = _view(module, stand_in)
-    for layer in list(view.modules()):
-        for name, parameter in list(layer.named_parameters(recurse=False)):
-            setattr(layer, name, nn.Parameter(parameter.detach(), requires_grad=False))
-    return view, sites
+    return without_gradients_(view), sites
 
 
 @torch.no_grad()

@@ -16,7 +16,17 @@ from timm.data import resolve_input_data_config
 from ..errors import SFormerError
 from ..files import state_hash
 from ..layers import named_neurons, without_neurons
-from .record import ADAPTED, BALANCED, COMPENSATED, DISTILLED, FINE_TUNED, REASONS, Conversion, set_record_
+from .record import (
+    ADAPTED,
+    BALANCED,
+    COMPENSATED,
+    DISTILLED,
+    FINE_TUNED,
+    REASONS,
+    RECONSTRUCTED,
+    Conversion,
+    set_record_,
+)
 from .sources import label_names_of
 
 __all__ = [
@@ -29,6 +39,7 @@ _logger = logging.getLogger(__name__)
 WORDS = {
     COMPENSATED: 'compensate for its neurons',
     BALANCED: 'are balanced for its neurons',
+    RECONSTRUCTED: 'were trained block by block to follow its source',
     DISTILLED: 'were trained to follow its source',
     FINE_TUNED: 'were trained or set to other values since it was converted',
     ADAPTED: 'have other names, shapes or precision than those of its source',
@@ -43,9 +54,10 @@ def changed(model: nn.Module) -> tuple[str, ...]:
         model: A module that is, or has in it, what was converted.
 
     Returns:
-        Some of `record.REASONS`: `compensated`, `balanced` and `distilled` are as recorded; `fine-tuned` are weights
-        whose hash is another, though nothing recorded why; `adapted` ones have other names, shapes or dtypes (another
-        number of classes, half precision, adapters), so that nothing more can be told of them.
+        Some of `record.REASONS`: `compensated`, `balanced`, `reconstructed` and `distilled` are as recorded;
+        `fine-tuned` are weights whose hash is another, though nothing recorded why; `adapted` ones have other names,
+        shapes or dtypes (another number of classes, half precision, adapters), so that nothing more can be told of
+        them.
     """
     found: set[str] = set()
     for part, record in _records(model):

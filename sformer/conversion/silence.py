@@ -17,7 +17,7 @@ from ..errors import SFormerError
 from ..neurons import ScaleAndFire
 from ..neurons.scale_and_fire import TINY
 
-__all__ = ['RowSensitivity', 'Sensitivity', 'add_gradients', 'set_quiet_']
+__all__ = ['RowSensitivity', 'Sensitivity', 'add_gradients', 'set_quiet_', 'without_gradients_']
 
 
 class Sensitivity(nn.Module):
@@ -92,6 +92,15 @@ class RowSensitivity(Sensitivity):
         return quiet.view(self.squares.shape)
 
 
+def without_gradients_(view: nn.Module) -> nn.Module:
+    """Let the parameters of a view of a network take no gradients, for currents alone; those of the network itself do
+    as ever."""
+    for layer in list(view.modules()):
+        for name, parameter in list(layer.named_parameters(recurse=False)):
+            setattr(layer, name, nn.Parameter(parameter.detach(), requires_grad=False))
+    return view
+
+
 def add_gradients(batches: list[object], outputs: Callable[[object], object]) -> float:
     """Let what stands in a network see the gradient of its output on some batches, of which all sites together have a
     squared one that is estimated without bias by that of a sum of outputs with random signs (Hutchinson).
@@ -111,8 +120,8 @@ def add_gradients(batches: list[object], outputs: Callable[[object], object]) ->
         for batch in batches:
             out = outputs(batch.clone() if isinstance(batch, torch.Tensor) and batch.is_inference() else batch)
             if not isinstance(out, torch.Tensor):
-                raise SFormerError(f'a price of activity (silence) and lateral spikes need an output that is one '
-                                   f'tensor, got a {type(out).__name__}: let forward_fn return it.')
+                raise SFormerError(f'a price of activity (silence), lateral spikes and effort=high need an output that '
+                                   f'is one tensor, got a {type(out).__name__}: let forward_fn return it.')
             power += out.detach().double().square().sum().item()
             signs = torch.randint(0, 2, out.shape, generator=generator) * 2 - 1
             out.backward(signs.to(out))

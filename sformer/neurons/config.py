@@ -7,14 +7,15 @@ from ..errors import ConfigError, check, check_choice, check_flag, check_integer
 from .levels import MAX_LEVEL, MAX_WIDE_LEVEL, level_integers, max_levels
 
 __all__ = [
-    'FIRE_FUNCTIONS', 'SOFTMAX_FIRE_FUNCTIONS', 'ESTIMATORS', 'DEFAULT_RANGE', 'NEURON_TYPES', 'SCALE_AND_FIRE',
-    'SEPARATE_BRANCHES', 'RECIPES', 'Fields', 'Recipe', 'SFNConfig', 'FitConfig', 'as_config', 'recipe_configs',
-    'recipe_name', 'recipe_of',
+    'FIRE_FUNCTIONS', 'SOFTMAX_FIRE_FUNCTIONS', 'ESTIMATORS', 'EFFORTS', 'DEFAULT_RANGE', 'NEURON_TYPES',
+    'SCALE_AND_FIRE', 'SEPARATE_BRANCHES', 'RECIPES', 'Fields', 'Recipe', 'SFNConfig', 'FitConfig', 'as_config',
+    'recipe_configs', 'recipe_name', 'recipe_of',
 ]
 
 FIRE_FUNCTIONS = ('uniform', 'widening', 'quarter_square', 'quadratic', 'quartic', 'power2', 'density')
 SOFTMAX_FIRE_FUNCTIONS = (*FIRE_FUNCTIONS, 'byte')
 ESTIMATORS = ('mse', 'quantile', 'max')
+EFFORTS = ('usual', 'high')
 # of `FitConfig`, measured on a ViT-S that was trained at scale
 GENERATED_FLOOR = 0.75
 GENERATED_MARGIN = 1.3
@@ -183,6 +184,8 @@ class FitConfig:
             is no training, but the weights are no longer those of the source.
         balance: Write queries, keys and values of attention such that neurons make the least noise. What the network
             computes stays but for rounding; the weights that do so are no longer those of the source.
+        effort: `usual`, or `high`: weights are trained, block by block and without labels, such that each gives what
+            that of the source gives. It takes minutes, and the weights are no longer those of the source.
 
     Raises:
         ConfigError: If a value is out of its range; the message names it.
@@ -194,6 +197,7 @@ class FitConfig:
     unbiased: bool = True
     compensate: bool = False
     balance: bool = False
+    effort: str = 'usual'
 
     @classmethod
     def recipe(cls, name: str, **changes: Any) -> 'FitConfig':
@@ -223,6 +227,7 @@ class FitConfig:
         check_flag(self, 'unbiased')
         check_flag(self, 'compensate')
         check_flag(self, 'balance')
+        check_choice(self, 'effort', EFFORTS)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..conversion.record import ADAPTED, BALANCED, COMPENSATED, DISTILLED, FINE_TUNED
+from ..conversion.record import ADAPTED, BALANCED, COMPENSATED, DISTILLED, FINE_TUNED, RECONSTRUCTED
 from ..data.names import known_data
 from ..errors import SFormerError
 from ..evaluation.schema import Result, schema_of
@@ -36,9 +36,11 @@ NEURONS = dict(
     initial_potential='initial membrane potential [steps]', dead_zone='dead zone [steps]', scale='scaling factor',
     silence='price of activity', lateral='groups that feed back', lateral_zone='residuals without a lateral spike',
     lateral_cost='most feedback weights per weight', estimator='threshold estimator',
-    compensate='weights compensate for neurons', balance='attention is balanced')
+    compensate='weights compensate for neurons', balance='attention is balanced',
+    effort='effort of conversion')
 CHANGES = {
     COMPENSATED: 'compensate for its neurons', BALANCED: 'are balanced for its neurons',
+    RECONSTRUCTED: 'were trained block by block to follow that network',
     DISTILLED: 'were trained to follow that network', FINE_TUNED: 'were changed afterwards',
     ADAPTED: 'were given other shapes or precision'}
 
@@ -102,7 +104,9 @@ def _recipe(record: ModelRecord) -> list[tuple[str, object]]:
     if c.get('weights_sha256'):
         rows.append((f'SHA-256 of `{WEIGHTS_NAME}`', f'`{c["weights_sha256"]}`'))
     fit = {k: v for k, v in record.fit.items() if k != 'quantile' or record.fit.get('estimator') == 'quantile'}
-    fit = {k: v for k, v in fit.items() if k not in ('compensate', 'balance') or v}
+    fit = {k: v for k, v in fit.items() if v or k not in ('compensate', 'balance')}
+    if fit.get('effort') == 'usual':
+        del fit['effort']
     sfn = {k: v for k, v in record.sfn.items()
            if (k != 'silence' or v) and (not k.startswith('lateral') or record.sfn.get('lateral'))}
     rows += [(NEURONS.get(key, key.replace('_', ' ')), value) for key, value in {**sfn, **fit}.items()]
@@ -117,7 +121,7 @@ def _recipe(record: ModelRecord) -> list[tuple[str, object]]:
 
 def _trained(record: ModelRecord) -> str:
     """Whether the weights of the source were kept."""
-    trained = {DISTILLED, FINE_TUNED, ADAPTED} & {*record.changed}
+    trained = {RECONSTRUCTED, DISTILLED, FINE_TUNED, ADAPTED} & {*record.changed}
     what = [CHANGES[reason] for reason in record.changed]
     return ' without training' * (not trained) + (f', with weights that {" and ".join(what)}' if what else '')
 

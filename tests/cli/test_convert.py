@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import sformer
 from sformer import FitConfig, SFNConfig
+from sformer.conversion import reconstruction
 from sformer.neurons import RECIPES
 
 PREPROCESSING = ['--mean', '.5', '--std', '.5', '--crop-pct', '1', '--interpolation', 'bilinear']
@@ -71,12 +72,13 @@ def test_names_of_classes(convert_digits, run, tmp_path, files):
     assert result.code == 1 and 'is no text file of names, one per line' in result.err
 
 
-def test_convert_options_reach_the_neurons(convert_digits, tmp_path):
+def test_convert_options_reach_the_neurons(convert_digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(reconstruction, 'STEPS', 1)
     result = convert_digits(
         '--levels', 7, '--fire', 'power2', '--attention-fire', 'density', '--initial-potential', 0,
         '--dead-zone', .5, '--scale', 1.25, '--estimator', 'quantile', '--quantile', .99, '--no-unbiased',
         '--activation-fire', 'uniform', '--silence', .02, '--lateral', 3, '--lateral-zone', .25, '--lateral-cost', 1.5,
-        '--balance', '--num-images', 50, '--batch-size', 20, '--seed', 3, '--split', 'test')
+        '--balance', '--effort', 'high', '--num-images', 50, '--batch-size', 20, '--seed', 3, '--split', 'test')
     assert (result.code, result.err) == (0, '')
     config = json.loads((tmp_path / 'out' / 'config.json').read_text())
     assert config['model_args']['sfn'] == dict(
@@ -84,7 +86,8 @@ def test_convert_options_reach_the_neurons(convert_digits, tmp_path):
         dead_zone=.5, scale=1.25, token_scale=True, silence=.02, lateral=3, lateral_zone=.25, lateral_cost=1.5,
         neuron='scale_and_fire')
     assert config['sformer']['fit'] == dict(
-        estimator='quantile', quantile=.99, floor=0., margin=1., unbiased=False, compensate=False, balance=True)
+        estimator='quantile', quantile=.99, floor=0., margin=1., unbiased=False, compensate=False, balance=True,
+        effort='high')
     assert config['sformer']['recipe'] is None
     calibration = config['sformer']['calibration']
     assert (calibration['num_images'], calibration['seed'], calibration['split']) == (50, 3, 'test')

@@ -174,7 +174,7 @@ def test_its_source_is_not_inside():
 
 
 def test_images_are_held_up_to_a_bound(monkeypatch):
-    monkeypatch.setattr(calibration, 'COMPENSATED_IMAGES', 32)
+    monkeypatch.setattr(calibration, 'HELD_IMAGES', 32)
     seen = []
     add = compensation.Correlation.forward
     monkeypatch.setattr(compensation.Correlation, 'forward', lambda self, x: seen.append(len(x)) or add(self, x))
