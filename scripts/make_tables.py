@@ -21,7 +21,8 @@ from sformer.publishing.profile_page import OTHER, PARTS
 
 ROOT = Path(__file__).parents[1]
 FIGURES = ROOT / 'docs/figures'
-MARK = re.compile(r'(?<=<!-- )(?P<name>[^:\n]+)(?P<rest>: written by scripts/make_tables.py -->\n).*?(?=\n\n|\n\Z)', re.S)
+MARK = re.compile(
+    r'(?<=<!-- )(?P<name>[^:\n]+)(?P<rest>: written by scripts/make_tables.py -->\n).*?(?=\n\n|\n\Z)', re.S)
 RECIPES = {
     'default': 'any processor, any images: 63 levels per branch',
     'fast': 'int8 engines: 63 levels, one threshold for all tokens, a softmax of bytes',
