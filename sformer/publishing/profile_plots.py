@@ -73,7 +73,7 @@ def plot_energy(account: dict[str, dict[str, float]], parts: dict[str, str]) -> 
     axes.set_xlim(right=1.5 * axes.get_xlim()[1])  # room for the ratios
     axes.invert_yaxis()
     axes.locator_params(axis='x', nbins=5)
-    axes.legend(ncols=3, fontsize=7, loc='upper center', bbox_to_anchor=(0.35, -0.3))
+    figure.legend(ncols=3, fontsize=7, loc='outside lower center')
     return png(figure, dict(energy=account))
 
 
