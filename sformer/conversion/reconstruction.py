@@ -8,6 +8,7 @@ was: where training does not help, its weights stay.
 import dataclasses
 import functools
 import itertools
+import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +22,8 @@ from ..layers import named_products, shared_copy
 from .importance import ForwardFn, Importance, importance_of
 
 __all__ = ['Reconstruction', 'block_names', 'reconstruct_', 'take_weights_']
+
+_logger = logging.getLogger(__name__)
 
 IMAGES = 8  # images of a step
 STEPS = 100  # of a block
@@ -152,6 +155,10 @@ def _in_a_row(source: nn.Module, names: Sequence[str], forward: ForwardFn, batch
             break
         given = _passed(given, name, out)
         outputs[name] = out
+    left = [name for name, _, _ in seen if name not in outputs]
+    if outputs and left:
+        _logger.warning(f'{left[0]} reads more than what the block before it gives: it and what follows stay as '
+                        f'they are.')
     return outputs
 
 
