@@ -9,7 +9,8 @@ __all__ = ['PANELS', 'fill_panels']
 PANELS: dict[str, tuple[str, ...]] = {
     'Neurons': ('fire', 'attention_fire', 'activation_fire', 'initial_potential', 'dead_zone', 'scale', 'token_scale',
                 'silence', 'lateral', 'lateral_zone', 'lateral_cost'),
-    'Thresholds': ('estimator', 'quantile', 'floor', 'margin', 'unbiased', 'compensate', 'balance', 'effort'),
+    'Thresholds': ('estimator', 'quantile', 'floor', 'margin', 'unbiased', 'compensate', 'balance', 'concentrate',
+                   'effort'),
     'Source': ('model_kwargs', 'label_names', 'source', 'source_model'),
     'Images': ('seed', 'batch_size', 'workers', 'image_column', 'label_column', 'streaming', 'benchmark',
                'by_position', 'max_bad', 'skip_bad'),

@@ -84,8 +84,11 @@ class NeuronOptions:
         '--compensate', help='Let weights make up for what neurons leave out: closer to the source, whose weights they '
         'are no longer')] = None
     balance: Annotated[bool | None, typer.Option(
-        '--balance', help='Write queries, keys and values such that neurons make the least noise: the same function by '
-        'other weights')] = None
+        '--balance', help='Write queries, keys and values such that neurons make the least noise or, with --silence, '
+        'the fewest spikes: the same function by other weights')] = None
+    concentrate: Annotated[bool | None, typer.Option(
+        '--concentrate', help='With --silence, for classifiers: write the residual stream such that few channels carry '
+        'most of it, and the others need not fire: the same function by other weights')] = None
     effort: Annotated[str | None, typer.Option(
         help='usual, or high: train the weights of each block, without labels, to give what that of the source gives, '
              'which takes minutes  [default: usual]')] = None

@@ -7,6 +7,10 @@ is `sum over c of (A S A')_cc (A^-T G A^-1)_cc`, with the power S of a current a
 in the same channels, `S = E[o o'] + 0.1 E[v v']` and `G = W_o' W_o` (with LayerScale). With `S^1/2 G S^1/2 = V L V'`
 the least is at `A = F L^1/4 V' S^-1/2`, F any orthogonal matrix whose entries are of one magnitude: both diagonals are
 constant, and the sum is `(tr L^1/2)^2 / D`.
+
+Neurons with a price of activity are silent where a spike costs more than it brings. For them F = 1: both diagonals are
+those of `L^1/2`, no two channels are correlated in what they carry nor in what their errors cost, and few of them carry
+most of what there is.
 """
 import math
 
@@ -33,8 +37,9 @@ def flat(size: int) -> torch.Tensor:
     return out
 
 
-def balanced(power: torch.Tensor, cost: torch.Tensor) -> torch.Tensor:
-    """The transform A (D, D) of currents with this power S and this cost of errors G, both (D, D), float64."""
+def balanced(power: torch.Tensor, cost: torch.Tensor, few: bool = False) -> torch.Tensor:
+    """The transform A (D, D) of currents with this power S and this cost of errors G, both (D, D), float64; with `few`,
+    that of which few channels carry most."""
     values, vectors = torch.linalg.eigh(power)
     if values[-1] <= 0:
         return torch.eye(len(power), dtype=torch.float64, device='cpu')
@@ -44,7 +49,8 @@ def balanced(power: torch.Tensor, cost: torch.Tensor) -> torch.Tensor:
     if met[-1] <= 0:
         return torch.eye(len(power), dtype=torch.float64, device='cpu')
     met = met.clamp_min(met[-1] * FLOOR)
-    return flat(len(power)) @ ((met ** 0.25)[:, None] * (directions.T @ (vectors / values.sqrt()) @ vectors.T))
+    principal = (met ** 0.25)[:, None] * (directions.T @ (vectors / values.sqrt()) @ vectors.T)
+    return principal if few else flat(len(power)) @ principal
 
 
 class Moments(nn.Module):
@@ -83,24 +89,26 @@ class Moments(nn.Module):
 
 
 @torch.no_grad()
-def balance_(layer: HeadWeights, moments: tuple[Moments, Moments, Moments, Moments]) -> None:
+def balance_(layer: HeadWeights, moments: tuple[Moments, Moments, Moments, Moments], few: bool = False) -> None:
     """Write operands of attention in the way that makes the least noise, in place.
 
     Args:
         layer: Of an attention layer.
         moments: Of queries, keys, values and the output of attention, which stood where its neurons are.
+        few: Write them such that few channels carry most instead.
     """
     q, k, v, o = moments
     if layer.queries is not None and layer.keys is not None:
-        transforms = [balanced(*pair) for pair in zip(q.power(), k.covariance(), strict=True)]
+        transforms = [balanced(*pair, few) for pair in zip(q.power(), k.covariance(), strict=True)]
         _turn_(layer.queries, transforms)
         _turn_(layer.keys, [torch.linalg.inv(a).T for a in transforms])
     if layer.values is not None:
         weight = layer.projection.to('cpu', torch.float64)
         seen = weight if layer.gamma is None else layer.gamma.to('cpu', torch.float64)[:, None] * weight
         columns = seen.unflatten(1, (layer.heads, -1)).transpose(0, 1)  # (H, C', D)
-        powers = o.power() + OF_VALUES * v.power()
-        transforms = [balanced(*pair) for pair in zip(powers, columns.mT @ columns, strict=True)]
+        # a silent channel rests at its centre
+        powers = o.covariance() + OF_VALUES * v.covariance() if few else o.power() + OF_VALUES * v.power()
+        transforms = [balanced(*pair, few) for pair in zip(powers, columns.mT @ columns, strict=True)]
         _turn_(layer.values, transforms)
         back = torch.stack([torch.linalg.inv(a) for a in transforms])
         turned = weight.unflatten(1, (layer.heads, -1)).transpose(0, 1) @ back

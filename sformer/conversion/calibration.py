@@ -17,19 +17,18 @@ from ..data.batches import num_images
 from ..errors import SFormerError, check
 from ..files import Json
 from ..layers import Product, named_neurons, named_products, shared_copy, without_neurons
-from ..layers.heads import head_weights
 from ..layers.spiking import fit_neurons
 from ..neurons import FitConfig, LateralScaleAndFire, Neuron, ScaleAndFire, recipe_name
 from ..neurons.base import Observer
 from ..neurons.statistics import CurrentStatistics, check_finite
-from .balance import Moments, balance_
 from .changes import in_words, record_of, recorded_as
 from .compensation import Correlation, compensable, compensated
 from .feedback import ErrorCost, cost_bytes
 from .importance import ForwardFn
 from .reconstruction import reconstruct_, take_weights_
-from .record import BALANCED, COMPENSATED, RECONSTRUCTED, CalibrationRecord, Conversion, library_versions, set_record_
+from .record import COMPENSATED, RECONSTRUCTED, CalibrationRecord, library_versions, set_record_
 from .silence import RowSensitivity, Sensitivity, add_gradients, set_quiet_, without_gradients_
+from .transforms import write_balanced, write_concentrated
 from .unreached import UnreachedProducts
 
 __all__ = ['calibrate_', 'check_products', 'correct', 'observe', 'OBSERVED_IMAGES']
@@ -52,8 +51,8 @@ def calibrate_(
         module: A module that `spiking_` converted.
         batches: What the module reads. Tensors (B, ...) are observed in batches of `OBSERVED_IMAGES`; anything else,
             such as lists of images, as it comes. The first batch is read twice where the fit is `unbiased`, the first
-            eight where weights are balanced and, with gradients, where neurons have a price of activity or send lateral
-            spikes; the first 1,024 images where weights compensate or are trained (`effort`).
+            eight where weights are balanced or concentrated and, with gradients, where neurons have a price of activity
+            or send lateral spikes; the first 1,024 images where weights compensate or are trained (`effort`).
         fit: How thresholds are fitted.
         forward_fn: Called with the source network and a batch; `network(batch)` if None.
 
@@ -74,12 +73,13 @@ def calibrate_(
     batches = iter(_rebatched(batches))
     silent = _check_silence(module)
     trains = fit.effort == 'high'
-    source = without_neurons(module) if trains else module
     lateral = any(isinstance(neuron, LateralScaleAndFire) for _, neuron in named_neurons(module))
     first = list(itertools.islice(batches, SENSITIVITY_BATCHES if silent or lateral or fit.balance else 1))
     with contextlib.ExitStack() as undo:  # what was folded into weights, where anything fails
-        if fit.balance:
-            record = _balance(module, record, first, forward_fn, undo)
+        if fit.balance or fit.concentrate:
+            _transform(module, first, fit, forward_fn, silent, undo)
+            record = record_of(module)
+        source = without_neurons(module) if trains else module
         if silent:
             _fit_silence(module, first, forward_fn)
         held: list[object] = []
@@ -155,38 +155,32 @@ def _kept(batches: Iterable[object], held: list[object]) -> Iterator[object]:
         yield batch
 
 
-@torch.inference_mode()
-def _balance(
+def _transform(
         module: nn.Module,
-        record: Conversion,
         batches: list[object],
+        fit: FitConfig,
         forward_fn: ForwardFn | None,
+        silent: bool,
         undo: contextlib.ExitStack,
-) -> Conversion:
-    """Let neurons of attention make less noise, by the source's currents on some batches; the record, which says so,
-    and what undoes it.
+) -> None:
+    """Write weights of the same function in which neurons fire better, by the source's currents on some batches."""
+    check(silent or not fit.concentrate, 'concentrate is for neurons that may be silent: give a price of activity '
+                                         '(silence), or leave it out.')
 
-    Raises:
-        SFormerError: If there is nothing to balance.
-    """
-    layers = [layer for _, layer in head_weights(module)]
-    names = {neuron: name for name, neuron in named_neurons(module)}
-    heads = {names[neuron]: layer.heads for layer in layers for neuron in layer.neurons}
-    if not layers:
-        raise SFormerError('no attention layer of this network can be balanced: leave out balance.')
-    view, seen = _view(module, lambda name, neuron: (
-        Moments(heads[name]) if name in heads else _Observer(name, None)))
-    for batch in batches:
-        _forward(module, view, copy.deepcopy(batch), forward_fn)
-    undo.callback(set_record_, module, vars(module).get('conversion'))
-    set_record_(module, dataclasses.replace(record, source_sha256=record.source_sha256 or record.state_sha256))
-    for tensor in (tensor for layer in layers for tensor in layer.tensors()):
-        undo.callback(tensor.copy_, tensor.clone())
-    with recorded_as(module, BALANCED):
-        for layer in layers:
-            queries, keys, values, outputs = (seen[names[neuron]] for neuron in layer.neurons)
-            balance_(layer, (queries, keys, values, outputs))
-    return record_of(module)
+    def watch(stand_in: Callable[[str, Neuron], nn.Module | None]) -> Json:
+        view, seen = _view(module, lambda name, neuron: stand_in(name, neuron) or _Observer(name, None))
+        for batch in batches:
+            _forward(module, view, copy.deepcopy(batch), forward_fn)
+        return seen
+
+    def output() -> object:
+        view, _ = _view(module, lambda name, neuron: _Observer(name, None))
+        return _forward(module, view, copy.deepcopy(batches[0]), forward_fn)
+
+    if fit.balance:
+        write_balanced(module, watch, undo, silent)
+    if fit.concentrate:
+        write_concentrated(module, watch, output, undo)
 
 
 def _fit_silence(module: nn.Module, batches: list[object], forward_fn: ForwardFn | None) -> None:

@@ -20,6 +20,7 @@ from .record import (
     ADAPTED,
     BALANCED,
     COMPENSATED,
+    CONCENTRATED,
     DISTILLED,
     FINE_TUNED,
     REASONS,
@@ -39,12 +40,13 @@ _logger = logging.getLogger(__name__)
 WORDS = {
     COMPENSATED: 'compensate for its neurons',
     BALANCED: 'are balanced for its neurons',
+    CONCENTRATED: 'have few channels of the residual stream carry most of it',
     RECONSTRUCTED: 'were trained block by block to follow its source',
     DISTILLED: 'were trained to follow its source',
     FINE_TUNED: 'were trained or set to other values since it was converted',
     ADAPTED: 'have other names, shapes or precision than those of its source',
 }
-SAME_FUNCTION = (BALANCED, ADAPTED)  # of which the network is what it was, as far as can be told
+SAME_FUNCTION = (BALANCED, CONCENTRATED, ADAPTED)  # of which the network is what it was, as far as can be told
 
 
 def changed(model: nn.Module) -> tuple[str, ...]:
@@ -54,10 +56,10 @@ def changed(model: nn.Module) -> tuple[str, ...]:
         model: A module that is, or has in it, what was converted.
 
     Returns:
-        Some of `record.REASONS`: `compensated`, `balanced`, `reconstructed` and `distilled` are as recorded;
-        `fine-tuned` are weights whose hash is another, though nothing recorded why; `adapted` ones have other names,
-        shapes or dtypes (another number of classes, half precision, adapters), so that nothing more can be told of
-        them.
+        Some of `record.REASONS`: `compensated`, `balanced`, `concentrated`, `reconstructed` and `distilled` are as
+        recorded; `fine-tuned` are weights whose hash is another, though nothing recorded why; `adapted` ones have other
+        names, shapes or dtypes (another number of classes, half precision, adapters), so that nothing more can be told
+        of them.
     """
     found: set[str] = set()
     for part, record in _records(model):
@@ -182,7 +184,7 @@ def check_alike(model: nn.Module, source: nn.Module) -> None:
 def warn_of_changes(name: str, model: nn.Module) -> None:
     """Warn where the network inside of an SFormer, which it is compared with, is not what it was converted from."""
     reasons = changed(model)
-    if {*reasons} - {BALANCED}:
+    if {*reasons} - {BALANCED, CONCENTRATED}:
         _logger.warning(f'the weights of {name} have moved since it was converted ({", ".join(reasons)}), and it is '
                         f'compared with what they are without neurons. --source-model names what it was converted '
                         f'from.')

@@ -13,8 +13,8 @@ from ..files import Json
 from ..neurons import FitConfig
 
 __all__ = [
-    'Conversion', 'CalibrationRecord', 'RECORD_VERSION', 'REASONS', 'COMPENSATED', 'BALANCED', 'RECONSTRUCTED',
-    'DISTILLED', 'FINE_TUNED', 'ADAPTED', 'library_versions', 'set_record_',
+    'Conversion', 'CalibrationRecord', 'RECORD_VERSION', 'REASONS', 'COMPENSATED', 'BALANCED', 'CONCENTRATED',
+    'RECONSTRUCTED', 'DISTILLED', 'FINE_TUNED', 'ADAPTED', 'library_versions', 'set_record_',
 ]
 
 RECORD_VERSION = 4
@@ -22,11 +22,12 @@ RECORD_VERSION = 4
 # why weights are not those of the source any more
 COMPENSATED = 'compensated'  # they make up for what neurons leave out
 BALANCED = 'balanced'  # transforms that make less noise are folded in
+CONCENTRATED = 'concentrated'  # the residual stream is in another basis
 RECONSTRUCTED = 'reconstructed'  # trained block by block to give what those of the source give
 DISTILLED = 'distilled'  # trained to follow the source
 FINE_TUNED = 'fine-tuned'  # other values, which nothing recorded
 ADAPTED = 'adapted'  # other names, shapes or dtypes
-REASONS = (COMPENSATED, BALANCED, RECONSTRUCTED, DISTILLED, FINE_TUNED, ADAPTED)
+REASONS = (COMPENSATED, BALANCED, CONCENTRATED, RECONSTRUCTED, DISTILLED, FINE_TUNED, ADAPTED)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -182,8 +182,12 @@ class FitConfig:
             signals add up along the network.
         compensate: Let weights make up for what neurons leave out, as far as the neurons beside them know of it. This
             is no training, but the weights are no longer those of the source.
-        balance: Write queries, keys and values of attention such that neurons make the least noise. What the network
-            computes stays but for rounding; the weights that do so are no longer those of the source.
+        balance: Write queries, keys and values of attention such that neurons make the least noise or, with a price of
+            activity, such that few of them carry most. What the network computes stays but for rounding; the weights
+            that do so are no longer those of the source.
+        concentrate: Write the residual stream of a vision transformer with a linear classifier such that few channels
+            carry most of it, for neurons with a price of activity. What the classifier says stays but for rounding;
+            features before it are in another basis, and the weights are no longer those of the source.
         effort: `usual`, or `high`: weights are trained, block by block and without labels, such that each gives what
             that of the source gives. It takes minutes, and the weights are no longer those of the source.
 
@@ -197,6 +201,7 @@ class FitConfig:
     unbiased: bool = True
     compensate: bool = False
     balance: bool = False
+    concentrate: bool = False
     effort: str = 'usual'
 
     @classmethod
@@ -227,6 +232,7 @@ class FitConfig:
         check_flag(self, 'unbiased')
         check_flag(self, 'compensate')
         check_flag(self, 'balance')
+        check_flag(self, 'concentrate')
         check_choice(self, 'effort', EFFORTS)
 
 

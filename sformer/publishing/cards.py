@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..conversion.record import ADAPTED, BALANCED, COMPENSATED, DISTILLED, FINE_TUNED, RECONSTRUCTED
+from ..conversion.record import ADAPTED, BALANCED, COMPENSATED, CONCENTRATED, DISTILLED, FINE_TUNED, RECONSTRUCTED
 from ..data.names import known_data
 from ..errors import SFormerError
 from ..evaluation.schema import Result, schema_of
@@ -37,9 +37,10 @@ NEURONS = dict(
     silence='price of activity', lateral='groups that feed back', lateral_zone='residuals without a lateral spike',
     lateral_cost='most feedback weights per weight', estimator='threshold estimator',
     compensate='weights compensate for neurons', balance='attention is balanced',
-    effort='effort of conversion')
+    concentrate='residual stream is concentrated', effort='effort of conversion')
 CHANGES = {
     COMPENSATED: 'compensate for its neurons', BALANCED: 'are balanced for its neurons',
+    CONCENTRATED: 'have few channels of the residual stream carry most of it',
     RECONSTRUCTED: 'were trained block by block to follow that network',
     DISTILLED: 'were trained to follow that network', FINE_TUNED: 'were changed afterwards',
     ADAPTED: 'were given other shapes or precision'}
@@ -104,7 +105,7 @@ def _recipe(record: ModelRecord) -> list[tuple[str, object]]:
     if c.get('weights_sha256'):
         rows.append((f'SHA-256 of `{WEIGHTS_NAME}`', f'`{c["weights_sha256"]}`'))
     fit = {k: v for k, v in record.fit.items() if k != 'quantile' or record.fit.get('estimator') == 'quantile'}
-    fit = {k: v for k, v in fit.items() if v or k not in ('compensate', 'balance')}
+    fit = {k: v for k, v in fit.items() if v or k not in ('compensate', 'balance', 'concentrate')}
     if fit.get('effort') == 'usual':
         del fit['effort']
     sfn = {k: v for k, v in record.sfn.items()

@@ -78,7 +78,8 @@ def test_convert_options_reach_the_neurons(convert_digits, tmp_path, monkeypatch
         '--levels', 7, '--fire', 'power2', '--attention-fire', 'density', '--initial-potential', 0,
         '--dead-zone', .5, '--scale', 1.25, '--estimator', 'quantile', '--quantile', .99, '--no-unbiased',
         '--activation-fire', 'uniform', '--silence', .02, '--lateral', 3, '--lateral-zone', .25, '--lateral-cost', 1.5,
-        '--balance', '--effort', 'high', '--num-images', 50, '--batch-size', 20, '--seed', 3, '--split', 'test')
+        '--balance', '--concentrate', '--effort', 'high', '--num-images', 50, '--batch-size', 20, '--seed', 3,
+        '--split', 'test')
     assert (result.code, result.err) == (0, '')
     config = json.loads((tmp_path / 'out' / 'config.json').read_text())
     assert config['model_args']['sfn'] == dict(
@@ -87,7 +88,7 @@ def test_convert_options_reach_the_neurons(convert_digits, tmp_path, monkeypatch
         neuron='scale_and_fire')
     assert config['sformer']['fit'] == dict(
         estimator='quantile', quantile=.99, floor=0., margin=1., unbiased=False, compensate=False, balance=True,
-        effort='high')
+        concentrate=True, effort='high')
     assert config['sformer']['recipe'] is None
     calibration = config['sformer']['calibration']
     assert (calibration['num_images'], calibration['seed'], calibration['split']) == (50, 3, 'test')

@@ -241,7 +241,7 @@ def test_record(source, model):
     assert record['source_sha256'] == state_hash(source.state_dict())
     assert record['recipe'] == 'default' and record['fit'] == dict(
         estimator='mse', quantile=0.999, floor=0., margin=1., unbiased=True, compensate=False, balance=False,
-        effort='usual')
+        concentrate=False, effort='usual')
     assert record['source_weights'] is None
     images = open_images(
         'digits', 'train', data_config=resolve_input_data_config(source), num_images=256, seed=0)

@@ -141,6 +141,8 @@ def test_weights_that_were_changed_after_conversion(saved, model):
 @pytest.mark.parametrize('reasons, words', [
     (('compensated',), ' without training, with weights that compensate for its neurons, with the'),
     (('balanced',), ' without training, with weights that are balanced for its neurons, with the'),
+    (('concentrated',),
+     ' without training, with weights that have few channels of the residual stream carry most of it, with the'),
     (('reconstructed',), 'source), with weights that were trained block by block to follow that network, with the'),
     (('distilled',), 'source), with weights that were trained to follow that network, with the'),
     (('compensated', 'distilled'),
