@@ -13,12 +13,13 @@ from ..errors import SFormerError
 from ..layers import Product, named_neurons, named_products
 from ..layers.multiplying import AV, CONVOLUTION, GATE, LINEAR, POSITION, QK, kinds_of
 from ..layers.products import softmax_numerators
-from ..neurons import MAX_BYTE_LEVEL, Neuron, ScaleAndFire
+from ..neurons import MAX_BYTE_LEVEL, Neuron, ScaleAndFire, Spikes
 from .early import early_neurons
 from .fired import DecodedLevels, FiredLevels, beside_levels, beside_weights, fired_levels, signed_levels
 from .integer import folded_bias
 from .operators import onnx_operator
 from .saturation import fits, zero_point
+from .tables import Compute, IntegerTables, integer_form
 
 __all__ = ['linear_neurons', 'to_graph_']
 
@@ -60,7 +61,8 @@ def to_graph_(network: nn.Module, early: bool = True, portable: bool = True) -> 
         if new is not None:
             network.set_submodule(name, new)
     for name, neuron in list(named_neurons(network)):  # of gates and positions
-        network.set_submodule(name, DecodedLevels(neuron))
+        tables = integer_form(neuron)
+        network.set_submodule(name, DecodedLevels(neuron) if tables is None else _BesideTables(neuron, tables))
 
 
 def linear_neurons(network: nn.Module) -> dict[str, FiredLevels]:
@@ -229,6 +231,23 @@ class _Attention(nn.Module):
             return x, None
         levels, row = neuron(x)
         return beside_levels(levels, neuron.range) if int8 else levels.round(), row
+
+
+class _BesideTables(nn.Module):
+    """Levels that meet tables of whole numbers, in float32, which is exact."""
+    step: torch.Tensor
+
+    def __init__(self, neuron: Neuron, tables: IntegerTables):
+        super().__init__()
+        self.levels, self.tables = fired_levels(neuron), tables
+        self.register_buffer('step', neuron.step)
+
+    def encode(self, x: torch.Tensor) -> Spikes:
+        k, row = self.levels(x)
+        return Spikes(beside_levels(k, self.levels.range), self.step, row)
+
+    def meet(self, spikes: Spikes, table: torch.Tensor, compute: Compute) -> torch.Tensor:
+        return self.tables(spikes, table, compute)
 
 
 def levels_fit(product: Product) -> bool:

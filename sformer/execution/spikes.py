@@ -13,11 +13,12 @@ import torch.nn as nn
 
 from ..errors import SFormerError, UncalibratedError
 from ..layers import AttentionProduct, Product, SpikingLayer, is_calibrated, named_products, uncalibrated
-from ..layers.multiplying import AV, CONVOLUTION, GATE, LINEAR, QK, kinds_of
+from ..layers.multiplying import AV, CONVOLUTION, GATE, LINEAR, POSITION, QK, kinds_of
 from ..layers.products import softmax_numerators
 from ..layers.table import become_
 from ..neurons import Neuron, ScaleAndFire
 from .integer import IntegerConv2d, IntegerLinear
+from .tables import Compute, IntegerTables, TableProduct, Weights, integer_form
 
 __all__ = ['SPIKE_CODINGS', 'spike_planes', 'spike_trains', 'to_spikes_']
 
@@ -188,10 +189,34 @@ class SpikeGate(SpikeForm, ScaleAndFire):
         return out.to(x.dtype)
 
 
+@dataclasses.dataclass(frozen=True)
+class SpikeTables(TableProduct):
+    """Tables that meet spikes in a coding.
+
+    Args:
+        coding: The coding.
+        integer: How spikes meet the tables where these are int8.
+    """
+    coding: str
+    integer: IntegerTables | None
+
+    def weights(self, folded: torch.Tensor) -> Weights:
+        if self.integer is None:
+            return Weights(_fixed_point(folded), folded.new_ones(*folded.shape[:-1], 1))
+        numbers, step = self.integer.weights(folded)
+        return Weights(numbers.to(torch.float64), step)
+
+    def sums(self, levels: torch.Tensor, numbers: torch.Tensor, compute: Compute) -> torch.Tensor:
+        return _summed(levels, self.coding, lambda plane: compute(plane, numbers))
+
+
 # what becomes of a layer of these products, with weights in floating point and with int8 ones
-Forms = dict[tuple[str, ...], type[SpikeForm]]
+Form = type[SpikeForm] | type[SpikeTables]
+Forms = dict[tuple[str, ...], Form]
 SPIKE_FORMS: Forms = {
-    (LINEAR,): SpikeProduct, (CONVOLUTION,): SpikeProduct, (QK, AV): SpikeAttention, (GATE,): SpikeGate}
+    (LINEAR,): SpikeProduct, (CONVOLUTION,): SpikeProduct, (QK, AV): SpikeAttention, (GATE,): SpikeGate,
+    (POSITION,): SpikeTables}
+BY_NEURON = (SpikeGate, SpikeTables)  # forms of the neurons, whose layer stays
 SPIKE_INTEGER_FORMS: Forms = {(LINEAR,): SpikeIntegerLinear, (CONVOLUTION,): SpikeIntegerConv2d}
 
 
@@ -223,14 +248,17 @@ def to_spikes_(model: nn.Module, coding: str = 'binary') -> nn.Module:
         if form is SpikeProduct:
             layer = SpikeProduct(products[0]).train(layer.training)
             model.set_submodule(name, layer)
-        for part in products[0].operands if form is SpikeGate else (layer,):
+        for part in products[0].operands if form in BY_NEURON else (layer,):
+            if issubclass(form, SpikeTables):
+                part.meet = form(coding, integer_form(part))
+                continue
             become_(part, form)
             assert isinstance(part, SpikeForm)
             part.coding = coding
     return model
 
 
-def _changes(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[Product], type[SpikeForm]]]:
+def _changes(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[Product], Form]]:
     """Modules that multiply, with names and products, and what becomes of them."""
     for name, layer, products in named_products(model):
         if name.endswith('.base_layer'):
@@ -244,7 +272,7 @@ def _changes(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[Product], 
                                f'spike: they are {" and ".join(kinds)}, not one of {known}.')
         if form is SpikeProduct and not name:
             raise SFormerError('a layer cannot be replaced in itself: hand over a module that it is part of.')
-        for neuron in products[0].operands if form is SpikeGate else ():
+        for neuron in products[0].operands if form in BY_NEURON else ():
             if type(neuron) not in (ScaleAndFire, SpikeGate):
                 part = next(part for part, child in layer.named_children() if child is neuron)
                 raise SFormerError(f'{f"{name}.{part}".lstrip(".")} is a {type(neuron).__name__}, whose products are '

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from ..errors import UnsupportedLayerError
-from ..neurons import Neuron, SFNConfig, new_neuron
+from ..neurons import Neuron, SFNConfig, Spikes, new_neuron
 from . import products
 from .multiplying import GATE, Multiplying, Product
 from .products import AttentionProduct
@@ -33,7 +33,7 @@ class _ToNeurons(TorchFunctionMode):
         self.met = met  # names of the products that came by; the caller's own, as dynamo reads no attribute of a mode
         self.gate: torch.Tensor | None = None
         self.query: torch.Tensor | None = None
-        self.fired: torch.Tensor | None = None
+        self.fired: torch.Tensor | Spikes | None = None
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -45,10 +45,11 @@ class _ToNeurons(TorchFunctionMode):
                 return self.layer.attend(product, *args, **kwargs)
         if func is torch.einsum and self.layer.position_neuron is not None:
             equation, query, table = args
+            neuron = self.layer.position_neuron
             if query is not self.query:  # it fires once, and meets the tables of rows and columns
-                self.query, self.fired = query, self.layer.fire_positions(query)
+                self.query, self.fired = query, products.fired_for_tables(neuron, query)
             self.met.append('position')
-            return func(equation, self.fired, table)
+            return products.meet_table(neuron, self.fired, table, functools.partial(func, equation))
         gate_neuron, value_neuron = self.layer.gate_neuron, self.layer.value_neuron
         if gate_neuron is not None and value_neuron is not None:
             if func in self.layer.gate_functions:
@@ -86,10 +87,6 @@ class MeetingMixin(SpikingLayer):
     def attend(self, product: AttentionProduct, *args: torch.Tensor, **kwargs: object) -> torch.Tensor:
         """What attention is of the arguments of its call."""
         return product(*args, **kwargs)
-
-    def fire_positions(self, query: torch.Tensor) -> torch.Tensor:
-        """What queries fire where they meet tables of relative positions."""
-        raise NotImplementedError
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         """Give the forward the signature of the source's, by which symbolic tracing makes its proxies."""

@@ -8,15 +8,17 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from timm.layers.attention import maybe_add_mask, resolve_self_attn_mask
-from timm.models._features_fx import register_notrace_function
+from timm.models._features_fx import register_notrace_function, register_notrace_module
 
-from ..neurons import FitConfig, LateralScaleAndFire, Neuron, SFNConfig, new_neuron
+from ..neurons import FitConfig, LateralScaleAndFire, Neuron, SFNConfig, Spikes, new_neuron
 from ..neurons.base import Observed, fits_octaves
 from ..neurons.thresholds import MIN_STEP
 from .multiplying import AV, QK, Multiplying, Product
 from .padding import fired
 
 __all__ = ['linear', 'multiply', 'softmax_numerators', 'AttentionProduct']
+
+register_notrace_module(Neuron)  # symbolic tracing keeps neurons as they are: modules that fire
 
 MAX_SCORES = 2 ** 22  # that attention computes at once at inference: all of ViT-B at 224 pixels, batch 8
 
@@ -41,6 +43,22 @@ def multiply(a_neuron: Neuron, a: torch.Tensor, b_neuron: Neuron, b: torch.Tenso
     """Elementwise product of the spikes on two currents, as of a gate and a value, whose shapes broadcast."""
     product = getattr(a_neuron, 'multiply', None)  # of an execution whose neurons do so spike by spike
     return fired(a_neuron, a) * fired(b_neuron, b) if product is None else product(a, b_neuron, b)
+
+
+def fired_for_tables(neuron: Neuron, x: torch.Tensor) -> torch.Tensor | Spikes:
+    """What a neuron fires to meet tables, which `meet_table` takes."""
+    return fired(neuron, x) if getattr(neuron, 'meet', None) is None else neuron.encode(x)
+
+
+def meet_table(
+        neuron: Neuron,
+        spikes: torch.Tensor | Spikes,
+        table: torch.Tensor,
+        compute: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Product of what a neuron fired with a table of weights, by a function linear in both."""
+    meet = getattr(neuron, 'meet', None)  # of an execution that has its own way
+    return compute(spikes, table) if meet is None else meet(spikes, table, compute)
 
 
 @torch.fx.wrap
