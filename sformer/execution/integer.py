@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from ..errors import SFormerError, UncalibratedError
 from ..layers import Product, SpikingLayer, is_calibrated, named_products, shared_copy, uncalibrated
 from ..layers.multiplying import CONVOLUTION, LINEAR, POSITION, kinds_of
+from ..layers.table import replace_
 from ..neurons import Float32Buffers, Neuron, ScaleAndFire, SharedScaleAndFire, Spikes
 from ..neurons.levels import EXACT
 from .rounding import IntegerWeights, integer_weights, rounded
@@ -279,7 +280,7 @@ def to_integer_(
         if isinstance(new, IntegerTables):
             products[name][0].operands[0].meet = new
         else:
-            model.set_submodule(name, new.train(model.get_submodule(name).training))
+            replace_(model, name, new.train(model.get_submodule(name).training))
     return reports
 
 

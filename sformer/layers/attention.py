@@ -17,7 +17,7 @@ from timm.models import vision_transformer_sam as sam
 from ..neurons import SFNConfig, new_neuron
 from .linear import SpikingLinear
 from .meeting import MeetingMixin
-from .multiplying import POSITION, Product
+from .multiplying import POSITION, Multiplying, Product
 from .products import AttentionProduct
 from .table import register_spiking
 
@@ -48,14 +48,16 @@ class SpikingAttentionMixin(MeetingMixin):
             projection = getattr(projection, 'linear', projection)
             if isinstance(projection, SpikingLinear):
                 projection.neuron.unbounded = True
-        num_heads, head_dim, v_head_dim = self.head_widths()
-        device = next((p.device for p in self.parameters()), None)
-        group_size = getattr(self, 'num_kv_groups', 1)
-        self.products = nn.ModuleList(
-            AttentionProduct(num_heads, head_dim, v_head_dim, config, device, group_size)
-            for _ in range(self.num_products))
+        self.products = nn.ModuleList(self.new_products(config, next((p.device for p in self.parameters()), None)))
         # where a sigmoid gate multiplies the output of attention, both spike, with a step per channel
         self.add_gate((self.proj.in_features,) if getattr(self, 'gate', None) is not None else None, config)
+
+    def new_products(self, config: SFNConfig, device: torch.device | None) -> list[Multiplying]:
+        """Products of activations, in the order in which they are met."""
+        num_heads, head_dim, v_head_dim = self.head_widths()
+        group_size = getattr(self, 'num_kv_groups', 1)
+        return [AttentionProduct(num_heads, head_dim, v_head_dim, config, device, group_size)
+                for _ in range(self.num_products)]
 
     def head_widths(self) -> tuple[int, int, int]:
         """Heads, channels of queries and keys in each, and of values."""
