@@ -10,6 +10,7 @@ a product of currents in a forward of their own is met. Errors are measured on t
 random weights with a few channels of thirty times the scale behind each norm, generated images, relative errors of
 logits (or features) of images that were not calibrated to.
 """
+import copy
 import re
 import sys
 import tempfile
@@ -27,7 +28,7 @@ from sformer.conversion.calibration import check_products
 from sformer.data import open_images
 from sformer.data.batches import progress
 from sformer.errors import first_line
-from sformer.execution.onnx import export_onnx
+from sformer.execution import export_onnx, load_onnx
 from sformer.files import write_aside
 from sformer.models import spiking_model_
 from sformer.models.zoo import architecture_of
@@ -44,8 +45,11 @@ MEASURED: dict[str, dict[str, Any]] = {
     'vision_transformer_sam': dict(img_size=112), 'vision_transformer_relpos': dict(img_size=96),
     'vitamin': dict(img_size=96), 'vision_transformer_hybrid': dict(img_size=96),
     'swin_transformer': dict(img_size=112), 'hiera': {}, 'pvt_v2': dict(img_size=96), 'convnext': dict(img_size=96),
-    'resnet': dict(img_size=96), 'efficientnet': dict(img_size=96),
+    'resnet': dict(img_size=96), 'efficientnet': dict(img_size=96), 'swin_transformer_v2': dict(img_size=128),
+    'swin_transformer_v2_cr': dict(img_size=112), 'davit': dict(img_size=96), 'cait': dict(img_size=96),
+    'xcit': dict(img_size=96),
 }
+COLUMNS = ('measured on', 'N = 127', 'N = 32', 'reloaded', 'integers', 'OpenVINO, ONNX Runtime')
 ROW = re.compile(r'^\| (\w+) \| (\d+) \| (\d+) \| ')
 
 
@@ -113,7 +117,7 @@ def smallest(names: list[str]) -> str:
 
 
 def measured(family: str, name: str) -> list[str]:
-    """The member and what was measured with it: errors at N = 127 and 32, and whether it is exported."""
+    """The member and what was measured with it, as `COLUMNS` says."""
     arguments = dict(MEASURED[family])
     size = arguments.get('img_size')
     torch.manual_seed(0)
@@ -127,24 +131,41 @@ def measured(family: str, name: str) -> list[str]:
     config = resolve_input_data_config(source)
     read = open_images('dead-leaves', None, data_config=config, num_images=2 * IMAGES, seed=0)
     calibration, test = torch.cat([batch for batch, _ in read.batches(IMAGES)]).split(IMAGES)
-    found = []
     with torch.no_grad():
         expected = source(test)
+        model, found = source, []
         for levels in (127, 32):
             model = sformer.convert(source, [calibration], SFNConfig(levels=levels))
-            found.append(f'{((model(test) - expected).norm() / expected.norm()).item():.3f}')
+            fired = model(test)
+            found.append(f'{error(fired, expected):.3f}')
+        found.append(reloaded(model, test, fired))
+        whole = copy.deepcopy(model)
+        sformer.to_integer_(whole)
+        found.append(f'{error(whole(test), fired):.3f}')
     label = ', '.join([f'`{name}`', f'{config["input_size"][1]} pixels',
                        *(f'{key}={value}' for key, value in arguments.items() if key != 'img_size')])
-    return [label, *found, exports(model)]
+    return [label, *found, exported(model, test, fired)]
 
 
-def exports(model: nn.Module) -> str:
+def error(out: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((out - expected).norm() / expected.norm()).item()
+
+
+def reloaded(model: nn.Module, images: torch.Tensor, expected: torch.Tensor) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        again = sformer.load_model(sformer.save_model(model, Path(folder) / 'm'))
+        return 'equal' if torch.equal(again(images), expected) else f'{error(again(images), expected):.3f}'
+
+
+def exported(model: nn.Module, images: torch.Tensor, expected: torch.Tensor) -> str:
+    """Errors of the exported graph against the model by each engine, or why there are none."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             export_onnx(model, Path(folder) / 'm.onnx')
-        except Exception as e:  # whatever torch's exporter raises
+            return ', '.join(f'{error(load_onnx(Path(folder) / "m.onnx", engine)(images), expected):.3f}'
+                             for engine in ('openvino', 'onnxruntime'))
+        except Exception as e:  # whatever torch's exporter and the engines raise
             return f'no: {first_line(e)[:100]}'.replace('|', '/')
-    return 'yes'
 
 
 def done(family: str, names: list[str], quick: bool) -> tuple[str, str]:
@@ -153,12 +174,12 @@ def done(family: str, names: list[str], quick: bool) -> tuple[str, str]:
     refused = {name: refusal(name, known) for name in progress(names, family, len(names))}
     converts = [name for name in names if not refused[name]]
     why = next((reason for reason in refused.values() if reason), '').replace('|', '/')
-    cells = ['', '', '', '']
+    cells = [''] * len(COLUMNS)
     if converts and family in MEASURED and not quick:
         try:
             cells = measured(family, smallest(converts))
         except (sformer.SFormerError, RuntimeError, ValueError, TypeError) as e:
-            cells = [f'not measured: {first_line(e)[:100]}', '', '', '']
+            cells[0] = f'not measured: {first_line(e)[:100]}'
     why = why.partition('. Register')[0].removeprefix('no spiking counterpart for ')[:160]
     row = f'| {family} | {len(names)} | {len(converts)} | {" | ".join(cells)} | {why} |'
     print(row, flush=True)
@@ -188,9 +209,10 @@ def page(known: dict[str, list[str]], rows: dict[str, str], lists: dict[str, str
         f'architecture of its own in the zoo becomes an `sformer_custom`, whose config names its source.', '',
         'Errors are relative ones of logits (or features) against the source, of random weights with outlier channels '
         f'of {OUTLIERS:.0f} times the scale behind each norm, on generated images, default recipe but for the levels. '
-        'Whoever has weights that were trained measures again (`sformer evaluate`).', '',
-        '| family | entrypoints | convert | measured on | N = 127 | N = 32 | exports | why not |',
-        '| --- | --- | --- | --- | --- | --- | --- | --- |', *(rows[family] for family in order), '',
+        'Whoever has weights that were trained measures again (`sformer evaluate`). Integers and engines are compared '
+        'with the simulation at N = 32; a row without figures was converted, and not measured.', '',
+        f'| family | entrypoints | convert | {" | ".join(COLUMNS)} | why not |',
+        '| --- ' * (len(COLUMNS) + 4) + '|', *(rows[family] for family in order), '',
         '## Entrypoints', '', *(f'{lists[family]}\n' for family in order),
         '## Not looked at yet', '', '; '.join(others) or 'None.', ''])
 

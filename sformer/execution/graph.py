@@ -4,21 +4,23 @@
 which engines multiply in int8. Levels that meet weights are unsigned bytes with a zero point, and weights as large as
 that leaves them (`saturation`), so that every processor sums exactly.
 """
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 import torch.nn as nn
 
 from ..errors import SFormerError
 from ..layers import Product, named_neurons, named_products
-from ..layers.multiplying import AV, CONVOLUTION, GATE, LINEAR, POSITION, QK, kinds_of
+from ..layers.multiplying import AV, CONVOLUTION, GATE, LINEAR, MAPS, POSITION, QK, kinds_of
 from ..layers.products import softmax_numerators
-from ..neurons import MAX_BYTE_LEVEL, Neuron, ScaleAndFire
+from ..layers.table import replace_
+from ..neurons import MAX_BYTE_LEVEL, Neuron, ScaleAndFire, Spikes
 from .early import early_neurons
 from .fired import DecodedLevels, FiredLevels, beside_levels, beside_weights, fired_levels, signed_levels
 from .integer import folded_bias
 from .operators import onnx_operator
 from .saturation import fits, zero_point
+from .tables import Compute, IntegerTables, integer_form
 
 __all__ = ['linear_neurons', 'to_graph_']
 
@@ -43,24 +45,21 @@ def to_graph_(network: nn.Module, early: bool = True, portable: bool = True) -> 
                                f'{" and ".join(kinds_of(products))}.')
     floating: set[Neuron] = set()  # what spikes to be multiplied in floating point
     for _, _, products in layers:
-        if portable and kinds_of(products) == (QK, AV) and not levels_fit(products[0]):
+        if portable and kinds_of(products) in ((QK, AV), (QK,)) and not levels_fit(products[0]):
             floating.update(*(product.operands for product in products))
     neurons, fired = early_neurons(network, floating) if early else ({}, set())
     for name, layer, products in layers:
-        new: nn.Module | None = None
+        step, columns = (layer._buffers.get(key) for key in ('weight_step', 'columns'))
         kinds = kinds_of(products)
-        product = products[0]
-        step = layer._buffers.get('weight_step')
         if kinds == (LINEAR,):
-            new = _Linear(product, step, layer._buffers.get('columns'), neurons.get(name))
+            replace_(network, name, _Linear(products[0], step, columns, neurons.get(name)))
         elif kinds == (CONVOLUTION,):
-            new = _Conv2d(product, step)
-        elif kinds == (QK, AV):
-            new = _Attention(product, products[1], fired, portable)
-        if new is not None:
-            network.set_submodule(name, new)
-    for name, neuron in list(named_neurons(network)):  # of gates and positions
-        network.set_submodule(name, DecodedLevels(neuron))
+            replace_(network, name, _Conv2d(products[0], step))
+        elif kinds in ATTENTION_FORMS:
+            replace_(network, name, ATTENTION_FORMS[kinds](*products, fired, portable))
+    for name, neuron in list(named_neurons(network)):  # of gates, maps and positions
+        tables = integer_form(neuron)
+        network.set_submodule(name, DecodedLevels(neuron) if tables is None else _BesideTables(neuron, tables))
 
 
 def linear_neurons(network: nn.Module) -> dict[str, FiredLevels]:
@@ -69,7 +68,7 @@ def linear_neurons(network: nn.Module) -> dict[str, FiredLevels]:
             if isinstance(layer, _Linear) and isinstance(layer.neuron, FiredLevels)}
 
 
-GRAPH_FORMS = ((LINEAR,), (CONVOLUTION,), (QK, AV), (GATE,), (POSITION,))
+GRAPH_FORMS = ((LINEAR,), (CONVOLUTION,), (QK, AV), (QK,), (AV,), (GATE,), (MAPS,), (POSITION,))
 
 
 def _weights(weight: torch.Tensor, step: torch.Tensor, axis: int) -> torch.Tensor:
@@ -166,30 +165,70 @@ class _Conv2d(nn.Module):
         return out if self.bias is None else out + self.bias.view(-1, 1, 1)
 
 
-class _Attention(nn.Module):
-    """QK^T and AV, each row divided by its spike sum; arguments as of `AttentionProduct`.
+class _Scores(nn.Module):
+    """QK^T; arguments as of `ScoreProduct`.
 
     Levels that meet levels have no weights that could be made smaller: a product that not every processor would sum
     exactly in int8 is left to float32, if the graph is to be `portable`.
     """
     score_step: torch.Tensor
+
+    def __init__(self, product: Product, fired: Collection[Neuron] = (), portable: bool = True):
+        super().__init__()
+        q, k = product.operands
+        self.q = _Operand(q, q in fired)
+        self.k = _Operand(k, k in fired, not portable or levels_fit(product))
+        # powers of two per channel cancel, so what remains is one step per head
+        self.register_buffer('score_step', (q.step * k.step)[..., :1].clone())
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, scale: float = 1.) -> torch.Tensor:
+        q, q_row = self.q(query)
+        k, k_row = self.k(key)
+        step = self.score_step * scale
+        scores = q @ k.transpose(-2, -1)
+        scores = scores * (step if q_row is None else step * q_row)
+        return scores if k_row is None else scores * k_row.transpose(-2, -1)
+
+
+class _Values(nn.Module):
+    """AV, each row divided by its spike sum; arguments as of `ValueProduct`."""
     v_step: torch.Tensor
     v_center: torch.Tensor | None
 
-    def __init__(self, scores: Product, values: Product, fired: Collection[Neuron] = (), portable: bool = True):
+    def __init__(self, product: Product, fired: Collection[Neuron] = (), portable: bool = True):
         super().__init__()
-        (q, k), (attn, v) = scores.operands, values.operands
-        self.q = signed_levels(q)
-        self.k = signed_levels(k)
+        attn, v = product.operands
         self.attn = FiredLevels(attn)
-        self.v = signed_levels(v)
-        self.fired = [neuron in fired for neuron in (q, k, v)]  # which are levels by then
-        self.int8_scores = not portable or levels_fit(scores)
-        self.int8_values = self.attn.range[1] <= MAX_BYTE_LEVEL and (not portable or levels_fit(values))
-        # powers of two per channel cancel, so what remains is one step per head
-        self.register_buffer('score_step', (q.step * k.step)[..., :1].clone())
+        self.v = _Operand(v, v in fired)
+        self.int8 = self.attn.range[1] <= MAX_BYTE_LEVEL and (not portable or levels_fit(product))
         self.register_buffer('v_step', v.step)
         self.register_buffer('v_center', v.center)
+
+    def forward(
+            self,
+            scores: torch.Tensor,
+            value: torch.Tensor,
+            dropout_p: float = 0.,
+            attn_mask: torch.Tensor | None = None,
+            is_causal: bool = False,
+    ) -> torch.Tensor:
+        v, _ = self.v(value)
+        attn, _ = self.attn(softmax_numerators(scores, attn_mask, is_causal))
+        # of wide levels in float32, which OpenVINO does faster than two planes of int8
+        attn = beside_levels(attn, self.attn.range) if self.int8 else attn.round()
+        out = attn @ v
+        total = attn.sum(dim=-1, keepdim=True)
+        out = out / total.clamp_min(1.) * self.v_step
+        return out if self.v_center is None else out + self.v_center * total.clamp(max=1.)  # none of no key
+
+
+class _Attention(nn.Module):
+    """QK^T and AV; arguments as of `AttentionProduct`."""
+
+    def __init__(self, scores: Product, values: Product, fired: Collection[Neuron] = (), portable: bool = True):
+        super().__init__()
+        self.scores = _Scores(scores, fired, portable)
+        self.values = _Values(values, fired, portable)
 
     def forward(
             self,
@@ -201,34 +240,44 @@ class _Attention(nn.Module):
             is_causal: bool = False,
             scale: float | None = None,
     ) -> torch.Tensor:
-        q, q_row = self._operand(0, self.q, query)
-        k, k_row = self._operand(1, self.k, key, self.int8_scores)
-        v, _ = self._operand(2, self.v, value)
-        step = self.score_step * (query.shape[-1] ** -0.5 if scale is None else scale)
-        scores = q @ k.transpose(-2, -1)
-        scores = scores * (step if q_row is None else step * q_row)
-        if k_row is not None:
-            scores = scores * k_row.transpose(-2, -1)
-        attn, _ = self.attn(softmax_numerators(scores, attn_mask, is_causal))
-        # of wide levels in float32, which OpenVINO does faster than two planes of int8
-        attn = beside_levels(attn, self.attn.range) if self.int8_values else attn.round()
-        out = attn @ v
-        total = attn.sum(dim=-1, keepdim=True)
-        out = out / total.clamp_min(1.) * self.v_step
-        return out if self.v_center is None else out + self.v_center * total.clamp(max=1.)  # none of no key
+        scores = self.scores(query, key, query.shape[-1] ** -0.5 if scale is None else scale)
+        return self.values(scores, value, dropout_p, attn_mask, is_causal)
 
-    def _operand(
-            self,
-            index: int,
-            neuron: FiredLevels,
-            x: torch.Tensor,
-            int8: bool = True,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Levels of q, k or v, and their factor per token."""
-        if self.fired[index]:
+
+ATTENTION_FORMS: dict[tuple[str, ...], Callable[..., nn.Module]] = {
+    (QK, AV): _Attention, (QK,): _Scores, (AV,): _Values}
+
+
+class _Operand(nn.Module):
+    """Levels of q, k or v, and their factor per token, of a current or, where neurons fired before, of levels."""
+
+    def __init__(self, neuron: Neuron, fired: bool, int8: bool = True):
+        super().__init__()
+        self.levels = signed_levels(neuron)
+        self.fired, self.int8 = fired, int8
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self.fired:
             return x, None
-        levels, row = neuron(x)
-        return beside_levels(levels, neuron.range) if int8 else levels.round(), row
+        k, row = self.levels(x)
+        return beside_levels(k, self.levels.range) if self.int8 else k.round(), row
+
+
+class _BesideTables(nn.Module):
+    """Levels that meet tables of whole numbers, in float32, which is exact."""
+    step: torch.Tensor
+
+    def __init__(self, neuron: Neuron, tables: IntegerTables):
+        super().__init__()
+        self.levels, self.tables = fired_levels(neuron), tables
+        self.register_buffer('step', neuron.step)
+
+    def encode(self, x: torch.Tensor) -> Spikes:
+        k, row = self.levels(x)
+        return Spikes(beside_levels(k, self.levels.range), self.step, row)
+
+    def meet(self, spikes: Spikes, table: torch.Tensor, compute: Compute) -> torch.Tensor:
+        return self.tables(spikes, table, compute)
 
 
 def levels_fit(product: Product) -> bool:

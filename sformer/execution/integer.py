@@ -14,11 +14,13 @@ import torch.nn.functional as F
 
 from ..errors import SFormerError, UncalibratedError
 from ..layers import Product, SpikingLayer, is_calibrated, named_products, shared_copy, uncalibrated
-from ..layers.multiplying import CONVOLUTION, LINEAR, kinds_of
-from ..neurons import Float32Buffers, Neuron, ScaleAndFire, SharedScaleAndFire
+from ..layers.multiplying import CONVOLUTION, LINEAR, POSITION, kinds_of
+from ..layers.table import replace_
+from ..neurons import Float32Buffers, Neuron, ScaleAndFire, SharedScaleAndFire, Spikes
 from ..neurons.levels import EXACT
 from .rounding import IntegerWeights, integer_weights, rounded
 from .saturation import MAX_WEIGHT, upright, weight_limit
+from .tables import IntegerTables
 
 __all__ = [
     'to_integer_', 'folded_bias', 'multiplies_int8', 'IntegerLinear', 'IntegerConv2d', 'IntegerReport',
@@ -57,6 +59,13 @@ class IntegerLayer(Float32Buffers, SpikingLayer):
         raise SFormerError('the weights of this network are int8, so its source is gone: keep a copy of the model that '
                            'to_integer_() is given.')
 
+    def fired(self, x: torch.Tensor) -> Spikes:
+        """What the neuron fires on a current."""
+        if not x.is_floating_point():
+            raise SFormerError(f'{type(self).__name__} was given {x.dtype} instead of a current: a forward that casts '
+                               f'what it hands to a layer to the type of its weights does not suit int8 weights.')
+        return self.neuron.encode(x)
+
 
 class IntegerLinear(IntegerLayer):
     """Linear layer on spikes with int8 weights.
@@ -91,7 +100,7 @@ class IntegerLinear(IntegerLayer):
         self.register_buffer('floating', None if self.int8 else weights.weight.to(torch.float32), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        spikes = self.neuron.encode(x)
+        spikes = self.fired(x)
         out = self.sums(spikes.levels).to(torch.float32) * self.weight_step
         if spikes.token_scale is not None:
             out = out * spikes.token_scale
@@ -150,7 +159,7 @@ class IntegerConv2d(IntegerLayer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         torch._assert(x.shape[-3] == self.in_channels, 'currents have another number of channels than the weights')
-        out = self.sums(self.neuron.encode(x).levels).to(torch.float32) * self.weight_step
+        out = self.sums(self.fired(x).levels).to(torch.float32) * self.weight_step
         return (out if self.bias is None else out + self.bias.view(-1, 1, 1)).to(x.dtype)
 
     def multiplies(self) -> list[Product]:
@@ -256,7 +265,7 @@ def to_integer_(
         if any(product.weight is not None and product.weight.is_floating_point() for product in found):
             _check_layer(name, found)
             products[name] = found
-    made: dict[str, nn.Module] = {}
+    made: dict[str, nn.Module | IntegerTables] = {}
     reports, images = [], None if batches is None else [*batches]
     for name, product, moments in _with_moments(model, products, images):
         new, report = _integer_layer(name, product, moments, portable)
@@ -268,7 +277,10 @@ def to_integer_(
         if new is not None:
             made[name] = new
     for name, new in made.items():  # now that no moments of the simulation are needed any more
-        model.set_submodule(name, new.train(model.get_submodule(name).training))
+        if isinstance(new, IntegerTables):
+            products[name][0].operands[0].meet = new
+        else:
+            replace_(model, name, new.train(model.get_submodule(name).training))
     return reports
 
 
@@ -333,13 +345,16 @@ def _integer_layer(
         products: list[Product],
         moments: torch.Tensor | None,
         portable: bool,
-) -> tuple[nn.Module | None, IntegerReport]:
+) -> tuple[nn.Module | IntegerTables | None, IntegerReport]:
     """A layer in integers, if there is such a form of it, and what became of it."""
     product, neuron = products[0], products[0].operands[0]
     reason = ''
+    if kinds_of(products) == (POSITION,) and type(neuron) is ScaleAndFire:
+        error = rounded(product.weights.detach().to(torch.float32) * neuron.step).error
+        return IntegerTables(), IntegerReport(name, error)
     if len(products) > 1 or product.kind not in INTEGER_FORMS:
         reason = (f'there is no form of {" and ".join(kinds_of(products))} in integers: there are those of '
-                  f'{" and ".join(INTEGER_FORMS)}')
+                  f'{", ".join(INTEGER_FORMS)} and {POSITION}')
     elif product.pads and (product.pads != 'zeros' or getattr(neuron, 'center', None) is not None):
         reason = 'what it pads with is no zero'
     if reason:

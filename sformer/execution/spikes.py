@@ -12,12 +12,22 @@ import torch
 import torch.nn as nn
 
 from ..errors import SFormerError, UncalibratedError
-from ..layers import AttentionProduct, Product, SpikingLayer, is_calibrated, named_products, uncalibrated
-from ..layers.multiplying import AV, CONVOLUTION, GATE, LINEAR, QK, kinds_of
+from ..layers import (
+    AttentionProduct,
+    Product,
+    ScoreProduct,
+    SpikingLayer,
+    ValueProduct,
+    is_calibrated,
+    named_products,
+    uncalibrated,
+)
+from ..layers.multiplying import AV, CONVOLUTION, GATE, LINEAR, MAPS, POSITION, QK, kinds_of
 from ..layers.products import softmax_numerators
-from ..layers.table import become_
+from ..layers.table import become_, replace_
 from ..neurons import Neuron, ScaleAndFire
 from .integer import IntegerConv2d, IntegerLinear
+from .tables import Compute, IntegerTables, TableProduct, Weights, integer_form
 
 __all__ = ['SPIKE_CODINGS', 'spike_planes', 'spike_trains', 'to_spikes_']
 
@@ -138,10 +148,54 @@ class SpikeIntegerConv2d(SpikeSums, IntegerConv2d):
     pass
 
 
-class SpikeAttention(SpikeForm, AttentionProduct):
-    """QK^T and AV of spikes with spikes, exact. The centre of keys is left out, to which the softmax is blind; steps of
-    the softmax numerators cancel with those of their sum."""
+def _meet(a: torch.Tensor, b: torch.Tensor, coding: str, compute: Compute) -> torch.Tensor:
+    """Product of levels with levels, planes of one with planes of the other."""
+    return _summed(a, coding, lambda plane: _summed(b, coding, lambda other: compute(plane, other)))
+
+
+class SpikeScores(SpikeForm, ScoreProduct):
+    """QK^T of spikes with spikes, exact. The centre of keys is left out, to which the softmax is blind."""
     executed = True
+    multiplies = ScoreProduct.multiplies
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return self.scores(query, key).to(query.dtype)
+
+    def scores(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """Scores in float64."""
+        q = self.q_neuron.encode(query)
+        k = self.k_neuron.encode(key)
+        if q.center is not None:
+            raise SFormerError(f'queries of a {type(self.q_neuron).__name__} have a centre, which spikes do not carry.')
+        steps = q.step.to(torch.float64) * k.step  # one per head: what a channel of q gains, that of k gives
+        step = steps.amax(-1, keepdim=True)
+        relative = _fixed_point(steps / step)
+        scores = _meet(q.levels, k.levels.transpose(-2, -1), self.coding, lambda a, b: (a * relative) @ b) * step
+        for row in (q.token_scale, None if k.token_scale is None else k.token_scale.transpose(-2, -1)):
+            scores = scores if row is None else scores * row
+        return scores
+
+
+class SpikeValues(SpikeForm, ValueProduct):
+    """AV of spikes with spikes, exact: steps of the softmax numerators cancel with those of their sum."""
+    executed = True
+    multiplies = ValueProduct.multiplies
+
+    def forward(self, scores: torch.Tensor, value: torch.Tensor, dropout_p: float = 0.) -> torch.Tensor:
+        return self.values(softmax_numerators(scores), value)
+
+    def values(self, numerators: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Means of values, weighed by softmax numerators."""
+        attn, v = self.attn_neuron.encode(numerators), self.v_neuron.encode(value)
+        total = attn.levels.sum(dim=-1, keepdim=True)  # int64
+        out = _meet(attn.levels, v.levels, self.coding, torch.matmul) * v.step / total.clamp_min(1)
+        if v.center is not None:  # rows sum to one, those that see no key to nothing
+            out = out + v.center * total.clamp(max=1)
+        return out.to(value.dtype)
+
+
+class SpikeAttention(SpikeScores, SpikeValues, AttentionProduct):
+    """QK^T and AV of spikes with spikes, exact."""
     multiplies = AttentionProduct.multiplies
 
     def forward(
@@ -154,44 +208,48 @@ class SpikeAttention(SpikeForm, AttentionProduct):
             is_causal: bool = False,
             scale: float | None = None,
     ) -> torch.Tensor:
-        q = self.q_neuron.encode(query)
-        k = self.k_neuron.encode(key)
-        v = self.v_neuron.encode(value)
-        if q.center is not None:
-            raise SFormerError(f'queries of a {type(self.q_neuron).__name__} have a centre, which spikes do not carry.')
-        steps = q.step.to(torch.float64) * k.step  # one per head: what a channel of q gains, that of k gives
-        step = steps.amax(-1, keepdim=True)
-        relative = _fixed_point(steps / step)
-        scores = self._meet(q.levels, k.levels.transpose(-2, -1), relative) * step
-        for row in (q.token_scale, None if k.token_scale is None else k.token_scale.transpose(-2, -1)):
-            scores = scores if row is None else scores * row
-        scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
-        attn = self.attn_neuron.encode(softmax_numerators(scores.to(query.dtype), attn_mask, is_causal))
-        total = attn.levels.sum(dim=-1, keepdim=True)  # int64
-        out = self._meet(attn.levels, v.levels) * v.step / total.clamp_min(1)
-        if v.center is not None:  # rows sum to one, those that see no key to nothing
-            out = out + v.center * total.clamp(max=1)
-        return out.to(value.dtype)
-
-    def _meet(self, a: torch.Tensor, b: torch.Tensor, relative: torch.Tensor | float = 1.) -> torch.Tensor:
-        """`(a relative) @ b`, planes of one with planes of the other."""
-        return _summed(a, self.coding, lambda plane: _summed(b, self.coding, lambda other: (plane * relative) @ other))
+        scores = self.scores(query, key) * (query.shape[-1] ** -0.5 if scale is None else scale)
+        return self.values(softmax_numerators(scores.to(query.dtype), attn_mask, is_causal), value)
 
 
 class SpikeGate(SpikeForm, ScaleAndFire):
-    """Neuron of a gate or of its value, whose spikes meet those of the other one by one."""
-    def multiply(self, x: torch.Tensor, other: Neuron, y: torch.Tensor) -> torch.Tensor:
+    """Neuron of a gate or of its value, or of maps and values, whose spikes meet those of the other one by one."""
+    def multiply(self, x: torch.Tensor, other: Neuron, y: torch.Tensor, compute: Compute) -> torch.Tensor:
         a, b = self.encode(x), other.encode(y)
-        out = _summed(a.levels, self.coding, lambda plane: _summed(b.levels, self.coding, lambda more: plane * more))
+        out = _meet(a.levels, b.levels, self.coding, compute)
         for spikes in (a, b):
             out = out * spikes.step if spikes.token_scale is None else out * spikes.step * spikes.token_scale
         return out.to(x.dtype)
 
 
+@dataclasses.dataclass(frozen=True)
+class SpikeTables(TableProduct):
+    """Tables that meet spikes in a coding.
+
+    Args:
+        coding: The coding.
+        integer: How spikes meet the tables where these are int8.
+    """
+    coding: str
+    integer: IntegerTables | None
+
+    def weights(self, folded: torch.Tensor) -> Weights:
+        if self.integer is None:
+            return Weights(_fixed_point(folded), folded.new_ones(*folded.shape[:-1], 1))
+        numbers, step = self.integer.weights(folded)
+        return Weights(numbers.to(torch.float64), step)
+
+    def sums(self, levels: torch.Tensor, numbers: torch.Tensor, compute: Compute) -> torch.Tensor:
+        return _summed(levels, self.coding, lambda plane: compute(plane, numbers))
+
+
 # what becomes of a layer of these products, with weights in floating point and with int8 ones
-Forms = dict[tuple[str, ...], type[SpikeForm]]
+Form = type[SpikeForm] | type[SpikeTables]
+Forms = dict[tuple[str, ...], Form]
 SPIKE_FORMS: Forms = {
-    (LINEAR,): SpikeProduct, (CONVOLUTION,): SpikeProduct, (QK, AV): SpikeAttention, (GATE,): SpikeGate}
+    (LINEAR,): SpikeProduct, (CONVOLUTION,): SpikeProduct, (QK, AV): SpikeAttention, (QK,): SpikeScores,
+    (AV,): SpikeValues, (GATE,): SpikeGate, (MAPS,): SpikeGate, (POSITION,): SpikeTables}
+BY_NEURON = (SpikeGate, SpikeTables)  # forms of the neurons, whose layer stays
 SPIKE_INTEGER_FORMS: Forms = {(LINEAR,): SpikeIntegerLinear, (CONVOLUTION,): SpikeIntegerConv2d}
 
 
@@ -222,15 +280,18 @@ def to_spikes_(model: nn.Module, coding: str = 'binary') -> nn.Module:
     for name, layer, products, form in list(_changes(model)):
         if form is SpikeProduct:
             layer = SpikeProduct(products[0]).train(layer.training)
-            model.set_submodule(name, layer)
-        for part in products[0].operands if form is SpikeGate else (layer,):
+            replace_(model, name, layer)
+        for part in products[0].operands if form in BY_NEURON else (layer,):
+            if issubclass(form, SpikeTables):
+                part.meet = form(coding, integer_form(part))
+                continue
             become_(part, form)
             assert isinstance(part, SpikeForm)
             part.coding = coding
     return model
 
 
-def _changes(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[Product], type[SpikeForm]]]:
+def _changes(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[Product], Form]]:
     """Modules that multiply, with names and products, and what becomes of them."""
     for name, layer, products in named_products(model):
         if name.endswith('.base_layer'):
@@ -244,7 +305,7 @@ def _changes(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[Product], 
                                f'spike: they are {" and ".join(kinds)}, not one of {known}.')
         if form is SpikeProduct and not name:
             raise SFormerError('a layer cannot be replaced in itself: hand over a module that it is part of.')
-        for neuron in products[0].operands if form is SpikeGate else ():
+        for neuron in products[0].operands if form in BY_NEURON else ():
             if type(neuron) not in (ScaleAndFire, SpikeGate):
                 part = next(part for part, child in layer.named_children() if child is neuron)
                 raise SFormerError(f'{f"{name}.{part}".lstrip(".")} is a {type(neuron).__name__}, whose products are '

@@ -17,7 +17,7 @@ from timm.models import vision_transformer_sam as sam
 from ..neurons import SFNConfig, new_neuron
 from .linear import SpikingLinear
 from .meeting import MeetingMixin
-from .multiplying import POSITION, Product
+from .multiplying import POSITION, Multiplying, Product
 from .products import AttentionProduct
 from .table import register_spiking
 
@@ -48,14 +48,16 @@ class SpikingAttentionMixin(MeetingMixin):
             projection = getattr(projection, 'linear', projection)
             if isinstance(projection, SpikingLinear):
                 projection.neuron.unbounded = True
-        num_heads, head_dim, v_head_dim = self.head_widths()
-        device = next((p.device for p in self.parameters()), None)
-        group_size = getattr(self, 'num_kv_groups', 1)
-        self.products = nn.ModuleList(
-            AttentionProduct(num_heads, head_dim, v_head_dim, config, device, group_size)
-            for _ in range(self.num_products))
+        self.products = nn.ModuleList(self.new_products(config, next((p.device for p in self.parameters()), None)))
         # where a sigmoid gate multiplies the output of attention, both spike, with a step per channel
         self.add_gate((self.proj.in_features,) if getattr(self, 'gate', None) is not None else None, config)
+
+    def new_products(self, config: SFNConfig, device: torch.device | None) -> list[Multiplying]:
+        """Products of activations, in the order in which they are met."""
+        num_heads, head_dim, v_head_dim = self.head_widths()
+        group_size = getattr(self, 'num_kv_groups', 1)
+        return [AttentionProduct(num_heads, head_dim, v_head_dim, config, device, group_size)
+                for _ in range(self.num_products)]
 
     def head_widths(self) -> tuple[int, int, int]:
         """Heads, channels of queries and keys in each, and of values."""
@@ -130,20 +132,15 @@ class SpikingSamAttention(SpikingAttentionMixin, sam.Attention):  # type: ignore
     def add_neurons(self, config: SFNConfig) -> None:
         super().add_neurons(config)
         if self.use_rel_pos:
-            self.position_neuron = new_neuron(
-                (self.num_heads, 1, 1, self.head_dim), config, device=self.rel_pos_h.device)
+            self.position_neuron = new_neuron((self.head_dim,), config, token=True, device=self.rel_pos_h.device)
 
     def expected(self) -> list[str]:
         return ['position', 'position'] * (self.position_neuron is not None) + super().expected()
 
-    def fire_positions(self, query: torch.Tensor) -> torch.Tensor:
-        assert self.position_neuron is not None
-        return self.position_neuron(query.unflatten(0, (-1, self.num_heads))).flatten(0, 1)
-
     def attend(self, product: AttentionProduct, *args: torch.Tensor, **kwargs: object) -> torch.Tensor:
         """Of queries, keys and values whose heads are examples of the batch, (B heads, L, D)."""
-        mask = kwargs.pop('attn_mask', None)
-        if isinstance(mask, torch.Tensor):
+        mask = cast(torch.Tensor | None, kwargs.pop('attn_mask', None))  # which a tracer has a proxy of
+        if mask is not None:
             kwargs['attn_mask'] = mask.unflatten(0, (-1, self.num_heads))
         return product(*(x.unflatten(0, (-1, self.num_heads)) for x in args), **kwargs).flatten(0, 1)
 
@@ -156,9 +153,9 @@ class SpikingSamAttention(SpikingAttentionMixin, sam.Attention):  # type: ignore
 
 
 def _meet_tables(rows: int, query: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
-    """Products (B, H, rows, columns, K) of queries (B, H, rows, columns, D) with tables of relative rows and columns;
-    so many of the tables, the first, are of rows."""
-    (height, width), (down, across) = query.shape[2:4], tables.split([rows, len(tables) - rows])
-    down = torch.einsum('bnhwc,hkc->bnhwk', query, sam.get_rel_pos(height, height, down))
-    across = torch.einsum('bnhwc,wkc->bnhwk', query, sam.get_rel_pos(width, width, across))
+    """Products (B, rows, columns, K) of queries (B, rows, columns, D) with tables of relative rows and columns; so many
+    of the tables, the first, are of rows."""
+    (height, width), (down, across) = query.shape[1:3], tables.split([rows, len(tables) - rows])
+    down = torch.einsum('bhwc,hkc->bhwk', query, sam.get_rel_pos(height, height, down))
+    across = torch.einsum('bhwc,wkc->bhwk', query, sam.get_rel_pos(width, width, across))
     return torch.cat([down, across], dim=-1)

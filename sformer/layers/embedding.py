@@ -1,8 +1,11 @@
 """Embeddings of patches, which read 8-bit pixels as graded spikes: of images, or of flat patches."""
+import contextlib
+
 import torch
 import torch.nn as nn
 from timm.layers import PatchEmbed
 from timm.models import gemma4_vit, naflexvit
+from torch.overrides import TorchFunctionMode
 
 from ..neurons import GradedCoding, PatchCoding, SFNConfig
 from .linear import SpikingConv2d, SpikingLinear
@@ -50,10 +53,26 @@ class SpikingNaFlexEmbeds(PixelEmbedMixin, naflexvit.NaFlexEmbeds):  # type: ign
             super().add_neurons(config)
 
 
+class _KeptCurrent(TorchFunctionMode):
+    """Leaves a current as it is where a forward, before all else, gives it the type of weights that are int8."""
+    kept = False
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.to and args[1:] == (torch.int8,) and not self.kept:
+            self.kept = True
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
 @register_spiking(gemma4_vit.Gemma4PatchEmbed)
 class SpikingGemma4PatchEmbed(PixelEmbedMixin, gemma4_vit.Gemma4PatchEmbed):  # type: ignore[misc]
     """Embedding of flat patches on graded spikes."""
     channels_last = False
+
+    def forward(self, *args: object, **kwargs: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        weight = self.input_proj.weight
+        with contextlib.nullcontext() if weight.is_floating_point() else _KeptCurrent():
+            return super().forward(*args, **kwargs)
 
     def _position_embeddings(self, position_ids: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
         """What timm multiplies by one-hot positions is a look-up in a table."""

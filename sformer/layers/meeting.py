@@ -6,7 +6,7 @@ activation function gates is multiplied by the layer's neurons.
 import functools
 import operator
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import timm
 import torch
@@ -15,13 +15,16 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from ..errors import UnsupportedLayerError
-from ..neurons import Neuron, SFNConfig, new_neuron
+from ..neurons import Neuron, SFNConfig, Spikes, new_neuron
 from . import products
 from .multiplying import GATE, Multiplying, Product
 from .products import AttentionProduct
 from .table import SpikingLayer
 
 __all__ = ['MeetingMixin']
+
+MATMUL = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, operator.matmul)
+SOFTMAX = (torch.softmax, torch.Tensor.softmax, F.softmax)
 
 
 class _ToNeurons(TorchFunctionMode):
@@ -33,10 +36,14 @@ class _ToNeurons(TorchFunctionMode):
         self.met = met  # names of the products that came by; the caller's own, as dynamo reads no attribute of a mode
         self.gate: torch.Tensor | None = None
         self.query: torch.Tensor | None = None
-        self.fired: torch.Tensor | None = None
+        self.fired: torch.Tensor | Spikes | None = None
+        self.dropout_p = 0.
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if self.layer.by_hand:
+            out = self._by_hand(func, args, kwargs)
+            return func(*args, **kwargs) if out is None else out
         if func is F.scaled_dot_product_attention:
             self.met.append('attention')
             call = self.met.count('attention')
@@ -45,10 +52,11 @@ class _ToNeurons(TorchFunctionMode):
                 return self.layer.attend(product, *args, **kwargs)
         if func is torch.einsum and self.layer.position_neuron is not None:
             equation, query, table = args
+            neuron = self.layer.position_neuron
             if query is not self.query:  # it fires once, and meets the tables of rows and columns
-                self.query, self.fired = query, self.layer.fire_positions(query)
+                self.query, self.fired = query, products.fired_for_tables(neuron, query)
             self.met.append('position')
-            return func(equation, self.fired, table)
+            return products.meet_table(neuron, self.fired, table, functools.partial(func, equation))
         gate_neuron, value_neuron = self.layer.gate_neuron, self.layer.value_neuron
         if gate_neuron is not None and value_neuron is not None:
             if func in self.layer.gate_functions:
@@ -61,6 +69,29 @@ class _ToNeurons(TorchFunctionMode):
                 return products.multiply(value_neuron, value, gate_neuron, self.gate)
         return func(*args, **kwargs)
 
+    def _by_hand(
+            self,
+            func: Callable[..., torch.Tensor],
+            args: tuple[Any, ...],
+            kwargs: dict[str, Any],
+    ) -> torch.Tensor | None:
+        """What becomes of QK^T, the softmax, the dropout after it, and AV; None of another operation."""
+        scores, values = self.layer.products
+        mixes = isinstance(values, products.MixedProduct)
+        if func in MATMUL and args[1].ndim == 4:  # of heads: weights have two dimensions
+            self.met.append('product')
+            if self.met.count('product') == 1:
+                return scores(args[0], args[1].transpose(-2, -1))
+            if self.met.count('product') == 2:  # one too many is refused when the forward is over
+                return values(args[0], args[1]) if mixes else values(args[0], args[1], self.dropout_p)
+        if func in SOFTMAX and not mixes:  # `values` weighs by it
+            self.met.append('softmax')
+            return args[0]
+        if func is F.dropout and self.met[-1:] == ['softmax']:
+            self.dropout_p = kwargs['p'] if kwargs['training'] else 0.
+            return args[0]
+        return None
+
 
 class MeetingMixin(SpikingLayer):
     """A layer of timm whose products of activations are met in its own forward.
@@ -70,6 +101,7 @@ class MeetingMixin(SpikingLayer):
     """
     spiking_parts: tuple[str, ...] = ('gate_neuron', 'value_neuron', 'position_neuron')
     num_products = 0  # calls of attention in the layer's forward
+    by_hand = False  # whether that multiplies matrices instead
     gate_functions: tuple[Callable[..., torch.Tensor], ...] = (torch.Tensor.sigmoid,)
     products: nn.ModuleList
     gate_neuron: Neuron | None
@@ -86,10 +118,6 @@ class MeetingMixin(SpikingLayer):
     def attend(self, product: AttentionProduct, *args: torch.Tensor, **kwargs: object) -> torch.Tensor:
         """What attention is of the arguments of its call."""
         return product(*args, **kwargs)
-
-    def fire_positions(self, query: torch.Tensor) -> torch.Tensor:
-        """What queries fire where they meet tables of relative positions."""
-        raise NotImplementedError
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         """Give the forward the signature of the source's, by which symbolic tracing makes its proxies."""

@@ -16,15 +16,18 @@ from ..neurons import FitConfig, Neuron
 from ..neurons.base import Observed
 
 __all__ = [
-    'AV', 'CONVOLUTION', 'GATE', 'LINEAR', 'POSITION', 'QK', 'Multiplying', 'Product', 'kinds_of', 'named_products',
+    'AV', 'CONVOLUTION', 'GATE', 'LINEAR', 'MAPS', 'POSITION', 'QK', 'Multiplying', 'Product', 'kinds_of',
+    'named_products',
 ]
 
 # Kinds, and what a module computes whose only products these are: another execution may take its place.
 LINEAR = 'linear'  # weights (D, C) on spikes (..., C), and a bias (D,)
 CONVOLUTION = 'convolution'  # weights on spikes (B, C, H, W), and a bias
-QK, AV = 'QK^T', 'AV'  # together, what `AttentionProduct` computes; called as it is
+# together, what `AttentionProduct` computes, called as it is; one by one, `ScoreProduct` and `ValueProduct`
+QK, AV = 'QK^T', 'AV'
 POSITION = 'positions'  # queries on tables of relative positions; an execution replaces the neuron
 GATE = 'gate'  # by `products.multiply`, whose neurons an execution replaces
+MAPS = 'maps V'  # likewise: mixed maps of attention on values
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

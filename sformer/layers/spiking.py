@@ -15,14 +15,15 @@ from ..neurons import FitConfig, Neuron, SFNConfig
 from ..neurons.base import Observed
 from .embedding import PixelEmbedMixin
 from .multiplying import Multiplying
-from .products import AttentionProduct
-from .table import CONSTANT_LAYERS, FLOATING_LAYERS, SPIKING_LAYERS, SpikingLayer, become_
+from .products import AttentionProduct, MixedProduct, ScoreProduct, ValueProduct
+from .table import CONSTANT_LAYERS, FLOATING_LAYERS, SPIKING_LAYERS, SpikingLayer, become_, constant_children
 
 __all__ = [
     'check_weights_are_parameters', 'is_calibrated', 'named_neurons', 'ordinary_', 'ordinary_tensors', 'placed',
     'revert_', 'shared_copy', 'source_view', 'spiking_', 'uncalibrated', 'unwrapped', 'without_neurons',
 ]
 
+PRODUCTS = (AttentionProduct, ScoreProduct, ValueProduct, MixedProduct)  # of spikes with spikes
 # whose forward is that of the network in them
 WRAPPERS = (
     nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel, OptimizedModule, ModelEmaV2, ModelEmaV3)
@@ -116,11 +117,14 @@ def _filtered(
         name: str = '',
 ) -> Iterator[tuple[str, nn.Module]]:
     """Modules with their names, parents first, without neurons, and what is or is below a constant or filtered one."""
-    if (isinstance(module, (Neuron, AttentionProduct)) or type(module) in CONSTANT_LAYERS
+    if (isinstance(module, (Neuron, *PRODUCTS)) or type(module) in CONSTANT_LAYERS
             or (filter_fn is not None and not filter_fn(module, name))):
         return
     yield name, module
+    constant = constant_children(module)
     for child_name, child in module.named_children():
+        if child in constant:
+            continue
         yield from _filtered(child, filter_fn, f'{name}.{child_name}' if name else child_name)
 
 
@@ -158,7 +162,7 @@ def _is_unknown(module: nn.Module) -> bool:
 def multiplies_currents(module: nn.Module) -> bool:
     """Whether a product in the forward of a module is of no spikes, nor of what a filter left as it was: layers that
     `spiking_` would have converted or refused, of which none spikes."""
-    if type(module) in {*SPIKING_LAYERS.values(), *FLOATING_LAYERS, AttentionProduct} and getattr(
+    if type(module) in {*SPIKING_LAYERS.values(), *FLOATING_LAYERS, *PRODUCTS} and getattr(
             module, 'vetted', True):
         return False
     layers = list(module.modules())

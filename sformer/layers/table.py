@@ -5,7 +5,7 @@ from typing import TypeVar
 import torch.nn as nn
 from timm import layers as tl
 from timm.layers import norm_act, pool2d_same
-from timm.models import beit, eva, gemma4_vit, qwen3_vit
+from timm.models import beit, eva, gemma4_vit, qwen3_vit, xcit
 from timm.models import vision_transformer as vit
 from torchvision import ops
 from torchvision.models.detection import anchor_utils, transform
@@ -15,8 +15,8 @@ from ..neurons import SFNConfig
 from .multiplying import Multiplying
 
 __all__ = [
-    'SpikingLayer', 'SPIKING_LAYERS', 'FLOATING_LAYERS', 'CONSTANT_LAYERS', 'become_', 'constant_modules',
-    'register_spiking', 'register_floating',
+    'SpikingLayer', 'SPIKING_LAYERS', 'FLOATING_LAYERS', 'CONSTANT_LAYERS', 'become_', 'constant_children',
+    'constant_modules', 'register_spiking', 'register_floating', 'replace_',
 ]
 
 
@@ -27,6 +27,7 @@ class SpikingLayer(Multiplying):
     `remove_neurons` and changes the class back. `multiplies` says what those neurons are operands of.
     """
     spiking_parts: tuple[str, ...] = ()  # attributes that the source does not have
+    constant_parts: tuple[str, ...] = ()  # children that make a table of nothing but their weights
     vetted = True  # whether its own forward is known to multiply nothing but spikes; of others calibration makes sure
 
     def add_neurons(self, config: SFNConfig) -> None:
@@ -41,6 +42,15 @@ class SpikingLayer(Multiplying):
 def become_(module: nn.Module, kind: type[nn.Module]) -> None:
     """Change the class of a module, in place: of a layer to its spiking counterpart, say, and back."""
     module.__class__ = kind
+
+
+def replace_(network: nn.Module, name: str, new: nn.Module) -> None:
+    """Put a module in the place of a layer, in place, with the numbers and words of that layer (`stride`, say), which
+    the forward of another one may read."""
+    for key, value in vars(network.get_submodule(name)).items():
+        if isinstance(value, (int, float, str, tuple)) and not key.startswith('_') and key not in vars(new):
+            setattr(new, key, value)
+    network.set_submodule(name, new)
 
 
 # Exact types, not subclasses: a subclass may multiply in a forward of its own.
@@ -77,12 +87,18 @@ FLOATING_LAYERS: set[type[nn.Module]] = {
 # Layers that make a table of positions of nothing but their weights, whatever is on an image: what is below stays as it
 # is, too.
 CONSTANT_LAYERS: set[type[nn.Module]] = {
-    tl.RelPosMlp, tl.RelPosBias, tl.RelPosBiasTf, gemma4_vit.Gemma4RotaryEmbedding2D}
+    tl.RelPosMlp, tl.RelPosBias, tl.RelPosBiasTf, gemma4_vit.Gemma4RotaryEmbedding2D, xcit.PositionalEncodingFourier}
+
+
+def constant_children(module: nn.Module) -> set[nn.Module]:
+    """Children of a layer that is in the table, or of its spiking counterpart, that are constant layers."""
+    names = getattr(SPIKING_LAYERS.get(type(module), type(module)), 'constant_parts', ())
+    return {child for name, child in module.named_children() if name in names or type(child) in CONSTANT_LAYERS}
 
 
 def constant_modules(module: nn.Module) -> set[nn.Module]:
     """Constant layers of a module, and what is below them."""
-    return {part for child in module.modules() if type(child) in CONSTANT_LAYERS for part in child.modules()}
+    return {part for parent in module.modules() for child in constant_children(parent) for part in child.modules()}
 
 
 Layer = TypeVar('Layer', bound=type[nn.Module])

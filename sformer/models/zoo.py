@@ -142,6 +142,7 @@ SMALL: dict[str, tuple[str, dict[str, int]]] = {
         'deepseek_vit_412m', dict(embed_dim=64, depth=4, num_heads=2, dynamic_img_pad=True)),
     'sformer_test_naflex': ('naflexvit_base_patch16_gap', dict(embed_dim=64, depth=4, num_heads=2)),
     'sformer_test_sam': ('samvit_base_patch16', dict(embed_dim=64, depth=4, num_heads=2, window_size=4)),
+    'sformer_test_vitamin': ('vitamin_small_224', dict(depth=4)),
     'sformer_test_hybrid': ('vit_tiny_r_s16_p8_224', dict(embed_dim=64, depth=4, num_heads=2)),
 }
 
