@@ -59,7 +59,7 @@ class Importance:
                 cost = cost + (part @ root).square().sum() / len(e)
             elif part.shape[1:] == root.shape:
                 cost = cost + (part * root).square().sum() / len(e)
-        of = -1 if target.ndim < 4 else tuple(range(1, target.ndim))
+        of = (-1,) if target.ndim < 4 else tuple(range(1, target.ndim))
         std = target.float().std(of, correction=0, keepdim=True)
         least = (LEAST * std.mean()).clamp_min(torch.finfo(torch.float32).tiny)  # padding may be constant
         return cost + ANY * (e / std.clamp_min(least)).square().mean()
