@@ -32,6 +32,12 @@ RECIPES = {
     'quiet': '16 levels, a price of activity',
 }
 
+NETWORKS = {  # of the ablation
+    'vit_small_saliency': 'ViT-S',
+    'sformer_micro.cifar10': 'micro',
+    'sformer_eva02_micro.cifar10': 'EVA-02 micro',
+}
+
 
 def read(name: str) -> Any:
     return json.loads((FIGURES / f'{name}.json').read_text(encoding='utf-8'))
@@ -53,9 +59,13 @@ def times(name: str, batch_size: int, against: str, execution: str = 'openvino')
     """How many times as fast an execution is: median, least and most of the rounds."""
     for row in read(name)['results']:
         if (row['execution'], row['batch_size']) == (execution, batch_size):
-            found = row['speedup'][against]
-            return f'{found["median"]:.2f} ({found["min"]:.2f} to {found["max"]:.2f})'
+            return of_pairs(row['speedup'][against])
     raise KeyError(f'{name} has no {execution} of batch size {batch_size}')
+
+
+def of_pairs(found: Any) -> str:
+    """A ratio of times: median, least and most of the rounds."""
+    return f'{found["median"]:.2f} ({found["min"]:.2f} to {found["max"]:.2f})'
 
 
 def recipes() -> str:
@@ -99,6 +109,37 @@ def feedback() -> str:
                      f'{share["dense"]:.1%}'])
     return table(['levels', 'by themselves', 'balanced, with feedback, G = 8', 'operations that lateral spikes cause',
                   'if all were sent'], rows)
+
+
+def ablated() -> dict[tuple[str, int], dict[str, Any]]:
+    """Rows of the ablation by idea, of each network and number of levels."""
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    for row in read('ablation')['results']:
+        found.setdefault((row['network'], row['levels']), {})[row['idea']] = row
+    return found
+
+
+def left_out() -> str:
+    """Errors with one idea of the recipe left out; nothing where that leaves neurons as they are."""
+    found = ablated()
+    ideas = dict.fromkeys(idea for rows in found.values() for idea, row in rows.items() if row['left_out'])
+    rows = [[idea, *(f'{rows[idea]["error"]:.4f}' if idea in rows else '' for rows in found.values())]
+            for idea in ideas]
+    return table(['left out', *(f'{NETWORKS[name]}, N = {n}' for name, n in found)], rows)
+
+
+def added() -> str:
+    """Errors with ideas added, and what they cost over the SFormer without them."""
+    rows = []
+    for (name, n), ideas in ablated().items():
+        plain = ideas['nothing']
+        for idea, row in ideas.items():
+            if row['left_out'] and row is not plain:
+                continue
+            operations = row['operations']['graded'] / plain['operations']['graded']
+            cells = [f'{row["error"]:.4f}', f'{row["activity"]:.3f}', f'{operations:.2f}', of_pairs(row['time'])]
+            rows.append([NETWORKS[name], str(n), idea, *cells])
+    return table(['network', 'N', 'added', 'relative error', 'activity', 'operations', 'time'], rows)
 
 
 def embedded() -> str:
@@ -284,6 +325,8 @@ TABLES: dict[str, Callable[[], str]] = {
     'recipes': recipes,
     'photographs and generated images': generated,
     'feedback': feedback,
+    'left out': left_out,
+    'added': added,
     'fine-tuned ViT-S': fine_tuned,
     'networks in the package': embedded,
     'int8': int8,

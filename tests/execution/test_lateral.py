@@ -43,6 +43,21 @@ def test_a_layer_is_its_simulation(config):
     torch.testing.assert_close(integer(x), expected.float(), rtol=1e-5, atol=1e-5)
 
 
+@torch.no_grad()
+def test_feedback_makes_rounding_of_weights_no_louder():
+    """What a layer in integers adds to its simulation, with feedback and without."""
+    x = torch.randn(400, 48, generator=rng(1)) * torch.logspace(0, 1, 48)
+    torch.manual_seed(0)
+    source, added = nn.Sequential(nn.Linear(48, 12)), []
+    for groups in (0, 8):
+        layer = spiking_(copy.deepcopy(source), SFNConfig(4, lateral=groups))
+        calibrate_(layer, [x])
+        simulated = layer(x)
+        to_integer_(layer)
+        added.append((layer(x) - simulated).norm() / simulated.norm())
+    assert 0 < added[1] < 1.15 * added[0]
+
+
 @pytest.mark.parametrize('stand_up', [False, True])
 @pytest.mark.parametrize('config', CONFIGS, ids=str)
 @torch.no_grad()
