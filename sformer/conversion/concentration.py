@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from ..layers.stream import Stream
+from ..layers.stream import ResidualStream
 
 __all__ = ['components', 'fold_norms_', 'turn_']
 
@@ -37,7 +37,7 @@ def components(covariance: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def fold_norms_(stream: Stream) -> None:
+def fold_norms_(stream: ResidualStream) -> None:
     """Write factors and offsets of norms, and of LayerScale, into the weights beside them, in place: what the network
     computes stays."""
     for norm, layers in stream.readers:
@@ -48,14 +48,14 @@ def fold_norms_(stream: Stream) -> None:
             layer.weight.copy_(weight * factor)
         norm.weight.fill_(1)
         norm.bias.zero_()
-    for layer, scale in stream.writers:
+    for writer, scale in stream.writers:
         if scale is not None:
-            _write_(layer, scale.gamma.detach().to('cpu', torch.float64).diag())
+            _write_(writer, scale.gamma.detach().to('cpu', torch.float64).diag())
             scale.gamma.fill_(1)
 
 
 @torch.no_grad()
-def turn_(stream: Stream, rotation: torch.Tensor) -> None:
+def turn_(stream: ResidualStream, rotation: torch.Tensor) -> None:
     """Let a residual stream, whose norms are folded, be rotated, in place: what is behind the classifier stays.
 
     Args:
@@ -64,8 +64,8 @@ def turn_(stream: Stream, rotation: torch.Tensor) -> None:
     """
     for tokens in stream.tokens:
         tokens.copy_(tokens.to('cpu', torch.float64) @ rotation.T)
-    for layer, _ in stream.writers:
-        _write_(layer, rotation)
+    for writer, _ in stream.writers:
+        _write_(writer, rotation)
     for _, layers in stream.readers:
         for layer in layers:
             layer.weight.copy_(layer.weight.to('cpu', torch.float64) @ rotation.T)

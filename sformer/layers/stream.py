@@ -9,11 +9,13 @@ from timm.models import deit, vision_transformer
 
 from .linear import SpikingConv2d, SpikingLinear
 
-__all__ = ['Stream', 'stream_of']
+__all__ = ['ResidualStream', 'stream_of']
+
+HIDDEN = ('fc1', 'fc1_g', 'fc1_x')  # what reads the input of an MLP, gates too
 
 
 @dataclass(frozen=True)
-class Stream:
+class ResidualStream:
     """A residual stream of C channels, whose basis nobody outside of the network knows.
 
     Args:
@@ -38,10 +40,10 @@ class Stream:
         return [*self.tokens, *scales, *(p.detach() for layer in layers for p in layer.parameters(recurse=False))]
 
 
-def stream_of(model: nn.Module) -> Stream | None:
+def stream_of(model: nn.Module) -> ResidualStream | None:
     """The residual stream of a spiking vision transformer with a linear classifier, whose weights are its own; None
     where something else might read it or write to it."""
-    if not isinstance(model, vision_transformer.VisionTransformer) or not _is_plain(model):
+    if not isinstance(model, vision_transformer.VisionTransformer) or not _is_bare(model):
         return None
     heads = [model.head, *([model.head_dist] if isinstance(model, deit.VisionTransformerDistilled) else [])]
     embed, norm = model.patch_embed.proj, model.fc_norm if isinstance(model.norm, nn.Identity) else model.norm
@@ -50,21 +52,23 @@ def stream_of(model: nn.Module) -> Stream | None:
     for block in model.blocks:
         if not _is_ordinary(block):
             return None
-        writers += [(block.attn.proj, block.ls1), (block.mlp.fc2, block.ls2)]
-        hidden = [part for name, part in block.mlp.named_children() if name in ('fc1', 'fc1_g', 'fc1_x')]
-        readers += [(block.norm1, [block.attn.qkv]), (block.norm2, hidden)]
-    readers.append((norm, heads))
+        writers += [(block.get_submodule('attn.proj'), block.get_submodule('ls1')),
+                    (block.get_submodule('mlp.fc2'), block.get_submodule('ls2'))]
+        hidden = [part for name, part in block.get_submodule('mlp').named_children() if name in HIDDEN]
+        readers += [(block.get_submodule('norm1'), [block.get_submodule('attn.qkv')]),
+                    (block.get_submodule('norm2'), hidden)]
+    readers.append((norm, [*heads]))
     tokens = [getattr(model, name, None) for name in ('cls_token', 'dist_token', 'reg_token', 'pos_embed')]
-    found = _checked(writers, readers)
+    found = _turnable(writers, readers)
     if found is None:
         return None
-    stream = Stream([token.detach() for token in tokens if token is not None], *found)
+    stream = ResidualStream([token.detach() for token in tokens if token is not None], *found)
     read = Counter(id(parameter) for layer in model.modules() for parameter in layer._parameters.values())
     own = all(read[id(parameter)] == 1 for layer in stream.layers() for parameter in layer.parameters(recurse=False))
     return stream if own else None
 
 
-def _is_plain(model: vision_transformer.VisionTransformer) -> bool:
+def _is_bare(model: vision_transformer.VisionTransformer) -> bool:
     """Whether a model has nothing between its embedding and its blocks, nor between these and its classifier, but one
     norm."""
     between = (model.norm_pre, model.patch_embed.norm)
@@ -79,7 +83,7 @@ def _is_ordinary(block: nn.Module) -> bool:
             and getattr(block.attn, 'gate', None) is None and isinstance(block.mlp, (tl.Mlp, tl.GluMlp, tl.SwiGLU)))
 
 
-def _checked(
+def _turnable(
         writers: list[tuple[nn.Module, nn.Module]],
         readers: list[tuple[nn.Module, list[nn.Module]]],
 ) -> tuple[list[tuple[SpikingLinear | SpikingConv2d, tl.LayerScale | None]],
