@@ -20,7 +20,7 @@ from .fired import DecodedLevels, FiredLevels, beside_levels, beside_weights, fi
 from .integer import folded_bias
 from .operators import onnx_operator
 from .saturation import fits, zero_point
-from .tables import Compute, IntegerTables, integer_form
+from .table_products import Compute, IntegerTables, integer_form
 
 __all__ = ['linear_neurons', 'to_graph_']
 

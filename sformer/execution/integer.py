@@ -20,7 +20,7 @@ from ..neurons import Float32Buffers, Neuron, ScaleAndFire, SharedScaleAndFire, 
 from ..neurons.levels import EXACT
 from .rounding import IntegerWeights, integer_weights, rounded
 from .saturation import MAX_WEIGHT, upright, weight_limit
-from .tables import IntegerTables
+from .table_products import IntegerTables
 
 __all__ = [
     'to_integer_', 'folded_bias', 'multiplies_int8', 'IntegerLinear', 'IntegerConv2d', 'IntegerReport',

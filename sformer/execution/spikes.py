@@ -27,7 +27,7 @@ from ..layers.products import softmax_numerators
 from ..layers.table import become_, replace_
 from ..neurons import Neuron, ScaleAndFire
 from .integer import IntegerConv2d, IntegerLinear
-from .tables import Compute, IntegerTables, TableProduct, Weights, integer_form
+from .table_products import Compute, IntegerTables, TableProduct, TableWeights, integer_form
 
 __all__ = ['SPIKE_CODINGS', 'spike_planes', 'spike_trains', 'to_spikes_']
 
@@ -233,11 +233,11 @@ class SpikeTables(TableProduct):
     coding: str
     integer: IntegerTables | None
 
-    def weights(self, folded: torch.Tensor) -> Weights:
+    def weights(self, folded: torch.Tensor) -> TableWeights:
         if self.integer is None:
-            return Weights(_fixed_point(folded), folded.new_ones(*folded.shape[:-1], 1))
+            return TableWeights(_fixed_point(folded), folded.new_ones(*folded.shape[:-1], 1))
         numbers, step = self.integer.weights(folded)
-        return Weights(numbers.to(torch.float64), step)
+        return TableWeights(numbers.to(torch.float64), step)
 
     def sums(self, levels: torch.Tensor, numbers: torch.Tensor, compute: Compute) -> torch.Tensor:
         return _summed(levels, self.coding, lambda plane: compute(plane, numbers))

@@ -23,7 +23,6 @@ __all__ = [
     'revert_', 'shared_copy', 'source_view', 'spiking_', 'uncalibrated', 'unwrapped', 'without_neurons',
 ]
 
-PRODUCTS = (AttentionProduct, ScoreProduct, ValueProduct, MixedProduct)  # of spikes with spikes
 # whose forward is that of the network in them
 WRAPPERS = (
     nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel, OptimizedModule, ModelEmaV2, ModelEmaV3)
@@ -117,7 +116,7 @@ def _filtered(
         name: str = '',
 ) -> Iterator[tuple[str, nn.Module]]:
     """Modules with their names, parents first, without neurons, and what is or is below a constant or filtered one."""
-    if (isinstance(module, (Neuron, *PRODUCTS)) or type(module) in CONSTANT_LAYERS
+    if (isinstance(module, (Neuron, ScoreProduct, ValueProduct, MixedProduct)) or type(module) in CONSTANT_LAYERS
             or (filter_fn is not None and not filter_fn(module, name))):
         return
     yield name, module
@@ -162,8 +161,8 @@ def _is_unknown(module: nn.Module) -> bool:
 def multiplies_currents(module: nn.Module) -> bool:
     """Whether a product in the forward of a module is of no spikes, nor of what a filter left as it was: layers that
     `spiking_` would have converted or refused, of which none spikes."""
-    if type(module) in {*SPIKING_LAYERS.values(), *FLOATING_LAYERS, *PRODUCTS} and getattr(
-            module, 'vetted', True):
+    known = {*SPIKING_LAYERS.values(), *FLOATING_LAYERS, AttentionProduct, ScoreProduct, ValueProduct, MixedProduct}
+    if type(module) in known and getattr(module, 'vetted', True):
         return False
     layers = list(module.modules())
     return (any(isinstance(layer, SpikingLayer) for layer in layers)

@@ -11,12 +11,12 @@ import torch.nn as nn
 from ..neurons import Spikes
 from .saturation import MAX_WEIGHT
 
-__all__ = ['Compute', 'IntegerTables', 'TableProduct', 'Weights', 'integer_form']
+__all__ = ['Compute', 'IntegerTables', 'TableProduct', 'TableWeights', 'integer_form']
 
 Compute = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-class Weights(NamedTuple):
+class TableWeights(NamedTuple):
     """Weights of a table with the steps of input channels folded in, (..., C): numbers times a step, (..., 1)."""
     numbers: torch.Tensor
     step: torch.Tensor
@@ -26,7 +26,7 @@ class TableProduct:
     """How the spikes of a neuron meet a table, called as `products.meet_table` does; a neuron has it as its `meet`."""
     integer: 'IntegerTables | None' = None  # how they do in integers, if they do
 
-    def weights(self, folded: torch.Tensor) -> Weights:
+    def weights(self, folded: torch.Tensor) -> TableWeights:
         """Weights in the form in which they are multiplied."""
         raise NotImplementedError
 
@@ -52,9 +52,9 @@ class IntegerTables(TableProduct):
     def integer(self) -> 'IntegerTables':  # type: ignore[override]
         return self
 
-    def weights(self, folded: torch.Tensor) -> Weights:
+    def weights(self, folded: torch.Tensor) -> TableWeights:
         step = (folded / MAX_WEIGHT).abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        return Weights((folded / step).round(), step)
+        return TableWeights((folded / step).round(), step)
 
     def sums(self, levels: torch.Tensor, numbers: torch.Tensor, compute: Compute) -> torch.Tensor:
         return compute(levels.to(torch.float32), numbers)
