@@ -61,7 +61,7 @@ class Importance:
                 cost = cost + (part * root).square().sum() / len(e)
         of = (-1,) if target.ndim < 4 else tuple(range(1, target.ndim))
         std = target.float().std(of, correction=0, keepdim=True)
-        least = (LEAST * std.mean()).clamp_min(torch.finfo(torch.float32).tiny)  # padding may be constant
+        least = (LEAST * std.mean()).clamp_min(torch.finfo(torch.float32).eps)  # padding may be constant
         return cost + ANY * (e / std.clamp_min(least)).square().mean()
 
     def _parts(self, x: torch.Tensor) -> list[torch.Tensor]:

@@ -118,6 +118,7 @@ def test_export_of_tensors(run_inside, folder, model, tmp_path, monkeypatch):
     assert about['command'].startswith('sformer export ')
     assert_refused(run_inside('export', folder, 'm.safetensors'), 'm.safetensors is there already; --overwrite')
     assert_refused(run_inside('export', folder, 'm.txt', '--format', 'safetensors'), 'ends in .safetensors')
+    assert_refused(run_inside('export', folder, 't.safetensors', '--spikes'), 'is of graphs, and tensors are none')
     assert_refused(run_inside('export', folder, 'm.safetensors', '--format', 'onnx'), 'ends in .onnx')
 
 

@@ -183,6 +183,6 @@ def test_what_is_loud_now_and_then_lies_on_the_levels():
 def test_an_output_of_several_tensors_is_refused(config):
     """Its error is of one output."""
     model = spiking_(build(), config)
-    message = 'lateral spikes need an output that is one tensor, got a tuple: let'
+    message = 'lateral spikes .*need an output that is one tensor, got a tuple: let'
     with pytest.raises(sformer.SFormerError, match=message):
         calibrate_(model, [pixels()], forward_fn=lambda network, images: (network(images), 1))
