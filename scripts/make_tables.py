@@ -332,7 +332,7 @@ TABLES: dict[str, Callable[[], str]] = {
     'int8': int8,
     'speed': speed,
     'two small networks': small_networks,
-    'silence': written_down('silence_older'),
+    'silence': silence,
     'trained': written_down('distilled'),
     'beside others': beside_others,
     'beside others, in short': beside_others_in_short,
