@@ -297,6 +297,14 @@ def detectors() -> str:
     return table(['', 'cells, boxes: mAP', 'mAP50', 'nuclei, masks: mAP', 'mAP50'], [*rows, [when, '', '', '', '']])
 
 
+def short_training() -> str:
+    """A detector that was trained for minutes, and its SFormer."""
+    found = read('detector_short')
+    rows = [[name, *(f'{boxes[key]:.2f}' for key in ('mAP', 'mAP50', 'mAP75'))]
+            for name, boxes in (('source', found['source_boxes']), ('SFormer, N = 63', found['boxes']))]
+    return table(['boxes', 'mAP', 'mAP50', 'mAP75'], rows)
+
+
 def speed() -> str:
     """Recipe `fast` by OpenVINO, over the source in float32 and over NNCF's int8."""
     rows = []
@@ -332,7 +340,7 @@ TABLES: dict[str, Callable[[], str]] = {
     'int8': int8,
     'speed': speed,
     'two small networks': small_networks,
-    'silence': written_down('silence_older'),
+    'silence': silence,
     'trained': written_down('distilled'),
     'beside others': beside_others,
     'beside others, in short': beside_others_in_short,
@@ -347,6 +355,7 @@ TABLES: dict[str, Callable[[], str]] = {
     'detectors': detectors,
     'cells': written_down('detector_cells'),
     'nuclei': written_down('detector_nuclei'),
+    'cells, a short training': short_training,
     'saliency maps': written_down('heatmaps'),
     'times of the page': written_down('page_times'),
     'logits of the page': written_down('page_logits'),
