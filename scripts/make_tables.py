@@ -111,6 +111,16 @@ def feedback() -> str:
                   'if all were sent'], rows)
 
 
+def concentrated() -> str:
+    """Networks whose heads and residual stream are in principal components, and which are silent."""
+    rows = []
+    for result in read('compare_concentrated'):
+        drop = f'{result["source_top1"] - result["top1"]:.2f} +- {error_of_drop(result):.2f}'
+        rows.append([f'`{result["model"]}`', f'{result["num_images"]:,}', f'{result["activity"]:.3f}', drop,
+                     f'{result["agreement"]:.2f}', f'{result["relative_logit_error"]:.4f}'])
+    return table(['SFormer', 'images', 'activity', 'drop [points]', 'agreement [%]', 'relative logit error'], rows)
+
+
 def ablated() -> dict[tuple[str, int], dict[str, Any]]:
     """Rows of the ablation by idea, of each network and number of levels."""
     found: dict[tuple[str, int], dict[str, Any]] = {}
@@ -333,6 +343,7 @@ TABLES: dict[str, Callable[[], str]] = {
     'recipes': recipes,
     'photographs and generated images': generated,
     'feedback': feedback,
+    'concentrated': concentrated,
     'left out': left_out,
     'added': added,
     'fine-tuned ViT-S': fine_tuned,

@@ -87,8 +87,8 @@ class NeuronOptions:
         '--balance', help='Write queries, keys and values such that neurons make the least noise or, with --silence, '
         'the fewest spikes: the same function by other weights')] = None
     concentrate: Annotated[bool | None, typer.Option(
-        '--concentrate', help='With --silence, for classifiers: write the residual stream such that few channels carry '
-        'most of it, and the others need not fire: the same function by other weights')] = None
+        '--concentrate', help='For classifiers, as in --silence 0.02 --balance --concentrate: write the residual '
+        'stream such that few channels carry most of it, by other weights of the same function')] = None
     effort: Annotated[str | None, typer.Option(
         help='usual, or high: train the weights of each block, without labels, to give what that of the source gives, '
              'which takes minutes  [default: usual]')] = None
