@@ -26,8 +26,8 @@ __all__ = ['Reconstruction', 'block_names', 'reconstruct_', 'take_weights_']
 _logger = logging.getLogger(__name__)
 
 IMAGES = 8  # images of a step
-STEPS = 40  # of a block
-LEARNING_RATE = 2e-4
+STEPS = 80  # of a block
+LEARNING_RATE = 1e-4
 WARM_UP = 10  # a step in so many of those that the learning rate takes to rise
 HELD_BYTES = 2 ** 31  # of what blocks read and give, on all images
 HELD = 5  # tensors of such a size: what the source reads and gives, what spikes do, and what they will
