@@ -16,7 +16,8 @@ __all__ = ['ForwardFn', 'Importance', 'importance_of']
 
 ForwardFn = Callable[[nn.Module, Any], object]  # of a network and a batch, of whatever it reads
 ANY = 0.1  # what errors of any direction count, in standard deviations of each token, beside those that cost something
-LEAST = 0.01  # standard deviation of a token, as a share of the mean one
+LEAST = 0.01  # standard deviation of a token, as a share of the root mean square of all
+LEAST_OF_ALL = 1e-12  # where all tokens are zero
 FLAT = 3  # dimensions of what has channels in the last one: tokens (B, L, C), or what was pooled, (B, C)
 
 
@@ -61,7 +62,7 @@ class Importance:
                 cost = cost + (part * root).square().sum() / len(e)
         of = (-1,) if target.ndim < 4 else tuple(range(1, target.ndim))
         std = target.float().std(of, correction=0, keepdim=True)
-        least = (LEAST * std.mean()).clamp_min(torch.finfo(torch.float32).eps)  # padding may be constant
+        least = (LEAST * target.float().square().mean().sqrt()).clamp_min(LEAST_OF_ALL)  # padding may be constant
         return cost + ANY * (e / std.clamp_min(least)).square().mean()
 
     def _parts(self, x: torch.Tensor) -> list[torch.Tensor]:

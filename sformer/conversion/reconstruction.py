@@ -26,7 +26,7 @@ __all__ = ['Reconstruction', 'block_names', 'reconstruct_', 'take_weights_']
 _logger = logging.getLogger(__name__)
 
 IMAGES = 8  # images of a step
-STEPS = 100  # of a block
+STEPS = 80  # of a block
 LEARNING_RATE = 1e-4
 WARM_UP = 10  # a step in so many of those that the learning rate takes to rise
 HELD_BYTES = 2 ** 31  # of what blocks read and give, on all images
