@@ -5,9 +5,10 @@
 
 A network is one that ships with the package or any SFormer with weights, whose source is taken, or the source that
 `scripts/saliency_source.py` built. The error is |source - sformer| / |source| over logits (over all tokens of a network
-without a classifier) on images that calibration did not see. Operations are those that spikes cause, times those of the
-CPU on one thread, over the SFormer with nothing left out or added, in pairs of runs. A file that is there is gone on
-with: what it has is not measured again. `scripts/make_tables.py` makes the tables of it.
+without a classifier) on images that calibration did not see; an idea that a network refuses is no row. Operations are
+those that spikes cause, times those of the CPU on one thread, over the SFormer with nothing left out or added, in pairs
+of runs. A file that is there is gone on with: what it has is not measured again. `scripts/make_tables.py` makes the
+tables of it.
 """
 import json
 import statistics
@@ -53,6 +54,7 @@ ADDED: dict[str, tuple[Fields, Fields]] = {
     'price of activity 0.008': (PRICE, {}),
     'price and feedback': (PRICE | GROUPS, {}),
     'price, feedback and balance': (PRICE | GROUPS, dict(balance=True)),
+    'price and concentration': (PRICE, dict(concentrate=True)),
     'reconstruction': ({}, dict(effort='high')),
     'reconstruction, feedback and balance': (GROUPS, dict(balance=True, effort='high')),
 }
@@ -174,7 +176,11 @@ def main(
             fields, fit = IDEAS[idea]
             if n != plain_levels:  # of which only times are measured, whatever its thresholds are
                 plain, plain_levels = sformer.convert(source, [others[:BATCH_SIZE]], SFNConfig(n)), n
-            model = sformer.convert(source, others.split(BATCH_SIZE), SFNConfig(n, **fields), FitConfig(**fit))
+            try:
+                model = sformer.convert(source, others.split(BATCH_SIZE), SFNConfig(n, **fields), FitConfig(**fit))
+            except sformer.SFormerError as error:
+                print(f'{stem}, N = {n}, {idea}: {error}', flush=True)
+                continue
             row = dict(network=stem, levels=n, idea=idea, left_out=idea in LEFT_OUT, config=fields, fit=fit,
                        **measure(model, test, expected), time=paired_times(model, plain, test[:TIMED_IMAGES]))
             print(printed(row), flush=True)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from sformer import SFormerError
+
 with pytest.MonkeyPatch.context() as patch:  # they import one another
     patch.syspath_prepend(Path(__file__).parents[1] / 'scripts')
     ablation, make_tables = map(importlib.import_module, ('ablation', 'make_tables'))
@@ -42,6 +44,16 @@ def test_other_images_are_another_file(output):
 def test_an_idea_that_is_none_is_named(output):
     with pytest.raises(SystemExit, match='no idea'):
         run(output, ['more of it'])
+
+
+def test_what_a_network_refuses_is_no_row(tmp_path, monkeypatch, capsys):
+    def refuse(source, batches, config, fit=None):
+        if fit is not None:
+            raise SFormerError('not this one')
+
+    monkeypatch.setattr(ablation.sformer, 'convert', refuse)
+    ablation.main([NETWORK], 'digits', 'test', [4], ['balance'], num_images=16, num_test=16, output=tmp_path / 'a.json')
+    assert 'N = 4, balance: not this one' in capsys.readouterr().out and not (tmp_path / 'a.json').exists()
 
 
 def test_feedback_costs_what_it_causes(output):
