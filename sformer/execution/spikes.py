@@ -198,7 +198,7 @@ class SpikeAttention(SpikeScores, SpikeValues, AttentionProduct):
     """QK^T and AV of spikes with spikes, exact."""
     multiplies = AttentionProduct.multiplies
 
-    def forward(
+    def forward(  # type: ignore[override]
             self,
             query: torch.Tensor,
             key: torch.Tensor,
