@@ -198,7 +198,7 @@ class SpikeAttention(SpikeScores, SpikeValues, AttentionProduct):
     """QK^T and AV of spikes with spikes, exact."""
     multiplies = AttentionProduct.multiplies
 
-    def forward(
+    def forward(  # type: ignore[override]
             self,
             query: torch.Tensor,
             key: torch.Tensor,
@@ -283,6 +283,7 @@ def to_spikes_(model: nn.Module, coding: str = 'binary') -> nn.Module:
             replace_(model, name, layer)
         for part in products[0].operands if form in BY_NEURON else (layer,):
             if issubclass(form, SpikeTables):
+                assert isinstance(part, Neuron)
                 part.meet = form(coding, integer_form(part))
                 continue
             become_(part, form)

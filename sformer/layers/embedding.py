@@ -72,7 +72,7 @@ class SpikingGemma4PatchEmbed(PixelEmbedMixin, gemma4_vit.Gemma4PatchEmbed):  # 
     def forward(self, *args: object, **kwargs: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         weight = self.input_proj.weight
         with contextlib.nullcontext() if weight.is_floating_point() else _KeptCurrent():
-            return super().forward(*args, **kwargs)
+            return super().forward(*args, **kwargs)  # type: ignore[arg-type]
 
     def _position_embeddings(self, position_ids: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
         """What timm multiplies by one-hot positions is a look-up in a table."""

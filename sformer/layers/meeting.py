@@ -55,6 +55,7 @@ class _ToNeurons(TorchFunctionMode):
             neuron = self.layer.position_neuron
             if query is not self.query:  # it fires once, and meets the tables of rows and columns
                 self.query, self.fired = query, products.fired_for_tables(neuron, query)
+            assert self.fired is not None
             self.met.append('position')
             return products.meet_table(neuron, self.fired, table, functools.partial(func, equation))
         gate_neuron, value_neuron = self.layer.gate_neuron, self.layer.value_neuron

@@ -4,6 +4,7 @@ Whatever else computes an SFormer (integers, bit planes, another library) replac
 """
 import math
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -70,7 +71,7 @@ def meet_table(
 ) -> torch.Tensor:
     """Product of what a neuron fired with a table of weights, by a function linear in both."""
     meet = getattr(neuron, 'meet', None)  # of an execution that has its own way
-    return compute(spikes, table) if meet is None else meet(spikes, table, compute)
+    return compute(cast(torch.Tensor, spikes), table) if meet is None else meet(spikes, table, compute)
 
 
 @torch.fx.wrap
@@ -249,7 +250,7 @@ class AttentionProduct(ScoreProduct, ValueProduct):
     def multiplies(self) -> list[Product]:
         return [*ScoreProduct.multiplies(self), *ValueProduct.multiplies(self)]
 
-    def forward(
+    def forward(  # type: ignore[override]
             self,
             query: torch.Tensor,
             key: torch.Tensor,

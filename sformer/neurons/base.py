@@ -1,6 +1,6 @@
 """What all neurons share: spikes, state that is validated when it is loaded and is not averaged, and whether it is
 calibrated."""
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import torch
@@ -83,6 +83,7 @@ class Neuron(Float32Buffers):
     center: torch.Tensor | None
     counted = True  # by activity: its spikes are news, and asking for them changes nothing
     unbounded = False  # whether no norm bounds its current: that of attention or of an activation function
+    meet: Callable[..., torch.Tensor] | None = None  # how an execution multiplies its spikes by tables of weights
     takes_octaves = False  # `fit` does, as of queries and keys, whose steps are related
 
     def __init__(self, device=None):
