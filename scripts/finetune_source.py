@@ -68,7 +68,7 @@ class Recipe:
 
 
 LAST_BLOCKS = Recipe(frozen=6, epochs=3, kept=0.4, kept_at_last=1., parts=1, lr=5e-4, warmup=0.1)
-ALL_BLOCKS = Recipe(frozen=0, epochs=4, kept=0.5, kept_at_last=0.5, parts=5, lr=4e-4, warmup=0.05, padding=4)
+ALL_BLOCKS = Recipe(frozen=0, epochs=3, kept=0.5, kept_at_last=0.5, parts=5, lr=4e-4, warmup=0.05, padding=4)
 
 
 def pretrained(path: Path) -> VisionTransformer:
