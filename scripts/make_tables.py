@@ -129,7 +129,7 @@ def feedback() -> str:
 def concentrated() -> str:
     """Networks whose heads and residual stream are in principal components, and which are silent."""
     rows = []
-    for result in read('compare_concentrated'):
+    for result in [*read('compare_concentrated'), read('compare_concentrated_vit_small')]:
         drop = f'{result["source_top1"] - result["top1"]:.2f} +- {error_of_drop(result):.2f}'
         rows.append([f'`{result["model"]}`', f'{result["num_images"]:,}', f'{result["activity"]:.3f}', drop,
                      f'{result["agreement"]:.2f}', f'{result["relative_logit_error"]:.4f}'])
