@@ -31,8 +31,7 @@ RECIPES = {
     'few': '8 levels',
     'quiet': '16 levels, a price of activity',
 }
-LEVELS = {'default': '63', 'fast': '63', 'accurate': '127', 'paper': '32', 'few': '8', 'quiet': '16',
-          'few-lateral': '8, with feedback', 'four': '4', 'four-lateral': '4, with feedback'}
+LEVELS = {'default': 63, 'fast': 63, 'accurate': 127, 'paper': 32, 'few': 8, 'quiet': 16}  # of recipes
 
 NETWORKS = {  # of the ablation
     'vit_small_saliency': 'ViT-S',
@@ -189,21 +188,19 @@ def fine_tuned() -> dict[str, Any]:
 
 
 def accuracy() -> str:
-    """Top-1 and drop of the fine-tuned ViT-S, in integers by each engine, with errors and activity."""
+    """Top-1 and drop of the fine-tuned ViT-S in integers, with errors and activity."""
     graphs = fine_tuned()
     source, num_images = next((result['source_top1'], result['num_images']) for result in graphs.values())
-    rows = [['source', '', f'{source:.2f}', *[''] * 6]]
-    beside = {result['model'].removesuffix('.onnx'): result for result in read('compare_vit_small_cifar10_onnxruntime')}
+    rows = [['source', '', f'{source:.2f}', *[''] * 5]]
     for simulated in read('compare_vit_small_cifar10'):
         name = simulated['model']
         result = graphs[name]
         assert result['num_images'] == num_images
         drop = f'{source - result["top1"]:.2f} +- {error_of_drop(result):.2f}'
-        other = f'{beside[name]["top1"]:.2f}' if name in beside else ''
-        rows.append([f'`{name}`', LEVELS[name], f'{result["top1"]:.2f}', drop, f'{result["agreement"]:.2f}', other,
+        rows.append([f'`{name}`', str(LEVELS[name]), f'{result["top1"]:.2f}', drop, f'{result["agreement"]:.2f}',
                      f'{result["relative_logit_error"]:.4f}', f'{simulated["relative_logit_error"]:.4f}',
                      f'{simulated["activity"]:.2f}'])
-    return table(['SFormer', 'N', 'top-1 [%]', 'drop [points]', 'agreement [%]', 'top-1 by ONNX Runtime',
+    return table(['SFormer', 'N', 'top-1 [%]', 'drop [points]', 'agreement [%]',
                   'relative logit error', 'simulated', 'activity'], rows)
 
 

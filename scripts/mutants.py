@@ -42,6 +42,7 @@ TESTS = {
     'conversion/preprocessors': ['conversion/test_families', 'conversion/test_checkpoints'],
     'conversion/renaming': ['conversion/test_families'],
     'conversion/repositories': ['saving/test_hub', 'cli/test_checkpoints'],
+    'conversion/importance': ['conversion/test_reconstruction'],
     'conversion/transforms': ['conversion/test_concentration', 'conversion/test_balance'],
     'conversion/training_state': ['conversion/test_distillation', 'detection/test_training'],
     'conversion/weights': ['conversion/test_checkpoints', 'conversion/test_sources'],
