@@ -6,12 +6,13 @@ A table stands behind a line `<!-- NAME: written by scripts/make_tables.py -->`.
 command wrote with `--results-file` or `-o`, and holds that command; who measures anew replaces it and runs this.
 """
 import json
-import math
 import re
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from figure_files import FIGURES, ROOT, error_of_drop, fidelity, of_pairs, read, table, times
 
 from sformer.evaluation.figures import CLASSIFICATION, DETECTION
 from sformer.files import write_aside
@@ -19,8 +20,6 @@ from sformer.neurons import CODINGS
 from sformer.profiling.energy import TWIN, ratio_to
 from sformer.publishing.profile_page import OTHER, PARTS
 
-ROOT = Path(__file__).parents[1]
-FIGURES = ROOT / 'docs/figures'
 MARK = re.compile(
     r'(?<=<!-- )(?P<name>[^:\n]+)(?P<rest>: written by scripts/make_tables.py -->\n).*?(?=\n\n|\n\Z)', re.S)
 RECIPES = {
@@ -38,35 +37,6 @@ NETWORKS = {  # of the ablation
     'sformer_micro.cifar10': 'micro',
     'sformer_eva02_micro.cifar10': 'EVA-02 micro',
 }
-
-
-def read(name: str) -> Any:
-    return json.loads((FIGURES / f'{name}.json').read_text(encoding='utf-8'))
-
-
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of Markdown."""
-    lines = [heads, ['---'] * len(heads), *rows]
-    return '\n'.join(f'| {" | ".join(cells)} |' for cells in lines).replace('|  |', '| |')
-
-
-def fidelity(name: str) -> Any:
-    """The only network of a file of scripts/fidelity.py."""
-    result, = read(f'fidelity_{name}')['results']
-    return result
-
-
-def times(name: str, batch_size: int, against: str, execution: str = 'openvino') -> str:
-    """How many times as fast an execution is: median, least and most of the rounds."""
-    for row in read(name)['results']:
-        if (row['execution'], row['batch_size']) == (execution, batch_size):
-            return of_pairs(row['speedup'][against])
-    raise KeyError(f'{name} has no {execution} of batch size {batch_size}')
-
-
-def of_pairs(found: Any) -> str:
-    """A ratio of times: median, least and most of the rounds."""
-    return f'{found["median"]:.2f} ({found["min"]:.2f} to {found["max"]:.2f})'
 
 
 def recipes() -> str:
@@ -202,12 +172,6 @@ def accuracy() -> str:
                      f'{simulated["activity"]:.2f}'])
     return table(['SFormer', 'N', 'top-1 [%]', 'drop [points]', 'agreement [%]',
                   'relative logit error', 'simulated', 'activity'], rows)
-
-
-def error_of_drop(result: Any) -> float:
-    """Standard error of the difference of two networks on the same images, at most, in points: as if each image that
-    they see differently counted for one of them."""
-    return 100 * math.sqrt((1 - result['agreement'] / 100) / result['num_images'])
 
 
 SMALL = {

@@ -42,6 +42,8 @@ TESTS = {
     'conversion/preprocessors': ['conversion/test_families', 'conversion/test_checkpoints'],
     'conversion/renaming': ['conversion/test_families'],
     'conversion/repositories': ['saving/test_hub', 'cli/test_checkpoints'],
+    'execution/table_products': ['models/test_zoo'],
+    'detection/exported_detector': ['detection/test_detector_export'],
     'conversion/importance': ['conversion/test_reconstruction'],
     'conversion/transforms': ['conversion/test_concentration', 'conversion/test_balance'],
     'conversion/training_state': ['conversion/test_distillation', 'detection/test_training'],

@@ -115,7 +115,9 @@ def test_links_lead_somewhere(page):
 def make_tables():
     spec = importlib.util.spec_from_file_location('make_tables', ROOT / 'scripts/make_tables.py')
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / 'scripts')
+        spec.loader.exec_module(module)
     return module
 
 
@@ -143,7 +145,7 @@ def test_a_figure_that_moved_is_noticed(make_tables, tmp_path, monkeypatch):
     moved = json.loads((tmp_path / 'fidelity_fast.json').read_text())
     moved['results'][0]['tokens'] += 0.01
     (tmp_path / 'fidelity_fast.json').write_text(json.dumps(moved))
-    monkeypatch.setattr(make_tables, 'FIGURES', tmp_path)
+    monkeypatch.setattr(sys.modules[make_tables.read.__module__], 'FIGURES', tmp_path)
     text = (ROOT / 'README.md').read_text(encoding='utf-8')
     assert make_tables.with_tables(text) != text
 
