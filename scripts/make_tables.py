@@ -99,10 +99,16 @@ def concentrated() -> str:
     """Networks whose heads and residual stream are in principal components, and which are silent."""
     rows = []
     for result in [*read('compare_concentrated'), read('compare_concentrated_vit_small')]:
+        name, energy = result['model'], ''
         drop = f'{result["source_top1"] - result["top1"]:.2f} +- {error_of_drop(result):.2f}'
-        rows.append([f'`{result["model"]}`', f'{result["num_images"]:,}', f'{result["activity"]:.3f}', drop,
-                     f'{result["agreement"]:.2f}', f'{result["relative_logit_error"]:.4f}'])
-    return table(['SFormer', 'images', 'activity', 'drop [points]', 'agreement [%]', 'relative logit error'], rows)
+        if (FIGURES / f'profile_concentrated_{name}.json').exists():
+            accounts = read(f'profile_concentrated_{name}')['energy']['account']
+            ratio, low, high = ratio_to(accounts['graded'], accounts[TWIN])
+            energy = f'{ratio:.2f} ({low:.2f} to {high:.2f})'
+        rows.append([f'`{name}`', f'{result["num_images"]:,}', f'{result["activity"]:.3f}', drop,
+                     f'{result["agreement"]:.2f}', f'{result["relative_logit_error"]:.4f}', energy])
+    return table(['SFormer', 'images', 'activity', 'drop [points]', 'agreement [%]', 'relative logit error',
+                  'energy over the twin, graded'], rows)
 
 
 def ablated() -> dict[tuple[str, int], dict[str, Any]]:

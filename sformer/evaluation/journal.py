@@ -8,6 +8,7 @@ neither the number of processes nor who had which chunk has to be the same, nor 
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
@@ -20,6 +21,8 @@ from ..files import Json
 from .launch import Group
 
 __all__ = ['ChunkRecord', 'Journal', 'check_same']
+
+_logger = logging.getLogger(__name__)
 
 
 class ChunkRecord(TypedDict):
@@ -75,7 +78,9 @@ class Journal:
         records: dict[tuple[int, ...], Json] = {}
         for record in (r for rs in group.gather(found) for r in rs):
             records.setdefault(tuple(record['chunk']), record)
-        if not self.resume:
+        if files and not self.resume:
+            _logger.warning(f'{self.path} has records of a run of this kind that has not ended: it starts over. '
+                            f'--resume (resume=True) would have gone on.')
             for path in files:
                 path.unlink(missing_ok=True)
         try:

@@ -8,6 +8,7 @@ from evaluation_tools import steady
 
 from sformer import EvaluationConfig, SFormerError, evaluate_all
 from sformer.evaluation import Journal
+from sformer.evaluation.launch import Group
 
 
 class StopError(Exception):
@@ -49,6 +50,15 @@ def run(model, path, resume=False, **options):
     journal = Journal(path, resume)
     evaluate_all([model], EvaluationConfig(dataset='digits', num_images=64, **options), journal=journal)
     return journal
+
+
+def test_records_do_not_go_without_a_word(model, tmp_path, caplog):
+    Journal(tmp_path).open(dict(models=['a']), Group())
+    assert not caplog.text
+    Journal(tmp_path, resume=True).open(dict(models=['a']), Group())
+    assert not caplog.text
+    Journal(tmp_path).open(dict(models=['a']), Group())
+    assert 'has not ended: it starts over. --resume' in caplog.text
 
 
 def test_journal_of_another_run(model, tmp_path):
