@@ -9,6 +9,10 @@ ROOT = Path(__file__).parents[1]
 FIGURES = ROOT / 'docs/figures'
 
 
+def names() -> list[str]:
+    return sorted(path.stem for path in FIGURES.glob('*.json'))
+
+
 def read(name: str) -> Any:
     return json.loads((FIGURES / f'{name}.json').read_text(encoding='utf-8'))
 

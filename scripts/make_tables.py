@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from figure_files import FIGURES, ROOT, error_of_drop, fidelity, of_pairs, read, table, times
+from figure_files import ROOT, error_of_drop, fidelity, names, of_pairs, read, table, times
 
 from sformer.evaluation.figures import CLASSIFICATION, DETECTION
 from sformer.files import write_aside
@@ -101,7 +101,7 @@ def concentrated() -> str:
     for result in [*read('compare_concentrated'), read('compare_concentrated_vit_small')]:
         name, energy = result['model'], ''
         drop = f'{result["source_top1"] - result["top1"]:.2f} +- {error_of_drop(result):.2f}'
-        if (FIGURES / f'profile_concentrated_{name}.json').exists():
+        if f'profile_concentrated_{name}' in names():
             accounts = read(f'profile_concentrated_{name}')['energy']['account']
             ratio, low, high = ratio_to(accounts['graded'], accounts[TWIN])
             energy = f'{ratio:.2f} ({low:.2f} to {high:.2f})'
@@ -313,7 +313,7 @@ def speed() -> str:
         for instructions, said in (('vnni', 'AVX-512-VNNI'), ('avx2', 'AVX2')):
             name = f'speed_{network}_{instructions}'
             for size in (1, 8):
-                beside = name + '_batch1' if size == 1 and (FIGURES / f'{name}_batch1.json').exists() else name
+                beside = name + '_batch1' if size == 1 and f'{name}_batch1' in names() else name
                 rows.append([f'`{network}_patch16_224`', said, str(size), times(name, size, 'openvino:fp32'),
                              times(beside, size, 'openvino:nncf')])
     return table(['network', 'instruction set', 'batch', 'over float32', "over NNCF's int8"], rows)
@@ -322,9 +322,9 @@ def speed() -> str:
 def commands() -> str:
     """The command of each file."""
     rows = []
-    for path in sorted(FIGURES.glob('*.json')):
-        found = read(path.stem)
-        rows.append([f'`{path.stem}`', f'`{(found[0] if isinstance(found, list) else found)["command"]}`'])
+    for name in names():
+        found = read(name)
+        rows.append([f'`{name}`', f'`{(found[0] if isinstance(found, list) else found)["command"]}`'])
     return table(['file', 'command'], rows)
 
 

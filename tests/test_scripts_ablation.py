@@ -9,7 +9,7 @@ from sformer import SFormerError
 
 with pytest.MonkeyPatch.context() as patch:  # they import one another
     patch.syspath_prepend(Path(__file__).parents[1] / 'scripts')
-    ablation, make_tables = map(importlib.import_module, ('ablation', 'make_tables'))
+    ablation, figure_files, make_tables = map(importlib.import_module, ('ablation', 'figure_files', 'make_tables'))
 
 NETWORK, FEEDBACK = 'sformer_nano.digits', 'feedback, 8 groups'
 
@@ -69,7 +69,7 @@ def test_what_says_the_same_as_the_default_is_no_row():
 
 
 def test_tables_are_of_its_rows(output, monkeypatch):
-    monkeypatch.setattr(make_tables, 'FIGURES', output.parent)
+    monkeypatch.setattr(figure_files, 'FIGURES', output.parent)
     monkeypatch.setitem(make_tables.NETWORKS, NETWORK, 'nano')
     plain, gains, fed_back = json.loads(output.read_text())['results']
     out, more = make_tables.left_out(), make_tables.added()
