@@ -171,6 +171,7 @@ def test_another_source(pair, run_inside, caplog):
     assert code == 1 and 'convert the source itself' in err
 
 
+@pytest.mark.slow
 def test_export(pair, run_inside):
     for package in ('onnx', 'onnxscript', 'onnxruntime'):
         pytest.importorskip(package)

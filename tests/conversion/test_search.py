@@ -102,8 +102,8 @@ def test_a_search_continues_from_its_journal(quick, tmp_path):
     assert (third.seconds, third.forward_passes) == (whole.seconds, whole.forward_passes)
 
 
-@pytest.mark.parametrize('error', [SystemExit, KeyboardInterrupt, MemoryError])  # the first is noted by nobody
-@pytest.mark.parametrize('after', [2, 7, 9])
+@pytest.mark.parametrize('error, after', [  # the first error is noted by nobody
+    (SystemExit, 2), (KeyboardInterrupt, 7), (MemoryError, 9)])
 def test_a_trial_that_was_ended_is_run_again(quick, tmp_path, error, after):
     """One of the closed form, a proposal, and one of lambda alone: what nobody finished was never run again."""
     bench, begun = quick(), []

@@ -191,16 +191,15 @@ for path, logits in zip(graphs, expected, strict=True):
 '''
 
 
-@pytest.mark.parametrize('networks', [
-    [('vit', config, 1) for config in FEW_CONFIGS],
-    pytest.param([('vit', config, 1) for config in MORE_CONFIGS], marks=pytest.mark.slow)], ids=['few', 'more'])
-def test_an_engine_kept_from_vnni_is_exact(exported, wants_vnni, tmp_path, networks):
+@pytest.mark.slow
+@pytest.mark.parametrize('configs', [FEW_CONFIGS, MORE_CONFIGS], ids=['few', 'more'])
+def test_an_engine_kept_from_vnni_is_exact(exported, wants_vnni, tmp_path, configs):
     pytest.importorskip('openvino')
     if platform.machine() not in ('x86_64', 'AMD64'):
         pytest.skip('another processor than x86 does not saturate')
     tensors, graphs = [pixels(12)], []
-    for network in networks:
-        model, path = exported(*network)
+    for config in configs:
+        model, path = exported('vit', config, 1)
         to_integer_(model)
         with torch.no_grad():
             tensors.append(model(tensors[0]))
