@@ -47,7 +47,7 @@ def saturating(model: 'ModelProto') -> list[str]:
         made_by.update(dict.fromkeys(node.output, node))
         if node.op_type == 'Constant' and node.attribute[0].name == 'value':
             constants[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
-    reach = _intervals(model.graph.node, constants)
+    reach = _intervals(model.graph.node, constants, made_by)
     found = []
     for node in model.graph.node:
         if node.op_type in PRODUCTS:
@@ -85,7 +85,11 @@ def _bytes(
     return Bytes(zero.dtype == np.int8, high, np.maximum(np.abs(low - zero), np.abs(high - zero)), False)
 
 
-def _intervals(nodes: 'Sequence[NodeProto]', constants: dict[str, np.ndarray]) -> dict[str, Interval]:
+def _intervals(
+        nodes: 'Sequence[NodeProto]',
+        constants: dict[str, np.ndarray],
+        made_by: dict[str, 'NodeProto'],
+) -> dict[str, Interval]:
     """Between which numbers the values of each tensor lie; graphs have their nodes in the order of computation."""
     reach: dict[str, Interval] = {}
     for name, values in constants.items():
@@ -97,11 +101,30 @@ def _intervals(nodes: 'Sequence[NodeProto]', constants: dict[str, np.ndarray]) -
         found = ANYTHING
         if node.op_type == 'QuantizeLinear':
             found = _quantised(given[0], constants[node.input[1]], constants[node.input[2]])
+        elif _is_below_its_maximum(node, made_by):
+            found = (np.array(-np.inf), np.array(0.))
+        elif _is_what_is_a_number(node, made_by):
+            found = given[2]
+        elif node.op_type == 'ConstantOfShape' and not node.attribute:
+            found = (np.array(0.), np.array(0.))
         elif node.op_type in RULES:
             found = RULES[node.op_type](*given)
         for name in node.output:
             reach.setdefault(name, found)
     return reach
+
+
+def _is_below_its_maximum(node: 'NodeProto', made_by: dict[str, 'NodeProto']) -> bool:
+    """x - max(x), as softmax begins."""
+    largest = made_by.get(node.input[1]) if node.op_type == 'Sub' else None
+    return (largest is not None and largest.op_type == 'ReduceMax' and largest.input[0] == node.input[0]
+            and all(attribute.i for attribute in largest.attribute if attribute.name == 'keepdims'))
+
+
+def _is_what_is_a_number(node: 'NodeProto', made_by: dict[str, 'NodeProto']) -> bool:
+    """x where it is not a number, another tensor elsewhere."""
+    condition = made_by.get(node.input[0]) if node.op_type == 'Where' else None
+    return condition is not None and condition.op_type == 'IsNaN' and condition.input[0] == node.input[1]
 
 
 def _quantised(x: Interval, step: np.ndarray, zero: np.ndarray) -> Interval:
@@ -156,6 +179,7 @@ def _either(*intervals: Interval) -> Interval:
 RULES: dict[str, Callable[..., Interval]] = {
     **dict.fromkeys(MOVED, lambda x, *rest: _either(x)),
     'Gather': _gathered,
+    'GatherND': lambda x, index: _either(x),
     'Concat': _either,
     'Where': lambda condition, a, b: _either(a, b),
     'Clip': lambda x, low=ANYTHING, high=ANYTHING: tuple(np.clip(edge, low[0], high[1]) for edge in x),

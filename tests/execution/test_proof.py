@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sformer.execution.proof import RULES
+from sformer.execution.proof import RULES, saturating
 
 UNARY = {
     'Relu': lambda x: np.maximum(x, 0), 'Round': np.round, 'Floor': np.floor, 'Ceil': np.ceil, 'Exp': np.exp,
@@ -44,3 +44,38 @@ def test_functions_of_two(name, first, second):
             found = BINARY[name](p, q)
         slack = 1e-9 * (1 + abs(found))  # a quotient is a product of a reciprocal, which was rounded
         assert low - slack <= found <= high + slack
+
+
+def bounded_by(*nodes, **constants):
+    """Whether it is proven that bytes of `levels` and weights of 127 are summed exactly, after these nodes."""
+    onnx = pytest.importorskip('onnx')
+    helper = onnx.helper
+    tensors = {'one': np.float32(1), 'zero': np.uint8(0), 'none': np.int8(0), 'w': np.full((4, 4), 127, np.int8),
+               **constants}
+    graph = helper.make_graph(
+        [*nodes, helper.make_node('QuantizeLinear', ['levels', 'one', 'zero'], ['q']),
+         helper.make_node('DequantizeLinear', ['q', 'one', 'zero'], ['a']),
+         helper.make_node('DequantizeLinear', ['w', 'one', 'none'], ['b']),
+         helper.make_node('MatMul', ['a', 'b'], ['y'])],
+        'levels', [helper.make_tensor_value_info('x', onnx.TensorProto.FLOAT, ['n', 4])],
+        [helper.make_tensor_value_info('y', onnx.TensorProto.FLOAT, ['n', 4])],
+        [onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in tensors.items()])
+    return not saturating(helper.make_model(graph))
+
+
+def test_what_bounds_levels_in_a_graph():
+    onnx = pytest.importorskip('onnx')
+    node = onnx.helper.make_node
+    table = node('GatherND', ['values', 'x'], ['levels'])
+    assert bounded_by(table, values=np.float32([0, 1, 128])) and not bounded_by(table, values=np.float32([0, 1, 255]))
+    softmax = (node('ReduceMax', ['x'], ['top'], keepdims=1), node('Sub', ['x', 'top'], ['low']),
+               node('Exp', ['low'], ['share']), node('Mul', ['share', 'scale'], ['levels']))
+    assert bounded_by(*softmax, scale=np.float32(128)) and not bounded_by(*softmax, scale=np.float32(255))
+    assert not bounded_by(node('ReduceMax', ['x'], ['top'], keepdims=0), *softmax[1:], scale=np.float32(128))
+    assert not bounded_by(softmax[0], node('Sub', ['top', 'x'], ['low']), *softmax[2:], scale=np.float32(128))
+    numbers = node('IsNaN', ['x'], ['nan']), node('Where', ['nan', 'x', 'top'], ['levels'])
+    assert bounded_by(*numbers, top=np.float32(128)) and not bounded_by(*numbers, top=np.float32(255))
+    assert not bounded_by(numbers[0], node('Where', ['nan', 'top', 'x'], ['levels']), top=np.float32(128))
+    assert bounded_by(node('ConstantOfShape', ['size'], ['levels']), size=np.int64([1, 4]))
+    ones = onnx.helper.make_tensor('ones', onnx.TensorProto.FLOAT, [1], [200.])
+    assert not bounded_by(node('ConstantOfShape', ['size'], ['levels'], value=ones), size=np.int64([1, 4]))
