@@ -224,7 +224,11 @@ class LateralLevels(FiredLevels):
         self.groups = nn.ModuleList()
         for i, (group, feedback) in enumerate(neuron.groups()):
             levels = FiredLevels(_alone(neuron, order[group]), stand_up)
-            levels.quiet, levels.center = None, None
+            for name in ('quiet', 'center', 'flip'):
+                setattr(levels, name, None)
+            for name in ('multiplier', 'inward', 'outward'):  # of all groups where of any, so that sites are alike
+                value = getattr(self, name)
+                levels.register_buffer(name, None if value is None else value[..., order[group]])
             self.groups.append(levels)
             self.register_buffer(f'feedback{i}', feedback.to(torch.float32))
 
