@@ -46,11 +46,14 @@ LEFT_OUT: dict[str, tuple[Fields, Fields]] = {
 }
 PRICE = dict(silence=0.008)
 GROUPS = dict(lateral=8)
+BYTE = dict(attention_fire='byte')
 ADDED: dict[str, tuple[Fields, Fields]] = {
     'feedback, 8 groups': (GROUPS, {}),
     'feedback, 8 groups, not at `fc2`': (dict(lateral=8, lateral_cost=1.), {}),
     'balance': ({}, dict(balance=True)),
     'feedback and balance': (GROUPS, dict(balance=True)),
+    'softmax of a byte': (BYTE, {}),
+    'feedback, balance and softmax of a byte': (GROUPS | BYTE, dict(balance=True)),
     'price of activity 0.008': (PRICE, {}),
     'price and feedback': (PRICE | GROUPS, {}),
     'price, feedback and balance': (PRICE | GROUPS, dict(balance=True)),

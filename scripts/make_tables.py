@@ -95,6 +95,13 @@ def feedback() -> str:
                   'if all were sent'], rows)
 
 
+def few_levels() -> str:
+    """Accuracy of networks with few levels that feed back; names of SFormers are those of the commands."""
+    rows = [[f'`{result["model"]}`', f'{result["num_images"]:,}', f'{result["source_top1"]:.2f}', *dropped(result)]
+            for name in ('compare_few', 'compare_micro') for result in read(name)]
+    return table(['SFormer', 'images', 'source [%]', *DROPPED], rows)
+
+
 def concentrated() -> str:
     """Networks whose heads and residual stream are in principal components, and which are silent."""
     rows = []
@@ -335,6 +342,7 @@ TABLES: dict[str, Callable[[], str]] = {
     'trained at scale': trained_at_scale,
     'photographs and generated images': generated,
     'feedback': feedback,
+    'few levels': few_levels,
     'concentrated': concentrated,
     'left out': left_out,
     'added': added,

@@ -29,6 +29,9 @@ __all__ = [
 ]
 
 
+BRANCHES = ('multiplier', 'inward', 'outward')  # factors by which branches differ, by channel
+
+
 def _as_bytes(k: torch.Tensor, dtype: torch.dtype, zero: int = 0, left: int = 0) -> torch.Tensor:
     """Levels, which are whole numbers or are rounded here, as bytes with a zero point, and what these stand for at a
     step of 1, but for a part of the zero point that is left in."""
@@ -205,6 +208,9 @@ class LateralLevels(FiredLevels):
         whole = _alone(neuron, channels)
         whole.token = neuron.token
         super().__init__(whole, stand_up)
+        for name in BRANCHES:  # also where they are 1, so that sites are alike
+            if getattr(self, name) is None:
+                self.register_buffer(name, torch.ones_like(self.inverse))
         self.token_reach = neuron.token_reach
         self.sizes = neuron.sizes
         self.largest_spike = neuron.largest_spike
@@ -224,7 +230,10 @@ class LateralLevels(FiredLevels):
         self.groups = nn.ModuleList()
         for i, (group, feedback) in enumerate(neuron.groups()):
             levels = FiredLevels(_alone(neuron, order[group]), stand_up)
-            levels.quiet, levels.center = None, None
+            for name in ('quiet', 'center', 'flip'):
+                setattr(levels, name, None)
+            for name in BRANCHES:
+                levels.register_buffer(name, self.get_buffer(name)[..., order[group]])
             self.groups.append(levels)
             self.register_buffer(f'feedback{i}', feedback.to(torch.float32))
 

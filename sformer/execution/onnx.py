@@ -21,6 +21,7 @@ from ..conversion import Images
 from ..errors import SFormerError, alone, needed_packages, quiet
 from ..files import write_file
 from ..layers import unwrapped
+from .functions import called_parts, inlined
 from .graph import linear_neurons, to_graph_
 from .integer import MAX_WEIGHT_ERROR, IntegerReport
 from .prepared import METADATA, check_output, integer_copy
@@ -29,7 +30,8 @@ from .spike_outputs import SPIKE_OUTPUTS, SpikeOutputs
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-__all__ = ['export_onnx', 'to_onnx', 'check_graph_size', 'graph_hash', 'grid_of', 'write_graph', 'writable']
+__all__ = ['check_graph_size', 'export_onnx', 'graph_hash', 'graph_of_module', 'grid_of', 'to_onnx', 'writable',
+           'write_graph']
 
 OPSET = 20
 MAX_GRAPH = 2 ** 31 - 2 ** 24  # bytes of values in a file of ONNX, less than protobuf's 2 GiB by what nodes take
@@ -181,10 +183,30 @@ def to_onnx(
     if uint8_input:
         images = torch.zeros(2, height, width, channels, dtype=torch.uint8)
         network = _OfPixels(network)
-    with quiet('torch.onnx', 'onnxscript', 'onnx_ir'), torch.no_grad(), rotary_products():
+    with rotary_products():  # by one thread at a time
+        with called_parts(network) as kinds:
+            model = graph_of_module(network, (images,), ({0: torch.export.Dim('batch')},), outputs)
+        return inlined(model, kinds, graph_of_module)
+
+
+def graph_of_module(
+        module: nn.Module,
+        inputs: tuple[object, ...],
+        sizes: tuple[object, ...],
+        outputs: Sequence[str] = (),
+) -> 'ModelProto':
+    """A module as torch's exporter writes it.
+
+    Args:
+        module: The module.
+        inputs: What it is called with; the first are `images`.
+        sizes: Of each, names of dimensions of any size.
+        outputs: Names of what it gives.
+    """
+    with quiet('torch.onnx', 'onnxscript', 'onnx_ir'), torch.no_grad():
         program = torch.onnx.export(
-            network, (images,), dynamo=True, opset_version=OPSET, input_names=['images'], output_names=[*outputs],
-            dynamic_shapes=({0: torch.export.Dim('batch')},), verbose=False)
+            module, inputs, dynamo=True, opset_version=OPSET, input_names=['images'], output_names=[*outputs],
+            dynamic_shapes=sizes, verbose=False)
     assert program is not None
     model = program.model_proto
     for part in (*model.graph.node, *model.graph.value_info):  # where in this package each node comes from

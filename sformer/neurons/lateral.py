@@ -182,19 +182,19 @@ class LateralScaleAndFire(ScaleAndFire):
     def encode(self, x: torch.Tensor) -> Spikes:
         """Spikes on a current, as of `ScaleAndFire`, and lateral spikes, int8."""
         fired, back = self._fire_in_groups(x.detach(), self.threshold), torch.argsort(self.order)
-        k = self._multiplied_(fired.levels.index_select(-1, back), self.multiplier)
-        spikes = fired.spikes.index_select(-1, back).to(torch.int8)
+        k = self._multiplied_(_taken(fired.levels, back), self.multiplier)
+        spikes = _taken(fired.spikes, back).to(torch.int8)
         return Spikes(k.to(torch.int8), self.step, fired.token_scale, self.center, spikes)
 
     def _fire(self, x: torch.Tensor, threshold: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         fired = self._fire_in_groups(x, threshold)
-        return fired.levels.index_select(-1, torch.argsort(self.order)), fired.token_scale
+        return _taken(fired.levels, torch.argsort(self.order)), fired.token_scale
 
     def _fire_in_groups(self, x: torch.Tensor, threshold: torch.Tensor) -> LateralFired:
         row = self._row(self._divided(self._loud(x), threshold))
         order = self.order
         h = self._potential(x)
-        rest = (h if row is None else h / row).index_select(-1, order)  # faster than by an index
+        rest = _taken(h if row is None else h / row, order)
         threshold = threshold[..., order]
         amplitude = (self.multiplier * self.step)[..., order]
         quiet = None if self.quiet is None else self.quiet[..., order]
@@ -222,6 +222,11 @@ class LateralScaleAndFire(ScaleAndFire):
         e = left_out * parts
         sent = e.round().clamp(-self.largest_spike, self.largest_spike)
         return sent.mul_(e.abs() >= SPIKES_PER_LEVEL * self.config.lateral_zone)
+
+
+def _taken(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Channels of a tensor in an order; as a matrix, since torch takes a tenth of the time for that."""
+    return x.reshape(-1, x.shape[-1]).index_select(1, order).view(x.shape)
 
 
 def _sums(sent: torch.Tensor, feedback: torch.Tensor) -> torch.Tensor:
