@@ -163,7 +163,10 @@ class FiredLevels(nn.Module):
         elif self.fire_function in ('uniform', 'byte') and rounds:
             if self.signed:  # also where the largest potential is the top level: a graph says how large levels are
                 u = u.clamp(-self.largest, self.largest)
-            if self.multiplier is None and self.outward is None and not dead_zone:
+            # OpenVINO (2026.4), which makes one operation of a product, a clip and a rounding to a byte, takes the
+            # threshold of the first channel for all, unless channels are last
+            rounded = self.signed and self.inverse.ndim > 2 and self.inverse.shape[-1] == 1 < self.inverse.numel()
+            if self.multiplier is None and self.outward is None and not dead_zone and not rounded:
                 return u  # rounded as it becomes an int8; softmax numerators are not negative
             k = u.round()
         elif self.fire_function == 'quadratic' and rounds and not self.signed and self.largest == len(self.values) ** 2:

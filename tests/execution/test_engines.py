@@ -86,12 +86,29 @@ def test_convolutions_agree_with_torch():
     graph = copy.deepcopy(network)
     to_graph_(graph)
     exported = to_onnx(graph).SerializeToString()
-    session = importlib.import_module('onnxruntime').InferenceSession(exported, providers=['CPUExecutionProvider'])
-    found = torch.from_numpy(session.run(None, {'images': images.numpy()})[0])
     with torch.no_grad():
         expected = network(images)
-    each = (found - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
-    assert (each < 1e-5).float().mean() >= 0.5 and each.max() < 0.05, each
+    for engine in ENGINES:
+        found = torch.from_numpy(engines.compile_graph(exported, engine)(images.numpy()))
+        each = (found - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
+        assert (each < 1e-5).float().mean() >= 0.5 and each.max() < 0.05, (engine, each)
+
+
+def test_every_channel_of_a_map_fires_by_its_own_threshold():
+    network = nn.Sequential(nn.Conv2d(4, 4, 1, groups=4)).eval()
+    network.pretrained_cfg = dict(input_size=(4, 4, 4))
+    scales = torch.tensor([1., 9., 3., 5.]).view(-1, 1, 1)
+    maps = torch.randn(8, 4, 4, 4, generator=torch.Generator().manual_seed(0)) * scales
+    sformer.calibrate_(spiking_(network, SFNConfig(levels=127)), [maps])
+    to_integer_(network)
+    graph = copy.deepcopy(network)
+    to_graph_(graph)
+    exported = to_onnx(graph).SerializeToString()
+    with torch.no_grad():
+        expected = network(maps)
+    for engine in ENGINES:
+        found = torch.from_numpy(engines.compile_graph(exported, engine)(maps.numpy()))
+        assert relative_error(found, expected) < 1e-5, engine
 
 
 def test_a_fire_function_without_a_form_is_named(tmp_path):
