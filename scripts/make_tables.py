@@ -98,7 +98,7 @@ def feedback() -> str:
 def few_levels() -> str:
     """Accuracy of networks with few levels that feed back; names of SFormers are those of the commands."""
     rows = [[f'`{result["model"]}`', f'{result["num_images"]:,}', f'{result["source_top1"]:.2f}', *dropped(result)]
-            for name in ('compare_few', 'compare_micro') for result in read(name)]
+            for result in read('compare_few')]
     return table(['SFormer', 'images', 'source [%]', *DROPPED], rows)
 
 
