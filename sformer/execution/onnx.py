@@ -16,6 +16,7 @@ import torch
 import torch.nn as nn
 from timm.data import resolve_input_data_config
 from timm.layers import pos_embed_sincos
+from torch.overrides import TorchFunctionMode
 
 from ..conversion import Images
 from ..errors import SFormerError, alone, needed_packages, quiet
@@ -23,6 +24,7 @@ from ..files import write_file
 from ..layers import unwrapped
 from .graph import linear_neurons, to_graph_
 from .integer import MAX_WEIGHT_ERROR, IntegerReport
+from .operators import onnx_operator
 from .prepared import METADATA, check_output, integer_copy
 from .spike_outputs import SPIKE_OUTPUTS, SpikeOutputs
 
@@ -181,7 +183,7 @@ def to_onnx(
     if uint8_input:
         images = torch.zeros(2, height, width, channels, dtype=torch.uint8)
         network = _OfPixels(network)
-    with quiet('torch.onnx', 'onnxscript', 'onnx_ir'), torch.no_grad(), rotary_products():
+    with quiet('torch.onnx', 'onnxscript', 'onnx_ir'), torch.no_grad(), rotary_products(), _ClampsByTensors():
         program = torch.onnx.export(
             network, (images,), dynamo=True, opset_version=OPSET, input_names=['images'], output_names=[*outputs],
             dynamic_shapes=({0: torch.export.Dim('batch')},), verbose=False)
@@ -190,6 +192,16 @@ def to_onnx(
     for part in (*model.graph.node, *model.graph.value_info):  # where in this package each node comes from
         part.ClearField('metadata_props')
     return model
+
+
+class _ClampsByTensors(TorchFunctionMode):
+    """Writes clamps by tensors as one operator: onnxscript (0.7) makes it of two, and where several layers clamp one
+    current, gives all their bounds one name and loses them."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.clamp and len(args) == 3 and all(isinstance(bound, torch.Tensor) for bound in args[1:]):
+            return onnx_operator('Clip', args[0], args[0].dtype, *args)
+        return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager
