@@ -16,6 +16,7 @@ import torch
 import torch.nn as nn
 from timm.data import resolve_input_data_config
 from timm.layers import pos_embed_sincos
+from torch.overrides import TorchFunctionMode
 
 from ..conversion import Images
 from ..errors import SFormerError, alone, needed_packages, quiet
@@ -24,6 +25,7 @@ from ..layers import unwrapped
 from .functions import called_parts, inlined
 from .graph import linear_neurons, to_graph_
 from .integer import MAX_WEIGHT_ERROR, IntegerReport
+from .operators import onnx_operator
 from .prepared import METADATA, check_output, integer_copy
 from .spike_outputs import SPIKE_OUTPUTS, SpikeOutputs
 
@@ -203,7 +205,7 @@ def graph_of_module(
         sizes: Of each, names of dimensions of any size.
         outputs: Names of what it gives.
     """
-    with quiet('torch.onnx', 'onnxscript', 'onnx_ir'), torch.no_grad():
+    with quiet('torch.onnx', 'onnxscript', 'onnx_ir'), torch.no_grad(), _ClampsByTensors():
         program = torch.onnx.export(
             module, inputs, dynamo=True, opset_version=OPSET, input_names=['images'], output_names=[*outputs],
             dynamic_shapes=sizes, verbose=False)
@@ -212,6 +214,16 @@ def graph_of_module(
     for part in (*model.graph.node, *model.graph.value_info):  # where in this package each node comes from
         part.ClearField('metadata_props')
     return model
+
+
+class _ClampsByTensors(TorchFunctionMode):
+    """Writes clamps by tensors as one operator: onnxscript (0.7) makes it of two, and where several layers clamp one
+    current, gives all their bounds one name and loses them."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.clamp and len(args) == 3 and all(isinstance(bound, torch.Tensor) for bound in args[1:]):
+            return onnx_operator('Clip', args[0], args[0].dtype, *args)
+        return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager
