@@ -32,6 +32,10 @@ RECIPES = {
 }
 LEVELS = {'default': 63, 'fast': 63, 'accurate': 127, 'paper': 32, 'few': 8, 'quiet': 16}  # of recipes
 
+KEYS_REST = {  # files of scripts/fidelity.py
+    'silent': 'none', 'keys_rest': 'the mean of all values',
+    'keys_rest_compensated': 'the mean of all values; weights compensate'}
+
 NETWORKS = {  # of the ablation
     'vit_small_saliency': 'ViT-S',
     'sformer_micro.cifar10': 'micro',
@@ -100,6 +104,25 @@ def few_levels() -> str:
     rows = [[f'`{result["model"]}`', f'{result["num_images"]:,}', f'{result["source_top1"]:.2f}', *dropped(result)]
             for result in read('compare_few')]
     return table(['SFormer', 'images', 'source [%]', *DROPPED], rows)
+
+
+def keys_that_rest() -> str:
+    """A price of activity on a network that was trained at scale, and what silent keys count as."""
+    rows = []
+    for name, said in KEYS_REST.items():
+        if f'fidelity_{name}' not in names():
+            continue
+        found = fidelity(name)
+        spikes = found['spikes_per_neuron']
+        rows.append([said, f'{found["tokens"]:.4f}', f'{spikes["graded"]:.3f}', f'{spikes["binary"]:.2f}'])
+    return table(['silent keys count as', 'relative error', 'activity', 'binary spikes'], rows)
+
+
+def silent_maps() -> str:
+    """Heat maps of a network whose neurons are silent."""
+    result, = read('heatmaps_keys_rest')['results']
+    return table(['activity', 'all pixels', 'mean per photograph', 'median', 'least'], [[
+        f'{result["activity"]:.3f}', *(f'{result[key]:.4f}' for key in ('pooled', 'mean', 'median', 'least'))]])
 
 
 def concentrated() -> str:
@@ -343,6 +366,8 @@ TABLES: dict[str, Callable[[], str]] = {
     'photographs and generated images': generated,
     'feedback': feedback,
     'few levels': few_levels,
+    'keys that rest': keys_that_rest,
+    'maps of keys that rest': silent_maps,
     'concentrated': concentrated,
     'left out': left_out,
     'added': added,

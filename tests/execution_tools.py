@@ -11,6 +11,7 @@ MORE_CONFIGS = [
     SFNConfig(18, fire='widening'),
     SFNConfig(127, token_scale=False, attention_fire='uniform'), SFNConfig(32, token_scale=False, silence=0.03),
     SFNConfig(32, silence=0.03, **FAST), SFNConfig(8, silence=0.03), SFNConfig(40, silence=0.03),
+    SFNConfig(40, silence=0.03, keys_rest=True), SFNConfig(32, silence=0.03, keys_rest=True, **FAST),
     SFNConfig(9, token_scale=False, fire='density'), SFNConfig(12, fire='density', attention_fire='density'),
     SFNConfig(8, fire='density', initial_potential=0.), SFNConfig(7, fire='power2', attention_fire='power2'),
     SFNConfig(6, dead_zone=0.8), SFNConfig(9, fire='quadratic', initial_potential=0.),

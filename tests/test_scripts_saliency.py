@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 
 import sformer
+from sformer import SFNConfig
 from sformer.conversion.sources import set_data_config_
+from sformer.evaluation.activity import Activity
 from sformer.layers import named_neurons
 
 with pytest.MonkeyPatch.context() as patch:  # they import one another
@@ -188,12 +190,17 @@ def test_a_network_with_a_decoder_converts_whole():
                                  num_heads=2, num_classes=0)
     network = saliency_network.SaliencyNetwork(backbone, saliency_network.Decoder((16, 8, 4))).eval()
     test, others = torch.randint(0, 256, (24, 1, 8, 8)).div(127.5).sub(1).split([8, 16])
-    coarse, model = (heatmaps.converted(network, others, levels, [0.5], [0.5]) for levels in (4, 32))
+    coarse, model = (heatmaps.converted(network, others, SFNConfig(levels), [0.5], [0.5]) for levels in (4, 32))
     with torch.inference_mode():
         found = [heatmaps.correlations(network(test), m(test)).min() for m in (coarse, model)]
     assert found[0] < found[1] and 0.99 < found[1] < 1
     assert {'decoder.upconv1.neuron', 'decoder.final_conv.neuron'} < {name for name, _ in named_neurons(model)}
     assert model.backbone.patch_embed.proj.neuron.step.item() == pytest.approx(2 / 255)
+    silent = heatmaps.converted(network, others, SFNConfig(32, silence=1e-5), [0.5], [0.5])
+    counts = Activity()
+    with torch.inference_mode(), counts.observe(silent):
+        maps = silent(test)
+    assert 0.98 < heatmaps.compared(network(test), maps)['least'] and 0 < heatmaps.silence(counts)['activity'] < 0.9
 
 
 def test_one_kind_of_site_spikes_and_the_model_stays_as_it_is(model, source):

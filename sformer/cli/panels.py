@@ -8,7 +8,7 @@ __all__ = ['PANELS', 'fill_panels']
 # panel -> options; an option is in the same panel in every command
 PANELS: dict[str, tuple[str, ...]] = {
     'Neurons': ('fire', 'attention_fire', 'activation_fire', 'initial_potential', 'dead_zone', 'scale', 'token_scale',
-                'silence', 'lateral', 'lateral_zone', 'lateral_cost'),
+                'silence', 'keys_rest', 'lateral', 'lateral_zone', 'lateral_cost'),
     'Thresholds': ('estimator', 'quantile', 'floor', 'margin', 'unbiased', 'compensate', 'balance', 'concentrate',
                    'effort'),
     'Source': ('model_kwargs', 'label_names', 'source', 'source_model'),

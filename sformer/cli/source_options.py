@@ -61,6 +61,9 @@ class NeuronOptions:
              'fast]')] = None
     silence: Annotated[float | None, typer.Option(
         help='Price of activity: the higher, the fewer neurons fire; 0.003 to 0.1 are usual')] = None
+    keys_rest: Annotated[bool | None, typer.Option(
+        '--keys-rest', help='With --silence: let keys that are silent in a row of attention count as the mean of all '
+        'values')] = None
     lateral: Annotated[int | None, typer.Option(
         help='Groups in which the channels of a site fire, each of which takes up what those before left out; 4 or 8 '
              'are usual  [default: 0, none]')] = None

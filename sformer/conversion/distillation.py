@@ -20,8 +20,8 @@ from ..errors import SFormerError, UncalibratedError, check, check_flag, check_n
 from ..files import state_hash
 from ..layers import is_calibrated, named_neurons, uncalibrated
 from ..neurons import Neuron, count_spikes
-from .changes import network_inside, recorded_as
-from .record import DISTILLED
+from .changes import changed, network_inside, recorded_as
+from .record import CONCENTRATED, DISTILLED
 from .training_state import Interrupt, TrainingState, deferred_interrupt
 
 __all__ = ['DistillConfig', 'distill_', 'learn_from_spikes', 'outputs', 'shuffled', 'squared_error', 'unary_spikes']
@@ -97,6 +97,9 @@ def distill_(
     parameters = _trainable(model)
     taught: Any = (network_inside(model) if teacher is None else copy.deepcopy(teacher)).eval().requires_grad_(False)
     _check_teacher(model, taught)
+    check(teacher is None or not config.features or CONCENTRATED not in changed(model),
+          'tokens of blocks of this SFormer are in a basis of its own (concentrate), which a teacher that is given '
+          '(--source-model) does not have: leave it out, and what is inside teaches.')
     model.eval()
     student: Any = model
     like = next(iter(parameters.values()))

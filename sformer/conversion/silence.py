@@ -60,10 +60,13 @@ class RowSensitivity(Sensitivity):
     """The same of softmax numerators n (B, H, L, S), of which each row is divided by its own sum.
 
     Where those below a threshold t are silent, the output moves by `d = sum_(n < t) g n * sum(n) / sum_(n >= t) n`,
-    with the gradient g: exactly that of AV, and to first order that of the network.
+    with the gradient g: exactly that of AV, and to first order that of the network. Where silent keys count as the mean
+    of all values (`keys_rest`), it moves by `d = sum_(n < t) (g - mean g) n`, as gradients of keys differ by values.
+    What is left is alike in all rows that look at much the same, so they are summed up before they are squared: with
+    random signs of outputs that is the error of all rows together, without bias.
 
     Attributes:
-        errors: Sums of d^2 per head and threshold, float64, (H, K).
+        errors: Sums of d^2 per head and threshold, float64, (H, K); with `keys_rest` of sums of d over an image.
         silent: Number of silent numerators likewise.
     """
 
@@ -77,13 +80,18 @@ class RowSensitivity(Sensitivity):
         n = current.float()
         index = torch.bucketize(n, self.thresholds, right=True).clamp_max(len(self.thresholds) - 1)
         zeros = n.new_zeros(*n.shape[:-1], len(self.thresholds))
-        parts = gradient.float() * n, n, torch.ones_like(n)
-        below = [zeros.scatter_add(-1, index, part).cumsum(-1) for part in parts]
+        g = gradient.float()
+        if self.neuron.config.keys_rest:
+            g = g - g.mean(-1, keepdim=True)
+        below = [zeros.scatter_add(-1, index, part).cumsum(-1) for part in (g * n, n, torch.ones_like(n))]
+        self.silent[:, :-1] += below[2][..., :-1].double().sum((0, 2))
+        if self.neuron.config.keys_rest:
+            self.errors[:, :-1] += below[0][..., :-1].double().sum(2).square().sum(0)
+            return
         # the strongest of a row is 1, and never below a threshold; it is in the last bin, where nothing is left
         total = below[1][..., -1:]
         moved = below[0] * total / (total - below[1]).clamp_min(TINY)
         self.errors[:, :-1] += moved[..., :-1].double().square().sum((0, 2))
-        self.silent[:, :-1] += below[2][..., :-1].double().sum((0, 2))
 
     def quiet(self, price: float, power: float) -> torch.Tensor:
         cost = self.errors / power - price * self.silent
@@ -150,5 +158,5 @@ def set_quiet_(
         raise SFormerError('a price of activity (silence) is one of errors of the output, and all outputs of the '
                            'source are zero. Is its head trained?')
     total = sum(site.count for site in sites)
-    for site in sites:
+    for site in (site for site in sites if site.count):  # whoever observes the network says what nothing has reached
         site.neuron.set_quiet(site.quiet(site.neuron.config.silence / total, power))  # all neurons count alike

@@ -12,7 +12,7 @@ import torch.nn as nn
 from ..errors import SFormerError
 from ..layers import Product, named_neurons, named_products
 from ..layers.multiplying import AV, CONVOLUTION, GATE, LINEAR, MAPS, POSITION, QK, kinds_of
-from ..layers.products import softmax_numerators
+from ..layers.products import keys_rest, softmax_numerators
 from ..layers.table import replace_
 from ..neurons import MAX_BYTE_LEVEL, Neuron, ScaleAndFire, Spikes
 from .early import early_neurons
@@ -194,6 +194,7 @@ class _Values(nn.Module):
     """AV, each row divided by its spike sum; arguments as of `ValueProduct`."""
     v_step: torch.Tensor
     v_center: torch.Tensor | None
+    attn_step: torch.Tensor
 
     def __init__(self, product: Product, fired: Collection[Neuron] = (), portable: bool = True):
         super().__init__()
@@ -203,6 +204,7 @@ class _Values(nn.Module):
         self.int8 = self.attn.range[1] <= MAX_BYTE_LEVEL and (not portable or levels_fit(product))
         self.register_buffer('v_step', v.step)
         self.register_buffer('v_center', v.center)
+        self.register_buffer('attn_step', attn.step)
 
     def forward(
             self,
@@ -213,11 +215,15 @@ class _Values(nn.Module):
             is_causal: bool = False,
     ) -> torch.Tensor:
         v, _ = self.v(value)
-        attn, _ = self.attn(softmax_numerators(scores, attn_mask, is_causal))
+        numerators = softmax_numerators(scores, attn_mask, is_causal)
+        attn, _ = self.attn(numerators)
         # of wide levels in float32, which OpenVINO does faster than two planes of int8
         attn = beside_levels(attn, self.attn.range) if self.int8 else attn.round()
         out = attn @ v
         total = attn.sum(dim=-1, keepdim=True)
+        if keys_rest(self.attn, attn_mask, is_causal):
+            whole = numerators.sum(dim=-1, keepdim=True) / self.attn_step
+            out, total = out + (whole - total) * v.mean(dim=-2, keepdim=True), whole
         out = out / total.clamp_min(1.) * self.v_step
         return out if self.v_center is None else out + self.v_center * total.clamp(max=1.)  # none of no key
 

@@ -92,6 +92,14 @@ def softmax_numerators(
     return (scores - strongest).exp()
 
 
+def keys_rest(neuron: object, attn_mask: torch.Tensor | None, is_causal: bool = False) -> bool:
+    """Whether keys for which the neuron of the softmax is silent count as the mean of all values. Each row is then
+    divided by the sum of its numerators, of which fired keys have their own part. Not where some keys are hidden."""
+    config = getattr(neuron, 'config', None)
+    return getattr(config, 'keys_rest', False) and not is_causal and (
+        attn_mask is None or attn_mask.dtype != torch.bool)
+
+
 def scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """QK^T, (B, H, L, S), of (B, H, L, D) and (B, H, S, D)."""
     return q @ k.transpose(-2, -1)
@@ -170,8 +178,9 @@ class ValueProduct(Multiplying):
     """AV on spikes, of scores that are masked and biased.
 
     Softmax spikes are levels of the *numerators* exp(s - max s) in (0, 1], and each row of AV is divided by its own
-    spike sum. The strongest key of a row always fires at the top level, whether the row is flat or peaked, and rows
-    sum to one exactly; spikes of the normalised softmax would have to cover 0.01 and 1 with the same levels.
+    spike sum (or, with `config.keys_rest`, by that of its numerators, and silent keys count as the mean of all values).
+    The strongest key of a row always fires at the top level, whether the row is flat or peaked, and rows sum to one
+    exactly; spikes of the normalised softmax would have to cover 0.01 and 1 with the same levels.
 
     Args:
         num_heads: Heads H.
@@ -207,11 +216,16 @@ class ValueProduct(Multiplying):
         """Means of values, which are decoded spikes divided by 32: in float16 a sum over many keys would overflow
         before it is divided. That is exact, and the strongest key fires its top level, near 1, so a sum of spikes is
         either that or zero."""
-        attn = fired(self.attn_neuron, softmax_numerators(scores, attn_mask, is_causal))
+        numerators = softmax_numerators(scores, attn_mask, is_causal)
+        attn = fired(self.attn_neuron, numerators)
         total = attn.sum(dim=-1, keepdim=True)
         if dropout_p:
             attn = F.dropout(attn, dropout_p)
-        return (attn @ v) / (total / 32).clamp_min(1e-4)
+        out = attn @ v
+        if keys_rest(self.attn_neuron, attn_mask, is_causal):
+            whole = numerators.sum(dim=-1, keepdim=True)
+            out, total = out + (whole - total) * v.mean(dim=-2, keepdim=True), whole
+        return out / (total / 32).clamp_min(1e-4)
 
 
 class AttentionProduct(ScoreProduct, ValueProduct):

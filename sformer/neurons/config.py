@@ -58,6 +58,8 @@ class SFNConfig:
         silence: Price of activity, 0 for none. Potentials for which spikes would cost more than they bring are silent:
             the squared relative error of the network's output plus this price times its activity is least. From 0.003
             (few losses) to 0.1 are usual.
+        keys_rest: Let keys that are silent in a row of attention count as the mean of all values of the image, instead
+            of as none, where neurons have a price of activity: a query then needs few of them. Rows of a mask stay.
         lateral: Number of groups in which the channels of a linear layer's input, of queries, keys and values fire, 0
             for none. What a group leaves out is fed back to those that fire after it, so that errors cancel in what
             follows (`neurons.lateral`): for few levels and for silence, at the price of lateral spikes and of the
@@ -80,6 +82,7 @@ class SFNConfig:
     scale: float = 1.
     token_scale: bool = True
     silence: float = 0.
+    keys_rest: bool = False
     lateral: int = 0
     lateral_zone: float = 0.125
     lateral_cost: float = 2.
@@ -119,6 +122,9 @@ class SFNConfig:
         check_number(self, 'scale', 1e-3, 1e3)
         check_flag(self, 'token_scale')
         check_number(self, 'silence', 0, 1e6)
+        check_flag(self, 'keys_rest')
+        check(self.silence > 0 or not self.keys_rest, 'keys_rest says what silent keys count as: give a price of '
+                                                      'activity (silence), or leave it out.')
         check_integer(self, 'lateral', 0, MAX_GROUPS)
         check(self.lateral != 1, 'lateral=1 is one group, which has nobody to feed back to: 0 is none, 2 or more are '
                                  'groups.')

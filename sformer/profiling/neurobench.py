@@ -14,7 +14,7 @@ from ..errors import SFormerError, UncalibratedError, needed_packages
 from ..execution import SPIKE_CODINGS, spike_planes
 from ..layers import Product, is_calibrated, named_products, shared_copy, uncalibrated
 from ..layers.multiplying import AV, CONVOLUTION, GATE, LINEAR, QK, kinds_of
-from ..layers.products import softmax_numerators
+from ..layers.products import keys_rest, softmax_numerators
 from ..neurons import Neuron
 
 if TYPE_CHECKING:
@@ -134,9 +134,13 @@ class SplitAttention(nn.Module):
         factor = query.shape[-1] ** -0.5 if scale is None else scale
         scores = self.scores.meet(
             self.q(query), self.k(key), lambda: (self.q.current * factor) @ self.k.current.transpose(-2, -1))
-        spikes = self.attn(softmax_numerators(scores, attn_mask, is_causal))
+        numerators = softmax_numerators(scores, attn_mask, is_causal)
+        spikes = self.attn(numerators)
         total = self.attn.current.sum(dim=-1, keepdim=True)
         out = self.values.meet(spikes, self.v(value), lambda: self.attn.current @ (self.v.current / 32))
+        if keys_rest(self.attn.neuron, attn_mask, is_causal):
+            whole = numerators.sum(dim=-1, keepdim=True)
+            out, total = out + (whole - total) * (self.v.current / 32).mean(dim=-2, keepdim=True), whole
         return out / (total / 32).clamp_min(1e-4)
 
 

@@ -34,9 +34,9 @@ NEURONS = dict(
     levels='levels N per branch', fire='fire function', attention_fire='fire function of the softmax',
     activation_fire='fire function after activation functions',
     initial_potential='initial membrane potential [steps]', dead_zone='dead zone [steps]', scale='scaling factor',
-    silence='price of activity', lateral='groups that feed back', lateral_zone='residuals without a lateral spike',
-    lateral_cost='most feedback weights per weight', estimator='threshold estimator',
-    compensate='weights compensate for neurons', balance='attention is balanced',
+    silence='price of activity', keys_rest='silent keys count as the mean', lateral='groups that feed back',
+    lateral_zone='residuals without a lateral spike', lateral_cost='most feedback weights per weight',
+    estimator='threshold estimator', compensate='weights compensate for neurons', balance='attention is balanced',
     concentrate='residual stream is concentrated', effort='effort of conversion')
 CHANGES = {
     COMPENSATED: 'compensate for its neurons', BALANCED: 'are balanced for its neurons',
@@ -109,7 +109,7 @@ def _recipe(record: ModelRecord) -> list[tuple[str, object]]:
     if fit.get('effort') == 'usual':
         del fit['effort']
     sfn = {k: v for k, v in record.sfn.items()
-           if (k != 'silence' or v) and (not k.startswith('lateral') or record.sfn.get('lateral'))}
+           if (k not in ('silence', 'keys_rest') or v) and (not k.startswith('lateral') or record.sfn.get('lateral'))}
     rows += [(NEURONS.get(key, key.replace('_', ' ')), value) for key, value in {**sfn, **fit}.items()]
     if c.get('distillation'):
         rows.append(('trained to follow its source', c['distillation']))

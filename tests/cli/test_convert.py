@@ -77,15 +77,15 @@ def test_convert_options_reach_the_neurons(convert_digits, tmp_path, monkeypatch
     result = convert_digits(
         '--levels', 7, '--fire', 'power2', '--attention-fire', 'density', '--initial-potential', 0,
         '--dead-zone', .5, '--scale', 1.25, '--estimator', 'quantile', '--quantile', .99, '--no-unbiased',
-        '--activation-fire', 'uniform', '--silence', .02, '--lateral', 3, '--lateral-zone', .25, '--lateral-cost', 1.5,
-        '--balance', '--concentrate', '--effort', 'high', '--num-images', 50, '--batch-size', 20, '--seed', 3,
-        '--split', 'test')
+        '--activation-fire', 'uniform', '--silence', .02, '--keys-rest', '--lateral', 3, '--lateral-zone', .25,
+        '--lateral-cost', 1.5, '--balance', '--concentrate', '--effort', 'high', '--num-images', 50, '--batch-size', 20,
+        '--seed', 3, '--split', 'test')
     assert (result.code, result.err) == (0, '')
     config = json.loads((tmp_path / 'out' / 'config.json').read_text())
     assert config['model_args']['sfn'] == dict(
         levels=7, fire='power2', attention_fire='density', activation_fire='uniform', initial_potential=0,
-        dead_zone=.5, scale=1.25, token_scale=True, silence=.02, lateral=3, lateral_zone=.25, lateral_cost=1.5,
-        neuron='scale_and_fire')
+        dead_zone=.5, scale=1.25, token_scale=True, silence=.02, keys_rest=True, lateral=3, lateral_zone=.25,
+        lateral_cost=1.5, neuron='scale_and_fire')
     assert config['sformer']['fit'] == dict(
         estimator='quantile', quantile=.99, floor=0., margin=1., unbiased=False, compensate=False, balance=True,
         concentrate=True, effort='high')

@@ -23,6 +23,7 @@ from sformer import (
 from sformer.conversion import changed, transforms
 from sformer.conversion.balance import balanced
 from sformer.conversion.concentration import components
+from sformer.conversion.distillation import distill_
 from sformer.errors import ConfigError
 from sformer.evaluation.activity import Activity
 from sformer.layers.stream import stream_of
@@ -137,6 +138,16 @@ def test_the_record_says_so_and_the_network_inside_is_taken(tmp_path, caplog):
     caplog.clear()
     again = convert(loaded, [pixels(8)], SFNConfig(8))
     assert changed(again) == ('balanced', 'concentrated') and not caplog.records
+
+
+def test_no_other_teacher_has_its_basis():
+    source = build()
+    model = convert(source, [pixels(8)], QUIET, CONCENTRATE)
+    with pytest.raises(SFormerError, match='blocks of this SFormer are in a basis of its own'):
+        distill_(model, [pixels(4)], 1, teacher=source)
+    errors = []
+    distill_(model, [pixels(4)], 1, report=lambda step, error, spikes: errors.append(error))
+    assert 0 < errors[0] < 0.1
 
 
 @torch.no_grad()

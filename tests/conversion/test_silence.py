@@ -10,8 +10,12 @@ from layer_tools import build, named_neurons, pixels, relative_error, rng
 from neuron_tools import prop
 
 import sformer
-from sformer import SFNConfig, activity, calibrate_, convert, spiking_
+from sformer import SFNConfig, SFormerError, activity, calibrate_, convert, spiking_, to_spikes_
 from sformer.conversion.silence import RowSensitivity, Sensitivity, set_quiet_
+from sformer.errors import ConfigError
+from sformer.evaluation.activity import Activity
+from sformer.layers import AttentionProduct
+from sformer.layers.products import softmax_numerators
 from sformer.neurons import ScaleAndFire
 from sformer.neurons.statistics import silent_center
 
@@ -64,6 +68,72 @@ def test_what_is_silent_in_a_row_errs_together():
     assert torch.equal(site.silent[:, :-1].long(), silent)
     best = (errors / attend(n).square().sum() - 0.4 / n.numel() * silent).argmin(1)
     assert torch.equal(neuron.quiet.flatten(), t[best]) and (best > 0).all()
+
+
+def test_keys_that_rest_err_together_in_all_rows():
+    n, v = torch.rand(8, 2, 5, 30, generator=rng()) ** 6, torch.randn(30, 1, generator=rng(1))
+    n = n / n.amax(-1, keepdim=True)
+    site = RowSensitivity(ScaleAndFire((2, 1, 1), SFNConfig(silence=0.4, keys_rest=True), signed=False))
+
+    def attend(x):  # of what all rows of an image give, the sum is read
+        return ((x @ v) / n.sum(-1, keepdim=True)).sum(2)
+
+    def rested(x):
+        return attend(x) + ((n.sum(-1, keepdim=True) - x.sum(-1, keepdim=True)) / n.sum(-1, keepdim=True)
+                            * v.mean(0)).sum(2)
+
+    def outputs(x):
+        seen = site(x)
+        return (seen @ v / seen.sum(-1, keepdim=True)).sum(2)
+
+    set_quiet_([site], [n], outputs)
+    for i, t in enumerate(site.thresholds[:-1]):
+        quieter = torch.where(n < t, 0., n)
+        errors = (rested(quieter) - attend(n)).square().sum((0, 2))
+        torch.testing.assert_close(site.errors[:, i].float(), errors, rtol=1e-3, atol=1e-5)
+    assert site.neuron.quiet.max() > 0
+
+
+@torch.no_grad()
+def test_keys_that_rest_count_as_the_mean_of_all_values():
+    layer = AttentionProduct(2, 8, config=SFNConfig(127, silence=1e-6, keys_rest=True))
+    q, k, v = torch.randn(3, 2, 2, 12, 8, generator=rng()).unbind()
+    calibrate_(layer, [[q, k, v]], forward_fn=lambda layer, qkv: layer(*qkv))
+    layer.attn_neuron.set_quiet(torch.full((2, 1, 1), 0.3))
+    numerators = softmax_numerators(q @ k.mT / 8 ** 0.5)
+    loud = torch.where(numerators < 0.3, 0., numerators)
+    assert 0.3 < (loud == 0).float().mean() < 0.9
+    whole, rest = numerators.sum(-1, keepdim=True), (numerators - loud).sum(-1, keepdim=True)
+    expected = (loud @ v + rest * v.mean(-2, keepdim=True)) / whole
+    assert relative_error(layer(q, k, v), expected) < 0.03 < 0.1 < relative_error(loud @ v / loud.sum(
+        -1, keepdim=True), expected)
+    causal = layer(q, k, v, is_causal=True)  # where some keys are hidden, silent ones count as none
+    assert torch.allclose(causal[..., 0, :], layer.v_neuron(v)[..., 0, :], atol=1e-5)
+    visible = torch.ones(12, 12, dtype=torch.bool).tril()
+    torch.testing.assert_close(causal, layer(q, k, v, visible))
+    for coding in ('binary', 'graded'):
+        spikes = to_spikes_(nn.Sequential(copy.deepcopy(layer)), coding)[0]
+        assert relative_error(spikes(q, k, v), layer(q, k, v)) < 1e-3
+
+
+@torch.no_grad()
+def test_of_keys_that_rest_fewer_fire_at_less_error(source, digits):
+    images = digits[0][:128]
+    found = []
+    for rest in (False, True):
+        model = convert(source, 'digits', SFNConfig(63, silence=0.02, keys_rest=rest), split='train')
+        counts = Activity()
+        with counts.observe(model):
+            found.append((relative_error(model(images), source(images)), counts.mean()))
+    assert found[1][0] < 1.05 * found[0][0] and found[1][1] < found[0][1]
+    with pytest.raises(ConfigError, match='keys_rest says what silent keys count as'):
+        SFNConfig(keys_rest=True)
+
+
+def test_what_no_current_reaches_is_named():
+    spiking = spiking_(build(), SFNConfig(silence=0.01))
+    with pytest.raises(SFormerError, match='no current reached head.neuron'):
+        calibrate_(spiking, [pixels(8)], forward_fn=lambda network, x: network.forward_features(x))
 
 
 def test_the_strongest_key_of_a_row_fires_at_any_price():
