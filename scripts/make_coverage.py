@@ -71,7 +71,7 @@ def shallow(name: str) -> nn.Module:
     """An entrypoint with one block, where it can be built so: of plain transformers all are alike."""
     try:
         return timm.create_model(name, depth=1).eval()
-    except (TypeError, AssertionError):
+    except (TypeError, ValueError, AssertionError):
         return timm.create_model(name).eval()
 
 

@@ -24,6 +24,8 @@ from .table_products import Compute, IntegerTables, integer_form
 
 __all__ = ['linear_neurons', 'to_graph_']
 
+LARGEST = 3e38  # that no current exceeds
+
 
 def to_graph_(network: nn.Module, early: bool = True, portable: bool = True) -> None:
     """Replace what spikes in a network, in integers where it is so already, by what a graph says of it, in place.
@@ -152,14 +154,17 @@ class _Conv2d(nn.Module):
         self.compute, self.transposed = product.compute, product.transposed
         self.register_buffer('weight', product.weights.detach())
         self.register_buffer('step', None if step is None else step.flatten())
-        self.register_buffer('bias', None if product.bias is None else product.bias.detach())
+        bias = None if product.bias is None or not product.bias.any() else product.bias.detach()  # no graph keeps zeros
+        self.register_buffer('bias', bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.step is None:
             return self.compute(self.neuron(x), self.weight, self.bias)
         levels = beside_weights(self.neuron(x)[0], self.range)
         if not self.transposed:
-            return self.compute(levels, _weights(self.weight, self.step, axis=0), self.bias)
+            out = self.compute(levels, _weights(self.weight, self.step, axis=0), self.bias)
+            # OpenVINO (2026.4) adds other such sums before it multiplies by the steps, if nothing is in between
+            return out if self.bias is not None else out.clamp(max=LARGEST)
         # ONNX has no axis for the output channels of its weights where they are grouped
         out = self.compute(levels, self.weight.to(torch.float32)) * self.step.view(-1, 1, 1)
         return out if self.bias is None else out + self.bias.view(-1, 1, 1)

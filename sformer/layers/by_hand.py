@@ -4,7 +4,7 @@ Their forwards are timm's own: the products are met where they are computed, and
 to what multiplies their numerators by values. Cosines, scales, biases and masks are currents, and act on scores.
 """
 import torch
-from timm.models import cait, davit, swin_transformer_v2, swin_transformer_v2_cr, xcit
+from timm.models import cait, crossvit, davit, gcvit, swin_transformer_v2, swin_transformer_v2_cr, xcit
 from timm.models._features_fx import register_notrace_module
 
 from ..neurons import SFNConfig
@@ -44,6 +44,16 @@ class SpikingSwinV2CrAttention(  # type: ignore[misc]
         _ByHandMixin, swin_transformer_v2_cr.WindowMultiHeadAttention):
     """The same, as another implementation of Swin V2 has it, on spikes."""
     constant_parts = ('meta_mlp',)
+
+
+@register_spiking(crossvit.CrossAttention)
+class SpikingCrossAttention(_ByHandMixin, crossvit.CrossAttention):  # type: ignore[misc]
+    """CrossViT's attention of a class token to the tokens of another branch on spikes."""
+
+
+@register_spiking(gcvit.WindowAttentionGlobal)
+class SpikingGlobalWindowAttention(_ByHandMixin, gcvit.WindowAttentionGlobal):  # type: ignore[misc]
+    """GCViT's attention within windows, with queries of its own or of the whole image, on spikes."""
 
 
 @register_spiking(davit.ChannelAttention)

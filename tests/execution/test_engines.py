@@ -18,8 +18,6 @@ import sformer
 from sformer import SFNConfig, SFormerError, UncalibratedError, convert, export_onnx, load_onnx, spiking_, to_integer_
 from sformer.execution import EXECUTIONS, benchmark, engines
 from sformer.execution.engines import openvino_config
-from sformer.execution.graph import to_graph_
-from sformer.execution.onnx import to_onnx
 from sformer.execution.prepared import METADATA
 from sformer.layers import is_calibrated
 from sformer.neurons import Neuron
@@ -67,48 +65,6 @@ def test_engines_agree_with_torch(exported, family, config, depth):
     networks = [load_onnx(path, engine) for engine in ENGINES]
     agree(networks, model, pixels(12))
     agree(networks, model, pixels(1))
-
-
-@pytest.mark.slow
-def test_convolutions_agree_with_torch():
-    # strided, grouped, transposed, with batch norm and ReLU between them
-    torch.manual_seed(0)
-    network = nn.Sequential(
-        nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1, groups=2),
-        nn.BatchNorm2d(8), nn.ReLU(), nn.ConvTranspose2d(8, 6, 4, stride=2, padding=1), nn.BatchNorm2d(6), nn.ReLU(),
-        nn.ConvTranspose2d(6, 4, 3, stride=2, output_padding=1, groups=2), nn.Conv2d(4, 2, 1)).eval()
-    for norm in (network[1], network[4], network[7]):
-        norm.running_var.uniform_(0.5, 2.)
-    network.pretrained_cfg = dict(input_size=(3, 16, 16))
-    images = torch.randn(16, 3, 16, 16)
-    sformer.calibrate_(spiking_(network), [images])
-    assert all(report.integer for report in to_integer_(network))
-    graph = copy.deepcopy(network)
-    to_graph_(graph)
-    exported = to_onnx(graph).SerializeToString()
-    with torch.no_grad():
-        expected = network(images)
-    for engine in ENGINES:
-        found = torch.from_numpy(engines.compile_graph(exported, engine)(images.numpy()))
-        each = (found - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
-        assert (each < 1e-5).float().mean() >= 0.5 and each.max() < 0.05, (engine, each)
-
-
-def test_every_channel_of_a_map_fires_by_its_own_threshold():
-    network = nn.Sequential(nn.Conv2d(4, 4, 1, groups=4)).eval()
-    network.pretrained_cfg = dict(input_size=(4, 4, 4))
-    scales = torch.tensor([1., 9., 3., 5.]).view(-1, 1, 1)
-    maps = torch.randn(8, 4, 4, 4, generator=torch.Generator().manual_seed(0)) * scales
-    sformer.calibrate_(spiking_(network, SFNConfig(levels=127)), [maps])
-    to_integer_(network)
-    graph = copy.deepcopy(network)
-    to_graph_(graph)
-    exported = to_onnx(graph).SerializeToString()
-    with torch.no_grad():
-        expected = network(maps)
-    for engine in ENGINES:
-        found = torch.from_numpy(engines.compile_graph(exported, engine)(maps.numpy()))
-        assert relative_error(found, expected) < 1e-5, engine
 
 
 def test_a_fire_function_without_a_form_is_named(tmp_path):

@@ -6,7 +6,7 @@ import timm
 import torch
 import torch.nn as nn
 from layer_tools import relative_error, rng, spiking, state_of, tokens
-from timm.models import cait, davit, swin_transformer_v2, swin_transformer_v2_cr, xcit
+from timm.models import cait, crossvit, davit, gcvit, swin_transformer_v2, swin_transformer_v2_cr, xcit
 
 import sformer
 from sformer import SFNConfig, UnsupportedLayerError, named_neurons, to_integer_, to_spikes_
@@ -27,6 +27,8 @@ LAYERS = {
     'DaViT windows': (lambda: davit.WindowAttention(DIM, (4, 4), 2), MAPS),
     'CaiT talking heads': (lambda: cait.TalkingHeadAttn(DIM, 4, qkv_bias=True), ['QK^T', 'maps V']),
     'CaiT class': (lambda: cait.ClassAttn(DIM, 2, qkv_bias=True), MAPS),
+    'CrossViT': (lambda: crossvit.CrossAttention(DIM, 2, qkv_bias=True), MAPS),
+    'GCViT': (lambda: gcvit.WindowAttentionGlobal(DIM, 2, (4, 4), use_global=False), MAPS),
     'XCiT': (lambda: xcit.XCA(DIM, 2, qkv_bias=True), MAPS),
 }
 

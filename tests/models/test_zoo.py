@@ -297,6 +297,7 @@ def test_graphs_of_both_engines(structure, tmp_path):
     model = sformer.convert(build(structure), [inputs()], SFNConfig(levels=63))
     model.pretrained_cfg['input_size'] = (3, 32, 32)
     export_onnx(model, tmp_path / 'm.onnx')
+    sformer.to_integer_(model)
     with torch.no_grad():
         expected = model(inputs())
     for engine in ('openvino', 'onnxruntime'):
