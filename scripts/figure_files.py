@@ -46,3 +46,13 @@ def error_of_drop(result: Any) -> float:
     """Standard error of the difference of two networks on the same images, at most, in points: as if each image that
     they see differently counted for one of them."""
     return 100 * math.sqrt((1 - result['agreement'] / 100) / result['num_images'])
+
+
+DROPPED = ('drop [points]', 'relative logit error', 'agreement [%]', 'activity')
+
+
+def dropped(result: Any) -> list[str]:
+    """What an SFormer loses, and how many of its neurons fire."""
+    drop = result['source_top1'] - result['top1']
+    return [f'{drop:.2f} +- {error_of_drop(result):.2f}', f'{result["relative_logit_error"]:.4f}',
+            f'{result["agreement"]:.2f}', f'{result["activity"]:.3f}']

@@ -9,7 +9,7 @@ from sformer import SFormerError
 
 with pytest.MonkeyPatch.context() as patch:  # they import one another
     patch.syspath_prepend(Path(__file__).parents[1] / 'scripts')
-    ablation, figure_files, make_tables = map(importlib.import_module, ('ablation', 'figure_files', 'make_tables'))
+    ablation, few_tables, figure_files = map(importlib.import_module, ('ablation', 'few_tables', 'figure_files'))
 
 NETWORK, FEEDBACK = 'sformer_nano.digits', 'feedback, 8 groups'
 
@@ -70,9 +70,9 @@ def test_what_says_the_same_as_the_default_is_no_row():
 
 def test_tables_are_of_its_rows(output, monkeypatch):
     monkeypatch.setattr(figure_files, 'FIGURES', output.parent)
-    monkeypatch.setitem(make_tables.NETWORKS, NETWORK, 'nano')
+    monkeypatch.setitem(few_tables.NETWORKS, NETWORK, 'nano')
     plain, gains, fed_back = json.loads(output.read_text())['results']
-    out, more = make_tables.left_out(), make_tables.added()
+    out, more = few_tables.left_out(), few_tables.added()
     assert out.startswith('| left out | nano, N = 4 |') and FEEDBACK not in out
     assert f'| correction of gains | {gains["error"]:.4f} |' in out
     assert f'| nano | 4 | nothing | {plain["error"]:.4f} | {plain["activity"]:.3f} | 1.00 |' in more
