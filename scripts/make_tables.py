@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from few_tables import added, concentrated, feedback, feedback_in_integers, few_levels, left_out, silence
+from few_tables import added, concentrated, feedback, feedback_in_integers, few_levels, left_out, silence, trained
 from figure_files import DROPPED, ROOT, dropped, error_of_drop, fidelity, names, read, table, times
 
 from sformer.evaluation.figures import CLASSIFICATION, DETECTION
@@ -259,7 +259,7 @@ TABLES: dict[str, Callable[[], str]] = {
     'speed': speed,
     'two small networks': small_networks,
     'silence': silence,
-    'trained': written_down('distilled'),
+    'trained': trained,
     'beside others': beside_others,
     'beside others, in short': beside_others_in_short,
     'beside others, in full': written_down('baselines_full'),
