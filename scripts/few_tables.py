@@ -111,6 +111,14 @@ def added() -> str:
     return table(['network', 'N', 'added', 'relative error', 'activity', 'operations', 'time'], rows)
 
 
+def trained() -> str:
+    """A network with a price of activity that was trained to follow its source."""
+    result = read('compare_trained')
+    return table(['SFormer', 'images', 'top-1 [%]', *DROPPED, 'unary spikes per neuron'],
+                 [[f'`{result["model"]}`', f'{result["num_images"]:,}', f'{result["top1"]:.2f}', *dropped(result),
+                   f'{result["spikes_per_neuron"]["unary"]:.2f}']])
+
+
 def silence() -> str:
     """Networks with a price of activity; `s8_0.005` is N = 8 at a price of 0.005, `c8_0.005` the same with weights that
     compensate."""

@@ -22,6 +22,7 @@ from few_tables import (
     left_out,
     silence,
     silent_maps,
+    trained,
 )
 from figure_files import DROPPED, ROOT, dropped, error_of_drop, fidelity, names, read, table, times
 
@@ -272,7 +273,7 @@ TABLES: dict[str, Callable[[], str]] = {
     'speed': speed,
     'two small networks': small_networks,
     'silence': silence,
-    'trained': written_down('distilled'),
+    'trained': trained,
     'beside others': beside_others,
     'beside others, in short': beside_others_in_short,
     'beside others, in full': written_down('baselines_full'),
