@@ -44,9 +44,12 @@ def _create_sformer(variant: str, source: str, pretrained: bool = False, **kwarg
     fitted = (kwargs.get('pretrained_model_args') or {}).get('sfn')
     if pretrained and fitted is not None:
         check_firing(variant, kwargs.get('sfn'), fitted)
+    cfg, overlay = kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None)
+    if variant == CUSTOM and not cfg and timm.is_model(source):
+        overlay = {**_cfg(source), 'hf_hub_id': None, **(overlay or {})}
     found = find_pretrained(
-        variant, source, default_cfgs[variant].cfgs, pretrained=pretrained, cfg=kwargs.pop('pretrained_cfg', None),
-        overlay=kwargs.pop('pretrained_cfg_overlay', None), cache_dir=kwargs.get('cache_dir'), sfn=kwargs.get('sfn'))
+        variant, source, default_cfgs[variant].cfgs, pretrained=pretrained, cfg=cfg, overlay=overlay,
+        cache_dir=kwargs.get('cache_dir'), sfn=kwargs.get('sfn'))
     args = {'source': source, **found.model_args, **kwargs}
     args['tag'] = resolve_pretrained_cfg(variant, found.cfg, found.overlay).tag
     model = build_model_with_cfg(

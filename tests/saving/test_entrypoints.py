@@ -57,3 +57,13 @@ def test_entries_say_what_is_known(monkeypatch):
     assert (tiny['input_size'], tiny['num_classes'], nano['input_size'], nano['num_classes']) == (
         [3, 224, 224], 1000, [1, 8, 8], 10)
     assert nano['weights'] == 'in the package' and nano['results'].endswith('N = 63')
+
+
+@pytest.mark.parametrize('source', ['pvt_v2_b0', 'sam2_hiera_tiny', 'resnet18'])
+def test_the_entrypoint_of_other_sources_takes_what_they_take(source):
+    """Of sizes that are not fixed, a source has no `img_size`; its own classifier and preprocessing are known."""
+    model = timm.create_model('sformer_custom', source=source, device='meta')
+    known = timm.get_pretrained_cfg(source)
+    assert model.pretrained_cfg['input_size'] == known.input_size and model.pretrained_cfg['mean'] == known.mean
+    assert model.get_classifier() is model.get_submodule(model.pretrained_cfg['classifier'])
+    assert 'hf_hub_id' not in model.pretrained_cfg or model.pretrained_cfg['hf_hub_id'] is None
