@@ -6,8 +6,7 @@ from figure_files import DROPPED, dropped, error_of_drop, fidelity, names, of_pa
 from sformer.profiling.energy import TWIN, ratio_to
 
 KEYS_REST = {  # files of scripts/fidelity.py
-    'silent': 'none', 'keys_rest': 'the mean of all values',
-    'keys_rest_compensated': 'the mean of all values; weights compensate'}
+    'silent': 'none', 'keys_rest': 'the mean of all values'}
 NETWORKS = {  # of the ablation
     'vit_small_saliency': 'ViT-S',
     'sformer_micro.cifar10': 'micro',
@@ -49,8 +48,6 @@ def keys_that_rest() -> str:
     """A price of activity on a network that was trained at scale, and what silent keys count as."""
     rows = []
     for name, said in KEYS_REST.items():
-        if f'fidelity_{name}' not in names():
-            continue
         found = fidelity(name)
         spikes = found['spikes_per_neuron']
         rows.append([said, f'{found["tokens"]:.4f}', f'{spikes["graded"]:.3f}', f'{spikes["binary"]:.2f}'])
