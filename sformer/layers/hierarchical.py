@@ -43,11 +43,9 @@ register_floating(
 
 class _WindowsMixin(SpikingAttentionMixin):
     """Attention whose queries, keys and values have a dimension of windows, which do not see one another."""
-    windows = 2  # that dimension, where there are five
+    windows = 2  # that dimension, of five
 
     def attend(self, product: AttentionProduct, *args: torch.Tensor, **kwargs: object) -> torch.Tensor:
-        if args[0].ndim == 4:
-            return product(*args, **kwargs)
         examples = args[0].movedim(self.windows, 1).shape[:2]
         out = product(*(x.movedim(self.windows, 1).flatten(0, 1) for x in args), **kwargs)
         return out.unflatten(0, examples).movedim(1, self.windows)
@@ -61,6 +59,9 @@ class SpikingSwinAttention(SpikingAttentionMixin, swin_transformer.WindowAttenti
 @register_spiking(hiera.MaskUnitAttention)
 class SpikingMaskUnitAttention(_WindowsMixin, hiera.MaskUnitAttention):  # type: ignore[misc]
     """Hiera's attention within mask units, or of all tokens, on spikes; pooled queries are currents until they fire."""
+
+    def attend(self, product: AttentionProduct, *args: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        return super().attend(product, *args, **kwargs) if args[0].ndim == 5 else product(*args, **kwargs)
 
     def head_widths(self) -> tuple[int, int, int]:
         return self.heads, self.head_dim, self.head_dim

@@ -106,8 +106,8 @@ class SFormerMixin(SpikingLayer):
 
     @property
     def sfn_config(self) -> SFNConfig:
-        """How the neurons fire, as they say themselves."""
-        return next(neuron.config for _, neuron in named_neurons(self) if hasattr(neuron, 'config'))
+        """How the neurons fire, as they say themselves; as by default where blocks were pruned and none is left."""
+        return next((neuron.config for _, neuron in named_neurons(self) if hasattr(neuron, 'config')), SFNConfig())
 
     @property
     def _model_args(self) -> dict[str, object]:

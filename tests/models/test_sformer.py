@@ -522,3 +522,12 @@ def test_average_of_models_with_their_buffers(model, images):
     with torch.no_grad():
         assert torch.equal(average(images), model(images))
     assert model.state_dict()['head.neuron.calibrated'].dtype == torch.bool, 'the format of files'
+
+
+def test_a_network_that_was_pruned_to_its_stem_has_a_head_again():
+    """Nothing is left then that says how neurons fire."""
+    model = sformer.spiking_(timm.create_model('resnet10t', num_classes=3), SFNConfig(8)).eval()
+    model.prune_intermediate_layers([0])
+    assert model.sfn_config == SFNConfig()
+    x = torch.randn(1, 3, 64, 64)
+    assert model.forward_intermediates(x, indices=[0], intermediates_only=True)[0].shape[-1] == 32
