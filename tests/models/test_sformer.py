@@ -526,7 +526,7 @@ def test_average_of_models_with_their_buffers(model, images):
 
 def test_a_network_that_was_pruned_to_its_stem_has_a_head_again():
     """Nothing is left then that says how neurons fire."""
-    model = sformer.spiking_(timm.create_model('resnet10t', num_classes=3), SFNConfig(8)).eval()
+    model = timm.create_model('sformer_custom', source='resnet18', num_classes=3, sfn=SFNConfig(8)).eval()
     model.prune_intermediate_layers([0])
     assert model.sfn_config == SFNConfig()
     x = torch.randn(1, 3, 64, 64)
