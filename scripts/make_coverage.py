@@ -94,16 +94,19 @@ def refusal(name: str, known: dict[frozenset[type[nn.Module]], str]) -> str:
 
 
 def trained_like_(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Random weights, with a few channels of a larger scale behind each norm, as of trained networks."""
+    """Random weights, with a few channels of a larger scale behind each norm of the residual stream, as of trained
+    networks."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
-        for module in model.modules():
+        for name, module in model.named_modules():
             if isinstance(module, Gemma4Attention):  # whose scale is in the gains of its norms
                 for norm in (module.q_norm, module.k_norm):
                     norm.weight.mul_(module.head_dim ** -0.25)
             weight = getattr(module, 'weight', None)
+            if name.endswith(('q_norm', 'k_norm')):  # of heads, where such channels would decide each softmax alone
+                continue
             if isinstance(weight, nn.Parameter) and weight.ndim == 1 and len(weight) >= 64:
                 weight[torch.randperm(len(weight), generator=generator)[:max(1, len(weight) // 256)]] *= OUTLIERS
     return model.eval()
@@ -208,8 +211,8 @@ def page(known: dict[str, list[str]], rows: dict[str, str], lists: dict[str, str
         f'timm); made by `python scripts/make_coverage.py`. `sformer convert NAME` takes any of them; what has no '
         f'architecture of its own in the zoo becomes an `sformer_custom`, whose config names its source.', '',
         'Errors are relative ones of logits (or features) against the source, of random weights with outlier channels '
-        f'of {OUTLIERS:.0f} times the scale behind each norm, on generated images, default recipe but for the levels. '
-        'Whoever has weights that were trained measures again (`sformer evaluate`). Integers and engines are compared '
+        f'of {OUTLIERS:.0f} times the scale behind each norm of the residual stream, on generated images, default '
+        'recipe but for the levels. Whoever has weights that were trained measures again (`sformer evaluate`). Integers and engines are compared '
         'with the simulation at N = 32; a row without figures was converted, and not measured.', '',
         f'| family | entrypoints | convert | {" | ".join(COLUMNS)} | why not |',
         '| --- ' * (len(COLUMNS) + 4) + '|', *(rows[family] for family in order), '',
