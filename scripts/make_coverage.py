@@ -212,8 +212,9 @@ def page(known: dict[str, list[str]], rows: dict[str, str], lists: dict[str, str
         f'architecture of its own in the zoo becomes an `sformer_custom`, whose config names its source.', '',
         'Errors are relative ones of logits (or features) against the source, of random weights with outlier channels '
         f'of {OUTLIERS:.0f} times the scale behind each norm of the residual stream, on generated images, default '
-        'recipe but for the levels. Whoever has weights that were trained measures again (`sformer evaluate`). Integers '
-        'and engines are compared with the simulation at N = 32; a row without figures was converted, and not measured.', '',
+        'recipe but for the levels. Whoever has weights that were trained measures again (`sformer evaluate`). '
+        'Integers and engines are compared with the simulation at N = 32; a row without figures was converted, and '
+        'not measured.', '',
         f'| family | entrypoints | convert | {" | ".join(COLUMNS)} | why not |',
         '| --- ' * (len(COLUMNS) + 4) + '|', *(rows[family] for family in order), '',
         '## Entrypoints', '', *(f'{lists[family]}\n' for family in order),
