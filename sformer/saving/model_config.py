@@ -25,7 +25,8 @@ __all__ = [
 WEIGHTS_NAME = 'model.safetensors'
 CONFIG_NAME = 'config.json'
 
-LATER_FIELDS = {'silence', 'neuron'}  # of SFNConfig: models that were saved before have them as by default
+# of SFNConfig: models that were saved before have them as by default
+LATER_FIELDS = {'silence', 'neuron', 'lateral', 'lateral_zone', 'lateral_cost', 'keys_rest'}
 
 
 def read_config(folder: Path) -> Json:
