@@ -19,14 +19,14 @@ def feedback() -> str:
     rows = []
     for name, said in (('two', 'N = 2'), ('four', 'N = 4'), ('few', 'N = 8')):
         found = [fidelity(file) if f'fidelity_{file}' in names() else None
-                 for file in (name, f'{name}_lateral', f'{name}_byte')]
+                 for file in (name, f'{name}_lateral', f'{name}_byte', f'{name}_high')]
         share = next((result['feedback'] for result in found[1:] if result), None)
         if share is None:
             continue
         rows.append([said, *(f'{result["tokens"]:.4f}' if result else '' for result in found),
                      f'{share["graded"]:.1%}', f'{share["dense"]:.1%}'])
     return table(['levels', 'by themselves', 'balanced, with feedback, G = 8', 'and a softmax of a byte',
-                  'operations that lateral spikes cause', 'if all were sent'], rows)
+                  'and reconstruction', 'operations that lateral spikes cause', 'if all were sent'], rows)
 
 
 def few_levels() -> str:
