@@ -82,7 +82,8 @@ class RowSensitivity(Sensitivity):
         zeros = n.new_zeros(*n.shape[:-1], len(self.thresholds))
         g = gradient.float()
         if self.neuron.config.keys_rest:
-            g = g - g.mean(-1, keepdim=True)
+            seen = n > TINY  # of hidden keys nothing is left
+            g = g - (g * seen).sum(-1, keepdim=True) / seen.sum(-1, keepdim=True)
         below = [zeros.scatter_add(-1, index, part).cumsum(-1) for part in (g * n, n, torch.ones_like(n))]
         self.silent[:, :-1] += below[2][..., :-1].double().sum((0, 2))
         if self.neuron.config.keys_rest:

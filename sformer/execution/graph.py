@@ -12,7 +12,7 @@ import torch.nn as nn
 from ..errors import SFormerError
 from ..layers import Product, named_neurons, named_products
 from ..layers.multiplying import AV, CONVOLUTION, GATE, LINEAR, MAPS, POSITION, QK, kinds_of
-from ..layers.products import keys_rest, softmax_numerators
+from ..layers.products import keys_rest, softmax_numerators, with_rest
 from ..layers.table import replace_
 from ..neurons import MAX_BYTE_LEVEL, Neuron, ScaleAndFire, Spikes
 from .early import early_neurons
@@ -228,7 +228,7 @@ class _Values(nn.Module):
         total = attn.sum(dim=-1, keepdim=True)
         if keys_rest(self.attn, attn_mask, is_causal):
             whole = numerators.sum(dim=-1, keepdim=True) / self.attn_step
-            out, total = out + (whole - total) * v.mean(dim=-2, keepdim=True), whole
+            out, total = with_rest(out, total, whole, v, attn_mask)
         out = out / total.clamp_min(1.) * self.v_step
         return out if self.v_center is None else out + self.v_center * total.clamp(max=1.)  # none of no key
 

@@ -23,7 +23,7 @@ from ..layers import (
     uncalibrated,
 )
 from ..layers.multiplying import AV, CONVOLUTION, GATE, LINEAR, MAPS, POSITION, QK, kinds_of
-from ..layers.products import keys_rest, softmax_numerators
+from ..layers.products import keys_rest, softmax_numerators, with_rest
 from ..layers.table import become_, replace_
 from ..neurons import Neuron, ScaleAndFire
 from .integer import IntegerConv2d, IntegerLinear
@@ -182,16 +182,22 @@ class SpikeValues(SpikeForm, ValueProduct):
     multiplies = ValueProduct.multiplies
 
     def forward(self, scores: torch.Tensor, value: torch.Tensor, dropout_p: float = 0.) -> torch.Tensor:
-        return self.values(softmax_numerators(scores), value, keys_rest(self.attn_neuron, None))
+        return self.values(softmax_numerators(scores), value)
 
-    def values(self, numerators: torch.Tensor, value: torch.Tensor, rest: bool) -> torch.Tensor:
-        """Means of values, weighed by softmax numerators; silent keys have a `rest`, as of `keys_rest`."""
+    def values(
+            self,
+            numerators: torch.Tensor,
+            value: torch.Tensor,
+            attn_mask: torch.Tensor | None = None,
+            is_causal: bool = False,
+    ) -> torch.Tensor:
+        """Means of values (B, H, S, D), weighed by softmax numerators (B, H, L, S)."""
         attn, v = self.attn_neuron.encode(numerators), self.v_neuron.encode(value)
         total = attn.levels.sum(dim=-1, keepdim=True)  # int64
         out = _meet(attn.levels, v.levels, self.coding, torch.matmul)
-        if rest:
+        if keys_rest(self.attn_neuron, attn_mask, is_causal):
             whole = numerators.double().sum(dim=-1, keepdim=True) / attn.step
-            out, total = out + (whole - total) * v.levels.double().mean(dim=-2, keepdim=True), whole
+            out, total = with_rest(out, total, whole, v.levels.double(), attn_mask)
         out = out * v.step / total.clamp_min(1)
         if v.center is not None:  # rows sum to one, those that see no key to nothing
             out = out + v.center * total.clamp(max=1)
@@ -214,7 +220,7 @@ class SpikeAttention(SpikeScores, SpikeValues, AttentionProduct):
     ) -> torch.Tensor:
         scores = self.scores(query, key) * (query.shape[-1] ** -0.5 if scale is None else scale)
         numerators = softmax_numerators(scores.to(query.dtype), attn_mask, is_causal)
-        return self.values(numerators, value, keys_rest(self.attn_neuron, attn_mask, is_causal))
+        return self.values(numerators, value, attn_mask, is_causal)
 
 
 class SpikeGate(SpikeForm, ScaleAndFire):

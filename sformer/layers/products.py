@@ -24,6 +24,7 @@ __all__ = [
 
 register_notrace_module(Neuron)  # symbolic tracing keeps neurons as they are: modules that fire
 
+MASKED = -50.  # less is added to scores of keys that are not to be seen
 MAX_SCORES = 2 ** 22  # that attention computes at once at inference: all of ViT-B at 224 pixels, batch 8
 
 
@@ -98,6 +99,31 @@ def keys_rest(neuron: object, attn_mask: torch.Tensor | None, is_causal: bool = 
     config = getattr(neuron, 'config', None)
     return getattr(config, 'keys_rest', False) and not is_causal and (
         attn_mask is None or attn_mask.dtype != torch.bool)
+
+
+def with_rest(
+        out: torch.Tensor,
+        total: torch.Tensor,
+        whole: torch.Tensor,
+        v: torch.Tensor,
+        attn_mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums of values and of their weights once silent keys count as the mean of the values that a row may see
+    (`keys_rest`); keys that a mask adds less than -50 to, as of padding and of shifted windows, are hidden.
+
+    Args:
+        out: Sums over keys that fired, (B, H, L, D).
+        total: Sums of what they fired, (B, H, L, 1).
+        whole: Sums of numerators in the same unit, (B, H, L, 1).
+        v: Values, (B, H, S, D).
+        attn_mask: What was added to scores, broadcastable to (B, H, L, S).
+    """
+    if attn_mask is None:
+        mean = v.mean(dim=-2, keepdim=True)
+    else:
+        seen = (attn_mask > MASKED).to(v.dtype)
+        mean = seen @ v / seen.sum(dim=-1, keepdim=True).clamp_min(1)
+    return out + (whole - total) * mean, whole
 
 
 def scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
@@ -223,8 +249,7 @@ class ValueProduct(Multiplying):
             attn = F.dropout(attn, dropout_p)
         out = attn @ v
         if keys_rest(self.attn_neuron, attn_mask, is_causal):
-            whole = numerators.sum(dim=-1, keepdim=True)
-            out, total = out + (whole - total) * v.mean(dim=-2, keepdim=True), whole
+            out, total = with_rest(out, total, numerators.sum(dim=-1, keepdim=True), v, attn_mask)
         return out / (total / 32).clamp_min(1e-4)
 
 

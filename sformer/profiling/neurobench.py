@@ -14,7 +14,7 @@ from ..errors import SFormerError, UncalibratedError, needed_packages
 from ..execution import SPIKE_CODINGS, spike_planes
 from ..layers import Product, is_calibrated, named_products, shared_copy, uncalibrated
 from ..layers.multiplying import AV, CONVOLUTION, GATE, LINEAR, QK, kinds_of
-from ..layers.products import keys_rest, softmax_numerators
+from ..layers.products import keys_rest, softmax_numerators, with_rest
 from ..neurons import Neuron
 
 if TYPE_CHECKING:
@@ -139,8 +139,7 @@ class SplitAttention(nn.Module):
         total = self.attn.current.sum(dim=-1, keepdim=True)
         out = self.values.meet(spikes, self.v(value), lambda: self.attn.current @ (self.v.current / 32))
         if keys_rest(self.attn.neuron, attn_mask, is_causal):
-            whole = numerators.sum(dim=-1, keepdim=True)
-            out, total = out + (whole - total) * (self.v.current / 32).mean(dim=-2, keepdim=True), whole
+            out, total = with_rest(out, total, numerators.sum(dim=-1, keepdim=True), self.v.current / 32, attn_mask)
         return out / (total / 32).clamp_min(1e-4)
 
 

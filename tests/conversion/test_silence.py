@@ -111,9 +111,14 @@ def test_keys_that_rest_count_as_the_mean_of_all_values():
     assert torch.allclose(causal[..., 0, :], layer.v_neuron(v)[..., 0, :], atol=1e-5)
     visible = torch.ones(12, 12, dtype=torch.bool).tril()
     torch.testing.assert_close(causal, layer(q, k, v, visible))
+    added = torch.zeros(2, 1, 12, 12)  # padding, as timm masks it: what it holds is no part of the mean
+    added[..., 8:] = torch.finfo(torch.float32).min
+    padded = [torch.cat([x[..., :8, :], 100 * x[..., 8:, :]], dim=-2) for x in (k, v)]
+    torch.testing.assert_close(layer(q, *padded, added), layer(q, k[..., :8, :], v[..., :8, :]))
     for coding in ('binary', 'graded'):
         spikes = to_spikes_(nn.Sequential(copy.deepcopy(layer)), coding)[0]
         assert relative_error(spikes(q, k, v), layer(q, k, v)) < 1e-3
+        assert relative_error(spikes(q, *padded, added), layer(q, *padded, added)) < 1e-3
 
 
 @torch.no_grad()
