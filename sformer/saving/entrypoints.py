@@ -45,7 +45,7 @@ def _create_sformer(variant: str, source: str, pretrained: bool = False, **kwarg
     if pretrained and fitted is not None:
         check_firing(variant, kwargs.get('sfn'), fitted)
     cfg, overlay = kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None)
-    if variant == CUSTOM and not cfg and timm.is_model(source):
+    if variant == CUSTOM and not pretrained and not cfg and timm.is_model(source):
         overlay = {**_cfg(source), 'hf_hub_id': None, **(overlay or {})}
     found = find_pretrained(
         variant, source, default_cfgs[variant].cfgs, pretrained=pretrained, cfg=cfg, overlay=overlay,
